@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Everything else serves them.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup quickstart test lint clean
+
+help:
+	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
+	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
+	@echo "make test         run all tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make clean        remove .venv and what the quick start made"
+	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt pyproject.toml tools/find_python.sh
+	@python=$$(tools/find_python.sh) || exit 1; \
+	 echo "setup: $$python -> $(VENV), about 5 GB and two minutes the first time"; \
+	 "$$python" -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: setup
+	$(PY) -m pytest
+
+quickstart: setup
+	$(PY) examples/quickstart/run.py
+
+clean:
+	rm -rf $(VENV) quickstart

@@ -1,0 +1,1 @@
+"""Megatron pretraining with loss-based sample reweighting."""

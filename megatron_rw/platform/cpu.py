@@ -1,0 +1,276 @@
+"""The CPU platform: run the released Megatron, unmodified, on the CPU over gloo.
+
+Megatron names CUDA in device literals, streams, events, memory statistics and random-number
+state. Each name is redirected here, in one place, with the code that needs it. The random
+state of the "CUDA generator" becomes that of torch's CPU generator, because on this platform
+that is the one dropout draws from.
+
+Nothing here is imported on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_rw.platform.quiet import silence
+
+# Megatron flags, by destination, whose CUDA defaults cannot work here. They replace the
+# parser's defaults, so that what a user passes explicitly still wins and is then checked.
+ARGUMENT_DEFAULTS: dict[str, object] = {
+    "distributed_backend": "gloo",
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "no_persist_layer_norm": True,
+    "use_cpu_initialization": True,
+}
+
+_FACTORIES = (
+    "arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
+    "rand", "randn", "randint", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+
+_active = False
+
+
+@dataclass(frozen=True)
+class Redirect:
+    """One name that Megatron looks up, what it finds instead, and which code needs that."""
+
+    owner: Any
+    name: str
+    replacement: object
+    needed_by: str
+
+    def apply(self) -> None:
+        """Put the replacement in place."""
+        setattr(self.owner, self.name, self.replacement)
+
+
+def activate(*, asked_for: bool = False) -> None:
+    """Redirect Megatron's CUDA names to the CPU in this process. Idempotent.
+
+    Args:
+        asked_for: the user named the CPU. Without it, a visible CUDA device is an error: the
+            redirects would hide it.
+
+    Raises:
+        RuntimeError: a CUDA device is visible and the CPU was not asked for.
+    """
+    global _active
+    if _active:
+        return
+    if torch.cuda.is_available() and not asked_for:
+        raise RuntimeError(
+            "the CPU platform was activated beside a CUDA device; pass --device cpu to mean it"
+        )
+    # Megatron decorates functions with torch.compile while it is imported; on two cores the
+    # compilation costs more than the quick start itself.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    # arguments.py asks for it under tensor parallelism; here there is no device queue to order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    silence("cpu")
+    for redirect in _torch_redirects():
+        redirect.apply()
+    for redirect in _megatron_redirects():
+        redirect.apply()
+    _active = True
+
+
+# --- torch -------------------------------------------------------------------------------
+
+
+def _cpu_for_cuda(device: Any) -> Any:
+    """`"cpu"` for a CUDA device in any spelling, anything else unchanged."""
+    if isinstance(device, torch.device) and device.type == "cuda":
+        return "cpu"
+    if isinstance(device, str) and device.startswith("cuda"):
+        return "cpu"
+    return device
+
+
+def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    """An event that has already happened."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def record(self, stream: object = None) -> None:
+        pass
+
+    def wait(self, stream: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
+
+@contextlib.contextmanager
+def _stream_context(stream: object) -> Iterator[None]:
+    yield
+
+
+def _resident_bytes(*_: object) -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def _peak_resident_bytes(*_: object) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _cuda_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    result = _tensor_type(tensor, *args, **kwargs)
+    if isinstance(result, str):
+        return result.replace("torch.", "torch.cuda.", 1)
+    return result
+
+
+_tensor_type = torch.Tensor.type
+_module_to = torch.nn.Module.to
+
+
+def _module_to_cpu(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    kwargs = {name: _cpu_for_cuda(value) for name, value in kwargs.items()}
+    return _module_to(module, *(_cpu_for_cuda(value) for value in args), **kwargs)
+
+
+def _torch_redirects() -> list[Redirect]:
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    properties = types.SimpleNamespace(
+        name="CPU", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=0
+    )
+    cuda = torch.cuda
+    redirects = [
+        Redirect(torch, name, _without_cuda(getattr(torch, name)), "device='cuda' literals")
+        for name in _FACTORIES
+    ]
+    redirects += [
+        Redirect(torch.Tensor, "cuda", lambda self, *a, **k: self, "batches, grad_scaler"),
+        Redirect(torch.Tensor, "pin_memory", lambda self, *a, **k: self, "param_and_grad_buffer"),
+        Redirect(torch.Tensor, "type", _cuda_type_name, "optimizer.py: 'torch.cuda.FloatTensor'"),
+        Redirect(torch.nn.Module, "cuda", lambda self, *a, **k: self, "models/dist_utils.py"),
+        Redirect(torch.nn.Module, "to", _module_to_cpu, "models/dist_utils.py"),
+        # A string, so that `device=torch.cuda.current_device()` is right without a redirect.
+        Redirect(cuda, "current_device", lambda: "cpu", "206 places"),
+        Redirect(cuda, "device_count", lambda: 1, "initialize.py: no model parallel groups at 0"),
+        Redirect(cuda, "set_device", nothing, "initialize.py"),
+        Redirect(cuda, "synchronize", nothing, "timers.py, schedules.py"),
+        Redirect(cuda, "empty_cache", nothing, "training.py"),
+        Redirect(cuda, "Stream", _Stream, "distributed/, pipeline_parallel/"),
+        Redirect(cuda, "Event", _Event, "distributed/, async_utils.py"),
+        Redirect(cuda, "current_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Redirect(cuda, "default_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Redirect(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
+        Redirect(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
+        Redirect(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
+        Redirect(
+            cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"
+        ),
+        Redirect(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
+        Redirect(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
+        Redirect(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
+        Redirect(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),
+        Redirect(cuda, "memory_allocated", _resident_bytes, "report_memory"),
+        Redirect(cuda, "memory_reserved", _resident_bytes, "report_memory"),
+        Redirect(cuda, "max_memory_allocated", _peak_resident_bytes, "report_memory"),
+        Redirect(cuda, "max_memory_reserved", _peak_resident_bytes, "report_memory"),
+        Redirect(cuda, "device_memory_used", _resident_bytes, "report_memory"),
+    ]
+    return redirects
+
+
+# --- Megatron ----------------------------------------------------------------------------
+
+
+def _megatron_redirects() -> list[Redirect]:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.training import training
+
+    from megatron_rw.platform.cpu_adam import CPUAdam
+
+    return [
+        Redirect(
+            training,
+            "initialize_megatron",
+            functools.partial(training.initialize_megatron, allow_no_cuda=True),
+            "training.pretrain, which does not pass the argument on",
+        ),
+        Redirect(
+            random,
+            "_get_cuda_rng_state",
+            lambda *a, **k: torch.get_rng_state(),
+            "CudaRNGStatesTracker, activation recomputation",
+        ),
+        Redirect(
+            random,
+            "_set_cuda_rng_state",
+            lambda state, *a, **k: torch.set_rng_state(state),
+            "CudaRNGStatesTracker, activation recomputation",
+        ),
+        # The distributed optimizer's checkpoint wants the step count in the parameter group,
+        # as apex's FusedAdam has it; torch's AdamW keeps one per parameter.
+        Redirect(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),
+        Redirect(optimizer, "USING_PYTORCH_OPTIMIZER", False, "get_megatron_optimizer"),
+        Redirect(distrib_optimizer, "Adam", CPUAdam, "DistributedOptimizer"),
+        Redirect(distrib_optimizer, "HAVE_APEX_OR_TE", True, "DistributedOptimizer.state_dict"),
+        Redirect(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "DistributedOptimizer"),
+    ]

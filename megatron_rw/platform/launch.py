@@ -1,0 +1,77 @@
+"""How the processes find each other: torchrun's variables, srun's, or a single process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import MutableMapping
+
+_NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class LaunchError(RuntimeError):
+    """The environment does not say how the processes find each other."""
+
+
+def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
+    """Fill in what torch.distributed reads from the environment.
+
+    torchrun sets all of it. Under `srun` with one task per GPU the ranks come from SLURM, and the
+    first task's node serves as master. Otherwise this is a run of one process.
+
+    Args:
+        env: changed in place.
+
+    Raises:
+        LaunchError: a launcher set some variables and not others.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        missing = [name for name in _NEEDED if name not in env]
+        if missing:
+            raise LaunchError(
+                f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, "
+                "or unset both for a run of one process."
+            )
+        return
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"] = env["SLURM_PROCID"]
+        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _slurm_master(env))
+        # Jobs of different users may share a node; the same job must agree on the port.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return
+    env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _slurm_master(env: MutableMapping[str, str]) -> str:
+    if env.get("SLURM_NNODES", "1") == "1":
+        return "127.0.0.1"
+    # Set by srun on every task; inside sbatch it is the first node, where task 0 runs.
+    address = env.get("SLURM_LAUNCH_NODE_IPADDR")
+    if address is None:
+        raise LaunchError(
+            "several SLURM nodes, but no master address: export MASTER_ADDR=$(scontrol show "
+            'hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun.'
+        )
+    return address
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def prepare_process(env: MutableMapping[str, str] = os.environ) -> None:
+    """Complete the environment, and keep library warnings to rank 0, where they are not repeats.
+
+    Raises:
+        LaunchError: see `complete_environment`.
+    """
+    complete_environment(env)
+    if env["RANK"] != "0":
+        warnings.filterwarnings("ignore")

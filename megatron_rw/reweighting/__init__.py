@@ -1,0 +1,36 @@
+"""The method, pure: strategies, temperature, sample losses, weights and their metrics.
+
+Imports torch alone, neither Megatron nor the training program, so that another script can lift
+it out whole.
+"""
+
+from megatron_rw.reweighting.config import ConfigError, ReweightConfig, temperature_at
+from megatron_rw.reweighting.metrics import (
+    DomainLosses,
+    DomainReport,
+    LossByDomain,
+    ReweightReport,
+    WeightMetrics,
+)
+from megatron_rw.reweighting.reweighter import Reweighter, WeightedLoss
+from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
+from megatron_rw.reweighting.weights import effective_sample_size, loss_weights
+
+__all__ = [
+    "ConfigError",
+    "DomainLosses",
+    "DomainReport",
+    "LossByDomain",
+    "ReduceGroup",
+    "ReweightConfig",
+    "ReweightReport",
+    "Reweighter",
+    "SampleSet",
+    "WeightMetrics",
+    "WeightedLoss",
+    "effective_sample_size",
+    "gather_samples",
+    "loss_weights",
+    "sample_sums",
+    "temperature_at",
+]

@@ -1,0 +1,124 @@
+"""The settings of the method: one typed record, the single source of flags, help and checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Strategy = Literal["none", "uniform", "linupper", "quadratic", "extremes"]
+Scope = Literal["microbatch"]
+Schedule = Literal["step", "linear", "cosine"]
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+# Weights are 1/|S| to within e^(±2δ/100) at this temperature: the authors' "no reweighting yet".
+WARMUP_TEMPERATURE = 100.0
+
+
+class ConfigError(ValueError):
+    """A setting is impossible or contradicts another; the message names the flag and a remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReweightConfig:
+    """Weight every training sample by its own loss (Sow et al., ICLR 2025, arXiv 2502.06733)."""
+
+    strategy: Strategy = "none"
+    """How a sample's weight follows from its loss. none: Megatron's own loss, the mean over
+    tokens. uniform: the mean over samples. linupper: more weight to higher losses, capped above
+    the middle of the range. quadratic: more weight to losses near the middle. extremes: more
+    weight to the lowest and highest losses."""
+
+    delta: float = 1.0
+    """Half-width of the interval [-delta, delta] that the losses of a set are scaled to."""
+
+    temperature: float = 1.0
+    """Temperature r of the softmax over the samples of a set: low is sharp, high is uniform. The
+    paper's runs use 1.0 and 0.4."""
+
+    warmup_steps: int = 0
+    """Steps at temperature 100, which is nearly uniform, before --reweight-temperature holds."""
+
+    warmup_schedule: Schedule = "step"
+    """How the temperature goes from 100 to --reweight-temperature: step: stay at 100 for the
+    warm-up and then switch, as the authors do. linear, cosine: fall over the whole warm-up."""
+
+    scope: Scope = "microbatch"
+    """Which samples compete for weight. microbatch: those of one micro-batch across the
+    data-parallel group, as in the paper."""
+
+    log_samples: int = 0
+    """Write the loss, weight and domain of the first N samples of the last set of every logged
+    step into metrics.jsonl. Needs --log-dir."""
+
+    def __post_init__(self) -> None:
+        """Check every setting and every contradiction between two.
+
+        Raises:
+            ConfigError: the first one found.
+        """
+        for name in ("strategy", "scope", "warmup_schedule"):
+            allowed = get_args({"strategy": Strategy, "scope": Scope}.get(name, Schedule))
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{flag(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}."
+                )
+        for name in ("delta", "temperature"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{flag(name)} must be a finite number above 0, not {value}.")
+        for name in ("warmup_steps", "log_samples"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}.")
+        if self.warmup_schedule != "step" and self.warmup_steps == 0:
+            raise ConfigError(
+                f"{flag('warmup_schedule')} {self.warmup_schedule} has nothing to act on: set "
+                f"{flag('warmup_steps')} as well."
+            )
+        if self.strategy == "none":
+            self._refuse_idle_settings()
+
+    def _refuse_idle_settings(self) -> None:
+        # A forgotten --reweight-strategy would otherwise train a baseline under another name.
+        idle = [
+            flag(field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        if idle:
+            raise ConfigError(
+                f"{', '.join(idle)} without a strategy does nothing: add {flag('strategy')} "
+                f"{'|'.join(s for s in STRATEGIES if s != 'none')}, or drop the flag."
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether sample weights are in use at all."""
+        return self.strategy != "none"
+
+
+def flag(field_name: str) -> str:
+    """Name of the command-line flag of a `ReweightConfig` field."""
+    return "--reweight-" + field_name.replace("_", "-")
+
+
+def temperature_at(config: ReweightConfig, step: int) -> float:
+    """Temperature r(t) of the softmax at a step.
+
+    Args:
+        config: temperature, warm-up length and schedule.
+        step: completed steps of reweighted training, 0 for the first.
+
+    Returns:
+        `WARMUP_TEMPERATURE` at the start of the warm-up, `config.temperature` after it.
+    """
+    if step >= config.warmup_steps:
+        return config.temperature
+    if config.warmup_schedule == "step":
+        return WARMUP_TEMPERATURE
+    progress = step / config.warmup_steps
+    if config.warmup_schedule == "cosine":
+        progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+    return WARMUP_TEMPERATURE + progress * (config.temperature - WARMUP_TEMPERATURE)

@@ -1,0 +1,190 @@
+"""Megatron's command line with our flags added, and failures as one message."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import os
+import sys
+import traceback
+import typing
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import parse_args as megatron_parse_args
+from megatron.training.utils import print_rank_0
+
+from megatron_rw.platform import Device
+from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.training import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the program runs, and what it writes beside Megatron's own logs."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA when a device is visible, otherwise the CPU over gloo."""
+
+    log_dir: str | None = None
+    """Write metrics.jsonl here: one object per logged step and per validation."""
+
+
+class _PrefixedGroupFactory(ArgumentGroupFactory):
+    """Names flags and destinations of a dataclass with a prefix, `strategy` as `reweight_strategy`.
+
+    Args:
+        config_class: the dataclass.
+        prefix: without underscore.
+    """
+
+    def __init__(self, config_class: type, prefix: str) -> None:
+        super().__init__(config_class)
+        self._prefix = prefix
+
+    def _build_argparse_kwargs_from_field(
+        self, attribute: dataclasses.Field[Any]
+    ) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        name = f"{self._prefix}_{attribute.name}"
+        kwargs["arg_names"] = ["--" + name.replace("_", "-")]
+        kwargs["dest"] = name
+        return kwargs
+
+
+def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
+    """Megatron's extra-arguments hook: our groups, and defaults that fit the device.
+
+    Args:
+        parser: holds Megatron's own arguments already.
+        device: what `platform.select_device` chose.
+    """
+    # Annotations are strings under `from __future__`; the factory wants the types themselves.
+    for config_class in (RunConfig, ReweightConfig):
+        _resolve_annotations(config_class)
+    ArgumentGroupFactory(RunConfig).build_group(parser, "megatron_rw")
+    _PrefixedGroupFactory(ReweightConfig, "reweight").build_group(parser, "sample reweighting")
+    parser.set_defaults(**default_arguments(device))
+    # argparse would print a usage of some thousand lines on every rank.
+    parser.error = functools.partial(_parser_error, parser)  # type: ignore[method-assign]
+    return parser
+
+
+def default_arguments(device: Device) -> dict[str, object]:
+    """Megatron defaults, by destination, that the device and the installed parts allow.
+
+    On CUDA with Transformer Engine these are Megatron's own, but for the tracker that only NVIDIA
+    has: Megatron looks for it unless told not to, and then warns that it is missing.
+    """
+    defaults: dict[str, object] = {}
+    if not _installed("one_logger"):
+        defaults["enable_one_logger"] = False
+    if device == "cpu":
+        from megatron_rw.platform import cpu
+
+        return defaults | cpu.ARGUMENT_DEFAULTS
+    if not _installed("transformer_engine"):
+        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
+        if not _installed("apex"):
+            defaults |= {"no_persist_layer_norm": True, "gradient_accumulation_fusion": False}
+    return defaults
+
+
+def announce(device: Device, config: ReweightConfig, domain_names: Sequence[str]) -> None:
+    """Say once what is in use: device, optional packages, domains and the method."""
+    parts = ", ".join(
+        f"{name} {'in use' if _installed(module) else 'not installed'}"
+        for name, module in (("Transformer Engine", "transformer_engine"), ("apex", "apex"))
+    )
+    where = "CUDA" if device == "cuda" else "the CPU, over gloo"
+    print_rank_0(f"> megatron_rw on {where}; {parts}; domains: {', '.join(domain_names)}")
+    if config.enabled:
+        settings = ", ".join(
+            f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
+            for field in dataclasses.fields(config)
+        )
+        print_rank_0(f"> sample reweighting: {settings}")
+    else:
+        print_rank_0("> sample reweighting: off (--reweight-strategy none)")
+
+
+def parse_args(device: Device) -> Namespace:
+    """Parse, check and validate the command line, and set Megatron's globals.
+
+    Does what `parse_and_validate_args` does. Any failure ends every rank with status 2 before
+    long work starts; rank 0 says why in one message.
+
+    Args:
+        device: what `platform.select_device` chose.
+    """
+    add = functools.partial(add_arguments, device=device)
+    with one_message():
+        parsed = megatron_parse_args(add)
+        reweight_config(parsed)
+        checks.check_launch(parsed, device)
+        args: Namespace = parse_and_validate_args(
+            add, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        )
+        checks.check_run(args, reweight_config(args))
+    return args
+
+
+def reweight_config(args: Namespace) -> ReweightConfig:
+    """The `--reweight-*` flags as the checked record.
+
+    Raises:
+        ConfigError: a setting is impossible, or contradicts another.
+    """
+    return ReweightConfig(
+        **{f.name: getattr(args, f"reweight_{f.name}") for f in dataclasses.fields(ReweightConfig)}
+    )
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Turn a refusal into one line from rank 0 and exit status 2 on every rank.
+
+    A refusal is a `ConfigError`, or what Megatron raises on bad arguments: AssertionError (some
+    without a text: the condition is shown instead), ValueError, OSError.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError, OSError) as refusal:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {_explain(refusal)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _explain(refusal: Exception) -> str:
+    if isinstance(refusal, ConfigError):
+        return str(refusal)
+    frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+    return f"Megatron refuses the arguments: {str(refusal) or frame.line} ({where})"
+
+
+def _parser_error(parser: ArgumentParser, message: str) -> NoReturn:
+    """Name the flag that was probably meant, where argparse does not know one."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+    if message.startswith("unrecognized arguments") and unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=3)
+        message += f". Did you mean {' or '.join(close)}?" if close else ""
+    raise ConfigError(f"{message} (pretrain_gpt_rw.py --help lists all flags)")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _resolve_annotations(config_class: type) -> None:
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        field.type = hints[field.name]

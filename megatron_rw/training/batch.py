@@ -1,0 +1,203 @@
+"""One micro-batch on this rank: drawn, broadcast over tensor and cut over context parallelism."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_hybrid_data_context_parallel_groups
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_rw.training.datasets import DOMAIN_KEY
+
+_TENSOR_KEYS = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+    "hybrid_cp_group",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as the model and the loss take it; None where this stage has no use for it.
+
+    Attributes:
+        tokens: `[b, s/cp]` int64.
+        labels: `[b, s/cp]` int64.
+        loss_mask: `[b, s/cp]` fp32.
+        position_ids: `[b, s/cp]` int64.
+        attention_mask: `[b, 1, s, s]` bool.
+        packed: boundaries of packed sequences; `b` is 1 then.
+        domain: `[samples]` int64 on the stage that has the loss.
+    """
+
+    tokens: Tensor | None = None
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    packed: PackedSeqParams | None = None
+    domain: Tensor | None = None
+
+
+class BatchReader:
+    """Draws micro-batches in the current parallel layout.
+
+    Args:
+        args: validated.
+        num_domains: domain labels travel only where there is more than one.
+    """
+
+    def __init__(self, args: Namespace, num_domains: int) -> None:
+        self._args = args
+        self._config = core_transformer_config_from_args(args)
+        self._with_domains = num_domains > 1
+        self._packed = args.sft or args.dataloader_inter_document_masking
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Any]], vp_stage: int | None, training: bool
+    ) -> Batch:
+        """Draw the next micro-batch. Collective over the tensor-parallel group.
+
+        Args:
+            data_iterator: read on tensor-parallel rank 0 alone.
+            vp_stage: virtual pipeline stage.
+            training: evaluation may use another micro-batch size.
+
+        Raises:
+            ValueError: a token id is beyond the model's vocabulary.
+        """
+        args = self._args
+        at_edge = is_first_or_last_pipeline_stage(vp_stage)
+        has_mtp = mtp_on_this_rank(
+            layout=self._config.pipeline_model_parallel_layout,
+            mtp_num_layers=self._config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
+        if not (at_edge or has_mtp or self._packed):
+            return Batch()
+
+        micro_batch_size = args.micro_batch_size if training else args.eval_micro_batch_size
+        drawn: dict[str, Any] = {}
+        if mpu.get_tensor_model_parallel_rank() == 0:
+            drawn = next(data_iterator)
+            self._check_ids(drawn)
+        domain = self._share_domain(drawn, micro_batch_size, vp_stage)
+        batch = get_batch_on_this_tp_rank(
+            {key: _on_device(drawn.get(key)) for key in _TENSOR_KEYS} if drawn else {},
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            has_cu_seqlens=self._packed,
+            is_hybrid_cp=args.hybrid_context_parallel,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            cp_size=args.context_parallel_size,
+            tp_rank=mpu.get_tensor_model_parallel_rank(),
+            micro_batch_size=micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=has_mtp,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        batch = flatten_batch_for_packed_sequences(batch)
+        if not (at_edge or has_mtp):
+            return Batch(packed=self._packed_params(batch))
+        batch = get_batch_on_this_cp_rank(
+            batch,
+            is_hybrid_cp=args.hybrid_context_parallel,
+            cp_group=mpu.get_context_parallel_group(),
+            hybrid_cp_group_func=get_hybrid_data_context_parallel_groups,
+            use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
+        )
+        return Batch(
+            tokens=batch["tokens"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["attention_mask"],
+            packed=self._packed_params(batch),
+            domain=domain,
+        )
+
+    def _check_ids(self, drawn: dict[str, Any]) -> None:
+        # The tensors are still on the host, so this waits for nothing. Past it an id beyond the
+        # vocabulary is a device assertion, or with tensor parallelism a silent zero embedding.
+        largest = int(drawn["tokens"].max())
+        if largest >= self._args.padded_vocab_size:
+            raise ValueError(
+                f"a sample holds token id {largest}, but the model's vocabulary has "
+                f"{self._args.padded_vocab_size} entries: the data was made with another "
+                "tokenizer than --tokenizer-model"
+            )
+
+    def _share_domain(
+        self, drawn: dict[str, Any], micro_batch_size: int, vp_stage: int | None
+    ) -> Tensor | None:
+        """The domain labels on every tensor-parallel rank of the stage that has the loss."""
+        if not self._with_domains or not mpu.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ):
+            return None
+        device = torch.cuda.current_device()
+        if drawn:
+            domain = drawn[DOMAIN_KEY].to(device, non_blocking=True)
+        else:
+            domain = torch.empty(micro_batch_size, dtype=torch.long, device=device)
+        if self._args.tensor_model_parallel_size > 1:
+            dist.broadcast(
+                domain,
+                mpu.get_tensor_model_parallel_src_rank(),
+                group=mpu.get_tensor_model_parallel_group(),
+            )
+        return domain
+
+    def _packed_params(self, batch: dict[str, Any]) -> PackedSeqParams | None:
+        if batch["cu_seqlens"] is None:
+            return None
+        # The batch keeps a leading dimension of 1; the attention kernels want 1-D.
+        boundaries = batch["cu_seqlens"].squeeze(0)
+        padded = batch["cu_seqlens_padded"]
+        padded = padded.squeeze(0) if padded is not None else None
+        update_seqlen_stats_from_cu_seqlens(boundaries)
+        used = padded if padded is not None else boundaries
+        longest = int(batch["max_seqlen"].item())
+        local_cp_size = batch["local_cp_size"]
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=used,
+            cu_seqlens_kv=used,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            local_cp_size=int(local_cp_size.item()) if local_cp_size is not None else None,
+            cp_group=batch["hybrid_cp_group"],
+            tokens_per_sample=self._args.seq_length,
+        )
+
+
+def _on_device(value: Any) -> Any:
+    return value.cuda(non_blocking=True) if isinstance(value, Tensor) else value

@@ -1,0 +1,249 @@
+"""Refusals before any long work: what is impossible, contradictory or missing, and the remedy."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+
+from megatron_rw.data.vocabulary import largest_token_id
+from megatron_rw.platform import Device
+from megatron_rw.reweighting import ConfigError, ReweightConfig
+
+# With fewer samples the weights say more about |S| than about the losses.
+SMALL_SET = 8
+
+
+def check_launch(args: Namespace, device: Device) -> None:
+    """Check what Megatron's own validation would report in its own terms, or too late.
+
+    Args:
+        args: parsed, not validated yet.
+        device: in use.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    if args.yaml_cfg is None:
+        _check_required(args)
+        _check_world_size(args)
+        _check_batch_size(args)
+    if device == "cpu":
+        _check_cpu(args)
+    if args.rank == 0:
+        # One rank looks, so that 4,096 of them do not ask the file system the same question.
+        _check_files(args)
+
+
+def check_run(args: Namespace, config: ReweightConfig) -> None:
+    """Check the validated arguments against the data and the reweighting settings.
+
+    Args:
+        args: validated by Megatron; the padded vocabulary size is known.
+        config: the reweighting settings.
+
+    Raises:
+        ConfigError: the first problem found.
+    """
+    if args.rank == 0 and not args.mock_data:
+        _check_vocabulary(args)
+    if config.log_samples and args.log_dir is None:
+        raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
+    if config.enabled:
+        _check_reweighting(args)
+        _check_set_size(args)
+
+
+def _check_required(args: Namespace) -> None:
+    needed = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "seq_length",
+        "max_position_embeddings",
+        "micro_batch_size",
+    )
+    # A checkpoint's arguments may supply the shape.
+    if args.use_checkpoint_args or args.heterogeneous_layers_config_path is not None:
+        return
+    missing = ["--" + name.replace("_", "-") for name in needed if getattr(args, name) is None]
+    if missing:
+        raise ConfigError(f"required: {', '.join(missing)}.")
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise ConfigError("nothing to train for: give --train-iters or --train-samples.")
+
+
+def _check_world_size(args: Namespace) -> None:
+    model = (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    if args.world_size % model:
+        raise ConfigError(
+            f"{args.world_size} process(es) cannot hold --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} x --context-parallel-size "
+            f"{args.context_parallel_size} = {model}: start a multiple of {model} "
+            "(torchrun --nproc-per-node, --nnodes) or lower one of the three."
+        )
+
+
+def _check_batch_size(args: Namespace) -> None:
+    replicas = args.world_size // (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+    per_pass = args.micro_batch_size * replicas
+    if args.global_batch_size is not None and args.global_batch_size % per_pass:
+        raise ConfigError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel replicas "
+            f"= {per_pass}."
+        )
+
+
+def _check_cpu(args: Namespace) -> None:
+    if args.transformer_impl != "local":
+        raise ConfigError(
+            f"--transformer-impl {args.transformer_impl} needs a GPU: drop it to run on the CPU."
+        )
+    for name in ("fp8", "fp4"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name}-format needs a GPU: drop it to run on the CPU.")
+    if args.distributed_backend == "nccl":
+        raise ConfigError("--distributed-backend nccl needs GPUs: drop it to run on the CPU.")
+    if args.sequence_parallel:
+        raise ConfigError(
+            "--sequence-parallel needs the norms of Transformer Engine or apex; Megatron's plain-"
+            "torch ones refuse it. Drop it to run on the CPU."
+        )
+    if args.context_parallel_size > 1:
+        raise ConfigError(
+            "--context-parallel-size above 1 needs Transformer Engine's attention: drop it to run "
+            "on the CPU."
+        )
+
+
+def data_prefixes(args: Namespace) -> Iterator[str]:
+    """Every `.bin/.idx` prefix that the arguments name, once each, in order."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    seen: set[str] = set()
+    for member in [blend, *(blend_per_split or [])]:
+        for prefix in member[0] if member is not None else []:
+            if prefix not in seen:
+                seen.add(prefix)
+                yield prefix
+
+
+def _check_files(args: Namespace) -> None:
+    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
+        path = getattr(args, name)
+        # A Hugging Face tokenizer may be named by repository instead of path.
+        is_path = name != "tokenizer_model" or args.tokenizer_type != "HuggingFaceTokenizer"
+        if path is not None and is_path and not os.path.exists(path):
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file.")
+    if args.mock_data or args.sft:
+        return
+    prefixes = list(data_prefixes(args))
+    if not prefixes:
+        raise ConfigError(
+            "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
+        )
+    for prefix in prefixes:
+        if is_object_storage_path(prefix):
+            continue
+        for suffix in (".idx", ".bin"):
+            if not os.path.exists(prefix + suffix):
+                raise ConfigError(_missing_data(prefix, suffix))
+
+
+def _missing_data(prefix: str, suffix: str) -> str:
+    if prefix.endswith((".bin", ".idx")):
+        return f"data path {prefix}: give the prefix without {prefix[-4:]}."
+    folder, name = os.path.split(os.path.abspath(prefix))
+    if not os.path.isdir(folder):
+        return f"data path {prefix}: there is no folder {folder}."
+    there = sorted(f[:-4] for f in os.listdir(folder) if f.endswith(".idx"))
+    beside = f" {folder} has {', '.join(there[:8])}." if there else ""
+    return (
+        f"data path {prefix}: {name}{suffix} is missing. A data path is the common prefix of a "
+        f".bin and an .idx file, as tools/preprocess_data.py writes them.{beside}"
+    )
+
+
+def _check_vocabulary(args: Namespace) -> None:
+    for prefix in data_prefixes(args):
+        if is_object_storage_path(prefix):
+            continue
+        largest = largest_token_id(prefix)
+        if largest >= args.padded_vocab_size:
+            raise ConfigError(
+                f"data path {prefix} holds token id {largest}, but the model's vocabulary has "
+                f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
+                "Give that one with --tokenizer-model, or tokenize the text again."
+            )
+
+
+def _check_reweighting(args: Namespace) -> None:
+    unsupported = {
+        "fp16_lm_cross_entropy": "rounds the losses to 16 bits, which quantises the weights",
+        "sft": "packs conversations into one sequence, which has no loss per sample here",
+        "perform_rl_step": "brings a loss of its own",
+        "hybrid_context_parallel": "cuts samples into parts of varying size",
+    }
+    for name, why in unsupported.items():
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} {why}: drop it, or --reweight-strategy.")
+    if args.logits_load_dir is not None:
+        raise ConfigError(
+            "--logits-load-dir brings a distillation loss of its own: drop it, or "
+            "--reweight-strategy."
+        )
+    if args.gtp_weight_remat_size > 1:
+        raise ConfigError(
+            "--tensor-parallel-num-weight-shards spreads the batch over a further group that the "
+            "sample weights do not cover: drop it, or --reweight-strategy."
+        )
+    if (
+        args.dataloader_inter_document_masking
+        and args.context_parallel_size > 1
+        and args.micro_batch_size > 1
+    ):
+        raise ConfigError(
+            "--dataloader-inter-document-masking with context parallelism joins the samples of a "
+            "micro-batch before cutting them: use --micro-batch-size 1 with --reweight-strategy."
+        )
+    if args.calculate_per_token_loss and _has_token_scaled_losses(args):
+        raise ConfigError(
+            "--calculate-per-token-loss makes Megatron divide MoE auxiliary and multi-token-"
+            "prediction losses by the number of tokens, which sample weights replace: drop that "
+            "flag, or --reweight-strategy."
+        )
+
+
+def _has_token_scaled_losses(args: Namespace) -> bool:
+    return args.num_experts is not None or args.mtp_num_layers is not None
+
+
+def _check_set_size(args: Namespace) -> None:
+    size = args.micro_batch_size * args.data_parallel_size
+    composition = (
+        f"--micro-batch-size {args.micro_batch_size} x {args.data_parallel_size} data-parallel "
+        f"replicas = {size}"
+    )
+    if size < 2:
+        raise ConfigError(
+            f"samples compete for weight within {composition} sample, and one sample always has "
+            "weight 1: raise --micro-batch-size or add data-parallel processes."
+        )
+    if size < SMALL_SET:
+        print_rank_0(
+            f"WARNING: samples compete for weight within {composition} samples. Below {SMALL_SET} "
+            "the weights depend on the set's size more than on the losses (of two samples, "
+            "linupper always gives 0.269 and 0.731): raise --micro-batch-size."
+        )

@@ -1,0 +1,183 @@
+"""Megatron's GPT datasets, each sample labelled with its domain."""
+
+from __future__ import annotations
+
+import functools
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.training import get_args, print_rank_0
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from megatron.training.datasets.sft_dataset import SFTDataset
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_rw.data.domains import domain_names
+
+DOMAIN_KEY = "domain"
+
+# GPTDatasetConfig field: argument it is called by. Fields not listed carry the argument's name
+# or are filled in below.
+_RENAMED = {
+    "random_seed": "seed",
+    "sequence_length": "seq_length",
+    "path_to_cache": "data_cache_path",
+    "create_attention_mask": "create_attention_mask_in_dataloader",
+    "fast_cache_load": "dataloader_fast_cache_load",
+    "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
+    "inter_document_masking": "dataloader_inter_document_masking",
+}
+_SAME_NAME = (
+    "split",
+    "multiple_validation_sets",
+    "full_validation",
+    "num_dataset_builder_threads",
+    "mmap_bin_files",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
+    "object_storage_cache_path",
+    "mid_level_dataset_surplus",
+    "allow_ambiguous_pad_tokens",
+    "context_parallel_size",
+    "data_parallel_size",
+    "hybrid_context_parallel",
+)
+_FIM = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
+_FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
+
+
+class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
+    """A Megatron dataset whose samples also say which domain they are from.
+
+    Args:
+        dataset: single or blended. A blended one gives each sample the `dataset_id` of its member.
+        domain_of_member: domain index by blend member; one entry for a single dataset.
+    """
+
+    def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.domain_of_member = tuple(domain_of_member)
+        # The data loader tells training from evaluation batch sizes by it.
+        self.split: Split = dataset.split if hasattr(dataset, "split") else dataset.index_split
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample: dict[str, Any] = self.dataset[index]
+        member = int(sample.get("dataset_id", 0))
+        return {**sample, DOMAIN_KEY: self.domain_of_member[member]}
+
+
+class Domains:
+    """The domains that a run's data paths name, in order of first appearance.
+
+    Args:
+        args: validated.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        blend, per_split = get_blend_and_blend_per_split(args)
+        prefixes = [
+            list(member[0]) if member is not None else [] for member in per_split or [blend] * 3
+        ]
+        by_split = [domain_names(p) for p in prefixes]
+        self.names: list[str] = list(dict.fromkeys(name for names in by_split for name in names))
+        self.names = self.names or ["all"]
+        self._members = [[self.names.index(name) for name in names] or [0] for names in by_split]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def label(self, dataset: Any, split: Split) -> Any:
+        """Label one split's dataset, or each of several validation sets; None stays None."""
+        if dataset is None:
+            return None
+        members = self._members[split.value]
+        if isinstance(dataset, list):
+            return [
+                None if one is None else DomainLabelled(one, [member])
+                for one, member in zip(dataset, members, strict=True)
+            ]
+        return DomainLabelled(dataset, members)
+
+
+def dataset_config(args: Namespace) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its arguments."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    settings = {field: getattr(args, name) for field, name in _RENAMED.items()}
+    settings |= {name: getattr(args, name) for name in _SAME_NAME}
+    settings |= {
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "tokenizer": build_tokenizer(args),
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+    }
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            settings["sequences_per_dataset"] = json.load(file)
+    if not args.fim_data:
+        return GPTDatasetConfig(**settings)
+    settings |= {name: getattr(args, name) for name in _FIM}
+    settings["fim_extra_tokens"] = {
+        name: getattr(args, f"fim_{name}_token") for name in _FIM_TOKENS
+    }
+    return GPTFIMDatasetConfig(**settings)
+
+
+def datasets_provider(
+    domains: Domains, num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> tuple[Any, Any, Any]:
+    """Build the train, validation and test dataset of this rank.
+
+    Args:
+        domains: labels for the samples.
+        num_samples: of each split, None for one epoch.
+        vp_stage: virtual pipeline stage.
+
+    Returns:
+        A dataset, a list of them (several validation sets), or None, for each split.
+    """
+    args = get_args()
+    if args.sft:
+        dataset_type = SFTDataset
+    elif args.mock_data:
+        dataset_type = MockGPTDataset
+    else:
+        dataset_type = GPTFIMDataset if args.fim_data else GPTDataset
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
+    built = BlendedMegatronDatasetBuilder(
+        dataset_type,
+        num_samples,
+        functools.partial(_is_built_here, args, vp_stage),
+        dataset_config(args),
+    ).build()
+    print_rank_0("> finished creating GPT datasets ...")
+    train, valid, test = (domains.label(built[split.value], split) for split in Split)
+    return train, valid, test
+
+
+def _is_built_here(args: Namespace, vp_stage: int | None) -> bool:
+    """Whether this rank draws samples: tensor-parallel rank 0 of a stage that needs them."""
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    # Packed sequences carry their boundaries to every pipeline stage.
+    if args.sft:
+        return True
+    config = core_transformer_config_from_args(args)
+    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )

@@ -1,0 +1,69 @@
+"""The forward step that Megatron's schedules call for every micro-batch."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_timers
+
+from megatron_rw.training.batch import BatchReader
+from megatron_rw.training.loss import PretrainLoss
+from megatron_rw.training.state import ReweightState
+
+_stimer = StragglerDetector()
+
+
+class ForwardStep:
+    """Draw a micro-batch, run the model, and bind the loss to the batch's mask and domains.
+
+    Args:
+        args: validated.
+        read_batch: draws micro-batches.
+        loss: computes the loss on the last pipeline stage.
+        state: told that a training step runs.
+    """
+
+    def __init__(
+        self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss, state: ReweightState
+    ) -> None:
+        self._args = args
+        self._read_batch = read_batch
+        self._loss = loss
+        self._state = state
+
+    def __call__(
+        self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[..., Any]]:
+        """One forward pass.
+
+        Args:
+            data_iterator: this pipeline stage's samples.
+            model: the stage, wrapped or not.
+            return_schedule_plan: give the plan that overlaps expert-parallel communication
+                instead of the output.
+
+        Returns:
+            The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
+        """
+        if model.training:
+            self._state.begin(self._args.curr_iteration)
+        timer = get_timers()("batch-generator", log_level=2)
+        timer.start()
+        with _stimer(bdata=True):
+            batch = self._read_batch(
+                data_iterator, get_attr_wrapped_model(model, "vp_stage"), model.training
+            )
+        timer.stop()
+
+        loss = functools.partial(self._loss, batch, model=model, training=model.training)
+        inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
+        labels = {"labels": batch.labels, "loss_mask": batch.loss_mask}
+        with _stimer:
+            if return_schedule_plan:
+                assert self._args.overlap_moe_expert_parallel_comm
+                return model.build_schedule_plan(*inputs, **labels), loss
+            return model(*inputs, **labels, packed_seq_params=batch.packed), loss

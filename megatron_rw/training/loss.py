@@ -1,0 +1,189 @@
+"""The loss function that Megatron's schedules call on the last pipeline stage."""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from torch import Tensor
+
+from megatron_rw.reweighting import (
+    DomainLosses,
+    ReduceGroup,
+    ReweightConfig,
+    Reweighter,
+    WeightMetrics,
+    sample_sums,
+)
+from megatron_rw.training.batch import Batch
+from megatron_rw.training.state import ReweightState
+
+LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+# A loss this many times the largest seen is reported as a spike, as in Megatron's pretrain_gpt.py.
+SPIKE_FACTOR = 10
+
+
+def data_parallel_ranks() -> ReduceGroup:
+    """The data- and context-parallel ranks of this process, from Megatron's groups."""
+    return ReduceGroup(
+        group=mpu.get_data_parallel_group(with_context_parallel=True),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+    )
+
+
+class PretrainLoss:
+    """Megatron's mean over tokens, or the weighted sum over samples.
+
+    Under `--reweight-strategy none` the result is Megatron's own, bit for bit.
+
+    Args:
+        args: validated.
+        config: the reweighting settings.
+        state: tells at which step of the warm-up the run is.
+        num_domains: how many domains the batches' labels name.
+
+    Attributes:
+        weight_metrics: every weighted set since the last reset.
+        train_losses: every training micro-batch of a run without reweighting.
+        valid_losses: every evaluation micro-batch.
+    """
+
+    def __init__(
+        self, args: Namespace, config: ReweightConfig, state: ReweightState, num_domains: int
+    ) -> None:
+        self._args = args
+        self._config = config
+        self._state = state
+        self.weight_metrics = WeightMetrics(num_domains)
+        self.train_losses = DomainLosses(num_domains)
+        self.valid_losses = DomainLosses(num_domains)
+
+    @functools.cached_property
+    def _reweighter(self) -> Reweighter:
+        # Built at the first loss: Megatron's groups do not exist before.
+        return Reweighter(self._config, data_parallel_ranks())
+
+    def __call__(
+        self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
+    ) -> LossResult:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: its mask and domain labels.
+            token_losses: `[b, s/cp]`, what the model returned.
+            model: for a loss that hooks into it.
+            training: False during evaluation, which always reports the unweighted loss.
+
+        Returns:
+            `(loss, divisor, report)`. Megatron divides the loss by the divisor (an int tensor) and
+            by the number of micro-batches, and averages the gradient over data- and
+            context-parallel ranks; or, under --calculate-per-token-loss, divides the summed
+            gradient by the summed divisor. The report holds `[sum, count]` pairs.
+        """
+        assert batch.loss_mask is not None
+        if training and self._config.enabled:
+            return self._weighted(batch, batch.loss_mask, token_losses)
+        if self._args.logits_load_dir is not None:
+            result = _distillation_loss(self._args)(batch.loss_mask, token_losses, model=model)
+        else:
+            result = _token_mean(batch.loss_mask, token_losses)
+        self._check(result[0])
+        self._add_by_domain(batch, batch.loss_mask, token_losses.detach(), training)
+        return result
+
+    def _weighted(self, batch: Batch, loss_mask: Tensor, token_losses: Tensor) -> LossResult:
+        # Packed samples arrive as one row of micro_batch_size·seq_length tokens.
+        shape = (self._args.micro_batch_size, -1)
+        step = self._state.step(self._args.curr_iteration)
+        weighted = self._reweighter(
+            token_losses.view(shape), loss_mask.view(shape), step, batch.domain
+        )
+        self.weight_metrics.add(weighted)
+
+        total, tokens, report = _token_mean(loss_mask, token_losses.detach())
+        self._check(total)
+        # The gradient wanted is that of Σ_{i∈S} w_i·l_i, averaged over micro-batches. Megatron
+        # takes the mean over dp·cp ranks of what the ranks hand in, and the parts add up to the
+        # objective, so each part is scaled by dp·cp. A divisor of 1 keeps Megatron from dividing
+        # by this rank's token count; summed over ranks and micro-batches it is dp·cp·M, so that
+        # --calculate-per-token-loss arrives at the same gradient.
+        loss = weighted.local_objective * self._reweighter.ranks.size
+        return loss, torch.ones_like(tokens), report
+
+    def _add_by_domain(
+        self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool
+    ) -> None:
+        if training and batch.domain is None:
+            return  # a single domain: Megatron's lm loss says it all
+        samples = self._args.micro_batch_size if training else self._args.eval_micro_batch_size
+        sums = sample_sums(token_losses.view(samples, -1), loss_mask.view(samples, -1))
+        (self.train_losses if training else self.valid_losses).add(*sums, batch.domain)
+
+    def _check(self, loss: Tensor) -> None:
+        """Megatron's checks on this rank's unweighted loss sum: not finite, or a spike."""
+        machine = get_rerun_state_machine()
+        if self._args.check_for_nan_in_loss_and_grad:
+            for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+                machine.validate_result(
+                    result=loss,
+                    rejection_func=rejected,
+                    message=f"found {name} in local forward loss calculation",
+                    tolerance=0.0,
+                    fatal=True,
+                )
+        if self._args.check_for_spiky_loss:
+            machine.validate_result(
+                result=loss,
+                rejection_func=functools.partial(
+                    machine.is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"
+                ),
+                message="Spiky loss",
+                tolerance=0.0,
+                fatal=False,
+            )
+
+
+def _token_mean(loss_mask: Tensor, token_losses: Tensor) -> LossResult:
+    """Megatron's own loss: the masked sum, the token count that divides it, and its report."""
+    mask = loss_mask.reshape(-1).float()
+    total = torch.sum(token_losses.reshape(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+    return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}
+
+
+def _distillation_loss(args: Namespace) -> Callable[..., LossResult]:
+    """Megatron's offline distillation from cached teacher logits."""
+    return _cached_distillation_loss(
+        args.logits_load_dir,
+        args.logits_load_decode_threads,
+        args.logits_load_prefetch_factor,
+        args.logits_load_msc_prefetch_depth,
+        args.logits_load_kd_loss_alpha,
+        args.logits_load_ignore_errors,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_distillation_loss(*settings: Any) -> Callable[..., LossResult]:
+    # One reader of the cached logits per process.
+    from megatron.training.distillation import LossFuncCallable
+
+    names = (
+        "logprobs_dir",
+        "decode_threads",
+        "prefetch_factor",
+        "msc_prefetch_depth",
+        "kd_loss_alpha",
+        "ignore_errors",
+    )
+    loss: Callable[..., LossResult] = LossFuncCallable(**dict(zip(names, settings, strict=True)))
+    return loss

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Pretrain GPT and Llama models on Megatron with loss-based sample reweighting.
+
+The counterpart of Megatron's pretrain_gpt.py: takes the same flags, and adds --reweight-*.
+
+    torchrun --nproc-per-node 8 pretrain_gpt_rw.py <your Megatron flags> \
+        --reweight-strategy linupper --reweight-temperature 1.0 --reweight-warmup-steps 2000
+"""
+
+import time
+
+_PROGRAM_START = time.time()
+
+import functools  # noqa: E402
+import sys  # noqa: E402
+
+
+def main() -> None:
+    """Parse, build, train.
+
+    Imports are made here: the device is chosen before Megatron is imported, and the processes
+    that write checkpoints import this file again.
+    """
+    from megatron_rw.platform import DeviceError, select_device
+    from megatron_rw.platform.launch import LaunchError, prepare_process
+
+    try:
+        prepare_process()
+        device = select_device(sys.argv[1:])
+    except (LaunchError, DeviceError) as error:
+        sys.exit(f"error: {error}")
+
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+
+    from megatron_rw.training.arguments import announce, parse_args, reweight_config
+    from megatron_rw.training.batch import BatchReader
+    from megatron_rw.training.datasets import Domains, datasets_provider
+    from megatron_rw.training.embeddings import embedding_ranks
+    from megatron_rw.training.forward_step import ForwardStep
+    from megatron_rw.training.hooks import Hooks
+    from megatron_rw.training.loss import PretrainLoss
+    from megatron_rw.training.reporting import Reporter
+    from megatron_rw.training.state import ReweightState
+
+    set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+    args = parse_args(device)
+    config = reweight_config(args)
+    domains = Domains(args)
+    announce(device, config, domains.names)
+
+    state = ReweightState(args, config)
+    loss = PretrainLoss(args, config, state, len(domains))
+    Hooks(args, config, state, loss, Reporter(args, domains.names)).install()
+
+    provider = functools.partial(datasets_provider, domains)
+    provider.is_distributed = True  # type: ignore[attr-defined]
+    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        provider,
+        ModelType.encoder_or_decoder,
+        ForwardStep(args, BatchReader(args, len(domains)), loss, state),
+        store=store,
+        get_embedding_ranks=functools.partial(embedding_ranks, args),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The same global batch in every layout: the single process's losses, weights and parameters.
+
+Tolerances. Every layout sums the same fp32 numbers in another order, so a loss near 4 may differ
+by an ulp or two (2.4e-7 each) and a gradient norm by a few 1e-7 relative. Parameters: Adam divides
+by the gradient's size and would blow rounding up where a gradient is nearly zero, and would hide a
+wrong gradient scale; with --adam-eps far above the gradients the step is proportional to the
+gradient, so rounding stays rounding and a wrong scale shows. Seen: at most 6e-8, one ulp at 1.0.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.program import Run, run_program
+
+STEPS = 5
+# Two sets of eight samples a step, whatever the data-parallel size.
+SET_SIZE, BATCH = 8, 16
+LOSS_TOLERANCE = {"rel_tol": 5e-7, "abs_tol": 1e-7}
+PARAMETER_TOLERANCE = 5e-7
+# What a parameter moves by in the five steps; far above the tolerance, or the test has no teeth.
+LEAST_MOVEMENT = 1e-3
+
+COMMON = (
+    f"--train-iters {STEPS} --global-batch-size {BATCH} --adam-eps 1e-2 "
+    "--finetune --no-load-optim --no-load-rng "
+    "--reweight-strategy linupper --reweight-temperature 0.4"
+).split()
+
+# Layout: processes, data-parallel size, flags.
+LAYOUTS = {
+    "tp2": (2, 1, "--tensor-model-parallel-size 2"),
+    "pp2": (2, 1, "--pipeline-model-parallel-size 2"),
+    "tp2-pp2": (4, 1, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "dp2": (2, 2, ""),
+    "dp2-distopt": (2, 2, "--use-distributed-optimizer"),
+    "dp2-tp2-distopt-overlap": (
+        4,
+        2,
+        "--tensor-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
+        "--overlap-param-gather",
+    ),
+    # Four stages of one layer each hold two chunks in turn.
+    "pp2-vpp2": (
+        2,
+        1,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+    ),
+    "dp4-per-token": (4, 4, "--calculate-per-token-loss"),
+}
+
+
+def train(directory: Path, init: Path, flags: list[str], processes: int, dp: int) -> Run:
+    return run_program(
+        directory,
+        *flags,
+        *COMMON,
+        *["--micro-batch-size", str(SET_SIZE // dp)],
+        *["--load", str(init)],
+        *["--save", str(directory / "checkpoints"), "--save-interval", str(STEPS)],
+        processes=processes,
+    ).check()
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Run:
+    """A checkpoint that every layout starts from: initialisation itself depends on the layout."""
+    directory = tmp_path_factory.mktemp("init")
+    save = ["--save", str(directory / "checkpoints"), "--save-interval", "1", "--no-save-optim"]
+    return run_program(
+        directory, *data_flags, "--train-iters", "1", "--micro-batch-size", "8", *save
+    ).check()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial: Run) -> Run:
+    directory = tmp_path_factory.mktemp("single")
+    return train(directory, initial.directory / "checkpoints", data_flags, 1, 1)
+
+
+def test_the_single_process_moves_its_parameters(initial: Run, single: Run) -> None:
+    before, after = initial.checkpoint(1), single.checkpoint(STEPS)
+    for name in before:
+        assert (after[name] - before[name]).abs().max() > LEAST_MOVEMENT, name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_single_process_result(
+    layout: str, tmp_path: Path, data_flags: list[str], initial: Run, single: Run
+) -> None:
+    processes, dp, flags = LAYOUTS[layout]
+    start = initial.directory / "checkpoints"
+    run = train(tmp_path, start, [*data_flags, *flags.split()], processes, dp)
+
+    steps = run.train_metrics()
+    assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(steps, single.train_metrics(), strict=True):
+        for name in ("lm_loss", "grad_norm"):
+            assert math.isclose(mine[name], theirs[name], **LOSS_TOLERANCE), name
+        assert_close(mine["reweight"], theirs["reweight"])
+
+    parameters = run.checkpoint(STEPS)
+    for name, tensor in single.checkpoint(STEPS).items():
+        # The distributed optimizer names its state otherwise; the parameters are what counts.
+        if not name.startswith("optimizer."):
+            torch.testing.assert_close(
+                parameters[name], tensor, rtol=0, atol=PARAMETER_TOLERANCE, msg=name
+            )
+
+
+def assert_close(mine: object, theirs: object) -> None:
+    """Compare two metric records, number by number."""
+    if isinstance(theirs, dict):
+        assert isinstance(mine, dict)
+        assert mine.keys() == theirs.keys()
+        for key in theirs:
+            assert_close(mine[key], theirs[key])
+    elif isinstance(theirs, float):
+        assert isinstance(mine, float)
+        assert math.isclose(mine, theirs, rel_tol=5e-6, abs_tol=1e-7)
+    else:
+        assert mine == theirs

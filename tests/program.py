@@ -1,0 +1,178 @@
+"""Run the real program, `pretrain_gpt_rw.py`, in real processes over gloo, and read its results.
+
+A fork server imports torch and Megatron once; every rank is a fork of it that calls `main()` with
+its own environment, as torchrun would start it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+# A Llama shape small enough to step in milliseconds, with everything the layouts cut: heads and
+# key-value groups for TP, layers for PP, a vocabulary that needs padding.
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 32 --max-position-embeddings 32 "
+    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--make-vocab-size-divisible-by 8 --no-create-attention-mask-in-dataloader"
+).split()
+TRAINING = (
+    "--lr 1e-2 --lr-decay-style constant --clip-grad 1.0 --weight-decay 0.1 "
+    "--log-interval 1 --eval-iters 1 --eval-interval 1000 --num-workers 0 --seed 7"
+).split()
+
+TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: exit status and output by rank, and where it wrote."""
+
+    status: list[int | None]
+    output: list[str]
+    directory: Path
+    seconds: float = field(compare=False, default=0.0)
+
+    @property
+    def all_output(self) -> str:
+        return "\n".join(f"--- rank {i}\n{text}" for i, text in enumerate(self.output))
+
+    def check(self) -> Run:
+        """Fail the test with the output unless every rank ended with status 0."""
+        assert all(status == 0 for status in self.status), f"{self.status}\n{self.all_output}"
+        return self
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl."""
+        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def train_metrics(self) -> list[dict[str, Any]]:
+        return [record for record in self.metrics if record["type"] == "train"]
+
+    def log_lines(self) -> list[str]:
+        """Megatron's own lines on iterations and evaluations, without what differs between runs.
+
+        Those are the wall-clock stamps and the step time.
+        """
+        kept = []
+        for line in self.output[-1].splitlines():
+            if re.search(r"^ \[.*\] iteration +\d+/|^ validation loss at ", line):
+                line = re.sub(r"^ \[[^\]]*\]", "", line)
+                kept.append(re.sub(r"elapsed time per iteration \(ms\): [0-9.]+", "", line))
+        return kept
+
+    def checkpoint(self, iteration: int) -> dict[str, torch.Tensor]:
+        """Every tensor of a checkpoint, whole, by name: the same names in every layout."""
+        return read_checkpoint(self.directory / "checkpoints" / f"iter_{iteration:07d}")
+
+
+def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    reader = FileSystemReader(path)
+    entries = reader.read_metadata().state_dict_metadata
+    state: dict[str, Any] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def run_program(
+    directory: Path,
+    *flags: str,
+    processes: int = 1,
+    module: str = "pretrain_gpt_rw",
+    timeout_s: float = TIMEOUT_S,
+) -> Run:
+    """Run `main()` of a script with the small model and our paths, and wait for it.
+
+    Args:
+        directory: for logs, metrics and checkpoints.
+        flags: beside `MODEL` and `TRAINING`; later ones win.
+        processes: world size.
+        module: the script, importable by name.
+        timeout_s: after it every rank is killed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    argv = [*MODEL, *TRAINING, "--log-dir", str(directory), *flags]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
+    port = _free_port()
+    outputs = [directory / f"rank{rank}.log" for rank in range(processes)]
+    ranks = [
+        context.Process(
+            target=_rank_main,
+            args=(module, argv, _environment(rank, processes, port), outputs[rank]),
+        )
+        for rank in range(processes)
+    ]
+    start = time.perf_counter()
+    for rank in ranks:
+        rank.start()
+    _wait(ranks, timeout_s)
+    return Run(
+        [rank.exitcode for rank in ranks],
+        [path.read_text() if path.exists() else "" for path in outputs],
+        directory,
+        time.perf_counter() - start,
+    )
+
+
+def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Path) -> None:
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(env)
+    sys.argv = [module, *argv]
+    torch.set_num_threads(1)
+    importlib.import_module(module).main()
+
+
+def _wait(ranks: Sequence[Any], timeout_s: float) -> None:
+    """Wait for all; once one has failed, give the others a moment and then kill them."""
+    deadline = time.monotonic() + timeout_s
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode not in (None, 0) for rank in ranks):
+            deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.02)
+    for rank in ranks:
+        if rank.is_alive():
+            rank.kill()
+        rank.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
