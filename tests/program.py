@@ -15,7 +15,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def run_program(
     *flags: str,
     processes: int = 1,
     module: str = "pretrain_gpt_rw",
-    timeout_s: float = TIMEOUT_S,
+    kill_when: Callable[[], bool] | None = None,
 ) -> Run:
     """Run `main()` of a script with the small model and our paths, and wait for it.
 
@@ -112,10 +112,12 @@ def run_program(
         flags: beside `MODEL` and `TRAINING`; later ones win.
         processes: world size.
         module: the script, importable by name.
-        timeout_s: after it every rank is killed.
+        kill_when: asked all the time; once true, every rank is killed with SIGKILL.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    argv = [*MODEL, *TRAINING, "--log-dir", str(directory), *flags]
+    argv = [*MODEL, *TRAINING, *flags]
+    if module == "pretrain_gpt_rw":
+        argv += ["--log-dir", str(directory)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
     port = _free_port()
@@ -130,7 +132,7 @@ def run_program(
     start = time.perf_counter()
     for rank in ranks:
         rank.start()
-    _wait(ranks, timeout_s)
+    _wait(ranks, kill_when)
     return Run(
         [rank.exitcode for rank in ranks],
         [path.read_text() if path.exists() else "" for path in outputs],
@@ -159,13 +161,15 @@ def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Pa
     importlib.import_module(module).main()
 
 
-def _wait(ranks: Sequence[Any], timeout_s: float) -> None:
+def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None) -> None:
     """Wait for all; once one has failed, give the others a moment and then kill them."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + TIMEOUT_S
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        if kill_when is not None and kill_when():
+            break
         if any(rank.exitcode not in (None, 0) for rank in ranks):
             deadline = min(deadline, time.monotonic() + 5)
-        time.sleep(0.02)
+        time.sleep(0.002)
     for rank in ranks:
         if rank.is_alive():
             rank.kill()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from megatron_rw.platform.quiet import silence
 
@@ -180,6 +181,12 @@ def _cuda_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def _iterate_without_drawing(loader: DataLoader[Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        return _loader_iter(loader)
+
+
+_loader_iter = DataLoader.__iter__
 _tensor_type = torch.Tensor.type
 _module_to = torch.nn.Module.to
 
@@ -224,6 +231,9 @@ def _torch_redirects() -> list[Redirect]:
             cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"
         ),
         Redirect(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
+        # On a GPU the CPU generator is not the one that dropout draws from, so Megatron restores
+        # random states before it starts the loaders, each of which draws a seed.
+        Redirect(DataLoader, "__iter__", _iterate_without_drawing, "load_checkpoint"),
         Redirect(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
         Redirect(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
         Redirect(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
+from megatron_rw.data.domains import tokenizer_record
+from megatron_rw.data.tokenizer import fingerprint
 from megatron_rw.data.vocabulary import largest_token_id
 from megatron_rw.platform import Device
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -180,6 +182,7 @@ def _check_vocabulary(args: Namespace) -> None:
     for prefix in data_prefixes(args):
         if is_object_storage_path(prefix):
             continue
+        _check_tokenizer(args, prefix)
         largest = largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
             raise ConfigError(
@@ -187,6 +190,19 @@ def _check_vocabulary(args: Namespace) -> None:
                 f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
                 "Give that one with --tokenizer-model, or tokenize the text again."
             )
+
+
+def _check_tokenizer(args: Namespace, prefix: str) -> None:
+    """Compare the tokenizer's files with the ones that made the data, where that is known."""
+    made_by = tokenizer_record(prefix)
+    model = args.tokenizer_model
+    if made_by is None or model is None or not os.path.exists(model):
+        return
+    if fingerprint(model) != made_by.sha256:
+        raise ConfigError(
+            f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
+            "another model: give that one, or tokenize the text again."
+        )
 
 
 def _check_reweighting(args: Namespace) -> None:

@@ -10,14 +10,16 @@ import functools
 import importlib.util
 import inspect
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import checkpointing, print_rank_0, training
 
-from megatron_rw.reweighting import LossByDomain, ReweightConfig, temperature_at
+from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
 from megatron_rw.training.state import ReweightState
@@ -47,6 +49,7 @@ class Hooks:
         self._state = state
         self._loss = loss
         self._reporter = reporter
+        self._interval = _LossInterval()
 
     def install(self) -> None:
         """Wrap the functions. Once per process."""
@@ -60,6 +63,7 @@ class Hooks:
             checkpointing.check_checkpoint_args, self._check_checkpoint_args
         )
         _use_shipped_dataset_helpers()
+        _let_fp32_shards_load()
 
     @staticmethod
     def _around(original: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,42 +78,50 @@ class Hooks:
         return wrapped
 
     def _training_log(self, original: Callable[[], Any], **call: Any) -> Any:
-        iteration, first = call["iteration"], call["is_first_iteration"]
-        if not (iteration % self._args.log_interval == 0 or first):
-            return original()
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return original()
+        if not call["skipped_iter"]:
+            self._interval.add(call["loss_dict"])
+        iteration = call["iteration"]
+        # Megatron prints one more line after the first step of a run, and begins no new interval.
+        ends_interval = iteration % self._args.log_interval == 0
+        if not (ends_interval or call["is_first_iteration"]):
+            return original()
 
-        totals, losses = call["total_loss_dict"], call["loss_dict"]
-        # What Megatron divides its sums by: completed iterations, this one included.
-        done = max(1, totals.get("advanced iterations", 0) + (not call["skipped_iter"]))
-        megatron = {key: (totals.get(key, 0.0) + losses[key]) / done for key in losses}
-        megatron |= {key: call[key] for key in ("learning_rate", "loss_scale", "grad_norm")}
-
+        metrics = self._loss.weight_metrics
         report, by_domain, temperature = None, None, None
         if self._config.enabled:
             if self._reporter.writes:
+                report = metrics.read()
                 temperature = temperature_at(
                     self._config, self._state.step(self._args.curr_iteration)
                 )
-                report = self._loss.weight_metrics.read()
-                inject(report, temperature, self._reporter.names, totals, list(losses), done)
+                self._put_on_log_line(report, temperature, **call)
         else:
-            # Megatron keeps its sums after the first, extra log line; so do we.
-            by_domain = self._loss.train_losses.read(_data_parallel_group(), reset=not first)
+            by_domain = self._loss.train_losses.read(_data_parallel_group(), reset=ends_interval)
 
         result = original()
+        scalars = {key: call[key] for key in ("learning_rate", "loss_scale", "grad_norm")}
         self._reporter.train_step(
             iteration,
-            megatron,
+            self._interval.means() | scalars,
             report,
             temperature,
             by_domain,
-            self._loss.weight_metrics.last,
+            metrics.last,
         )
-        if not first:
-            self._loss.weight_metrics.reset()
+        if ends_interval:
+            metrics.reset()
+            self._interval = _LossInterval()
         return result
+
+    def _put_on_log_line(
+        self, report: ReweightReport | None, temperature: float, **call: Any
+    ) -> None:
+        totals = call["total_loss_dict"]
+        # Megatron prints its sums over the steps that were not skipped, this one included.
+        divisor = max(1, totals.get("advanced iterations", 0) + (not call["skipped_iter"]))
+        inject(report, temperature, self._reporter.names, totals, list(call["loss_dict"]), divisor)
 
     def _evaluate(self, original: Callable[[], Any], **call: Any) -> Any:
         result = original()
@@ -130,6 +142,22 @@ class Hooks:
         return result
 
 
+class _LossInterval:
+    """Megatron's losses over a logging interval, on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, Any]) -> None:
+        self._steps += 1
+        for key, value in losses.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def means(self) -> dict[str, Any]:
+        return {key: value / self._steps for key, value in self._sums.items()}
+
+
 def _data_parallel_group() -> Any:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
@@ -138,3 +166,11 @@ def _use_shipped_dataset_helpers() -> None:
     """Keep Megatron from compiling its dataset helpers: the wheel brings them, but no Makefile."""
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None
+
+
+def _let_fp32_shards_load() -> None:
+    """Let the distributed optimizer resume an fp32 run.
+
+    Its main parameters are then views of leaves that require a gradient, and it copies into them.
+    """
+    DistributedOptimizer.load_state_dict = torch.no_grad()(DistributedOptimizer.load_state_dict)

@@ -1,0 +1,146 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.domains import (
+    DomainRecord,
+    DomainsFile,
+    TokenizerRecord,
+    domain_names,
+    domain_record,
+)
+
+TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
+COUNTS = st.integers(0, 2**60)
+
+
+def wiki_file(directory: Path) -> dict[str, Any]:
+    DomainsFile(TOKENIZER, {"wiki": DomainRecord("w_text_document", 185, 123456, 4095)}).save(
+        directory / "domains.json"
+    )
+    content: dict[str, Any] = json.loads((directory / "domains.json").read_text())
+    return content
+
+
+@settings(deadline=None)
+@given(
+    names=st.lists(NAMES, unique=True, max_size=5),
+    counts=st.tuples(COUNTS, COUNTS, COUNTS),
+)
+def test_load_returns_what_was_saved(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], counts: tuple[int, int, int]
+) -> None:
+    path = tmp_path_factory.mktemp("d") / "domains.json"
+    records = {f"domain {name}": DomainRecord(f"{name}_document", *counts) for name in names}
+    saved = DomainsFile(TOKENIZER, records)
+    saved.save(path)
+    loaded = DomainsFile.load(path)
+    assert loaded == saved
+    assert list(loaded.domains) == list(records)
+    assert [entry.name for entry in path.parent.iterdir()] == ["domains.json"]
+
+
+def test_format_is_the_documented_one(tmp_path: Path) -> None:
+    assert wiki_file(tmp_path) == {
+        "version": 1,
+        "tokenizer": {
+            "type": "SentencePieceTokenizer",
+            "model": "t/bpe.model",
+            "sha256": "ab" * 32,
+            "vocab_size": 4096,
+        },
+        "domains": {
+            "wiki": {
+                "prefix": "w_text_document",
+                "documents": 185,
+                "tokens": 123456,
+                "max_token_id": 4095,
+            }
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("/data/wiki_text_document", "wiki"),
+        ("books_text_document", "books"),
+        ("data/code_document", "code"),
+        ("data/my_content_document", "my_content"),
+        ("data/plain", "plain"),
+        ("data/notes_text", "notes_text"),
+        ("data/_document", "_document"),
+    ],
+)
+def test_without_a_file_the_basename_names_the_domain(prefix: str, name: str) -> None:
+    assert domain_names([prefix]) == [name]
+    assert domain_record(prefix) is None
+
+
+def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
+    wiki_file(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    prefixes = [f"{tmp_path}/w_text_document", f"{tmp_path}/x_text_document", f"{other}/w_document"]
+    assert domain_names(prefixes) == ["wiki", "x", "w"]
+    assert domain_record(prefixes[0]) == DomainRecord("w_text_document", 185, 123456, 4095)
+    assert domain_record(prefixes[1]) is None
+
+
+def test_a_relative_prefix_without_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wiki_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert domain_names(["w_text_document"]) == ["wiki"]
+
+
+def test_two_directories_may_hold_the_same_domain(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        wiki_file(tmp_path / part)
+    prefixes = [f"{tmp_path}/{part}/w_text_document" for part in ("a", "b")]
+    assert domain_names(prefixes) == ["wiki", "wiki"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("version"), "version is missing"),
+        (lambda c: c.update(version=2), "version 2, but only 1 is known"),
+        (lambda c: c.update(tokenizer=[]), r"tokenizer is \[\], not an object"),
+        (lambda c: c["tokenizer"].update(vocab_size="4096"), "tokenizer.vocab_size is '4096', not"),
+        (lambda c: c["tokenizer"].update(vocab_size=True), "tokenizer.vocab_size is True, not an"),
+        (lambda c: c.update(domains={"a": 1}), "domains.a is 1, not an object"),
+        (lambda c: c["domains"]["wiki"].pop("tokens"), "domains.wiki.tokens is missing"),
+        (lambda c: c["domains"]["wiki"].update(tokens=-1), r"domains.wiki.tokens is negative"),
+        (lambda c: c["domains"]["wiki"].update(prefix="../w"), "domains.wiki.prefix is '../w'"),
+        (
+            lambda c: c["domains"].update(again=c["domains"]["wiki"]),
+            "several domains have the prefix 'w_text_document'",
+        ),
+    ],
+)
+def test_a_malformed_file_is_an_error_that_names_it(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    content = wiki_file(tmp_path)
+    change(content)
+    path = tmp_path / "domains.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        domain_names([f"{tmp_path}/w_text_document"])
+    assert str(path) in str(caught.value)
+    assert "tools/preprocess_data.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object")])
+def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "domains.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        domain_names([f"{tmp_path}/w_text_document"])

@@ -1,0 +1,124 @@
+"""Checkpoints: resume is exact, and a checkpoint of one parallel layout resumes in another."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.parallel.test_layouts import assert_close
+from tests.program import Run, run_program
+
+# Dropout, so that random-number state counts, and a warm-up that ends after the resume, so that
+# the reweighting state does.
+EXACT = (
+    "--micro-batch-size 4 --global-batch-size 16 --hidden-dropout 0.1 --attention-dropout 0.1 "
+    "--train-iters 20 --save-interval 10 --reweight-strategy linupper --reweight-temperature 0.4 "
+    "--reweight-warmup-steps 15 --reweight-warmup-schedule linear"
+).split()
+
+
+def tracker(directory: Path) -> Path:
+    return directory / "checkpoints" / "latest_checkpointed_iteration.txt"
+
+
+def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+
+
+def train(directory: Path, flags: list[str], processes: int, **how: Any) -> Run:
+    checkpoints = str(directory / "checkpoints")
+    return run_program(directory, *flags, "--save", checkpoints, processes=processes, **how)
+
+
+# Its default format saves whole buffers, whose padding is never initialised.
+DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+
+
+@pytest.mark.parametrize("extra", ["", DISTRIBUTED], ids=["", "distributed-optimizer"])
+def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
+    extra: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    flags = [*data_flags, *EXACT, *extra.split()]
+    whole = train(tmp_path / "whole", flags, 2).check()
+
+    killed = train(tmp_path / "cut", flags, 2, kill_when=tracker(tmp_path / "cut").exists)
+    assert killed.status == [-9, -9]
+    assert tracker(killed.directory).read_text() == "10"
+    (killed.directory / "metrics.jsonl").unlink()
+    resumed = train(
+        killed.directory, [*flags, "--load", str(killed.directory / "checkpoints")], 2
+    ).check()
+
+    later = [r for r in whole.train_metrics() if r["iteration"] > 10]
+    assert [r["iteration"] for r in later] == list(range(11, 21))
+    assert without_time(resumed.train_metrics()) == without_time(later)
+    # The warm-up went on where it was: still falling after the resume, over at step 15.
+    temperatures = [r["reweight"]["temperature"] for r in resumed.train_metrics()]
+    assert temperatures[0] == pytest.approx(100 + 10 / 15 * (0.4 - 100))
+    assert temperatures[-5:] == [0.4] * 5
+
+    expected, actual = whole.checkpoint(20), resumed.checkpoint(20)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+RESHARD = (
+    "--micro-batch-size 8 --global-batch-size 16 --train-iters 6 --save-interval 3 "
+    "--adam-eps 1e-2 --reweight-strategy linupper --reweight-warmup-steps 4"
+).split()
+LAYOUTS = {
+    "tp1-pp1": (1, []),
+    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()),
+}
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+@pytest.mark.parametrize(("saved", "resumed"), [("tp2-pp2", "tp1-pp1"), ("tp1-pp1", "tp2-pp2")])
+def test_checkpoint_resumes_in_another_layout(
+    saved: str, resumed: str, distributed_optimizer: bool, tmp_path: Path, data_flags: list[str]
+) -> None:
+    flags = [*data_flags, *RESHARD]
+    if distributed_optimizer:
+        flags += DISTRIBUTED.split()
+    processes, layout = LAYOUTS[saved]
+    whole = train(tmp_path / "whole", [*flags, *layout], processes).check()
+
+    processes, layout = LAYOUTS[resumed]
+    again = train(
+        tmp_path / "again",
+        [*flags, *layout, "--load", str(tmp_path / "whole" / "checkpoints"), "--ckpt-step", "3"],
+        processes,
+    ).check()
+    assert [r["iteration"] for r in again.train_metrics()] == [4, 5, 6]
+    for mine, theirs in zip(again.train_metrics(), whole.train_metrics()[3:], strict=True):
+        assert math.isclose(mine["lm_loss"], theirs["lm_loss"], rel_tol=5e-7)
+        assert math.isclose(mine["grad_norm"], theirs["grad_norm"], rel_tol=5e-6)
+        assert_close(mine["reweight"], theirs["reweight"])
+
+
+def test_turning_reweighting_on_starts_its_warmup_and_says_so(
+    tmp_path: Path, data_flags: list[str]
+) -> None:
+    common = [*data_flags, *"--micro-batch-size 8 --save-interval 2 --train-iters 6".split()]
+    train(tmp_path, [*common, "--exit-interval", "2"], 1).check()
+    load = ["--load", str(tmp_path / "checkpoints")]
+    on = "--reweight-strategy extremes --reweight-warmup-steps 1 --exit-interval 4".split()
+    run = train(tmp_path, [*common, *load, *on], 1).check()
+    temperatures = [r["reweight"]["temperature"] for r in run.train_metrics() if "reweight" in r]
+    assert temperatures == [100.0, 1.0]
+    assert (
+        "--reweight-strategy was none when the checkpoint was saved and is extremes now"
+        in (run.output[0])
+    )
+    assert "reweighting begins with this run, its warm-up included" in run.output[0]
+
+    off = train(tmp_path, [*common, *load], 1).check()
+    assert (
+        "--reweight-strategy was extremes when the checkpoint was saved and is none now"
+        in (off.output[0])
+    )
