@@ -4,13 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test lint bench-step-time clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run all tests"
 	@echo "make lint         ruff and mypy"
+	@echo "make bench-step-time   cost of reweighting per step, after make quickstart"
 	@echo "make clean        remove .venv and what the quick start made"
 	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
 
@@ -33,6 +34,9 @@ test: setup
 
 quickstart: setup
 	$(PY) examples/quickstart/run.py
+
+bench-step-time: setup
+	$(PY) benchmarks/step_time.py
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -37,7 +37,12 @@ def main() -> None:
         pretrain_cfg_container_from_args,
     )
 
-    from megatron_rw.training.arguments import announce, parse_args, reweight_config
+    from megatron_rw.training.arguments import (
+        announce,
+        one_message,
+        parse_args,
+        reweight_config,
+    )
     from megatron_rw.training.batch import BatchReader
     from megatron_rw.training.datasets import Domains, datasets_provider
     from megatron_rw.training.embeddings import embedding_ranks
@@ -48,9 +53,11 @@ def main() -> None:
     from megatron_rw.training.state import ReweightState
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    args = parse_args(device)
-    config = reweight_config(args)
-    domains = Domains(args)
+    with one_message():
+        args = parse_args(device)
+        config = reweight_config(args)
+        megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        domains = Domains(args)
     announce(device, config, domains.names)
 
     state = ReweightState(args, config)
@@ -61,7 +68,7 @@ def main() -> None:
     provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        megatron_config,
         provider,
         ModelType.encoder_or_decoder,
         ForwardStep(args, BatchReader(args, len(domains)), loss, state),

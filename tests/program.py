@@ -103,6 +103,7 @@ def run_program(
     *flags: str,
     processes: int = 1,
     module: str = "pretrain_gpt_rw",
+    metrics: bool = True,
     kill_when: Callable[[], bool] | None = None,
 ) -> Run:
     """Run `main()` of a script with the small model and our paths, and wait for it.
@@ -112,11 +113,12 @@ def run_program(
         flags: beside `MODEL` and `TRAINING`; later ones win.
         processes: world size.
         module: the script, importable by name.
+        metrics: pass --log-dir, which only our program knows.
         kill_when: asked all the time; once true, every rank is killed with SIGKILL.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TRAINING, *flags]
-    if module == "pretrain_gpt_rw":
+    if metrics and module == "pretrain_gpt_rw":
         argv += ["--log-dir", str(directory)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])

@@ -30,7 +30,7 @@ def largest_token_id(prefix: str, scan_bytes: int = SCAN_BYTES) -> int:
     record = domain_record(prefix)
     if record is not None:
         return record.max_token_id
-    dtype = np.dtype(IndexedDataset(prefix).index.dtype)
+    dtype = np.dtype(IndexedDataset(prefix, mmap=False).index.dtype)
     path = get_bin_path(prefix)
     count = min(os.path.getsize(path), scan_bytes) // dtype.itemsize
     if count == 0:

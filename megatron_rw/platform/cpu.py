@@ -38,6 +38,9 @@ ARGUMENT_DEFAULTS: dict[str, object] = {
     "bias_dropout_fusion": False,
     "no_persist_layer_norm": True,
     "use_cpu_initialization": True,
+    # It would save a checkpoint to rerun a bad step "on a different GPU". Disabled, the machine
+    # raises at once.
+    "rerun_mode": "disabled",
 }
 
 _FACTORIES = (

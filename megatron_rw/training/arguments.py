@@ -118,21 +118,23 @@ def announce(device: Device, config: ReweightConfig, domain_names: Sequence[str]
 def parse_args(device: Device) -> Namespace:
     """Parse, check and validate the command line, and set Megatron's globals.
 
-    Does what `parse_and_validate_args` does. Any failure ends every rank with status 2 before
-    long work starts; rank 0 says why in one message.
+    Does what Megatron's `parse_and_validate_args` does, with our checks before and after it.
 
     Args:
         device: what `platform.select_device` chose.
+
+    Raises:
+        ConfigError: what our checks refuse.
+        AssertionError, ValueError, OSError: what Megatron's refuse. See `one_message`.
     """
     add = functools.partial(add_arguments, device=device)
-    with one_message():
-        parsed = megatron_parse_args(add)
-        reweight_config(parsed)
-        checks.check_launch(parsed, device)
-        args: Namespace = parse_and_validate_args(
-            add, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
-        )
-        checks.check_run(args, reweight_config(args))
+    parsed = megatron_parse_args(add)
+    reweight_config(parsed)
+    checks.check_launch(parsed, device)
+    args: Namespace = parse_and_validate_args(
+        add, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+    )
+    checks.check_run(args, reweight_config(args))
     return args
 
 
@@ -163,9 +165,10 @@ def one_message() -> Iterator[None]:
 
 
 def _explain(refusal: Exception) -> str:
-    if isinstance(refusal, ConfigError):
-        return str(refusal)
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
+    ours = f"{os.sep}megatron_rw{os.sep}" in frame.filename
+    if isinstance(refusal, ConfigError) or (ours and str(refusal)):
+        return str(refusal)
     where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return f"Megatron refuses the arguments: {str(refusal) or frame.line} ({where})"
 

@@ -33,6 +33,7 @@ def check_launch(args: Namespace, device: Device) -> None:
         _check_required(args)
         _check_world_size(args)
         _check_batch_size(args)
+        _check_warmup(args)
     if device == "cpu":
         _check_cpu(args)
     if args.rank == 0:
@@ -107,6 +108,19 @@ def _check_batch_size(args: Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel replicas "
             f"= {per_pass}."
         )
+
+
+def _check_warmup(args: Namespace) -> None:
+    """Megatron asserts this without a word, after it has built the model."""
+    for warmup, total, unit in (
+        (args.lr_warmup_iters, args.lr_decay_iters or args.train_iters, "iters"),
+        (args.lr_warmup_samples, args.lr_decay_samples or args.train_samples, "samples"),
+    ):
+        if warmup and total and warmup >= total:
+            raise ConfigError(
+                f"--lr-warmup-{unit} {warmup} must be below --lr-decay-{unit} (or else "
+                f"--train-{unit}), which is {total}."
+            )
 
 
 def _check_cpu(args: Namespace) -> None:

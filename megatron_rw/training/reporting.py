@@ -26,12 +26,17 @@ Scalars = dict[str, float]
 _HISTOGRAM_BINS = 30
 
 
-def _number(value: Any) -> float | None:
-    """A plain finite float, or None: JSON has neither tensors nor NaN."""
-    if value is None:
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: tensors as numbers, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
         return None
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return value
 
 
 class MetricsFile:
@@ -48,8 +53,8 @@ class MetricsFile:
         self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        """Append one record; what is not finite becomes null."""
+        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
         self._file.flush()
 
 
@@ -95,7 +100,7 @@ class Reporter:
         if not self.writes:
             return
         record: dict[str, object] = {"type": "train", "iteration": iteration, "time": time.time()}
-        record |= {name.replace(" ", "_"): _number(value) for name, value in megatron.items()}
+        record |= {name.replace(" ", "_"): value for name, value in megatron.items()}
         scalars: Scalars = {}
         if report is not None and temperature is not None:
             record["reweight"] = self._reweight_record(report, temperature)
@@ -198,7 +203,7 @@ class Reporter:
             strict=True,
         )
         return [
-            {"loss": _number(loss), "weight": weight, "domain": self.names[domain]}
+            {"loss": loss, "weight": weight, "domain": self.names[domain]}
             for loss, weight, domain in rows
         ]
 

@@ -1,0 +1,317 @@
+"""The quick start: a corpus, a tokenizer, two pretraining runs and a report, on two CPU cores.
+
+Everything goes to `--output-dir`. A stage is skipped when its output is there and nothing that it
+depends on has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+# Flags for build_corpus.py; its defaults give some 2 MB a domain.
+CORPUS: list[str] = []
+VOCAB_SIZE = 2048
+STEPS = 300
+# 32 samples compete for weight: one micro-batch of each of the two processes.
+MICRO_BATCH, PROCESSES = 16, 2
+NOISE_SHARE = 0.1
+
+MODEL = (
+    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 128 --max-position-embeddings 128 "
+    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
+).split()
+TRAINING = (
+    f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH} "
+    f"--global-batch-size {MICRO_BATCH * PROCESSES} --lr 2e-3 --min-lr 2e-4 "
+    f"--lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0 --weight-decay 0.1 "
+    "--adam-beta2 0.95 --log-interval 5 --eval-interval 100 --eval-iters 8 --seed 1234 "
+    "--num-workers 0 --no-create-attention-mask-in-dataloader"
+).split()
+REWEIGHTING = (
+    "--reweight-strategy linupper --reweight-temperature 1.0 --reweight-warmup-steps 20 "
+    "--reweight-log-samples 32"
+).split()
+RUNS: dict[str, list[str]] = {"none": ["--reweight-strategy", "none"], "linupper": REWEIGHTING}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the quick start.
+
+    Attributes:
+        name: also the name of its record of what it was made from.
+        output: a file or folder that exists once it is done.
+        depends: files whose content it depends on.
+        after: the stages that it builds on.
+        settings: whatever else its output depends on.
+        run: does the work.
+    """
+
+    name: str
+    output: Path
+    run: Callable[[], None]
+    depends: Sequence[Path] = ()
+    after: Sequence[Stage] = ()
+    settings: Sequence[object] = field(default=())
+
+    def fingerprint(self) -> str:
+        """Digest of all that the output depends on."""
+        digest = hashlib.sha256(json.dumps([sys.version, *map(str, self.settings)]).encode())
+        for path in self.depends:
+            digest.update(path.read_bytes())
+        for stage in self.after:
+            digest.update(stage.fingerprint().encode())
+        return digest.hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not current, and print the report."""
+    parser = argparse.ArgumentParser(description="Corpus, tokenizer, two runs and a report.")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "quickstart", metavar="DIR")
+    args = parser.parse_args(argv)
+    out = args.output_dir.resolve()
+    (out / ".stages").mkdir(parents=True, exist_ok=True)
+
+    started = time.monotonic()
+    stages = build_stages(out)
+    for number, stage in enumerate(stages, start=1):
+        try:
+            run_stage(stage, f"{number}/{len(stages)}", out / ".stages")
+        except subprocess.CalledProcessError as error:
+            print(
+                f"error: stage '{stage.name}' failed with status {error.returncode}; see above",
+                file=sys.stderr,
+            )
+            return 1
+    print((out / "report.txt").read_text())
+    print(f"picture: {out / 'report.png'}   all stages: {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def run_stage(stage: Stage, position: str, records: Path) -> None:
+    """Run a stage unless it is current, and record what it was made from.
+
+    Args:
+        stage: the stage.
+        position: for its line on the terminal.
+        records: folder of the records.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; the record is gone, so that it runs again.
+    """
+    title = f"[{position}] {stage.name}"
+    record = records / stage.name.replace(" ", "-")
+    fingerprint = stage.fingerprint()
+    if stage.output.exists() and record.exists() and record.read_text() == fingerprint:
+        print(f"{title}: current, skipped", flush=True)
+        return
+    print(f"{title} ...", flush=True)
+    record.unlink(missing_ok=True)
+    begun = time.monotonic()
+    stage.run()
+    record.write_text(fingerprint)
+    print(f"{title}: {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def build_stages(out: Path) -> list[Stage]:
+    """The stages in order, writing below `out`."""
+    corpus, tokenizer, data = out / "corpus", out / "tokenizer", out / "data"
+    package = sorted((ROOT / "megatron_rw" / "data").glob("*.py"))
+    program = [ROOT / "pretrain_gpt_rw.py", *sorted((ROOT / "megatron_rw").rglob("*.py"))]
+
+    make_corpus = Stage(
+        "corpus",
+        corpus / "valid",
+        lambda: _python(HERE / "build_corpus.py", "--output-dir", corpus, *CORPUS),
+        depends=[HERE / "build_corpus.py"],
+        settings=CORPUS,
+    )
+    train_tokenizer = Stage(
+        "tokenizer",
+        tokenizer / "bpe.model",
+        lambda: _python(
+            ROOT / "tools" / "train_tokenizer.py",
+            "--vocab-size", VOCAB_SIZE,
+            "--output-prefix", tokenizer / "bpe",
+            "--input", *sorted((corpus / "train").glob("*.jsonl")),
+        ),
+        depends=package,
+        after=[make_corpus],
+        settings=[VOCAB_SIZE],
+    )  # fmt: skip
+    tokenize = [
+        Stage(
+            f"tokenize {split}",
+            data / split / "domains.json",
+            lambda split=split: _python(  # type: ignore[misc]
+                ROOT / "tools" / "preprocess_data.py",
+                "--tokenizer-model", tokenizer / "bpe.model",
+                "--append-eod", "--overwrite",
+                "--domain-key", "domain",
+                "--output-dir", data / split,
+                "--input", *sorted((corpus / split).glob("*.jsonl")),
+            ),
+            depends=package,
+            after=[train_tokenizer],
+        )
+        for split in ("train", "valid")
+    ]  # fmt: skip
+    trained = [
+        Stage(
+            f"pretrain {name}",
+            out / "runs" / name / "metrics.jsonl",
+            lambda name=name: pretrain(out, name),  # type: ignore[misc]
+            depends=program,
+            after=tokenize,
+            settings=[MODEL, TRAINING, RUNS[name], NOISE_SHARE, PROCESSES],
+        )
+        for name in RUNS
+    ]
+    report = Stage(
+        "report",
+        out / "report.png",
+        lambda: _python(
+            HERE / "report.py",
+            "--baseline", out / "runs" / "none",
+            "--reweighted", out / "runs" / "linupper",
+            "--output", out / "report",
+        ),
+        depends=[HERE / "report.py"],
+        after=trained,
+    )  # fmt: skip
+    return [make_corpus, train_tokenizer, *tokenize, *trained, report]
+
+
+def blend(folder: Path) -> list[str]:
+    """Weights and prefixes for Megatron: the noise a tenth, the other domains alike."""
+    domains = json.loads((folder / "domains.json").read_text())["domains"]
+    share = (1 - NOISE_SHARE) / (len(domains) - 1)
+    return [
+        word
+        for name, domain in domains.items()
+        for word in (
+            f"{NOISE_SHARE if name == 'noise' else share:.6f}",
+            str(folder / domain["prefix"]),
+        )
+    ]
+
+
+def training_flags(out: Path, run: Path) -> list[str]:
+    """The main job's flags, but for the reweighting: model, data, tokenizer and logs.
+
+    Args:
+        out: the quick start's folder.
+        run: where this run writes.
+    """
+    return [
+        *["--device", "cpu"],
+        *MODEL,
+        *TRAINING,
+        *["--train-data-path", *blend(out / "data" / "train")],
+        *["--valid-data-path", *blend(out / "data" / "valid")],
+        *["--data-cache-path", str(out / "data" / "cache")],
+        *["--tokenizer-type", "SentencePieceTokenizer"],
+        *["--tokenizer-model", str(out / "tokenizer" / "bpe.model")],
+        *["--log-dir", str(run), "--tensorboard-dir", str(run / "tensorboard")],
+    ]
+
+
+def pretrain(out: Path, name: str) -> None:
+    """One run of the main job over two data-parallel processes, with its progress on a line."""
+    run = out / "runs" / name
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").unlink(missing_ok=True)
+    command = [
+        *[sys.executable, "-m", "torch.distributed.run", "--standalone"],
+        *["--nproc-per-node", str(PROCESSES)],
+        str(ROOT / "pretrain_gpt_rw.py"),
+        *training_flags(out, run),
+        *RUNS[name],
+    ]
+    (run / "command.txt").write_text(" ".join(command) + "\n")
+    # One thread a process: the two share two cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (
+        (run / "train.log").open("w") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        progress = Progress()
+        for line in process.stdout:
+            log.write(line)
+            progress.show(line)
+        progress.end()
+    if process.returncode:
+        print(first_error(run / "train.log"), f"full output: {run / 'train.log'}",
+              sep="\n", file=sys.stderr)  # fmt: skip
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def first_error(log: Path, lines: int = 40) -> str:
+    """The part of a log that explains its failure, rather than the launcher's summary of it."""
+    text = log.read_text().splitlines()
+    for number, line in enumerate(text):
+        if line.startswith("error: "):
+            return line
+        if "Traceback (most recent call last)" in line:
+            return "\n".join(text[number : number + lines])
+    return "\n".join(text[-lines:])
+
+
+class Progress:
+    """Megatron's log as one line that is rewritten on a terminal, or one now and then elsewhere."""
+
+    _STEP = re.compile(r"iteration +(\d+)/ *(\d+) .*?lm loss: ([0-9.E+-]+)")
+    _SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._printed = -self._SECONDS_BETWEEN_LINES
+
+    def show(self, line: str) -> None:
+        """Print what a line of the log says about the progress, if anything."""
+        match = self._STEP.search(line)
+        if not match:
+            return
+        step, steps, loss = int(match[1]), int(match[2]), float(match[3])
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        done, elapsed = step - self._first[0], now - self._first[1]
+        left = f", {elapsed / done * (steps - step):.0f} s left" if done else ""
+        text = f"      step {step}/{steps}, lm loss {loss:.3f}{left}"
+        if sys.stdout.isatty():
+            print(f"\r{text:<60}", end="", flush=True)
+        elif now - self._printed >= self._SECONDS_BETWEEN_LINES or step == steps:
+            print(text, flush=True)
+            self._printed = now
+
+    def end(self) -> None:
+        """Leave the line."""
+        if sys.stdout.isatty():
+            print()
+
+
+def _python(script: Path, *args: object) -> None:
+    subprocess.run([sys.executable, str(script), *map(str, args)], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

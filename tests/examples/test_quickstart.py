@@ -1,0 +1,128 @@
+"""The quick start end to end with a model of no size: stages, skipping, failure, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.quickstart import report, run
+
+TINY_MODEL = (
+    "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 2 "
+    "--seq-length 32 --max-position-embeddings 32 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --position-embedding-type rope"
+).split()
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real stages, with a small model, few steps and little text."""
+    steps = (
+        "--train-iters 6 --lr-warmup-iters 2 --eval-interval 3 --eval-iters 2 --log-interval 1"
+    ).split()
+    monkeypatch.setattr(run, "MODEL", TINY_MODEL)
+    monkeypatch.setattr(run, "TRAINING", [*run.TRAINING, *steps])
+    monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "150000"])
+    monkeypatch.setattr(run, "VOCAB_SIZE", 600)
+
+
+def stages_of(output: str) -> dict[str, bool]:
+    """Stage name to whether it was skipped."""
+    lines = [line for line in output.splitlines() if line.startswith("[") and "..." not in line]
+    return {line.split("] ")[1].split(":")[0]: "skipped" in line for line in lines}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_runs_then_skips_then_redoes_what_changed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--output-dir", str(tmp_path)]
+    assert run.main(arguments) == 0
+    first = capfd.readouterr().out
+    names = ["corpus", "tokenizer", "tokenize train", "tokenize valid",
+             "pretrain none", "pretrain linupper", "report"]  # fmt: skip
+    assert stages_of(first) == dict.fromkeys(names, False)
+    assert "step 6/6, lm loss" in first
+    assert (tmp_path / "report.png").stat().st_size > 20_000
+    text = (tmp_path / "report.txt").read_text()
+    assert text.splitlines()[0].split() == [
+        "validation", "loss", "none", "linupper", "change", "samples", "weight",
+    ]  # fmt: skip
+    assert {line.split()[0] for line in text.splitlines()[2:-2]} >= {"code", "noise", "prose"}
+
+    # Both runs saw the same batches from the same initialisation.
+    runs = [report.Run.load(tmp_path / "runs" / name, name) for name in ("none", "linupper")]
+    assert runs[0].train[0]["lm_loss"] == runs[1].train[0]["lm_loss"]
+
+    assert run.main(arguments) == 0
+    assert stages_of(capfd.readouterr().out) == dict.fromkeys(names, True)
+
+    monkeypatch.setitem(run.RUNS, "linupper", [*run.REWEIGHTING, "--reweight-delta", "2"])
+    assert run.main(arguments) == 0
+    redone = [name for name, skipped in stages_of(capfd.readouterr().out).items() if not skipped]
+    assert redone == ["pretrain linupper", "report"]
+
+    # A stage that fails says so, stays undone, and the next call takes it up again.
+    monkeypatch.setitem(run.RUNS, "linupper", [*run.REWEIGHTING, "--reweight-delta", "-2"])
+    assert run.main(arguments) == 1
+    failed = capfd.readouterr().err
+    assert "error: --reweight-delta must be a finite number above 0" in failed
+    assert "error: stage 'pretrain linupper' failed" in failed
+    assert not (tmp_path / ".stages" / "pretrain-linupper").exists()
+
+
+def test_blend_gives_the_noise_a_tenth(tmp_path: Path) -> None:
+    domains = {name: {"prefix": f"{name}_text_document"} for name in ("code", "noise", "prose")}
+    (tmp_path / "domains.json").write_text(json.dumps({"domains": domains}))
+    words = run.blend(tmp_path)
+    assert words[::2] == ["0.450000", "0.100000", "0.450000"]
+    assert words[3] == str(tmp_path / "noise_text_document")
+
+
+def record(kind: str, iteration: int, **fields: Any) -> str:
+    return json.dumps({"type": kind, "iteration": iteration, **fields})
+
+
+def test_report_takes_the_later_of_two_records(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        "\n".join(
+            [
+                record("train", 1, lm_loss=5.0),
+                record("train", 1, lm_loss=4.0),
+                record("validation", 1, lm_loss=3.0, domains={"a": {"lm_loss": 3.0}}),
+            ]
+        )
+    )
+    loaded = report.Run.load(tmp_path, "x")
+    assert loaded.curve(loaded.train, "lm_loss") == ([1], [4.0])
+    assert loaded.curve(loaded.train, "reweight", "ess") == ([], [])
+
+
+def test_report_without_metrics_or_validation_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no such file; train with --log-dir"):
+        report.Run.load(tmp_path, "x")
+    (tmp_path / "metrics.jsonl").write_text(record("train", 1, lm_loss=5.0))
+    with pytest.raises(SystemExit, match="no validation; train with --eval-interval"):
+        report.Run.load(tmp_path, "x")
+
+
+def test_missing_output_is_made_again(tmp_path: Path) -> None:
+    made: list[str] = []
+    output = tmp_path / "output"
+
+    def make() -> None:
+        made.append("once")
+        output.mkdir()
+
+    stage = run.Stage("stage", output, make)
+    (tmp_path / ".stages").mkdir()
+    run.run_stage(stage, "1", tmp_path / ".stages")
+    run.run_stage(stage, "1", tmp_path / ".stages")
+    assert len(made) == 1
+    shutil.rmtree(output)
+    run.run_stage(stage, "1", tmp_path / ".stages")
+    assert len(made) == 2

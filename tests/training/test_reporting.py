@@ -1,0 +1,170 @@
+"""What the user sees: the log line, TensorBoard, W&B and metrics.jsonl, from a real run."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.program import Run, run_program
+from tests.reweighting import oracle
+
+SET_SIZE = 16
+FLAGS = (
+    "--train-iters 4 --micro-batch-size 8 --global-batch-size 32 --log-interval 2 "
+    "--eval-interval 4 --eval-iters 2 --reweight-strategy linupper --reweight-temperature 0.4 "
+    f"--reweight-log-samples {SET_SIZE}"
+).split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Run:
+    directory = tmp_path_factory.mktemp("reported")
+    board = ["--tensorboard-dir", str(directory / "board")]
+    return run_program(directory, *data_flags, *FLAGS, *board, processes=2).check()
+
+
+def test_log_line_names_everything_in_order(run: Run) -> None:
+    line = next(line for line in run.log_lines() if re.match(r" iteration +4/", line))
+    names = [part.split(":")[0].strip() for part in line.split("|")]
+    start = names.index("lm loss")
+    assert names[start : start + 9] == [
+        "lm loss",
+        "weighted loss",
+        "ess",
+        "max weight",
+        "temperature",
+        "lm loss easy",
+        "weight easy",
+        "lm loss noise",
+        "weight noise",
+    ]
+    logged = run.train_metrics()[-1]
+    assert f"| ess: {logged['reweight']['ess']:.6E} |" in line
+    assert f"| temperature: {0.4:.6E} |" in line
+
+
+def test_metrics_file_has_one_record_per_logged_step(run: Run) -> None:
+    assert [(r["type"], r["iteration"]) for r in run.metrics] == [
+        ("train", 1),
+        ("train", 2),
+        ("train", 4),
+        ("validation", 4),
+        ("validation", 4),
+        ("test", 4),
+    ]
+    record = run.train_metrics()[-1]
+    assert record["learning_rate"] == 0.01
+    assert record["grad_norm"] > 0
+    assert record["reweight"]["set_size"] == SET_SIZE
+    shares = [d["weight_share"] for d in record["reweight"]["domains"].values()]
+    assert math.fsum(shares) == pytest.approx(1, rel=1e-5)
+
+
+def test_logged_samples_have_the_oracles_weights(run: Run) -> None:
+    for record in run.train_metrics():
+        samples = record["samples"]
+        assert len(samples) == SET_SIZE
+        expected = oracle.weights([s["loss"] for s in samples], "linupper", 0.4)
+        assert [s["weight"] for s in samples] == pytest.approx(expected, rel=1e-5)
+        assert {s["domain"] for s in samples} == {"easy", "noise"}
+
+
+def test_domain_losses_are_those_of_the_logged_samples(run: Run) -> None:
+    """The first record covers one step of two sets; the second of them was logged whole."""
+    record = run.train_metrics()[0]
+    noise = [s["loss"] for s in record["samples"] if s["domain"] == "noise"]
+    spread = max(noise) - min(noise)
+    assert record["reweight"]["domains"]["noise"]["lm_loss"] == pytest.approx(
+        sum(noise) / len(noise), abs=spread
+    )
+
+
+def test_validation_is_reported_by_domain(run: Run) -> None:
+    for record in run.metrics[3:]:
+        losses = [d["lm_loss"] for d in record["domains"].values()]
+        assert len(losses) == 2
+        assert min(losses) <= record["lm_loss"] <= max(losses)
+    overall = run.metrics[3]["lm_loss"]
+    assert f"validation loss at iteration 4 | lm loss value: {overall:.6E}" in run.output[-1]
+    assert run.output[-1].count("test loss by domain at iteration 4 |") == 1
+    assert "by domain" not in run.output[0]
+
+
+def test_tensorboard_has_scalars_and_histograms(run: Run) -> None:
+    board = EventAccumulator(str(run.directory / "board"), size_guidance={"histograms": 0})
+    board.Reload()
+    tags = board.Tags()
+    for tag in (
+        "lm loss",
+        "reweight/ess",
+        "reweight/max weight",
+        "reweight/max weight x set size",
+        "reweight/temperature",
+        "reweight/weighted loss",
+        "domain lm loss/noise",
+        "domain weight share/easy",
+        "domain ess/noise",
+        "domain validation lm loss/easy",
+    ):
+        assert tag in tags["scalars"], tag
+    assert [e.step for e in board.Scalars("reweight/ess")] == [1, 2, 4]
+
+    mass = {tag: board.Histograms(tag)[-1].histogram_value for tag in tags["histograms"]}
+    assert mass.keys() == {"reweight/samples by loss", "reweight/weight by loss"}
+    samples, weight = mass["reweight/samples by loss"], mass["reweight/weight by loss"]
+    assert sum(samples.bucket) == pytest.approx(SET_SIZE)
+    # Weights sum to 1 and are scaled by |S|, so that the two histograms compare.
+    assert sum(weight.bucket) == pytest.approx(SET_SIZE, rel=1e-5)
+    assert samples.bucket_limit == weight.bucket_limit
+
+
+class FakeWandb:
+    """Stands in for the wandb module, which takes a dict and a step."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, float], int]] = []
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((values, step))
+
+
+def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_rw.reweighting import DomainReport, ReweightReport
+    from megatron_rw.training import reporting
+
+    wandb = FakeWandb()
+    monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
+    args = Namespace(rank=3, world_size=4, log_dir=None, reweight_log_samples=0)
+    domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
+    report = ReweightReport(2.0, 0.8, 0.1, 1.6, 16.0, 0, 0.5, 4.0, domains)
+    reporter = reporting.Reporter(args, ["a", "b"])
+    reporter.train_step(7, {"lm loss": 2.0}, report, 0.4, None, None)
+    [(values, step)] = wandb.logged
+    assert step == 7
+    assert values["reweight/ess"] == 0.8
+    assert values["domain weight share/a"] == 0.4
+    assert "domain lm loss/b" not in values
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    from megatron_rw.training.reporting import Reporter
+
+    args = Namespace(rank=0, world_size=2, log_dir=str(tmp_path / "x"), reweight_log_samples=0)
+    reporter = Reporter(args, ["a"])
+    reporter.train_step(1, {}, None, None, None, None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_resumed_run_appends(tmp_path: Path) -> None:
+    from megatron_rw.training.reporting import MetricsFile
+
+    for iteration in (1, 2):
+        record: dict[str, Any] = {"iteration": iteration}
+        MetricsFile(str(tmp_path)).write(record)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
