@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NoReturn
+
+from megatron_rw.platform.argfile import allow_argument_files
 
 Device = Literal["cuda", "cpu"]
 DEVICE_CHOICES = ("auto", "cuda", "cpu")
@@ -16,6 +18,11 @@ DEVICE_CHOICES = ("auto", "cuda", "cpu")
 
 class DeviceError(RuntimeError):
     """The device asked for cannot be used; the message names the flag and the remedy."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DeviceError(message)
 
 
 def select_device(argv: Sequence[str]) -> Device:
@@ -32,10 +39,12 @@ def select_device(argv: Sequence[str]) -> Device:
         The device in use.
 
     Raises:
-        DeviceError: `--device cuda` where there is no CUDA device, or an unknown device.
+        DeviceError: `--device cuda` where there is no CUDA device, an unknown device, or an
+            argument file (`@path`) that cannot be read.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device", default="auto")
+    allow_argument_files(parser)
     asked = parser.parse_known_args(argv)[0].device
     if asked not in DEVICE_CHOICES:
         raise DeviceError(f"--device {asked}: choose one of {', '.join(DEVICE_CHOICES)}.")

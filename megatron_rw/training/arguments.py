@@ -22,6 +22,7 @@ from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
 
 from megatron_rw.platform import Device
+from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 from megatron_rw.training import checks
 
@@ -72,6 +73,7 @@ def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
     ArgumentGroupFactory(RunConfig).build_group(parser, "megatron_rw")
     _PrefixedGroupFactory(ReweightConfig, "reweight").build_group(parser, "sample reweighting")
     parser.set_defaults(**default_arguments(device))
+    allow_argument_files(parser)
     # argparse would print a usage of some thousand lines on every rank.
     parser.error = functools.partial(_parser_error, parser)  # type: ignore[method-assign]
     return parser
