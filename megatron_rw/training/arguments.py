@@ -79,6 +79,14 @@ def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
     return parser
 
 
+# What the local transformer implementation must do without where a module is missing.
+_WITHOUT_MODULE: dict[str, dict[str, object]] = {
+    "apex": {"no_persist_layer_norm": True},
+    "fused_weight_gradient_mlp_cuda": {"gradient_accumulation_fusion": False},
+    "scaled_upper_triang_masked_softmax_cuda": {"masked_softmax_fusion": False},
+}
+
+
 def default_arguments(device: Device) -> dict[str, object]:
     """Megatron defaults, by destination, that the device and the installed parts allow.
 
@@ -92,10 +100,12 @@ def default_arguments(device: Device) -> dict[str, object]:
         from megatron_rw.platform import cpu
 
         return defaults | cpu.ARGUMENT_DEFAULTS
-    if not _installed("transformer_engine"):
-        defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
-        if not _installed("apex"):
-            defaults |= {"no_persist_layer_norm": True, "gradient_accumulation_fusion": False}
+    if _installed("transformer_engine"):
+        return defaults
+    defaults |= {"transformer_impl": "local", "apply_rope_fusion": False}
+    for module, setting in _WITHOUT_MODULE.items():
+        if not _installed(module):
+            defaults |= setting
     return defaults
 
 
