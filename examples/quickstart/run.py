@@ -24,24 +24,11 @@ ROOT = HERE.parents[1]
 # Flags for build_corpus.py; its defaults give some 2 MB a domain.
 CORPUS: list[str] = []
 VOCAB_SIZE = 2048
-STEPS = 300
-# 32 samples compete for weight: one micro-batch of each of the two processes.
-MICRO_BATCH, PROCESSES = 16, 2
+PROCESSES = 2
 NOISE_SHARE = 0.1
 
-MODEL = (
-    "--num-layers 4 --hidden-size 128 --ffn-hidden-size 352 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --seq-length 128 --max-position-embeddings 128 "
-    "--swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0"
-).split()
-TRAINING = (
-    f"--train-iters {STEPS} --micro-batch-size {MICRO_BATCH} "
-    f"--global-batch-size {MICRO_BATCH * PROCESSES} --lr 2e-3 --min-lr 2e-4 "
-    f"--lr-decay-style cosine --lr-warmup-iters 20 --clip-grad 1.0 --weight-decay 0.1 "
-    "--adam-beta2 0.95 --log-interval 5 --eval-interval 100 --eval-iters 8 --seed 1234 "
-    "--num-workers 0 --no-create-attention-mask-in-dataloader"
-).split()
+SMALL_MODEL = ROOT / "examples" / "small.args"
+MODEL_AND_TRAINING = [f"@{SMALL_MODEL}"]
 REWEIGHTING = (
     "--reweight-strategy linupper --reweight-temperature 1.0 --reweight-warmup-steps 20 "
     "--reweight-log-samples 32"
@@ -176,9 +163,9 @@ def build_stages(out: Path) -> list[Stage]:
             f"pretrain {name}",
             out / "runs" / name / "metrics.jsonl",
             lambda name=name: pretrain(out, name),  # type: ignore[misc]
-            depends=program,
+            depends=[*program, SMALL_MODEL],
             after=tokenize,
-            settings=[MODEL, TRAINING, RUNS[name], NOISE_SHARE, PROCESSES],
+            settings=[MODEL_AND_TRAINING, RUNS[name], NOISE_SHARE, PROCESSES],
         )
         for name in RUNS
     ]
@@ -220,8 +207,7 @@ def training_flags(out: Path, run: Path) -> list[str]:
     """
     return [
         *["--device", "cpu"],
-        *MODEL,
-        *TRAINING,
+        *MODEL_AND_TRAINING,
         *["--train-data-path", *blend(out / "data" / "train")],
         *["--valid-data-path", *blend(out / "data" / "valid")],
         *["--data-cache-path", str(out / "data" / "cache")],

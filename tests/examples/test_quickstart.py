@@ -11,21 +11,17 @@ import pytest
 
 from examples.quickstart import report, run
 
-TINY_MODEL = (
+TINY = (
     "--num-layers 2 --hidden-size 16 --ffn-hidden-size 32 --num-attention-heads 2 "
-    "--seq-length 32 --max-position-embeddings 32 --swiglu --normalization RMSNorm "
-    "--disable-bias-linear --position-embedding-type rope"
+    "--num-query-groups 1 --seq-length 32 --max-position-embeddings 32 --train-iters 6 "
+    "--lr-warmup-iters 2 --eval-interval 3 --eval-iters 2 --log-interval 1"
 ).split()
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real stages, with a small model, few steps and little text."""
-    steps = (
-        "--train-iters 6 --lr-warmup-iters 2 --eval-interval 3 --eval-iters 2 --log-interval 1"
-    ).split()
-    monkeypatch.setattr(run, "MODEL", TINY_MODEL)
-    monkeypatch.setattr(run, "TRAINING", [*run.TRAINING, *steps])
+    monkeypatch.setattr(run, "MODEL_AND_TRAINING", [*run.MODEL_AND_TRAINING, *TINY])
     monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "150000"])
     monkeypatch.setattr(run, "VOCAB_SIZE", 600)
 
