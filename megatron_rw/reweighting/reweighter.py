@@ -30,6 +30,7 @@ class WeightedLoss:
     @property
     def objective(self) -> Tensor:
         """Scalar without gradient, Σ_{i∈S} w_i·l_i over all ranks."""
+        # 0·NaN is NaN: a sample without weight must not reach the sum at all.
         return torch.where(self.weights > 0, self.weights * self.samples.losses, 0.0).sum()
 
 
@@ -60,14 +61,14 @@ class Reweighter:
             token_losses: `[b, s]`, cross-entropy of this rank's tokens, nats, with gradient.
             loss_mask: `[b, s]`, 1 where a token counts.
             step: completed steps of reweighted training.
-            domain: `[b]` int64, for the metrics only. All 0 when None.
+            domain: `[b]` int64, for the metrics alone. All 0 when None.
 
         Returns:
             The weighted loss; its gradient with respect to token (i, t) is w_i·m_it/Σ_t m_it.
         """
         loss_sum, tokens = sample_sums(token_losses, loss_mask)
         if domain is None:
-            domain = torch.zeros_like(tokens, dtype=torch.long)
+            domain = torch.zeros_like(tokens)
         samples = gather_samples(loss_sum, tokens, domain, self.ranks)
         weights = loss_weights(
             samples.losses,
@@ -78,6 +79,5 @@ class Reweighter:
         )
         own = weights[samples.local]
         per_token = own / samples.tokens[samples.local].clamp(min=1.0)
-        # 0·NaN is NaN: a sample without weight must not reach the sum at all.
         local_objective = (torch.where(own > 0, loss_sum, 0.0) * per_token).sum()
         return WeightedLoss(local_objective, samples, weights)

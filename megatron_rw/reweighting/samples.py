@@ -47,24 +47,21 @@ class SampleSet:
     Attributes:
         loss_sum: `[n]`, Σ_t m·ce of each sample, nats. fp32, or fp64 as the losses were.
         tokens: `[n]`, Σ_t m of each sample, same dtype (exact below 2^24).
-        domain: `[n]` int64, index of the sample's domain.
+        domain: `[n]`, index of the sample's domain, in the same dtype.
+        losses: `[n]`, nats per token; 0 where a sample has no active token.
         local: the rows that are this rank's own.
     """
 
     loss_sum: Tensor
     tokens: Tensor
     domain: Tensor
+    losses: Tensor
     local: slice
 
     @property
     def has_tokens(self) -> Tensor:
         """`[n]` bool: the sample has an active token."""
         return self.tokens > 0
-
-    @property
-    def losses(self) -> Tensor:
-        """`[n]`, nats per token; 0 where a sample has no active token."""
-        return torch.where(self.has_tokens, self.loss_sum / self.tokens.clamp(min=1.0), 0.0)
 
 
 def sample_sums(token_losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,12 +100,18 @@ def gather_samples(
         The set, in order of data-parallel rank, the same on every rank.
     """
     count = loss_sum.numel()
-    local = slice(ranks.dp_rank * count, (ranks.dp_rank + 1) * count)
-    table = loss_sum.new_zeros(3, ranks.dp_size * count)
-    table[0, local] = loss_sum
-    table[1, local] = tokens
-    if ranks.cp_rank == 0:
-        table[2, local] = domain.to(table.dtype)
+    # Every context-parallel rank holds the label; one of them writes it.
+    label = domain.to(loss_sum.dtype) if ranks.cp_rank == 0 else torch.zeros_like(tokens)
+    table = torch.stack([loss_sum, tokens, label])
+    if ranks.dp_size > 1:
+        rows = table
+        table = rows.new_zeros(3, ranks.dp_size, count)
+        table[:, ranks.dp_rank] = rows
+        table = table.view(3, -1)
     if ranks.group is not None:
         dist.all_reduce(table, group=ranks.group)
-    return SampleSet(table[0], table[1], table[2].long(), local)
+    loss_sum, tokens, label = table.unbind()
+    # The mean of a sample without tokens is 0/1: its loss sum is an empty one.
+    losses = loss_sum / tokens.clamp(min=1.0)
+    start = ranks.dp_rank * count
+    return SampleSet(loss_sum, tokens, label, losses, slice(start, start + count))

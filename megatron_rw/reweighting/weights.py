@@ -116,10 +116,10 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     """`1/Σ w²`: how many equally weighted samples carry as much as these.
 
     Args:
-        weights: `[n]`, normalised to sum to 1.
+        weights: `[…, n]`, normalised to sum to 1 along the last dimension.
 
     Returns:
-        Scalar between 1 and n; 0 for an empty set.
+        `[…]`, between 1 and n; 0 for an empty set.
     """
-    total = weights.square().sum()
+    total = weights.square().sum(dim=-1)
     return torch.where(total > 0, 1.0 / total, 0.0)

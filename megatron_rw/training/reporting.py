@@ -199,7 +199,7 @@ class Reporter:
         rows = zip(
             weighted.samples.losses[:count].tolist(),
             weighted.weights[:count].tolist(),
-            weighted.samples.domain[:count].tolist(),
+            weighted.samples.domain[:count].long().tolist(),
             strict=True,
         )
         return [
