@@ -6,12 +6,14 @@ its own environment, as torchrun would start it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -154,6 +156,7 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Path) -> None:
+    os.setpgid(0, 0)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -173,8 +176,11 @@ def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None) -> None:
             deadline = min(deadline, time.monotonic() + 5)
         time.sleep(0.002)
     for rank in ranks:
-        if rank.is_alive():
-            rank.kill()
+        # With its whole process group: a killed rank leaves the process that manages its
+        # checkpoint writer behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+        rank.kill()
         rank.join()
 
 
