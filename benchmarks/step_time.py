@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STEPS = 404
+STEPS = 804
 # The first steps warm caches and allocators up.
 SKIPPED = 4
 PROCESSES = 2
