@@ -37,6 +37,7 @@ def main() -> None:
         pretrain_cfg_container_from_args,
     )
 
+    from megatron_rw.integrations.state import ReweightState
     from megatron_rw.training.arguments import (
         announce,
         one_message,
@@ -50,7 +51,6 @@ def main() -> None:
     from megatron_rw.training.hooks import Hooks
     from megatron_rw.training.loss import PretrainLoss
     from megatron_rw.training.reporting import Reporter
-    from megatron_rw.training.state import ReweightState
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     with one_message():
@@ -60,7 +60,7 @@ def main() -> None:
         domains = Domains(args)
     announce(device, config, domains.names)
 
-    state = ReweightState(args, config)
+    state = ReweightState(config)
     loss = PretrainLoss(args, config, state, len(domains))
     Hooks(args, config, state, loss, Reporter(args, domains.names)).install()
 
@@ -71,7 +71,7 @@ def main() -> None:
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss, state),
+        ForwardStep(args, BatchReader(args, len(domains)), loss),
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )

@@ -12,25 +12,34 @@ from megatron_rw.reweighting.metrics import (
     ReweightReport,
     WeightMetrics,
 )
-from megatron_rw.reweighting.reweighter import Reweighter, WeightedLoss
 from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
+from megatron_rw.reweighting.scopes import (
+    DeferredReweighter,
+    Observer,
+    Reweighter,
+    WeightedSet,
+    make_reweighter,
+)
 from megatron_rw.reweighting.weights import effective_sample_size, loss_weights
 
 __all__ = [
     "ConfigError",
+    "DeferredReweighter",
     "DomainLosses",
     "DomainReport",
     "LossByDomain",
+    "Observer",
     "ReduceGroup",
     "ReweightConfig",
     "ReweightReport",
     "Reweighter",
     "SampleSet",
     "WeightMetrics",
-    "WeightedLoss",
+    "WeightedSet",
     "effective_sample_size",
     "gather_samples",
     "loss_weights",
+    "make_reweighter",
     "sample_sums",
     "temperature_at",
 ]

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Strategy = Literal["none", "uniform", "linupper", "quadratic", "extremes"]
-Scope = Literal["microbatch"]
+Scope = Literal["microbatch", "global", "deferred"]
 Schedule = Literal["step", "linear", "cosine"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 # Weights are 1/|S| to within e^(±2δ/100) at this temperature: the authors' "no reweighting yet".
 WARMUP_TEMPERATURE = 100.0
+
+# The scope deferred back-propagates exp((h − h_max)/r) before its normaliser is known. Beyond this
+# exponent the gradients of a step whose losses all score low would run out of floating-point range.
+DEFERRED_EXPONENT_LIMIT = 20.0
 
 
 class ConfigError(ValueError):
@@ -47,7 +51,13 @@ class ReweightConfig:
 
     scope: Scope = "microbatch"
     """Which samples compete for weight. microbatch: those of one micro-batch across the
-    data-parallel group, as in the paper."""
+    data-parallel group, as in the paper. global: the whole global batch, scored by a forward pass
+    of its own. deferred: the whole global batch, scaled by the range of the previous step's
+    losses; no forward pass of its own."""
+
+    moment_decay: float = 0.0
+    """For --reweight-scope deferred: how much of the earlier range of losses is kept, as the decay
+    of an exponential moving average. 0: the previous step's alone."""
 
     log_samples: int = 0
     """Write the loss, weight and domain of the first N samples of the last set of every logged
@@ -77,8 +87,28 @@ class ReweightConfig:
                 f"{flag('warmup_schedule')} {self.warmup_schedule} has nothing to act on: set "
                 f"{flag('warmup_steps')} as well."
             )
+        if not 0 <= self.moment_decay < 1:
+            raise ConfigError(
+                f"{flag('moment_decay')} must be at least 0 and below 1, not {self.moment_decay}."
+            )
         if self.strategy == "none":
             self._refuse_idle_settings()
+        if self.scope == "deferred":
+            self._check_deferred()
+        elif self.moment_decay:
+            raise ConfigError(
+                f"{flag('moment_decay')} acts on {flag('scope')} deferred alone: add that, or drop "
+                "the flag."
+            )
+
+    def _check_deferred(self) -> None:
+        lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
+        if self.temperature < lowest:
+            raise ConfigError(
+                f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
+                f"deferred, whose gradients would underflow: use {lowest:g} or more, or another "
+                "scope."
+            )
 
     def _refuse_idle_settings(self) -> None:
         # A forgotten --reweight-strategy would otherwise train a baseline under another name.
@@ -97,6 +127,13 @@ class ReweightConfig:
     def enabled(self) -> bool:
         """Whether sample weights are in use at all."""
         return self.strategy != "none"
+
+
+def largest_score(strategy: Strategy, delta: float) -> float:
+    """h_max, the largest score that a strategy can give to any loss; the smallest is 0."""
+    if strategy in ("none", "uniform"):
+        return 0.0
+    return 1.0 if strategy == "quadratic" else delta
 
 
 def flag(field_name: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rw.reweighting.reweighter import WeightedLoss
+from megatron_rw.reweighting.scopes import WeightedSet
 from megatron_rw.reweighting.weights import effective_sample_size
+
+# The paper's convergence proof assumes that |S|·w_max is at most this.
+LARGEST_RELATIVE_WEIGHT = 2.0
 
 
 def _sum_by_domain(values: Tensor, domain: Tensor, num_domains: int) -> Tensor:
@@ -102,6 +105,7 @@ class ReweightReport:
         ess: effective sample size as a fraction of the set, mean over sets.
         max_weight: the largest weight of the interval.
         relative_max_weight: |S|·w_max, mean over sets. The paper's theory assumes at most 2.
+        over_bound: share of the sets where |S|·w_max exceeds 2.
         set_size: samples that competed, mean over sets.
         nonfinite_samples: how many samples were left out because their loss was not finite.
         sample_loss_min: smallest sample loss of the interval, nats per token.
@@ -113,6 +117,7 @@ class ReweightReport:
     ess: float
     max_weight: float
     relative_max_weight: float
+    over_bound: float
     set_size: float
     nonfinite_samples: int
     sample_loss_min: float
@@ -125,7 +130,8 @@ class _Totals:
     """Sums over sets, on the device.
 
     Attributes:
-        sums: `[6]` sets, objective, ESS, |S|, |S|·w_max, non-finite samples.
+        sums: `[7]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite
+            samples.
         domain_sums: `[5, D]` loss sum, tokens, samples, weight, ESS.
         peaks: `[3]` −smallest loss, largest loss, largest weight: all three grow.
     """
@@ -157,8 +163,8 @@ class WeightMetrics:
 
     def __init__(self, num_domains: int) -> None:
         self.num_domains = num_domains
-        self.last: WeightedLoss | None = None
-        self._pending: list[WeightedLoss] = []
+        self.last: WeightedSet | None = None
+        self._pending: list[WeightedSet] = []
         self._totals: _Totals | None = None
 
     def reset(self) -> None:
@@ -166,16 +172,15 @@ class WeightMetrics:
         self._pending.clear()
         self._totals = None
 
-    def add(self, weighted: WeightedLoss) -> None:
+    def add(self, weighted: WeightedSet) -> None:
         """Add one set; no host synchronisation."""
         size = weighted.weights.numel()
         if len(self._pending) == self._MOST_PENDING or (
             self._pending and self._pending[0].weights.numel() != size
         ):
             self._fold()
-        # Without the graph of its loss, which would keep the activations.
-        self.last = replace(weighted, local_objective=weighted.local_objective.detach())
-        self._pending.append(self.last)
+        self.last = weighted
+        self._pending.append(weighted)
 
     @torch.no_grad()
     def _fold(self) -> None:
@@ -192,6 +197,7 @@ class WeightMetrics:
         has_tokens = tokens > 0
         used = has_tokens & torch.isfinite(losses)
         size, max_weight = used.sum(dim=1), weights.amax(dim=1)
+        relative_max = size * max_weight
         # 0·NaN is NaN.
         objective = torch.where(weights > 0, weights * losses, 0.0).sum()
         new = _Totals(
@@ -201,7 +207,8 @@ class WeightMetrics:
                     objective,
                     effective_sample_size(weights).sum(),
                     size.sum(),
-                    (size * max_weight).sum(),
+                    relative_max.sum(),
+                    (relative_max > LARGEST_RELATIVE_WEIGHT).sum(),
                     has_tokens.sum() - size.sum(),
                 ]
             ),
@@ -244,7 +251,7 @@ class WeightMetrics:
         self._fold()
         if self._totals is None:
             return None
-        sets, objective, ess, size, relative_max, nonfinite = self._totals.sums.tolist()
+        sets, objective, ess, size, relative_max, over, nonfinite = self._totals.sums.tolist()
         low, high, max_weight = self._totals.peaks.tolist()
         domains = self._totals.domain_sums.t().tolist()
         return ReweightReport(
@@ -252,6 +259,7 @@ class WeightMetrics:
             ess=ess / max(size, 1.0),
             max_weight=max_weight,
             relative_max_weight=relative_max / sets,
+            over_bound=over / sets,
             set_size=size / sets,
             nonfinite_samples=int(nonfinite),
             sample_loss_min=-low,

@@ -26,6 +26,7 @@ class ReduceGroup:
         dp_size: how many data-parallel ranks.
         cp_rank: this rank's index along context parallelism.
         cp_size: how many context-parallel ranks hold shards of the same samples.
+        cp_group: those ranks; None for one.
     """
 
     group: dist.ProcessGroup | None = None
@@ -33,6 +34,7 @@ class ReduceGroup:
     dp_size: int = 1
     cp_rank: int = 0
     cp_size: int = 1
+    cp_group: dist.ProcessGroup | None = None
 
     @property
     def size(self) -> int:
@@ -86,7 +88,7 @@ def sample_sums(token_losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor
 def gather_samples(
     loss_sum: Tensor, tokens: Tensor, domain: Tensor, ranks: ReduceGroup
 ) -> SampleSet:
-    """Gather one micro-batch's samples over data- and context-parallel ranks.
+    """Gather every rank's `b` samples over data- and context-parallel ranks.
 
     One all-reduce of `12·dp·b` bytes, nothing when `ranks.group` is None.
 

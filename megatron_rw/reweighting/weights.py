@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rw.reweighting.config import STRATEGIES, Strategy
+from megatron_rw.reweighting.config import STRATEGIES, Strategy, largest_score
 
 # Below this range of losses (nats) a set has no order to speak of and its weights are uniform.
 COLLAPSED_RANGE = 1e-6
@@ -56,10 +56,9 @@ def loss_weights(
     if losses.numel() == 0:
         return losses.detach().clone()
 
-    active = torch.isfinite(losses)
-    if mask is not None:
-        active = active & mask
-    scores = strategy_scores(normalise(losses, active, delta), strategy, delta)
+    active = _active(losses, mask)
+    low, high = loss_range(losses, active)
+    scores = strategy_scores(normalise(losses, low, high, delta), strategy, delta)
     # exp(0) for the best sample: no overflow at any temperature, and the sum is at least 1.
     scores = scores.masked_fill(~active, -torch.inf)
     best = torch.where(active.any(), scores.amax(), 0.0)
@@ -67,25 +66,74 @@ def loss_weights(
     return unnormalised / unnormalised.sum().clamp(min=torch.finfo(losses.dtype).tiny)
 
 
-def normalise(losses: Tensor, active: Tensor, delta: float) -> Tensor:
-    """Scale the active losses to [−δ, δ] by their range; 0 for all when the range collapses.
+@torch.no_grad()
+def unnormalised_weights(
+    losses: Tensor,
+    low: Tensor,
+    high: Tensor,
+    strategy: Strategy,
+    temperature: float,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Weights up to the normaliser of their set, from a range of losses known before.
+
+        exp((h(u_i) − h_max)/r), with u_i clamped to [−δ, δ]
+
+    Each depends on its own sample alone. Divided by their sum they are the weights of the set.
+
+    Args:
+        losses: `[n]` float, nats per token.
+        low: scalar, l_min of the range that u is formed with.
+        high: scalar, l_max. Below `low`, as that of an empty set, it makes all weights equal.
+        strategy: as in `loss_weights`.
+        temperature: r > 0.
+        delta: δ > 0.
+        mask: as in `loss_weights`.
+
+    Returns:
+        `[n]` in the dtype of `losses`, between 0 and 1; 0 where the mask or a loss that is not
+        finite excludes the sample.
+    """
+    scores = strategy_scores(normalise(losses, low, high, delta), strategy, delta)
+    exponent = (scores - largest_score(strategy, delta)) / temperature
+    return torch.where(_active(losses, mask), torch.exp(exponent), 0.0)
+
+
+def _active(losses: Tensor, mask: Tensor | None) -> Tensor:
+    finite = torch.isfinite(losses)
+    return finite if mask is None else finite & mask
+
+
+def loss_range(losses: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """l_min and l_max of the active losses; +inf and −inf when there are none.
+
+    Args:
+        losses: `[n]` float, n > 0.
+        active: `[n]` bool.
+    """
+    low = losses.masked_fill(~active, torch.inf).amin()
+    return low, losses.masked_fill(~active, -torch.inf).amax()
+
+
+def normalise(losses: Tensor, low: Tensor, high: Tensor, delta: float) -> Tensor:
+    """Scale losses from [low, high] to [−δ, δ] and clamp; 0 for all when the range collapses.
 
     Args:
         losses: `[n]` float.
-        active: `[n]` bool. Inactive entries come back as 0.
+        low: scalar.
+        high: scalar.
         delta: δ.
 
     Returns:
-        `[n]`, u_i.
+        `[n]`, u_i. NaN where a loss is NaN, unless the range collapses.
     """
-    low = losses.masked_fill(~active, torch.inf).amin()
-    high = losses.masked_fill(~active, -torch.inf).amax()
     spread = high - low
     # An empty set has spread −inf and lands here too.
     collapsed = ~(spread >= COLLAPSED_RANGE)
     # Subtract before dividing: h = 2δl/range − … cancels in fp32 when the range is small.
     scaled = 2.0 * delta * ((losses - low) / spread.masked_fill(collapsed, 1.0)) - delta
-    return torch.where(active & ~collapsed, scaled, 0.0)
+    return torch.where(collapsed, 0.0, scaled.clamp(-delta, delta))
 
 
 def strategy_scores(normalised: Tensor, strategy: Strategy, delta: float) -> Tensor:

@@ -12,11 +12,9 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 from megatron_rw.data.domains import tokenizer_record
 from megatron_rw.data.tokenizer import fingerprint
 from megatron_rw.data.vocabulary import largest_token_id
+from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.platform import Device
 from megatron_rw.reweighting import ConfigError, ReweightConfig
-
-# With fewer samples the weights say more about |S| than about the losses.
-SMALL_SET = 8
 
 
 def check_launch(args: Namespace, device: Device) -> None:
@@ -57,7 +55,14 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:
         _check_reweighting(args)
-        _check_set_size(args)
+        check_scope(config, args)
+        # A batch size that ramps up starts with the smallest set.
+        batch_size = (args.rampup_batch_size or [args.global_batch_size])[0]
+        warning = check_set_size(
+            config.scope, args.micro_batch_size, args.data_parallel_size, int(batch_size)
+        )
+        if warning is not None:
+            print_rank_0(f"WARNING: {warning}")
 
 
 def _check_required(args: Namespace) -> None:
@@ -247,33 +252,4 @@ def _check_reweighting(args: Namespace) -> None:
         raise ConfigError(
             "--dataloader-inter-document-masking with context parallelism joins the samples of a "
             "micro-batch before cutting them: use --micro-batch-size 1 with --reweight-strategy."
-        )
-    if args.calculate_per_token_loss and _has_token_scaled_losses(args):
-        raise ConfigError(
-            "--calculate-per-token-loss makes Megatron divide MoE auxiliary and multi-token-"
-            "prediction losses by the number of tokens, which sample weights replace: drop that "
-            "flag, or --reweight-strategy."
-        )
-
-
-def _has_token_scaled_losses(args: Namespace) -> bool:
-    return args.num_experts is not None or args.mtp_num_layers is not None
-
-
-def _check_set_size(args: Namespace) -> None:
-    size = args.micro_batch_size * args.data_parallel_size
-    composition = (
-        f"--micro-batch-size {args.micro_batch_size} x {args.data_parallel_size} data-parallel "
-        f"replicas = {size}"
-    )
-    if size < 2:
-        raise ConfigError(
-            f"samples compete for weight within {composition} sample, and one sample always has "
-            "weight 1: raise --micro-batch-size or add data-parallel processes."
-        )
-    if size < SMALL_SET:
-        print_rank_0(
-            f"WARNING: samples compete for weight within {composition} samples. Below {SMALL_SET} "
-            "the weights depend on the set's size more than on the losses (of two samples, "
-            "linupper always gives 0.269 and 0.731): raise --micro-batch-size."
         )

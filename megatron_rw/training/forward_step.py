@@ -10,9 +10,9 @@ from typing import Any
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_timers
 
+from megatron_rw.integrations.schedule import Schedule
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
-from megatron_rw.training.state import ReweightState
 
 _stimer = StragglerDetector()
 
@@ -24,16 +24,12 @@ class ForwardStep:
         args: validated.
         read_batch: draws micro-batches.
         loss: computes the loss on the last pipeline stage.
-        state: told that a training step runs.
     """
 
-    def __init__(
-        self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss, state: ReweightState
-    ) -> None:
+    def __init__(self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss) -> None:
         self._args = args
         self._read_batch = read_batch
         self._loss = loss
-        self._state = state
 
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
@@ -49,8 +45,6 @@ class ForwardStep:
         Returns:
             The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
         """
-        if model.training:
-            self._state.begin(self._args.curr_iteration)
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -67,3 +61,9 @@ class ForwardStep:
                 assert self._args.overlap_moe_expert_parallel_comm
                 return model.build_schedule_plan(*inputs, **labels), loss
             return model(*inputs, **labels, packed_seq_params=batch.packed), loss
+
+    def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
+        """Run a training step: see `integrations.schedule.SteppedForward`."""
+        if self._loss.reweighting is None:
+            return schedule(**call)
+        return self._loss.reweighting.run(schedule, call)

@@ -17,12 +17,14 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.training import checkpointing, print_rank_0, training
+from megatron.training import training
 
+from megatron_rw.integrations import schedule
+from megatron_rw.integrations.checkpoint import keep_in_checkpoints
+from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
-from megatron_rw.training.state import ReweightState
 
 
 class Hooks:
@@ -58,10 +60,8 @@ class Hooks:
         training.evaluate_and_print_results = self._around(
             training.evaluate_and_print_results, self._evaluate
         )
-        # load_checkpoint hands the saved arguments to it, whatever the checkpoint's format.
-        checkpointing.check_checkpoint_args = self._around(
-            checkpointing.check_checkpoint_args, self._check_checkpoint_args
-        )
+        keep_in_checkpoints(self._state, self._args)
+        schedule.install()
         _use_shipped_dataset_helpers()
         _let_fp32_shards_load()
 
@@ -133,12 +133,6 @@ class Hooks:
                 losses,
                 call["write_to_tensorboard"],
             )
-        return result
-
-    def _check_checkpoint_args(self, original: Callable[[], Any], **call: Any) -> Any:
-        result = original()
-        for line in self._state.resume(call["checkpoint_args"]):
-            print_rank_0(f"> {line}")
         return result
 
 

@@ -8,36 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.integrations.step import StepReweighting
 from megatron_rw.reweighting import (
     DomainLosses,
-    ReduceGroup,
     ReweightConfig,
-    Reweighter,
     WeightMetrics,
     sample_sums,
 )
 from megatron_rw.training.batch import Batch
-from megatron_rw.training.state import ReweightState
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 # A loss this many times the largest seen is reported as a spike, as in Megatron's pretrain_gpt.py.
 SPIKE_FACTOR = 10
-
-
-def data_parallel_ranks() -> ReduceGroup:
-    """The data- and context-parallel ranks of this process, from Megatron's groups."""
-    return ReduceGroup(
-        group=mpu.get_data_parallel_group(with_context_parallel=True),
-        dp_rank=mpu.get_data_parallel_rank(),
-        dp_size=mpu.get_data_parallel_world_size(),
-        cp_rank=mpu.get_context_parallel_rank(),
-        cp_size=mpu.get_context_parallel_world_size(),
-    )
 
 
 class PretrainLoss:
@@ -48,10 +35,11 @@ class PretrainLoss:
     Args:
         args: validated.
         config: the reweighting settings.
-        state: tells at which step of the warm-up the run is.
+        state: what the checkpoints hold of the reweighting.
         num_domains: how many domains the batches' labels name.
 
     Attributes:
+        reweighting: runs the steps; None without reweighting.
         weight_metrics: every weighted set since the last reset.
         train_losses: every training micro-batch of a run without reweighting.
         valid_losses: every evaluation micro-batch.
@@ -61,16 +49,14 @@ class PretrainLoss:
         self, args: Namespace, config: ReweightConfig, state: ReweightState, num_domains: int
     ) -> None:
         self._args = args
-        self._config = config
-        self._state = state
         self.weight_metrics = WeightMetrics(num_domains)
+        self.reweighting: StepReweighting | None = None
+        if config.enabled:
+            self.reweighting = StepReweighting(
+                config, state, lambda: args.curr_iteration, self.weight_metrics.add
+            )
         self.train_losses = DomainLosses(num_domains)
         self.valid_losses = DomainLosses(num_domains)
-
-    @functools.cached_property
-    def _reweighter(self) -> Reweighter:
-        # Built at the first loss: Megatron's groups do not exist before.
-        return Reweighter(self._config, data_parallel_ranks())
 
     def __call__(
         self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
@@ -90,8 +76,8 @@ class PretrainLoss:
             gradient by the summed divisor. The report holds `[sum, count]` pairs.
         """
         assert batch.loss_mask is not None
-        if training and self._config.enabled:
-            return self._weighted(batch, batch.loss_mask, token_losses)
+        if training and self.reweighting is not None:
+            return self._weighted(self.reweighting, batch, batch.loss_mask, token_losses)
         if self._args.logits_load_dir is not None:
             result = _distillation_loss(self._args)(batch.loss_mask, token_losses, model=model)
         else:
@@ -100,24 +86,19 @@ class PretrainLoss:
         self._add_by_domain(batch, batch.loss_mask, token_losses.detach(), training)
         return result
 
-    def _weighted(self, batch: Batch, loss_mask: Tensor, token_losses: Tensor) -> LossResult:
+    def _weighted(
+        self, reweighting: StepReweighting, batch: Batch, loss_mask: Tensor, token_losses: Tensor
+    ) -> LossResult:
         # Packed samples arrive as one row of micro_batch_size·seq_length tokens.
         shape = (self._args.micro_batch_size, -1)
-        step = self._state.step(self._args.curr_iteration)
-        weighted = self._reweighter(
-            token_losses.view(shape), loss_mask.view(shape), step, batch.domain
+        loss, divisor = reweighting.weigh(
+            token_losses.view(shape), loss_mask.view(shape), batch.domain
         )
-        self.weight_metrics.add(weighted)
-
-        total, tokens, report = _token_mean(loss_mask, token_losses.detach())
+        if reweighting.scoring:
+            return loss, divisor, {}
+        total, _, report = _token_mean(loss_mask, token_losses.detach())
         self._check(total)
-        # The gradient wanted is that of Σ_{i∈S} w_i·l_i, averaged over micro-batches. Megatron
-        # takes the mean over dp·cp ranks of what the ranks hand in, and the parts add up to the
-        # objective, so each part is scaled by dp·cp. A divisor of 1 keeps Megatron from dividing
-        # by this rank's token count; summed over ranks and micro-batches it is dp·cp·M, so that
-        # --calculate-per-token-loss arrives at the same gradient.
-        loss = weighted.local_objective * self._reweighter.ranks.size
-        return loss, torch.ones_like(tokens), report
+        return loss, divisor, report
 
     def _add_by_domain(
         self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool

@@ -19,7 +19,7 @@ from megatron.training import (
     print_rank_last,
 )
 
-from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedLoss
+from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 
 Scalars = dict[str, float]
 
@@ -85,7 +85,7 @@ class Reporter:
         report: ReweightReport | None,
         temperature: float | None,
         losses: LossByDomain | None,
-        last_set: WeightedLoss | None,
+        last_set: WeightedSet | None,
     ) -> None:
         """Write one logged training step.
 
@@ -179,6 +179,7 @@ class Reporter:
             "reweight/ess": report.ess,
             "reweight/max weight": report.max_weight,
             "reweight/max weight x set size": report.relative_max_weight,
+            "reweight/share of sets above 2": report.over_bound,
             "reweight/temperature": temperature,
             "reweight/non-finite samples": float(report.nonfinite_samples),
             "reweight/smallest sample loss": report.sample_loss_min,
@@ -194,7 +195,7 @@ class Reporter:
                     scalars[f"domain ess/{name}"] = domain.ess
         return scalars
 
-    def _sample_records(self, weighted: WeightedLoss) -> list[dict[str, object]]:
+    def _sample_records(self, weighted: WeightedSet) -> list[dict[str, object]]:
         count = self._log_samples
         rows = zip(
             weighted.samples.losses[:count].tolist(),
@@ -215,7 +216,7 @@ class Reporter:
         if wandb and scalars:
             wandb.log(scalars, iteration)
 
-    def _write_histograms(self, weighted: WeightedLoss, iteration: int) -> None:
+    def _write_histograms(self, weighted: WeightedSet, iteration: int) -> None:
         """Over the loss axis: how many samples lie in each bin, and how much weight."""
         writer = get_tensorboard_writer()
         if not writer:

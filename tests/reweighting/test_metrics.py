@@ -7,20 +7,19 @@ import math
 import pytest
 import torch
 
-from megatron_rw.reweighting import DomainLosses, ReweightConfig, Reweighter, WeightMetrics
+from megatron_rw.reweighting import DomainLosses, WeightMetrics
 from tests.reweighting import oracle
-from tests.reweighting.test_reweighter import SAMPLES, micro_batch
+from tests.reweighting.test_reweighter import SAMPLES, micro_batch, weigh
 
 DOMAINS = 4  # the fourth occurs in no batch
 
 
 def test_report_over_two_sets_is_the_sum_done_by_hand() -> None:
     metrics = WeightMetrics(DOMAINS)
-    reweighter = Reweighter(ReweightConfig(strategy="linupper", temperature=0.4))
     assert metrics.read() is None
     batches = [micro_batch(seed, torch.float32) for seed in (0, 1)]
     for losses, mask, domain in batches:
-        metrics.add(reweighter(losses, mask, 0, domain))
+        metrics.add(weigh("linupper", losses, mask, domain).weighted)
     report = metrics.read()
     assert report is not None
 
@@ -41,6 +40,9 @@ def test_report_over_two_sets_is_the_sum_done_by_hand() -> None:
     assert report.max_weight == pytest.approx(max(max(w) for _, w, *_ in every), rel=1e-5)
     assert report.relative_max_weight == pytest.approx(
         sum(len(u) * max(w) for u, (_, w, *_) in zip(used, every, strict=True)) / 2, rel=1e-5
+    )
+    assert report.over_bound == pytest.approx(
+        sum(len(u) * max(w) > 2 for u, (_, w, *_) in zip(used, every, strict=True)) / 2
     )
     assert report.set_size == SAMPLES - 1  # one sample has no active token
     assert report.nonfinite_samples == 0
@@ -69,8 +71,7 @@ def test_report_over_two_sets_is_the_sum_done_by_hand() -> None:
 def test_domain_ess_is_one_under_uniform_weights() -> None:
     metrics = WeightMetrics(3)
     losses, mask, domain = micro_batch(0, torch.float32)
-    uniform = Reweighter(ReweightConfig(strategy="uniform"))
-    metrics.add(uniform(losses, torch.ones_like(mask), 0, domain))
+    metrics.add(weigh("uniform", losses, torch.ones_like(mask), domain).weighted)
     report = metrics.read()
     assert report is not None
     assert report.ess == pytest.approx(1)
@@ -80,7 +81,7 @@ def test_domain_ess_is_one_under_uniform_weights() -> None:
 def test_reset_starts_a_new_interval() -> None:
     metrics = WeightMetrics(1)
     losses, mask, _ = micro_batch(0, torch.float32)
-    metrics.add(Reweighter(ReweightConfig(strategy="uniform"))(losses, mask, 0))
+    metrics.add(weigh("uniform", losses, mask).weighted)
     metrics.reset()
     assert metrics.read() is None
 
@@ -89,7 +90,7 @@ def test_nonfinite_samples_are_counted_and_leave_the_sums_finite() -> None:
     losses, mask, domain = micro_batch(0, torch.float32)
     losses[0, 0], mask[0, 0] = math.nan, 1
     metrics = WeightMetrics(3)
-    metrics.add(Reweighter(ReweightConfig(strategy="linupper"))(losses, mask, 0, domain))
+    metrics.add(weigh("linupper", losses, mask, domain).weighted)
     report = metrics.read()
     assert report is not None
     assert report.nonfinite_samples == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.reweighting import ReweightConfig, Reweighter, sample_sums
+from megatron_rw.reweighting import (
+    ReduceGroup,
+    ReweightConfig,
+    WeightedSet,
+    make_reweighter,
+    sample_sums,
+)
 from tests.ranks import run_ranks
 from tests.reweighting import oracle
 
@@ -30,8 +37,32 @@ def micro_batch(
     return losses, mask, torch.arange(SAMPLES) % 3
 
 
-def reweighter(strategy: Any, ranks: Any = None) -> Reweighter:
-    return Reweighter(ReweightConfig(strategy=strategy, temperature=0.4), ranks)
+@dataclass
+class Weighed:
+    """One micro-batch weighed in the scope `microbatch`."""
+
+    local_objective: torch.Tensor
+    weighted: WeightedSet
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.weighted.weights
+
+
+def weigh(
+    strategy: Any,
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    domain: torch.Tensor | None = None,
+    ranks: ReduceGroup | None = None,
+) -> Weighed:
+    seen: list[WeightedSet] = []
+    config = ReweightConfig(strategy=strategy, temperature=0.4)
+    reweighter = make_reweighter(config, ranks, seen.append)
+    reweighter.begin(0)
+    objective = reweighter.weigh(losses, mask, domain)
+    assert reweighter.finish() is None
+    return Weighed(objective, *seen)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -39,7 +70,7 @@ def reweighter(strategy: Any, ranks: Any = None) -> Reweighter:
 def test_gradient_is_the_oracles(strategy: Any, seed: int) -> None:
     losses, mask, domain = micro_batch(seed)
     losses.requires_grad_()
-    weighted = reweighter(strategy)(losses, mask, 0, domain)
+    weighted = weigh(strategy, losses, mask, domain)
     weighted.local_objective.backward()
     expected = oracle.token_gradient(losses.tolist(), mask.tolist(), strategy, 0.4)
     assert losses.grad is not None
@@ -56,15 +87,15 @@ def test_gradient_is_the_oracles(strategy: Any, seed: int) -> None:
         if loss is not None
     )
     assert weighted.local_objective.item() == pytest.approx(value, rel=1e-12)
-    assert weighted.objective.item() == pytest.approx(value, rel=1e-12)
+    assert weighted.weighted.objective.item() == pytest.approx(value, rel=1e-12)
 
 
 def test_sample_without_an_active_token_is_in_no_moment() -> None:
     losses, mask, domain = micro_batch(0)
-    weights = reweighter("linupper")(losses, mask, 0, domain).weights
+    weights = weigh("linupper", losses, mask, domain).weights
     assert weights[3] == 0
     others = [i for i in range(SAMPLES) if i != 3]
-    alone = reweighter("linupper")(losses[others], mask[others], 0, domain[others]).weights
+    alone = weigh("linupper", losses[others], mask[others], domain[others]).weights
     torch.testing.assert_close(weights[others], alone)
 
 
@@ -74,7 +105,7 @@ def test_nonfinite_sample_never_spreads(broken: float) -> None:
     mask[6] = 1
     losses[6, 2] = broken
     losses.requires_grad_()
-    weighted = reweighter("linupper")(losses, mask, 0, domain)
+    weighted = weigh("linupper", losses, mask, domain)
     weighted.local_objective.backward()
     assert weighted.weights[6] == 0
     assert math.isfinite(weighted.local_objective.item())
@@ -85,16 +116,16 @@ def test_nonfinite_sample_never_spreads(broken: float) -> None:
 
 def test_token_outside_the_mask_may_be_anything() -> None:
     losses, mask, domain = micro_batch(0)
-    expected = reweighter("linupper")(losses, mask, 0, domain).local_objective
+    expected = weigh("linupper", losses, mask, domain).local_objective
     losses = torch.where(mask > 0, losses, math.nan)
-    actual = reweighter("linupper")(losses, mask, 0, domain).local_objective
+    actual = weigh("linupper", losses, mask, domain).local_objective
     assert actual.item() == expected.item()
 
 
 def test_all_masked_is_zero_with_zero_gradient() -> None:
     losses, mask, domain = micro_batch(0)
     losses.requires_grad_()
-    weighted = reweighter("extremes")(losses, torch.zeros_like(mask), 0, domain)
+    weighted = weigh("extremes", losses, torch.zeros_like(mask), domain)
     weighted.local_objective.backward()
     assert weighted.local_objective.item() == 0
     assert losses.grad is not None
@@ -104,7 +135,7 @@ def test_all_masked_is_zero_with_zero_gradient() -> None:
 @given(st.sampled_from(STRATEGIES), st.integers(0, 1000))
 def test_uniform_masks_give_a_convex_combination(strategy: Any, seed: int) -> None:
     losses, _, _ = micro_batch(seed)
-    objective = reweighter(strategy)(losses, torch.ones_like(losses), 0).local_objective
+    objective = weigh(strategy, losses, torch.ones_like(losses)).local_objective
     means = losses.mean(dim=1)
     assert means.min() - 1e-9 <= objective <= means.max() + 1e-9
 
@@ -118,12 +149,12 @@ def test_half_precision_losses_are_summed_in_fp32() -> None:
 
 def test_strategy_none_has_no_reweighter() -> None:
     with pytest.raises(ValueError, match="Megatron's own loss"):
-        Reweighter(ReweightConfig())
+        make_reweighter(ReweightConfig())
 
 
 def weighted_on_rank(strategy: Any, seed: int, dp: int, cp: int) -> dict[str, Any]:
     """This rank's rows and token shard, weighted over Megatron's groups."""
-    from megatron_rw.training.loss import data_parallel_ranks
+    from megatron_rw.integrations.groups import data_parallel_ranks
 
     ranks = data_parallel_ranks()
     assert (ranks.dp_size, ranks.cp_size) == (dp, cp)
@@ -131,7 +162,7 @@ def weighted_on_rank(strategy: Any, seed: int, dp: int, cp: int) -> dict[str, An
     rows = slice(ranks.dp_rank * (SAMPLES // dp), (ranks.dp_rank + 1) * (SAMPLES // dp))
     columns = slice(ranks.cp_rank * (TOKENS // cp), (ranks.cp_rank + 1) * (TOKENS // cp))
     mine = losses[rows, columns].clone().requires_grad_()
-    weighted = reweighter(strategy, ranks)(mine, mask[rows, columns], 0, domain[rows])
+    weighted = weigh(strategy, mine, mask[rows, columns], domain[rows], ranks)
     weighted.local_objective.backward()
     assert mine.grad is not None
     return {
@@ -139,9 +170,9 @@ def weighted_on_rank(strategy: Any, seed: int, dp: int, cp: int) -> dict[str, An
         "columns": columns,
         "gradient": mine.grad,
         "part": weighted.local_objective.item(),
-        "objective": weighted.objective.item(),
+        "objective": weighted.weighted.objective.item(),
         "weights": weighted.weights,
-        "domain": weighted.samples.domain,
+        "domain": weighted.weighted.samples.domain,
     }
 
 
@@ -164,7 +195,7 @@ def test_ranks_together_give_the_single_process_gradient(
     parts = run_ranks(processes, weighted_on_rank, strategy, 0, dp, cp, **sizes)
     losses, mask, domain = micro_batch(0)
     losses.requires_grad_()
-    whole = reweighter(strategy)(losses, mask, 0, domain)
+    whole = weigh(strategy, losses, mask, domain)
     whole.local_objective.backward()
     assert losses.grad is not None
     for part in parts:
@@ -172,7 +203,7 @@ def test_ranks_together_give_the_single_process_gradient(
         torch.testing.assert_close(part["gradient"], expected, rtol=1e-12, atol=1e-15)
         torch.testing.assert_close(part["weights"], whole.weights, rtol=1e-12, atol=0)
         assert torch.equal(part["domain"], domain.double())
-        assert part["objective"] == pytest.approx(whole.objective.item(), rel=1e-12)
+        assert part["objective"] == pytest.approx(whole.weighted.objective.item(), rel=1e-12)
     tp = processes // (dp * cp)
     total = sum(part["part"] for part in parts) / tp
     assert total == pytest.approx(whole.local_objective.item(), rel=1e-12)

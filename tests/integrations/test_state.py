@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import ReweightConfig
-from megatron_rw.training.state import ReweightState
 
 LINUPPER = ReweightConfig(strategy="linupper", warmup_steps=10)
 
 
 def saved_by(config: ReweightConfig, first_iteration: int) -> Namespace:
     args = Namespace(reweight_strategy=config.strategy, reweight_warmup_steps=config.warmup_steps)
-    ReweightState(args, config).begin(first_iteration)
+    state = ReweightState(config)
+    state.keep_in(args)
+    state.begin(first_iteration)
     return args
 
 
 def test_steps_count_from_the_first_training_step() -> None:
-    state = ReweightState(Namespace(), LINUPPER)
+    state = ReweightState(LINUPPER)
     assert state.step(0) == 0
     state.begin(100)
     state.begin(101)
@@ -26,7 +28,7 @@ def test_steps_count_from_the_first_training_step() -> None:
 
 
 def test_resume_goes_on_counting_and_says_nothing() -> None:
-    state = ReweightState(Namespace(), LINUPPER)
+    state = ReweightState(LINUPPER)
     assert state.resume(saved_by(LINUPPER, 5)) == []
     state.begin(20)
     assert state.step(20) == 15
@@ -34,20 +36,21 @@ def test_resume_goes_on_counting_and_says_nothing() -> None:
 
 def test_state_is_saved_with_the_arguments() -> None:
     args = Namespace()
-    state = ReweightState(args, LINUPPER)
+    state = ReweightState(LINUPPER)
+    state.keep_in(args)
     state.begin(3)
-    assert args.reweight_state == {"first_iteration": 3}
+    assert args.reweight_state == {"first_iteration": 3, "moments": None}
 
 
 def test_changed_settings_are_named() -> None:
-    state = ReweightState(Namespace(), ReweightConfig(strategy="extremes", warmup_steps=10))
+    state = ReweightState(ReweightConfig(strategy="extremes", warmup_steps=10))
     assert state.resume(saved_by(LINUPPER, 0)) == [
         "--reweight-strategy was linupper when the checkpoint was saved and is extremes now"
     ]
 
 
 def test_checkpoint_of_plain_megatron_starts_the_warmup() -> None:
-    state = ReweightState(Namespace(), LINUPPER)
+    state = ReweightState(LINUPPER)
     lines = state.resume(Namespace())
     assert lines[-1] == "reweighting begins with this run, its warm-up included"
     state.begin(40)
@@ -55,9 +58,9 @@ def test_checkpoint_of_plain_megatron_starts_the_warmup() -> None:
 
 
 def test_turning_reweighting_off_is_said() -> None:
-    state = ReweightState(Namespace(), ReweightConfig())
+    state = ReweightState(ReweightConfig())
     lines = state.resume(saved_by(LINUPPER, 0))
     assert (
         lines[0] == "--reweight-strategy was linupper when the checkpoint was saved and is none now"
     )
-    assert ReweightState(Namespace(), ReweightConfig()).resume(Namespace()) == []
+    assert ReweightState(ReweightConfig()).resume(Namespace()) == []

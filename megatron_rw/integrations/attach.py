@@ -1,0 +1,165 @@
+"""Sample reweighting for a Megatron script that is not ours."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rw.integrations import groups, schedule
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.integrations.step import StepReweighting, check_set_size
+from megatron_rw.reweighting import ConfigError, ReweightConfig, WeightMetrics
+
+LossFunction = Callable[..., Any]
+ForwardStepFunction = Callable[..., tuple[Any, LossFunction]]
+
+
+def bound_loss_mask(loss_function: LossFunction) -> Tensor:
+    """The argument `loss_mask` of a `functools.partial`, as Megatron's scripts bind it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if isinstance(loss_function, functools.partial):
+        signature = inspect.signature(loss_function.func)
+        bound = signature.bind_partial(*loss_function.args, **loss_function.keywords).arguments
+        if isinstance(bound.get("loss_mask"), Tensor):
+            return bound["loss_mask"]
+    raise ConfigError(
+        "the forward step's loss function has no bound argument loss_mask: give "
+        "attach(..., loss_mask=) a function that takes the loss function and returns the mask."
+    )
+
+
+def attach(
+    forward_step: ForwardStepFunction,
+    config: ReweightConfig,
+    *,
+    args: Namespace | None = None,
+    loss_mask: Callable[[LossFunction], Tensor] = bound_loss_mask,
+) -> AttachedForwardStep:
+    """Weigh the samples of a Megatron forward step by their losses.
+
+        forward_step = attach(forward_step, ReweightConfig(strategy="linupper"), args=get_args())
+
+    The forward step returns the model's output, on the last pipeline stage `[b, s/cp]` token losses
+    in nats, and a loss function of it. In a training step the weighted loss replaces what that
+    function returns as loss and divisor, and its report is kept; evaluation is left alone. Call
+    this before the training loop asks core for its schedule, so before `pretrain`.
+
+    Args:
+        forward_step: as core's schedules take it.
+        config: strategy, temperature, scope.
+        args: Megatron's parsed arguments, in a script on `megatron.training`: the state then rides
+            in its checkpoints, and warm-up follows its iterations. Without them, save and load
+            `state_dict()` with your own checkpoints.
+        loss_mask: finds the micro-batch's mask, `[b, s/cp]` or flat, in the loss function.
+
+    Returns:
+        What to give to the schedule, or `pretrain`, in place of `forward_step`. Its `metrics`
+        hold the weights' report.
+
+    Raises:
+        ConfigError: the settings have no effect (strategy `none`).
+    """
+    if not config.enabled:
+        raise ConfigError(
+            "attach() with strategy none does nothing: choose one, or do not call it."
+        )
+    schedule.install()
+    return AttachedForwardStep(forward_step, config, args, loss_mask)
+
+
+class AttachedForwardStep:
+    """A forward step function with sample weights; made by `attach`.
+
+    Attributes:
+        metrics: `read()` gives the report on the weights since the last `reset()`, on the ranks
+            of the last pipeline stage.
+    """
+
+    def __init__(
+        self,
+        forward_step: ForwardStepFunction,
+        config: ReweightConfig,
+        args: Namespace | None,
+        loss_mask: Callable[[LossFunction], Tensor],
+    ) -> None:
+        self._forward_step = forward_step
+        self._config = config
+        self._args = args
+        self._loss_mask = loss_mask
+        self._completed = 0
+        self._set_is_checked = False
+        self._num_microbatches = 1
+        self.metrics = WeightMetrics(num_domains=1)
+        self._state = ReweightState(config)
+        if args is not None:
+            from megatron_rw.integrations.checkpoint import keep_in_checkpoints
+
+            keep_in_checkpoints(self._state, args)
+        self._reweighting = StepReweighting(config, self._state, self._iteration, self.metrics.add)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, LossFunction]:
+        """The forward step, its loss function wrapped."""
+        output, loss_function = self._forward_step(*args, **kwargs)
+        return output, functools.partial(self._loss, loss_function)
+
+    def run_step(self, core_schedule: schedule.Schedule, call: dict[str, Any]) -> Any:
+        """See `schedule.SteppedForward`."""
+        self._num_microbatches = call["num_microbatches"]
+        result = self._reweighting.run(core_schedule, call)
+        self._completed += 1
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to hold: numbers and a small tensor, the same on all ranks."""
+        return {"completed": self._completed, **self._state.record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken; before the first step.
+
+        Raises:
+            ConfigError: `state` is not one.
+        """
+        record = dict(state)
+        self._completed = record.pop("completed", 0)
+        self._state.load(record)
+
+    def _iteration(self) -> int:
+        return self._completed if self._args is None else int(self._args.curr_iteration)
+
+    def _loss(self, loss_function: LossFunction, output: Tensor, **kwargs: Any) -> Any:
+        if not self._reweighting.running:
+            return loss_function(output, **kwargs)
+        mask = self._loss_mask(loss_function)
+        if output.dim() != 2 or mask.numel() != output.numel():
+            raise ConfigError(
+                f"the model's output has shape {tuple(output.shape)} and the loss mask "
+                f"{tuple(mask.shape)}; both must hold one value per token, the output as [b, s]."
+            )
+        self._check_set_once(output.shape[0])
+        loss, divisor = self._reweighting.weigh(output, mask.view(output.shape))
+        if self._reweighting.scoring:
+            return loss, divisor, {}
+        with torch.no_grad():
+            report = loss_function(output.detach())[-1]
+        return loss, divisor, report
+
+    def _check_set_once(self, samples: int) -> None:
+        if self._set_is_checked:
+            return
+        self._set_is_checked = True
+        replicas = groups.data_parallel_ranks().dp_size
+        batch_size = samples * replicas * self._num_microbatches
+        warning = check_set_size(self._config.scope, samples, replicas, batch_size)
+        if warning is not None and dist.get_rank() == 0:
+            warnings.warn(warning, stacklevel=2)

@@ -1,0 +1,82 @@
+"""What the method needs to know of Megatron core's process groups and of the model's own losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_rw.reweighting import ReduceGroup
+
+
+def data_parallel_ranks() -> ReduceGroup:
+    """The data- and context-parallel ranks of this process, from Megatron's groups."""
+    return ReduceGroup(
+        group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_group=parallel_state.get_context_parallel_group(),
+    )
+
+
+def has_loss() -> bool:
+    """Whether this rank is in the last pipeline stage."""
+    return bool(parallel_state.is_pipeline_last_stage(ignore_virtual=True))
+
+
+def share_with_pipeline(values: Tensor) -> None:
+    """Overwrite `values` with those of the last pipeline stage."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            values,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+
+
+def sum_over_replicas(count: Tensor) -> Tensor:
+    """Sum over data parallelism of what tensor-parallel rank 0 holds, on every rank of a stage."""
+    if parallel_state.get_data_parallel_world_size() > 1:
+        dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        dist.broadcast(
+            count,
+            parallel_state.get_tensor_model_parallel_src_rank(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+        )
+    return count
+
+
+def other_losses(config: Any) -> list[str]:
+    """Losses that a model adds to the gradient beside the language model's.
+
+    Args:
+        config: Megatron's `TransformerConfig`, or the parsed arguments, whose names agree.
+
+    Returns:
+        The setting behind each, as a flag.
+    """
+    found = []
+    experts = getattr(config, "num_moe_experts", None) or getattr(config, "num_experts", None)
+    if experts is not None:
+        coefficient = config.moe_aux_loss_coeff
+        coefficients = coefficient if isinstance(coefficient, list) else [coefficient]
+        if any(value > 0 for value in coefficients):
+            found.append("--moe-aux-loss-coeff")
+        if config.moe_z_loss_coeff:
+            found.append("--moe-z-loss-coeff")
+    if config.mtp_num_layers:
+        found.append("--mtp-num-layers")
+    if getattr(config, "experimental_attention_variant", None) == "dsa":
+        found.append("--experimental-attention-variant")
+    return found
+
+
+def device() -> torch.device:
+    """Where this rank's tensors are, as Megatron asks for it."""
+    return torch.device(torch.cuda.current_device())

@@ -1,0 +1,339 @@
+"""The scopes: which samples compete for weight, and when their weights are known.
+
+A step of training goes `begin`, for the scope `global` one `score` per micro-batch, one `weigh`
+per micro-batch with its backward pass, `finish`. The gradient of the step is
+
+    (1/M)·Σ_m Σ_ranks ∇weigh(m) · finish()
+
+over M micro-batches and the data- and context-parallel ranks. It equals the gradient of
+Σ_{i∈S} w_i·l_i with constant weights, averaged over the sets S of the step: one set per
+micro-batch in the scope `microbatch`, a single set otherwise.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import override
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rw.reweighting.config import ReweightConfig, temperature_at
+from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
+from megatron_rw.reweighting.weights import loss_range, loss_weights, unnormalised_weights
+
+
+@dataclass(frozen=True)
+class WeightedSet:
+    """A set of samples and their weights, the same on every data- and context-parallel rank.
+
+    Attributes:
+        samples: losses, token counts and domains.
+        weights: `[n]`, w_i, in the order of `samples`.
+    """
+
+    samples: SampleSet
+    weights: Tensor
+
+    @property
+    def objective(self) -> Tensor:
+        """Scalar, Σ_{i∈S} w_i·l_i."""
+        # 0·NaN is NaN: a sample without weight must not reach the sum at all.
+        return torch.where(self.weights > 0, self.weights * self.samples.losses, 0.0).sum()
+
+
+Observer = Callable[[WeightedSet], None]
+
+
+class Reweighter(abc.ABC):
+    """Weighs the samples of one training step after the other, on the ranks that have the loss.
+
+    Args:
+        config: strategy, temperature and warm-up; `config.enabled` must hold.
+        ranks: the ranks whose samples compete. This process alone when None.
+        observe: told of every set once its weights are known.
+    """
+
+    def __init__(
+        self,
+        config: ReweightConfig,
+        ranks: ReduceGroup | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        if not config.enabled:
+            raise ValueError("strategy none has no weights; use Megatron's own loss")
+        self.config = config
+        self.ranks = ranks or ReduceGroup()
+        self._observe = observe or (lambda weighted: None)
+        self._step = 0
+        self._num_microbatches = 1
+
+    def begin(self, step: int, num_microbatches: int = 1) -> None:
+        """Begin a step.
+
+        Args:
+            step: completed steps of reweighted training. The same number again, as when a step
+                is run anew to find a hardware fault, gives the same weights again.
+            num_microbatches: M, calls of `weigh` that follow.
+        """
+        self._step = step
+        self._num_microbatches = num_microbatches
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether this step wants a forward pass and `score` of all its micro-batches first."""
+        return False
+
+    def score(self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None) -> None:
+        """Take note of a micro-batch before the step's first `weigh`; arguments as there.
+
+        The last one of the step starts the step's one collective.
+        """
+        raise RuntimeError(f"scope {self.config.scope} needs no scores")
+
+    @abc.abstractmethod
+    def weigh(
+        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
+    ) -> Tensor:
+        """Weigh one micro-batch. No host synchronisation.
+
+        Args:
+            token_losses: `[b, s]`, cross-entropy of this rank's tokens, nats, with gradient.
+            loss_mask: `[b, s]`, 1 where a token counts.
+            domain: `[b]` int64, for the observer alone. All 0 when None.
+
+        Returns:
+            Scalar with gradient, this rank's part of the objective; see the module's text.
+        """
+
+    @property
+    def step_tokens(self) -> Tensor | None:
+        """Active tokens of the whole step over all ranks, where `weigh` has come to know them."""
+        return None
+
+    def finish(self) -> Tensor | None:
+        """End a step.
+
+        Returns:
+            Scalar that the step's gradients remain to be multiplied by; None for 1.
+        """
+        return None
+
+    def _weigh_set(self, loss_sum: Tensor, tokens: Tensor, domain: Tensor) -> WeightedSet:
+        """Gather the set that this rank's samples, `[n]` each, are part of, and weigh it."""
+        samples = gather_samples(loss_sum, tokens, domain, self.ranks)
+        weights = loss_weights(
+            samples.losses,
+            self.config.strategy,
+            temperature_at(self.config, self._step),
+            self.config.delta,
+            mask=samples.has_tokens,
+        )
+        weighted = WeightedSet(samples, weights)
+        self._observe(weighted)
+        return weighted
+
+
+def make_reweighter(
+    config: ReweightConfig, ranks: ReduceGroup | None = None, observe: Observer | None = None
+) -> Reweighter:
+    """The reweighter of `config.scope`; arguments as there."""
+    return _BY_SCOPE[config.scope](config, ranks, observe)
+
+
+class MicrobatchReweighter(Reweighter):
+    """A micro-batch across the data-parallel group is the set, as in the authors' code.
+
+    One collective per micro-batch.
+    """
+
+    _step_tokens: Tensor | None = None
+
+    @override
+    def weigh(
+        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
+    ) -> Tensor:
+        loss_sum, tokens = sample_sums(token_losses, loss_mask)
+        weighted = self._weigh_set(loss_sum.detach(), tokens, _labels(domain, tokens))
+        own = weighted.samples.local
+        if self._num_microbatches == 1:
+            self._step_tokens = weighted.samples.tokens.sum()
+        return _weighted_sum(loss_sum, weighted.weights[own], weighted.samples.tokens[own])
+
+    @override
+    @property
+    def step_tokens(self) -> Tensor | None:
+        return self._step_tokens if self._num_microbatches == 1 else None
+
+
+class GlobalReweighter(MicrobatchReweighter):
+    """All samples of the step are the set, scored by a forward pass before the first backward.
+
+    One collective per step. A step of one micro-batch is its own set and needs no such pass.
+    """
+
+    @override
+    def begin(self, step: int, num_microbatches: int = 1) -> None:
+        super().begin(step, num_microbatches)
+        self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._known: WeightedSet | None = None
+        self._weighed = 0
+
+    @override
+    @property
+    def scores_first(self) -> bool:
+        return self._num_microbatches > 1
+
+    @override
+    @torch.no_grad()
+    def score(self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None) -> None:
+        loss_sum, tokens = sample_sums(token_losses, loss_mask)
+        self._scored.append((loss_sum, tokens, _labels(domain, tokens)))
+        if len(self._scored) == self._num_microbatches:
+            self._known = self._weigh_set(*_concatenate(self._scored))
+
+    @override
+    def weigh(
+        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
+    ) -> Tensor:
+        if not self.scores_first:
+            return super().weigh(token_losses, loss_mask, domain)
+        if self._known is None:
+            raise RuntimeError(
+                f"{len(self._scored)} of {self._num_microbatches} micro-batches were scored "
+                "before the first backward pass"
+            )
+        loss_sum, _ = sample_sums(token_losses, loss_mask)
+        count = loss_sum.numel()
+        start = self._known.samples.local.start + self._weighed * count
+        own = slice(start, start + count)
+        self._weighed += 1
+        weights, tokens = self._known.weights[own], self._known.samples.tokens[own]
+        # Megatron takes the mean over micro-batches, and the objective is a sum over them.
+        return self._num_microbatches * _weighted_sum(loss_sum, weights, tokens)
+
+    @override
+    @property
+    def step_tokens(self) -> Tensor | None:
+        if not self.scores_first:
+            return super().step_tokens
+        return None if self._known is None else self._known.samples.tokens.sum()
+
+
+class DeferredReweighter(Reweighter):
+    """All samples of the step are the set, scaled by the range of the previous step's losses.
+
+    With that range a sample's weight depends on its own loss alone, up to the set's normaliser,
+    which `finish` returns as a factor. The set's objective, ranks and micro-batches together, is
+    Σ ŵ_i·l_i / |S| before that factor |S|/Σ ŵ_j. One collective per step; under context
+    parallelism one per micro-batch besides, over that group alone.
+
+    Before the first step there is no range, and all weights are equal. A step without an active
+    sample has gradient 0 and leaves the range as it is.
+
+    Attributes:
+        moments: `[2]` fp64, the range (l_min, l_max) that the next step will use.
+    """
+
+    def __init__(
+        self,
+        config: ReweightConfig,
+        ranks: ReduceGroup | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        super().__init__(config, ranks, observe)
+        self.moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
+        self._used = self.moments
+        self._seen_step: int | None = None
+
+    @override
+    def begin(self, step: int, num_microbatches: int = 1) -> None:
+        super().begin(step, num_microbatches)
+        if step != self._seen_step:
+            self._used = self.moments
+            self._seen_step = step
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @override
+    def weigh(
+        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
+    ) -> Tensor:
+        own_loss_sum, own_tokens = sample_sums(token_losses, loss_mask)
+        loss_sum, tokens = self._over_shards(own_loss_sum.detach(), own_tokens)
+        self._rows.append((loss_sum, tokens, _labels(domain, tokens)))
+        weights = self._unnormalised(loss_sum / tokens.clamp(min=1.0), tokens > 0)
+        return _weighted_sum(own_loss_sum, weights, tokens) / (tokens.numel() * self.ranks.dp_size)
+
+    @override
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        loss_sum, tokens, domain = _concatenate(self._rows)
+        # The shards of context parallelism have been added up already.
+        holds = 1.0 if self.ranks.cp_rank == 0 else 0.0
+        loss_sum = loss_sum if holds else torch.zeros_like(loss_sum)
+        samples = gather_samples(loss_sum, tokens * holds, domain, self.ranks)
+        weights = self._unnormalised(samples.losses, samples.has_tokens)
+        total = weights.sum()
+        tiny = torch.finfo(weights.dtype).tiny
+        self._observe(WeightedSet(samples, weights / total.clamp(min=tiny)))
+        self._update_moments(samples)
+        return torch.where(total > 0, weights.numel() / total.clamp(min=tiny), 1.0)
+
+    def _over_shards(self, loss_sum: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if self.ranks.cp_size == 1:
+            return loss_sum, tokens
+        table = torch.stack([loss_sum, tokens])
+        dist.all_reduce(table, group=self.ranks.cp_group)
+        return table[0], table[1]
+
+    def _unnormalised(self, losses: Tensor, active: Tensor) -> Tensor:
+        low, high = self._used.to(losses.device, losses.dtype)
+        return unnormalised_weights(
+            losses,
+            low,
+            high,
+            self.config.strategy,
+            temperature_at(self.config, self._step),
+            self.config.delta,
+            mask=active,
+        )
+
+    def _update_moments(self, samples: SampleSet) -> None:
+        active = samples.has_tokens & torch.isfinite(samples.losses)
+        seen = torch.stack(loss_range(samples.losses, active)).double()
+        used = self._used.to(seen.device)
+        kept = torch.where(used.isfinite(), used, seen)
+        updated = seen + self.config.moment_decay * (kept - seen)
+        self.moments = torch.where(seen.isfinite(), updated, used)
+
+
+_BY_SCOPE = {
+    "microbatch": MicrobatchReweighter,
+    "global": GlobalReweighter,
+    "deferred": DeferredReweighter,
+}
+
+
+def _labels(domain: Tensor | None, tokens: Tensor) -> Tensor:
+    return torch.zeros_like(tokens) if domain is None else domain
+
+
+def _concatenate(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The micro-batches of a step as one of `[M·b]`."""
+    loss_sum, tokens, domain = (torch.cat(column) for column in zip(*rows, strict=True))
+    return loss_sum, tokens, domain
+
+
+def _weighted_sum(own_loss_sum: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
+    """Σ w_i·l_i over this rank's samples and its part of their tokens.
+
+    Args:
+        own_loss_sum: `[b]` with gradient, over this rank's tokens.
+        weights: `[b]`.
+        tokens: `[b]`, over all tokens of the sample.
+    """
+    # 0·NaN is NaN: a sample without weight must not reach the sum at all.
+    return (torch.where(weights > 0, own_loss_sum, 0.0) * (weights / tokens.clamp(min=1.0))).sum()

@@ -1,0 +1,108 @@
+"""One rank of a layout: every scope and mask through core's real schedule, against the oracle."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer import TransformerConfig
+
+from megatron_rw.integrations import attach
+from megatron_rw.reweighting import ReweightConfig
+from tests.exactness import cases, model, oracle
+
+Sums = dict[tuple[str, str], list[tuple[float, float]]]
+
+
+def core_config(layout: cases.Layout, dtype: torch.dtype) -> TransformerConfig:
+    """Core's own settings for a layout."""
+    return TransformerConfig(
+        num_layers=oracle.LAYERS,
+        hidden_size=oracle.HIDDEN,
+        ffn_hidden_size=oracle.FFN,
+        num_attention_heads=2,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        sequence_parallel=layout.sequence_parallel,
+        calculate_per_token_loss=layout.per_token,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        batch_p2p_comm=False,
+        overlap_p2p_comm="virtual_pipeline_model_parallel_size" in layout.sizes,
+        variable_seq_lengths=False,
+        **layout.sizes,
+    )
+
+
+def run_step(forward_step: Any, chunks: list[Any], samples: list[oracle.Samples]) -> Any:
+    """One training step through core's schedule; the gradients are left in the buffers."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    data = [model.micro_batches(samples) for _ in chunks]
+    rows = len(samples[0].tokens) // parallel_state.get_data_parallel_world_size()
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data if len(chunks) > 1 else data[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(samples),
+        seq_length=cases.SEQUENCE,
+        micro_batch_size=rows,
+        forward_only=False,
+    )
+
+
+def errors(
+    layout: cases.Layout,
+    configs: dict[str, ReweightConfig],
+    masks: list[str],
+    dtype: torch.dtype,
+) -> Sums:
+    """Squared error and squared size of this rank's part of every step's gradient.
+
+    Returns:
+        By scope and mask, one pair per step.
+    """
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    model_parallel_cuda_manual_seed(1)
+    values = oracle.parameters(0)
+    result: Sums = {}
+    for name, config in configs.items():
+        for mask in masks:
+            ddp = DistributedDataParallelConfig(**layout.ddp)
+            chunks = model.build(core_config(layout, dtype), ddp, values)
+            forward_step = attach(model.forward_step, config)
+            seen: oracle.Range = None
+            pairs = []
+            for samples in cases.steps(mask):
+                run_step(forward_step, chunks, samples)
+                found = model.gradients(chunks, ddp.use_distributed_optimizer)
+                wanted, latest = oracle.step_gradient(values, samples, config, seen)
+                seen = mixed(seen, latest, config.moment_decay)
+                pairs.append(compare(found, wanted))
+            result[name, mask] = pairs
+    return result
+
+
+def mixed(seen: oracle.Range, latest: oracle.Range, decay: float) -> oracle.Range:
+    """The exponential moving average of ranges; a step without samples leaves it as it is."""
+    if seen is None or latest is None:
+        return latest or seen
+    low, high = (decay * old + (1 - decay) * new for old, new in zip(seen, latest, strict=True))
+    return low, high
+
+
+def compare(found: oracle.Parameters, wanted: oracle.Parameters) -> tuple[float, float]:
+    """Squared error and squared size over this rank's parameters; NaN is an infinite error."""
+    error = size = 0.0
+    for name, gradient in found.items():
+        part = model.own_part(name, wanted[name])
+        error += float((gradient.double() - part).square().sum())
+        size += float(part.square().sum())
+    return (error if math.isfinite(error) else math.inf), size
