@@ -7,6 +7,8 @@ the masked sum of the token losses, the token count, and both as the report.
 from __future__ import annotations
 
 import functools
+from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ def ready() -> None:
     utils.compile_helpers = lambda: None
 
 
-def _loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
-    losses, mask = output.view(-1).float(), mask.view(-1).float()
+def _loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[Any, ...]:
+    losses, mask = output.view(-1).float(), loss_mask.view(-1).float()
     loss, tokens = torch.sum(losses * mask), mask.sum().detach().to(torch.int)
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
@@ -59,8 +61,12 @@ def _datasets(sizes: Any, vp_stage: int | None = None) -> Any:
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
 
 
-def main() -> None:
-    """Data and expert parallelism only: every rank reads its own batches."""
+def main(change: Callable[[Any, Namespace], Any] = lambda forward_step, args: forward_step) -> None:
+    """Data and expert parallelism only: every rank reads its own batches.
+
+    Args:
+        change: what a user adds; takes and returns the forward step.
+    """
     ready()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -76,5 +82,5 @@ def main() -> None:
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         _datasets,
         ModelType.encoder_or_decoder,
-        _forward_step,
+        change(_forward_step, args),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -93,7 +93,7 @@ class TokenNetwork(MegatronModule):
     def weights(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters by the oracle's names."""
         for name, part in self.parts.items():
-            yield name.replace("_", "."), part.weight
+            yield name.replace("_", "."), cast(torch.nn.Parameter, part.weight)
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Take the previous stage's output; core's schedules call it."""

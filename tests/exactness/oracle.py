@@ -53,7 +53,9 @@ def token_losses(p: Parameters, samples: Samples) -> Tensor:
     )
 
 
-def deferred_weights(losses: Sequence[float | None], config: ReweightConfig, seen: Range) -> list:
+def deferred_weights(
+    losses: Sequence[float | None], config: ReweightConfig, seen: Range
+) -> list[float]:
     """exp(h(u)/r)/Σ with u from the range `seen`, clamped; all alike where there is none."""
     scores = []
     for loss in losses:
@@ -70,51 +72,58 @@ def deferred_weights(losses: Sequence[float | None], config: ReweightConfig, see
     return [w / total if total else 0.0 for w in unnormalised]
 
 
-def step_gradient(
-    p: Parameters, sets: Sequence[Samples], config: ReweightConfig, seen: Range = None
-) -> tuple[Parameters, Range]:
-    """Gradient of the step's objective with constant weights, and the range of its losses.
+def objective(
+    losses: Sequence[Tensor], masks: Sequence[Tensor], config: ReweightConfig, seen: Range = None
+) -> tuple[Tensor, Range]:
+    """The step's objective with constant weights, and the range of its sample losses.
 
     Args:
-        p: fp64 parameters.
-        sets: the step's micro-batches, each over all data-parallel ranks.
+        losses: one `[n, s]` per micro-batch, over all data-parallel ranks; fp64 with gradient.
+        masks: as many, 1 where a token counts.
         config: scope and strategy.
         seen: for the scope `deferred`, the range from the steps before.
     """
-    leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
-    sample_losses = []
-    for samples in sets:
-        ce, mask = token_losses(leaves, samples), samples.mask.double()
-        sample_losses.append(
-            [
-                (row * m).sum() / m.sum() if m.sum() else None
-                for row, m in zip(ce, mask, strict=True)
-            ]
-        )
+    sets: list[list[Tensor | None]] = [
+        [(row * m).sum() / m.sum() if m.sum() else None for row, m in zip(ce, mask, strict=True)]
+        for ce, mask in zip(losses, masks, strict=True)
+    ]
     if config.scope != "microbatch":
-        sample_losses = [[loss for losses in sample_losses for loss in losses]]
-    objective = torch.zeros((), dtype=torch.float64)
-    for losses in sample_losses:
-        values = [None if loss is None else loss.item() for loss in losses]
+        sets = [[loss for members in sets for loss in members]]
+    total = losses[0].sum() * 0.0
+    finite = []
+    for members in sets:
+        values = [None if loss is None else loss.item() for loss in members]
+        finite += [value for value in values if value is not None]
         if config.scope == "deferred":
             weights = deferred_weights(values, config, seen)
         else:
-            active = [value is not None for value in values]
             weights = oracle.weights(
                 [value or 0.0 for value in values],
                 config.strategy,
                 config.temperature,
                 config.delta,
-                active,
+                mask=[value is not None for value in values],
             )
-        for weight, loss in zip(weights, losses, strict=True):
+        for weight, loss in zip(weights, members, strict=True):
             if loss is not None:
-                objective = objective + weight * loss / len(sample_losses)
-    if objective.requires_grad:
-        objective.backward()
-    finite = [loss.item() for losses in sample_losses for loss in losses if loss is not None]
-    gradients = {
-        name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        for name, leaf in leaves.items()
-    }
-    return gradients, (min(finite), max(finite)) if finite else None
+                total = total + weight * loss / len(sets)
+    return total, (min(finite), max(finite)) if finite else None
+
+
+def mixed(seen: Range, latest: Range, decay: float) -> Range:
+    """The exponential moving average of ranges; a step without samples leaves it as it is."""
+    if seen is None or latest is None:
+        return latest or seen
+    low, high = (decay * old + (1 - decay) * new for old, new in zip(seen, latest, strict=True))
+    return low, high
+
+
+def step_gradient(
+    p: Parameters, sets: Sequence[Samples], config: ReweightConfig, seen: Range = None
+) -> tuple[Parameters, Range]:
+    """Gradient of the step's objective for the token-wise network; see `objective`."""
+    leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
+    losses = [token_losses(leaves, samples) for samples in sets]
+    total, latest = objective(losses, [samples.mask.double() for samples in sets], config, seen)
+    total.backward()
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, latest

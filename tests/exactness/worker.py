@@ -84,18 +84,10 @@ def errors(
                 run_step(forward_step, chunks, samples)
                 found = model.gradients(chunks, ddp.use_distributed_optimizer)
                 wanted, latest = oracle.step_gradient(values, samples, config, seen)
-                seen = mixed(seen, latest, config.moment_decay)
+                seen = oracle.mixed(seen, latest, config.moment_decay)
                 pairs.append(compare(found, wanted))
             result[name, mask] = pairs
     return result
-
-
-def mixed(seen: oracle.Range, latest: oracle.Range, decay: float) -> oracle.Range:
-    """The exponential moving average of ranges; a step without samples leaves it as it is."""
-    if seen is None or latest is None:
-        return latest or seen
-    low, high = (decay * old + (1 - decay) * new for old, new in zip(seen, latest, strict=True))
-    return low, high
 
 
 def compare(found: oracle.Parameters, wanted: oracle.Parameters) -> tuple[float, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+import pytest
+
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.reweighting import ReweightConfig
+from megatron_rw.reweighting import ConfigError, ReweightConfig
 
 LINUPPER = ReweightConfig(strategy="linupper", warmup_steps=10)
 
@@ -64,3 +66,18 @@ def test_turning_reweighting_off_is_said() -> None:
         lines[0] == "--reweight-strategy was linupper when the checkpoint was saved and is none now"
     )
     assert ReweightState(ReweightConfig()).resume(Namespace()) == []
+
+
+def test_deferred_run_from_a_checkpoint_without_moments_says_so() -> None:
+    state = ReweightState(ReweightConfig(strategy="linupper", scope="deferred"))
+    lines = state.resume(saved_by(ReweightConfig(strategy="linupper"), 5))
+    assert lines == [
+        "--reweight-scope was microbatch when the checkpoint was saved and is deferred now",
+        "the checkpoint has no range of losses: the first step weighs all alike",
+    ]
+
+
+def test_state_of_another_version_is_refused() -> None:
+    state = ReweightState(LINUPPER)
+    with pytest.raises(ConfigError, match="saved by another version"):
+        state.load({"first_iteration": 3})

@@ -38,7 +38,13 @@ def train(directory: Path, flags: list[str], processes: int, **how: Any) -> Run:
 DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 
 
-@pytest.mark.parametrize("extra", ["", DISTRIBUTED], ids=["", "distributed-optimizer"])
+# The moments of the scope `deferred` outlive a step, so that a resume has to bring them back.
+DEFERRED = " --reweight-scope deferred --reweight-moment-decay 0.5"
+
+
+@pytest.mark.parametrize(
+    "extra", ["", DISTRIBUTED + DEFERRED], ids=["", "distributed-optimizer-deferred"]
+)
 def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
     extra: str, tmp_path: Path, data_flags: list[str]
 ) -> None:
@@ -84,7 +90,7 @@ def test_checkpoint_resumes_in_another_layout(
 ) -> None:
     flags = [*data_flags, *RESHARD]
     if distributed_optimizer:
-        flags += DISTRIBUTED.split()
+        flags += (DISTRIBUTED + DEFERRED).split()
     processes, layout = LAYOUTS[saved]
     whole = train(tmp_path / "whole", [*flags, *layout], processes).check()
 

@@ -43,18 +43,42 @@ CASES = {
     "one sample": (
         "--reweight-strategy linupper --micro-batch-size 1",
         1,
-        "one sample always has weight 1: raise --micro-batch-size or add data-parallel processes",
+        "one sample always has weight 1: raise --micro-batch-size, or use --reweight-scope global",
     ),
     "16-bit losses": (
         "--reweight-strategy linupper --fp16-lm-cross-entropy --fp16",
         1,
         "--fp16-lm-cross-entropy rounds the losses to 16 bits",
     ),
-    "token-scaled auxiliary losses": (
-        "--reweight-strategy linupper --calculate-per-token-loss --num-experts 2 "
+    "one sample per step": (
+        "--reweight-strategy linupper --reweight-scope global --micro-batch-size 1 "
+        "--global-batch-size 1",
+        1,
+        "within --global-batch-size 1 sample, and one sample always has weight 1: raise "
+        "--global-batch-size",
+    ),
+    "auxiliary loss scaled with the gradients": (
+        "--reweight-strategy linupper --reweight-scope deferred --num-experts 2 "
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2",
         1,
-        "--calculate-per-token-loss makes Megatron divide MoE auxiliary",
+        "would scale the losses of --moe-aux-loss-coeff with them: use --reweight-scope microbatch "
+        "or global",
+    ),
+    "temperature that underflows": (
+        "--reweight-strategy linupper --reweight-scope deferred --reweight-temperature 0.01",
+        1,
+        "--reweight-temperature 0.01 is too low for --reweight-scope deferred",
+    ),
+    "decay without moments": (
+        "--reweight-strategy linupper --reweight-moment-decay 0.5",
+        1,
+        "--reweight-moment-decay acts on --reweight-scope deferred alone",
+    ),
+    "captured step": (
+        "--reweight-strategy linupper --cuda-graph-impl full_iteration "
+        "--no-check-for-nan-in-loss-and-grad",
+        1,
+        "--cuda-graph-impl full_iteration captures a step as it is",
     ),
     "world size": (
         "--tensor-model-parallel-size 2",
