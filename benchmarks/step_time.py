@@ -1,16 +1,19 @@
-"""Cost of reweighting: step time with it over step time without, interleaved in one run.
+"""Cost of reweighting: step time in every scope over step time without, interleaved in one run.
 
-Runs the real program on the quick start's model and data (`make quickstart` first). Its loss
-function is switched between `none` and `linupper` from step to step in the order A B B A, so that
-drift of the machine hits both alike; everything else stays the same. A step lasts from one call of
-Megatron's `train_step` to the next and so includes the logging. Prints the median of the ratios of
-neighbouring steps and its 95 % bootstrap interval, and writes them as JSON.
+Runs the real program on the quick start's model and data (`make quickstart` first), its global
+batch cut into two micro-batches a rank: with one, the scope `global` is `microbatch`. What weighs
+the samples is switched from step to step, in an order in which each follows each other as often, so
+that drift of the machine and after-effects of a step hit all alike; everything else stays the same.
+A step lasts from one call of Megatron's `train_step` to the next and so includes the logging.
+Prints, by scope, the median over blocks of four steps of its step's time over that of the step
+without, and a 95 % bootstrap interval, and writes both as JSON.
 
     make bench-step-time
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,50 +26,67 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-STEPS = 804
+VARIANTS = ("none", "microbatch", "global", "deferred")
+# Rows are blocks; every variant follows every other once.
+ORDER = ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
 # The first steps warm caches and allocators up.
-SKIPPED = 4
+SKIPPED = 16
+STEPS = SKIPPED + 1200 + 1
 PROCESSES = 2
+# The quick start's own, which takes it as one micro-batch a rank.
+BATCH_SIZE, MICRO_BATCHES = 32, 2
 
 
-def _is_reweighted(iteration: int) -> bool:
-    return iteration % 4 in (1, 2)
+def variant(step: int) -> str:
+    """What weighs the samples in a step."""
+    block, position = divmod(step, len(VARIANTS))
+    return VARIANTS[ORDER[block % len(ORDER)][position]]
 
 
 def worker() -> None:
-    """One rank: the program with an alternating loss and a clock round its steps."""
+    """One rank: the program with alternating scopes and a clock round its steps."""
     import pretrain_gpt_rw
     from megatron_rw.platform import select_device
 
     select_device(["--device", "cpu"])
     from megatron.training import training
 
+    from megatron_rw.integrations.state import ReweightState
+    from megatron_rw.integrations.step import StepReweighting
     from megatron_rw.reweighting import ReweightConfig
     from megatron_rw.training import loss
 
-    class AlternatingLoss(loss.PretrainLoss):
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            on = _is_reweighted(self._args.curr_iteration)
-            self._config = self._on if on else ReweightConfig()
-            return super().__call__(*args, **kwargs)
+    by_variant: dict[str, StepReweighting | None] = {"none": None}
+    switched: list[loss.PretrainLoss] = []
+    original_init = loss.PretrainLoss.__init__
 
-        def __init__(self, args: Any, config: ReweightConfig, *rest: Any) -> None:
-            super().__init__(args, config, *rest)
-            self._on = config
+    def init(self: loss.PretrainLoss, args: Any, config: ReweightConfig, *rest: Any) -> None:
+        original_init(self, args, config, *rest)
+        switched.append(self)
+        for scope in VARIANTS[1:]:
+            scoped = dataclasses.replace(config, scope=cast(Any, scope))
+            by_variant[scope] = StepReweighting(
+                scoped,
+                ReweightState(scoped),
+                lambda: int(args.curr_iteration),
+                self.weight_metrics.add,
+            )
 
-    loss.PretrainLoss = AlternatingLoss  # type: ignore[misc, assignment]
+    loss.PretrainLoss.__init__ = init  # type: ignore[method-assign, assignment]
 
     starts: list[float] = []
-    original = training.train_step
+    original_step = training.train_step
 
     def timed_step(*args: Any, **kwargs: Any) -> Any:
+        [pretrain_loss] = switched
+        pretrain_loss.reweighting = by_variant[variant(len(starts))]
         starts.append(time.perf_counter())
-        return original(*args, **kwargs)
+        return original_step(*args, **kwargs)
 
     training.train_step = timed_step
     pretrain_gpt_rw.main()
@@ -75,22 +95,26 @@ def worker() -> None:
         Path(os.environ["STEP_TIME_OUTPUT"]).write_text(json.dumps(seconds))
 
 
-def summarise(seconds: Sequence[float]) -> dict[str, float]:
-    """Median of the ratios of neighbouring steps, and a bootstrap interval for it."""
-    ratios = []
-    for first in range(SKIPPED, len(seconds) - 1, 2):
-        pair = {_is_reweighted(i): seconds[i] for i in (first, first + 1)}
-        ratios.append(pair[True] / pair[False])
+def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median of the ratios within blocks, and a bootstrap interval for it, by scope."""
+    blocks = []
+    for first in range(SKIPPED, len(seconds) - len(VARIANTS) + 1, len(VARIANTS)):
+        steps = range(first, first + len(VARIANTS))
+        blocks.append({variant(step): seconds[step] for step in steps})
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    without = [s for i, s in enumerate(seconds) if i >= SKIPPED and not _is_reweighted(i)]
-    return {
-        "ratio": statistics.median(ratios),
-        "ratio_low": medians[50],
-        "ratio_high": medians[1950],
-        "pairs": len(ratios),
-        "median_step_ms_none": 1000 * statistics.median(without),
+    result: dict[str, Any] = {
+        "blocks": len(blocks),
+        "median_step_ms_none": 1000 * statistics.median(block["none"] for block in blocks),
     }
+    for scope in VARIANTS[1:]:
+        ratios = [block[scope] / block["none"] for block in blocks]
+        medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+        result[scope] = {
+            "ratio": statistics.median(ratios),
+            "ratio_low": medians[50],
+            "ratio_high": medians[1950],
+        }
+    return result
 
 
 def main() -> int:
@@ -106,6 +130,8 @@ def main() -> int:
     flags = quickstart.training_flags(out, out / "runs" / "step_time")
     # Neither evaluation nor a checkpoint may fall between two steps that are compared.
     flags += ["--train-iters", str(STEPS), "--eval-interval", str(10 * STEPS), "--eval-iters", "1"]
+    batch_size, micro_batch_size = str(BATCH_SIZE), str(BATCH_SIZE // PROCESSES // MICRO_BATCHES)
+    flags += ["--global-batch-size", batch_size, "--micro-batch-size", micro_batch_size]
     flags += quickstart.RUNS["linupper"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(PROCESSES), __file__, "--worker", *flags]
@@ -115,19 +141,25 @@ def main() -> int:
 
     summary = summarise(json.loads(raw.read_text()))
     result = {
-        "benchmark": "step time, linupper over none, quick-start model",
+        "benchmark": "step time by scope over none, linupper, quick-start model",
         "command": "make bench-step-time",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {PROCESSES} processes",
         "python": platform.python_version(),
+        "micro_batches": MICRO_BATCHES,
         **summary,
     }
     result_file.write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"linupper / none: {summary['ratio']:.4f} "
-        f"(95 % interval {summary['ratio_low']:.4f} to {summary['ratio_high']:.4f}, "
-        f"{summary['pairs']:.0f} pairs of steps of {summary['median_step_ms_none']:.0f} ms)"
+        f"{summary['blocks']} blocks; a step without reweighting takes "
+        f"{summary['median_step_ms_none']:.0f} ms"
     )
+    for scope in VARIANTS[1:]:
+        found = summary[scope]
+        print(
+            f"{scope:>10} / none: {found['ratio']:.4f} "
+            f"(95 % interval {found['ratio_low']:.4f} to {found['ratio_high']:.4f})"
+        )
     return 0
 
 

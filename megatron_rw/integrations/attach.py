@@ -121,8 +121,8 @@ class AttachedForwardStep:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to hold: numbers and a small tensor, the same on all ranks."""
-        return {"completed": self._completed, **self._state.record}
+        """What a checkpoint needs to hold: plain numbers, the same on all ranks."""
+        return {"completed": self._completed, **self._state.record()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict()` was taken; before the first step.

@@ -18,15 +18,23 @@ def keep_in_checkpoints(state: ReweightState, args: Namespace) -> None:
         state: the same on every rank.
         args: Megatron's, before `pretrain`.
     """
-    state.keep_in(args)
-    # load_checkpoint hands the saved arguments to it, whatever the checkpoint's format.
-    original = checkpointing.check_checkpoint_args
+    # Called for every checkpoint that is saved, on every rank, and puts `args` into it.
+    generate = checkpointing.generate_state_dict
 
-    @functools.wraps(original)
-    def check(checkpoint_args: Namespace, *rest: Any, **named: Any) -> Any:
-        result = original(checkpoint_args, *rest, **named)
+    @functools.wraps(generate)
+    def generate_state_dict(*given: Any, **named: Any) -> Any:
+        state.keep_in(args)
+        return generate(*given, **named)
+
+    # load_checkpoint hands the saved arguments to it, whatever the checkpoint's format.
+    check = checkpointing.check_checkpoint_args
+
+    @functools.wraps(check)
+    def check_checkpoint_args(checkpoint_args: Namespace, *given: Any, **named: Any) -> Any:
+        result = check(checkpoint_args, *given, **named)
         for line in state.resume(checkpoint_args):
             print_rank_0(f"> {line}")
         return result
 
-    checkpointing.check_checkpoint_args = check
+    checkpointing.generate_state_dict = generate_state_dict
+    checkpointing.check_checkpoint_args = check_checkpoint_args

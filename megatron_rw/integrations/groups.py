@@ -64,9 +64,9 @@ def other_losses(config: Any) -> list[str]:
     found = []
     experts = getattr(config, "num_moe_experts", None) or getattr(config, "num_experts", None)
     if experts is not None:
-        coefficient = config.moe_aux_loss_coeff
-        coefficients = coefficient if isinstance(coefficient, list) else [coefficient]
-        if any(value > 0 for value in coefficients):
+        kinds = _as_list(config.moe_router_load_balancing_type)
+        coefficients = _as_list(config.moe_aux_loss_coeff)
+        if any(kind.endswith("aux_loss") for kind in kinds) and any(c > 0 for c in coefficients):
             found.append("--moe-aux-loss-coeff")
         if config.moe_z_loss_coeff:
             found.append("--moe-z-loss-coeff")
@@ -75,6 +75,10 @@ def other_losses(config: Any) -> list[str]:
     if getattr(config, "experimental_attention_variant", None) == "dsa":
         found.append("--experimental-attention-variant")
     return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def device() -> torch.device:

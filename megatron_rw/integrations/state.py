@@ -6,6 +6,7 @@ import dataclasses
 from argparse import Namespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -23,21 +24,28 @@ class ReweightState:
         config: the reweighting settings.
 
     Attributes:
-        record: what a checkpoint holds: `first_iteration` (int or None) and `moments` (`[2]` fp64
-            tensor, or None outside the scope `deferred`).
+        moments: `[2]` fp64 on the device, the range that the next step will use; None before the
+            first step, and outside the scope `deferred`.
     """
 
     def __init__(self, config: ReweightConfig) -> None:
         self._config = config
-        self.record: dict[str, Any] = {"first_iteration": None, "moments": None}
+        self._first_iteration: int | None = None
+        self.moments: Tensor | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds, in plain numbers; waits for the device."""
+        moments = None if self.moments is None else self.moments.tolist()
+        return {"first_iteration": self._first_iteration, "moments": moments}
 
     def keep_in(self, args: Namespace) -> None:
-        """Let the state ride in Megatron's argument record.
+        """Put the record into Megatron's arguments, before they are saved.
 
-        Every checkpoint format saves the record whole from one rank, and `load_checkpoint` hands it
-        to `check_checkpoint_args` (not on --finetune, which starts anew).
+        Every checkpoint format saves them whole from one rank, and `load_checkpoint` hands them
+        to `check_checkpoint_args` (not on --finetune, which starts anew). No tensor may be in
+        them: Megatron broadcasts and compares them as Python objects.
         """
-        setattr(args, _KEY, self.record)
+        setattr(args, _KEY, self.record())
 
     def begin(self, iteration: int) -> int:
         """Note that a training step runs; the first one is where reweighting begins.
@@ -48,36 +56,30 @@ class ReweightState:
         Returns:
             Completed steps of reweighted training, 0 in the first.
         """
-        if self._config.enabled and self.record["first_iteration"] is None:
-            self.record["first_iteration"] = iteration
+        if self._config.enabled and self._first_iteration is None:
+            self._first_iteration = iteration
         return self.step(iteration)
 
     def step(self, iteration: int) -> int:
         """Completed steps of reweighted training, 0 before and in the first."""
-        first = self.record["first_iteration"]
+        first = self._first_iteration
         return 0 if first is None else iteration - first
 
-    @property
-    def moments(self) -> Tensor | None:
-        """`[2]` fp64, the range that the next step will use; None before the first."""
-        return self.record["moments"]
-
-    @moments.setter
-    def moments(self, value: Tensor) -> None:
-        self.record["moments"] = value
-
     def load(self, record: dict[str, Any]) -> None:
-        """Take over what `record` was when a checkpoint was saved.
+        """Take over what `record()` was when a checkpoint was saved.
 
         Raises:
             ConfigError: it is not such a record.
         """
-        if record.keys() != self.record.keys():
+        expected = self.record().keys()
+        if record.keys() != expected:
             raise ConfigError(
                 f"the checkpoint's reweighting state holds {sorted(record)}, expected "
-                f"{sorted(self.record)}: it was saved by another version."
+                f"{sorted(expected)}: it was saved by another version."
             )
-        self.record.update(record)
+        self._first_iteration = record["first_iteration"]
+        moments = record["moments"]
+        self.moments = None if moments is None else torch.tensor(moments, dtype=torch.float64)
 
     def resume(self, checkpoint_args: Namespace) -> list[str]:
         """Take the state from a checkpoint's argument record.
@@ -104,7 +106,7 @@ class ReweightState:
             for name, value in before.items()
             if value != getattr(self._config, name)
         ]
-        if self._config.enabled and self.record["first_iteration"] is None:
+        if self._config.enabled and self._first_iteration is None:
             lines.append("reweighting begins with this run, its warm-up included")
         elif self._config.scope == "deferred" and self.moments is None:
             lines.append("the checkpoint has no range of losses: the first step weighs all alike")

@@ -41,8 +41,10 @@ def core_config(layout: cases.Layout, dtype: torch.dtype) -> TransformerConfig:
     )
 
 
-def run_step(forward_step: Any, chunks: list[Any], samples: list[oracle.Samples]) -> Any:
-    """One training step through core's schedule; the gradients are left in the buffers."""
+def run_step(
+    forward_step: Any, chunks: list[Any], samples: list[oracle.Samples], forward_only: bool = False
+) -> Any:
+    """One step through core's schedule; the gradients are left in the buffers."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     data = [model.micro_batches(samples) for _ in chunks]
@@ -54,7 +56,7 @@ def run_step(forward_step: Any, chunks: list[Any], samples: list[oracle.Samples]
         num_microbatches=len(samples),
         seq_length=cases.SEQUENCE,
         micro_batch_size=rows,
-        forward_only=False,
+        forward_only=forward_only,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
+import torch
 
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -15,8 +16,8 @@ LINUPPER = ReweightConfig(strategy="linupper", warmup_steps=10)
 def saved_by(config: ReweightConfig, first_iteration: int) -> Namespace:
     args = Namespace(reweight_strategy=config.strategy, reweight_warmup_steps=config.warmup_steps)
     state = ReweightState(config)
-    state.keep_in(args)
     state.begin(first_iteration)
+    state.keep_in(args)
     return args
 
 
@@ -39,9 +40,13 @@ def test_resume_goes_on_counting_and_says_nothing() -> None:
 def test_state_is_saved_with_the_arguments() -> None:
     args = Namespace()
     state = ReweightState(LINUPPER)
-    state.keep_in(args)
     state.begin(3)
-    assert args.reweight_state == {"first_iteration": 3, "moments": None}
+    state.moments = torch.tensor([1.5, 4.25], dtype=torch.float64)
+    state.keep_in(args)
+    assert args.reweight_state == {"first_iteration": 3, "moments": [1.5, 4.25]}
+    resumed = ReweightState(LINUPPER)
+    resumed.load(args.reweight_state)
+    assert resumed.record() == state.record()
 
 
 def test_changed_settings_are_named() -> None:

@@ -17,7 +17,7 @@ EXPERTS = (
 ).split()
 TRAIN = (
     f"--train-iters {STEPS} --micro-batch-size 4 --global-batch-size 16 --adam-eps 1e-2 "
-    "--finetune --no-load-optim --no-load-rng --reweight-strategy linupper"
+    "--finetune --no-load-optim --no-load-rng --reweight-strategy linupper --reweight-scope global"
 ).split()
 
 

@@ -25,6 +25,25 @@ PARAMETER_TOLERANCE = 5e-7
 # What a parameter moves by in the five steps; far above the tolerance, or the test has no teeth.
 LEAST_MOVEMENT = 1e-3
 
+# The scopes are told apart in tests/exactness; here they meet what only whole runs have: gathered
+# parameters, interleaved stages and the optimizer.
+SCOPES = {
+    "microbatch": ["--reweight-scope", "microbatch"],
+    "global": ["--reweight-scope", "global"],
+    "deferred": ["--reweight-scope", "deferred", "--reweight-moment-decay", "0.5"],
+}
+RUNS = [
+    *[("microbatch", layout) for layout in (
+        "tp2", "pp2", "tp2-pp2", "dp2", "dp2-distopt", "dp2-tp2-distopt-overlap", "pp2-vpp2",
+        "dp4-per-token",
+    )],
+    ("global", "pp2-vpp2"),
+    ("global", "dp2-tp2-distopt-overlap"),
+    ("global", "dp2-pp2-vpp2-overlap"),
+    ("deferred", "dp2-tp2-distopt-overlap"),
+    ("deferred", "dp2-pp2-vpp2-overlap"),
+]  # fmt: skip
+
 COMMON = (
     f"--train-iters {STEPS} --global-batch-size {BATCH} --adam-eps 1e-2 "
     "--finetune --no-load-optim --no-load-rng "
@@ -51,6 +70,12 @@ LAYOUTS = {
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
     ),
     "dp4-per-token": (4, 4, "--calculate-per-token-loss"),
+    "dp2-pp2-vpp2-overlap": (
+        4,
+        2,
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
 }
 
 
@@ -77,24 +102,43 @@ def initial(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> 
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial: Run) -> Run:
-    directory = tmp_path_factory.mktemp("single")
-    return train(directory, initial.directory / "checkpoints", data_flags, 1, 1)
+def singles(
+    tmp_path_factory: pytest.TempPathFactory, data_flags: list[str], initial: Run
+) -> dict[str, Run]:
+    return {
+        scope: train(
+            tmp_path_factory.mktemp(scope),
+            initial.directory / "checkpoints",
+            [*data_flags, *flags],
+            1,
+            1,
+        )
+        for scope, flags in SCOPES.items()
+    }
 
 
-def test_the_single_process_moves_its_parameters(initial: Run, single: Run) -> None:
-    before, after = initial.checkpoint(1), single.checkpoint(STEPS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_single_process_moves_its_parameters(
+    scope: str, initial: Run, singles: dict[str, Run]
+) -> None:
+    before, after = initial.checkpoint(1), singles[scope].checkpoint(STEPS)
     for name in before:
         assert (after[name] - before[name]).abs().max() > LEAST_MOVEMENT, name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("scope", "layout"), RUNS)
 def test_layout_gives_the_single_process_result(
-    layout: str, tmp_path: Path, data_flags: list[str], initial: Run, single: Run
+    scope: str,
+    layout: str,
+    tmp_path: Path,
+    data_flags: list[str],
+    initial: Run,
+    singles: dict[str, Run],
 ) -> None:
+    single = singles[scope]
     processes, dp, flags = LAYOUTS[layout]
     start = initial.directory / "checkpoints"
-    run = train(tmp_path, start, [*data_flags, *flags.split()], processes, dp)
+    run = train(tmp_path, start, [*data_flags, *SCOPES[scope], *flags.split()], processes, dp)
 
     steps = run.train_metrics()
     assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
