@@ -4,14 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test lint bench-step-time clean
+.PHONY: help setup quickstart test mutants lint bench-step-time clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run all tests"
+	@echo "make mutants      plant mistakes and see that tests fail (some minutes)"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench-step-time   cost of reweighting per step, after make quickstart"
+	@echo "make bench-step-time   step time by scope, after make quickstart"
 	@echo "make clean        remove .venv and what the quick start made"
 	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
 
@@ -31,6 +32,9 @@ lint: setup
 
 test: setup
 	$(PY) -m pytest
+
+mutants: setup
+	$(PY) tests/mutants.py
 
 quickstart: setup
 	$(PY) examples/quickstart/run.py

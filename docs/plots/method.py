@@ -31,12 +31,13 @@ from megatron_rw.reweighting import (
     make_reweighter,
 )
 from megatron_rw.reweighting.config import STRATEGIES, Scope, Strategy
+from megatron_rw.reweighting.metrics import LARGEST_RELATIVE_WEIGHT
 
 HERE = Path(__file__).parent
 SAMPLES = 512
 TEMPERATURES = (1.0, 0.4)
 # The paper's theory assumes that no weight is above 2/|S|.
-BOUND = 2.0
+BOUND = LARGEST_RELATIVE_WEIGHT
 
 # What the scopes are compared at; the table is over this many batches.
 STRATEGY: Strategy = "linupper"

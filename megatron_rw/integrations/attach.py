@@ -139,6 +139,12 @@ class AttachedForwardStep:
 
     def _loss(self, loss_function: LossFunction, output: Tensor, **kwargs: Any) -> Any:
         if not self._reweighting.running:
+            if torch.is_grad_enabled() and output.requires_grad:
+                raise RuntimeError(
+                    "a training step runs outside the schedules that attach() wraps, and would be "
+                    "unweighted: call attach() before get_forward_backward_func() or pretrain(), "
+                    "and give what it returns, not a function round it, to the schedule."
+                )
             return loss_function(output, **kwargs)
         mask = self._loss_mask(loss_function)
         if output.dim() != 2 or mask.numel() != output.numel():

@@ -106,6 +106,8 @@ class ReweightReport:
         max_weight: the largest weight of the interval.
         relative_max_weight: |S|·w_max, mean over sets. The paper's theory assumes at most 2.
         over_bound: share of the sets where |S|·w_max exceeds 2.
+        beyond_range: share of the samples that the scope `deferred` clamped to the ends of the
+            range that it went by; None in the other scopes.
         set_size: samples that competed, mean over sets.
         nonfinite_samples: how many samples were left out because their loss was not finite.
         sample_loss_min: smallest sample loss of the interval, nats per token.
@@ -118,6 +120,7 @@ class ReweightReport:
     max_weight: float
     relative_max_weight: float
     over_bound: float
+    beyond_range: float | None
     set_size: float
     nonfinite_samples: int
     sample_loss_min: float
@@ -130,8 +133,8 @@ class _Totals:
     """Sums over sets, on the device.
 
     Attributes:
-        sums: `[7]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite
-            samples.
+        sums: `[8]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite
+            samples, samples beyond the range.
         domain_sums: `[5, D]` loss sum, tokens, samples, weight, ESS.
         peaks: `[3]` −smallest loss, largest loss, largest weight: all three grow.
     """
@@ -166,6 +169,7 @@ class WeightMetrics:
         self.last: WeightedSet | None = None
         self._pending: list[WeightedSet] = []
         self._totals: _Totals | None = None
+        self._clamps = False
 
     def reset(self) -> None:
         """Start a new interval."""
@@ -192,6 +196,8 @@ class WeightMetrics:
         losses = torch.stack([s.losses for s in samples]).float()
         tokens = torch.stack([s.tokens for s in samples]).float()
         domain = torch.stack([s.domain for s in samples]).long()
+        beyond = [weighted.beyond for weighted in self._pending if weighted.beyond is not None]
+        self._clamps = bool(beyond)
         self._pending.clear()
 
         has_tokens = tokens > 0
@@ -210,6 +216,7 @@ class WeightMetrics:
                     relative_max.sum(),
                     (relative_max > LARGEST_RELATIVE_WEIGHT).sum(),
                     has_tokens.sum() - size.sum(),
+                    torch.stack(beyond).sum() if beyond else weights.new_zeros(()),
                 ]
             ),
             domain_sums=self._by_domain(losses, tokens, weights, domain, used),
@@ -251,7 +258,9 @@ class WeightMetrics:
         self._fold()
         if self._totals is None:
             return None
-        sets, objective, ess, size, relative_max, over, nonfinite = self._totals.sums.tolist()
+        sets, objective, ess, size, relative_max, over, nonfinite, beyond = (
+            self._totals.sums.tolist()
+        )
         low, high, max_weight = self._totals.peaks.tolist()
         domains = self._totals.domain_sums.t().tolist()
         return ReweightReport(
@@ -260,6 +269,7 @@ class WeightMetrics:
             max_weight=max_weight,
             relative_max_weight=relative_max / sets,
             over_bound=over / sets,
+            beyond_range=beyond / max(size, 1.0) if self._clamps else None,
             set_size=size / sets,
             nonfinite_samples=int(nonfinite),
             sample_loss_min=-low,

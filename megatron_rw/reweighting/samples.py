@@ -65,6 +65,11 @@ class SampleSet:
         """`[n]` bool: the sample has an active token."""
         return self.tokens > 0
 
+    @property
+    def active(self) -> Tensor:
+        """`[n]` bool: the sample competes; it has an active token and a finite loss."""
+        return self.has_tokens & torch.isfinite(self.losses)
+
 
 def sample_sums(token_losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Masked loss sum and token count of each sample, over this rank's tokens.

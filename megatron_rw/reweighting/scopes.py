@@ -33,10 +33,13 @@ class WeightedSet:
     Attributes:
         samples: losses, token counts and domains.
         weights: `[n]`, w_i, in the order of `samples`.
+        beyond: scalar, how many samples' losses lie beyond the range that they were scaled by, and
+            were clamped to its ends; None where the range is the set's own.
     """
 
     samples: SampleSet
     weights: Tensor
+    beyond: Tensor | None = None
 
     @property
     def objective(self) -> Tensor:
@@ -278,7 +281,8 @@ class DeferredReweighter(Reweighter):
         weights = self._unnormalised(samples.losses, samples.has_tokens)
         total = weights.sum()
         tiny = torch.finfo(weights.dtype).tiny
-        self._observe(WeightedSet(samples, weights / total.clamp(min=tiny)))
+        normalised = weights / total.clamp(min=tiny)
+        self._observe(WeightedSet(samples, normalised, self._count_beyond(samples)))
         self._update_moments(samples)
         return torch.where(total > 0, weights.numel() / total.clamp(min=tiny), 1.0)
 
@@ -301,9 +305,13 @@ class DeferredReweighter(Reweighter):
             mask=active,
         )
 
+    def _count_beyond(self, samples: SampleSet) -> Tensor:
+        low, high = self._used.to(samples.losses.device, samples.losses.dtype)
+        outside = (samples.losses < low) | (samples.losses > high)
+        return (outside & samples.active & (low <= high)).sum()
+
     def _update_moments(self, samples: SampleSet) -> None:
-        active = samples.has_tokens & torch.isfinite(samples.losses)
-        seen = torch.stack(loss_range(samples.losses, active)).double()
+        seen = torch.stack(loss_range(samples.losses, samples.active)).double()
         used = self._used.to(seen.device)
         kept = torch.where(used.isfinite(), used, seen)
         updated = seen + self.config.moment_decay * (kept - seen)

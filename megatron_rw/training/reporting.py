@@ -185,6 +185,8 @@ class Reporter:
             "reweight/smallest sample loss": report.sample_loss_min,
             "reweight/largest sample loss": report.sample_loss_max,
         }
+        if report.beyond_range is not None:
+            scalars["reweight/share of samples beyond the range"] = report.beyond_range
         if len(self.names) > 1:
             for name, domain in zip(self.names, report.domains, strict=True):
                 scalars[f"domain weight share/{name}"] = domain.weight_share

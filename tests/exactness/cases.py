@@ -21,6 +21,7 @@ class Layout:
     sizes: dict[str, int] = field(default_factory=dict)
     sequence_parallel: bool = False
     per_token: bool = False
+    loss_scale: float = 1.0
     ddp: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +51,7 @@ LAYOUTS = {
     "DP2": _layout(2),
     "DP2 per-token": _layout(2, per_token=True),
     "DP2 distopt": _layout(2, ddp=DISTOPT),
+    "DP2 loss scale": _layout(2, loss_scale=1024.0),
     "DP4 overlap": _layout(4, ddp=OVERLAP),
     "DP2 TP2 distopt overlap": _layout(4, tp=2, ddp=DISTOPT | OVERLAP),
     "PP4": _layout(4, pp=4),

@@ -78,7 +78,9 @@ def errors(
     for name, config in configs.items():
         for mask in masks:
             ddp = DistributedDataParallelConfig(**layout.ddp)
-            chunks = model.build(core_config(layout, dtype), ddp, values)
+            core = core_config(layout, dtype)
+            core.grad_scale_func = lambda loss: loss * layout.loss_scale
+            chunks = model.build(core, ddp, values)
             forward_step = attach(model.forward_step, config)
             seen: oracle.Range = None
             pairs = []
@@ -87,7 +89,8 @@ def errors(
                 found = model.gradients(chunks, ddp.use_distributed_optimizer)
                 wanted, latest = oracle.step_gradient(values, samples, config, seen)
                 seen = oracle.mixed(seen, latest, config.moment_decay)
-                pairs.append(compare(found, wanted))
+                unscaled = {n: gradient / layout.loss_scale for n, gradient in found.items()}
+                pairs.append(compare(unscaled, wanted))
             result[name, mask] = pairs
     return result
 

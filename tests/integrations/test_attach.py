@@ -58,6 +58,19 @@ def test_strategy_none_is_refused() -> None:
         attach(lambda *_: (None, lambda _: None), ReweightConfig())
 
 
+def test_training_outside_the_wrapped_schedules_is_an_error() -> None:
+    losses = torch.ones(2, 3, requires_grad=True)
+    step = attach(
+        lambda *_: (losses, functools.partial(token_mean, torch.ones(2, 3))),
+        ReweightConfig(strategy="linupper"),
+    )
+    output, loss = step(None, None)
+    with pytest.raises(RuntimeError, match="would be unweighted"):
+        loss(output)
+    with torch.no_grad():
+        assert loss(output)[0].item() == 6
+
+
 def token_mean(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
     return (output * loss_mask).sum(), loss_mask.sum().int(), {}
 

@@ -142,12 +142,14 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
     args = Namespace(rank=3, world_size=4, log_dir=None, reweight_log_samples=0)
     domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
-    report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 16.0, 0, 0.5, 4.0, domains)
+    report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0, 0.5, 4.0, domains)
     reporter = reporting.Reporter(args, ["a", "b"])
     reporter.train_step(7, {"lm loss": 2.0}, report, 0.4, None, None)
     [(values, step)] = wandb.logged
     assert step == 7
     assert values["reweight/ess"] == 0.8
+    assert values["reweight/share of sets above 2"] == 0.25
+    assert values["reweight/share of samples beyond the range"] == 0.1
     assert values["domain weight share/a"] == 0.4
     assert "domain lm loss/b" not in values
 

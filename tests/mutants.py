@@ -1,0 +1,259 @@
+"""Plant mistakes that others have made, or that are easily made, and see that a test fails.
+
+    make mutants
+
+Works on a copy of the checkout. Every mutant names the tests that ought to notice it; they must
+pass on the unchanged copy and fail on the mutant. Exit status 1 if one survives.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("megatron_rw", "tests", "tools", "examples", "pretrain_gpt_rw.py", "pyproject.toml")
+PASSED, FAILED = 0, 1
+
+REWEIGHTING = "megatron_rw/reweighting"
+SCOPES = f"{REWEIGHTING}/scopes.py"
+STEP = "megatron_rw/integrations/step.py"
+
+
+def cell(layout: str) -> str:
+    """A row of the exactness table, in fp64."""
+    test = "test_gradient_is_the_single_process_oracles"
+    return f"tests/exactness/test_exactness.py::{test}[{layout}-fp64]"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: what it is, the tests that notice it, and the edits `(file, old, new)`."""
+
+    mistake: str
+    test: str
+    edits: tuple[tuple[str, str, str], ...]
+
+
+def one(mistake: str, test: str, file: str, old: str, new: str) -> Mutant:
+    """A mutant of a single edit."""
+    return Mutant(mistake, test, ((file, old, new),))
+
+
+MUTANTS = (
+    one(
+        "weights taken by local rank, as if every node were the first",
+        cell("DP2"),
+        f"{REWEIGHTING}/samples.py",
+        "start = ranks.dp_rank * count",
+        "start = 0 * count",
+    ),
+    one(
+        "each rank weighs its own samples alone",
+        cell("DP2"),
+        f"{REWEIGHTING}/samples.py",
+        "    if ranks.group is not None:",
+        "    if ranks.group is None:",
+    ),
+    one(
+        "deferred: normaliser of the own samples",
+        cell("DP2"),
+        SCOPES,
+        "total = weights.sum()",
+        "total = weights[samples.local].sum() * self.ranks.dp_size",
+    ),
+    one(
+        "deferred: normaliser applied twice",
+        cell("one process"),
+        STEP,
+        "scale_gradients(shared[0])",
+        "scale_gradients(shared[0] ** 2)",
+    ),
+    one(
+        "deferred: normaliser forgotten on other pipeline stages",
+        cell("PP2"),
+        STEP,
+        "        groups.share_with_pipeline(shared)\n",
+        "",
+    ),
+    one(
+        "deferred: auxiliary losses scaled by the normaliser",
+        "tests/training/test_refusals.py::test_refusal[auxiliary loss scaled with the gradients]",
+        STEP,
+        'if config.scope == "deferred" and others:',
+        'if config.scope == "deferred" and not others:',
+    ),
+    one(
+        "deferred: decay of the moments ignored",
+        cell("one process"),
+        SCOPES,
+        "updated = seen + self.config.moment_decay * (kept - seen)",
+        "updated = seen + 0 * (kept - seen)",
+    ),
+    one(
+        "deferred: an empty step forgets the moments",
+        cell("one process"),
+        SCOPES,
+        "self.moments = torch.where(seen.isfinite(), updated, used)",
+        "self.moments = seen + 0 * (updated - used)",
+    ),
+    one(
+        "deferred: losses beyond the old range not clamped",
+        cell("one process"),
+        f"{REWEIGHTING}/weights.py",
+        "scaled.clamp(-delta, delta)",
+        "scaled",
+    ),
+    one(
+        "deferred: moments not in the checkpoint",
+        "tests/parallel/test_resume.py"
+        "::test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run"
+        "[distributed-optimizer-deferred]",
+        STEP,
+        "        self._state.moments = shared[1:]\n",
+        "",
+    ),
+    one(
+        "context-parallel factor forgotten",
+        cell("CP2"),
+        STEP,
+        "loss * reweighter.ranks.size",
+        "loss * reweighter.ranks.dp_size",
+    ),
+    one(
+        "mean over data-parallel ranks for a sum",
+        cell("DP2"),
+        STEP,
+        "loss * reweighter.ranks.size",
+        "loss",
+    ),
+    one(
+        "sample mean over the own shard's tokens",
+        cell("CP2"),
+        SCOPES,
+        "return _weighted_sum(loss_sum, weighted.weights[own], weighted.samples.tokens[own])",
+        "return _weighted_sum(loss_sum, weighted.weights[own], tokens)",
+    ),
+    Mutant(
+        "weights not detached",
+        cell("one process"),
+        (
+            (
+                f"{REWEIGHTING}/weights.py",
+                "@torch.no_grad()\ndef unnormalised_weights(",
+                "def unnormalised_weights(",
+            ),
+            (SCOPES, "self._over_shards(own_loss_sum.detach()", "self._over_shards(own_loss_sum"),
+        ),
+    ),
+    one(
+        "moments from samples without an active token",
+        cell("one process"),
+        SCOPES,
+        "mask=samples.has_tokens",
+        "mask=None",
+    ),
+    one(
+        "Megatron divides by the micro-batch's tokens",
+        cell("one process"),
+        STEP,
+        "return loss * reweighter.ranks.size, one",
+        "return loss * reweighter.ranks.size, loss_mask.sum().to(torch.int)",
+    ),
+    one(
+        "other losses divided by ranks instead of tokens",
+        "tests/exactness/test_other_losses.py::test_other_losses_keep_their_gradient"
+        "[moe-per-token]",
+        STEP,
+        "bool(others) and config.calculate_per_token_loss",
+        "bool(others) and not config.calculate_per_token_loss",
+    ),
+    one(
+        "global: mean over micro-batches for a sum",
+        cell("one process"),
+        SCOPES,
+        "return self._num_microbatches * _weighted_sum(",
+        "return _weighted_sum(",
+    ),
+    one(
+        "global: micro-batches get each other's weights",
+        cell("one process"),
+        SCOPES,
+        "+ self._weighed * count",
+        "+ (self._num_microbatches - 1 - self._weighed) * count",
+    ),
+    one(
+        "global: scoring moves the random state",
+        "tests/exactness/test_scoring.py::test_scoring_sees_the_training_passs_dropout[one]",
+        "megatron_rw/integrations/schedule.py",
+        "with torch.no_grad(), _fork_rng(), ",
+        "with torch.no_grad(), ",
+    ),
+    one(
+        "a sample of weight 0 spreads its NaN",
+        "tests/reweighting/test_reweighter.py::test_nonfinite_sample_never_spreads",
+        SCOPES,
+        "return (torch.where(weights > 0, own_loss_sum, 0.0) *",
+        "return (own_loss_sum *",
+    ),
+)
+
+
+def run_tests(folder: Path, tests: list[str]) -> int:
+    """Pytest's exit status in a copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=folder, capture_output=True).returncode
+
+
+def apply(folder: Path, edits: tuple[tuple[str, str, str], ...]) -> None:
+    """Make the edits; each old text stands in its file exactly once."""
+    for file, old, new in edits:
+        path = folder / file
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{file}: {text.count(old)} times, expected once: {old!r}")
+        path.write_text(text.replace(old, new))
+
+
+def copy_checkout(folder: Path) -> None:
+    """The checkout's sources, fresh."""
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+
+
+def main() -> int:
+    """Run all mutants, or those whose mistake contains the first argument."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutant for mutant in MUTANTS if wanted in mutant.mistake]
+    survived = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        tests = list(dict.fromkeys(mutant.test for mutant in chosen))
+        if run_tests(folder, tests) != PASSED:
+            print("error: the tests fail without any mutant; run make test", file=sys.stderr)
+            return 2
+        for mutant in chosen:
+            copy_checkout(folder)
+            apply(folder, mutant.edits)
+            start = time.perf_counter()
+            caught = run_tests(folder, [mutant.test]) == FAILED
+            survived += not caught
+            verdict = "caught" if caught else "SURVIVED"
+            print(f"{verdict:8} {time.perf_counter() - start:4.0f} s  {mutant.mistake}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutants caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A step in the scopes `global` and `deferred`; their gradients are in tests/exactness."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rw.reweighting import (
+    DeferredReweighter,
+    ReweightConfig,
+    Reweighter,
+    WeightedSet,
+    WeightMetrics,
+    loss_weights,
+    make_reweighter,
+)
+
+
+def make(scope: Any, **settings: Any) -> tuple[Reweighter, list[WeightedSet]]:
+    seen: list[WeightedSet] = []
+    config = ReweightConfig(strategy="linupper", scope=scope, **settings)
+    return make_reweighter(config, observe=seen.append), seen
+
+
+def rows(*losses: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One-token samples and their mask."""
+    values = torch.tensor(losses, dtype=torch.float64)[:, None]
+    return values, torch.ones_like(values)
+
+
+def deferred_step(reweighter: Reweighter, step: int, *losses: float) -> float:
+    reweighter.begin(step)
+    reweighter.weigh(*rows(*losses))
+    factor = reweighter.finish()
+    assert factor is not None
+    return factor.item()
+
+
+def test_first_deferred_step_is_uniform_and_the_next_goes_by_its_range() -> None:
+    reweighter, seen = make("deferred")
+    assert deferred_step(reweighter, 0, 1.0, 2.0, 5.0) == 1
+    assert seen[0].weights.tolist() == pytest.approx([1 / 3] * 3)
+    deferred_step(reweighter, 1, 1.0, 2.0, 5.0)
+    wanted = loss_weights(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64), "linupper", 1.0)
+    torch.testing.assert_close(seen[1].weights, wanted)
+
+
+def test_deferred_step_run_again_goes_by_the_same_range() -> None:
+    reweighter, seen = make("deferred", moment_decay=0.5)
+    assert isinstance(reweighter, DeferredReweighter)
+    deferred_step(reweighter, 0, 1.0, 3.0)
+    deferred_step(reweighter, 1, 2.0, 6.0)
+    after = reweighter.moments
+    deferred_step(reweighter, 1, 2.0, 6.0)
+    assert torch.equal(seen[1].weights, seen[2].weights)
+    assert torch.equal(reweighter.moments, after)
+    assert after.tolist() == [0.5 * 1 + 0.5 * 2, 0.5 * 3 + 0.5 * 6]
+
+
+def test_deferred_moments_pass_over_what_is_not_finite() -> None:
+    reweighter, _ = make("deferred")
+    assert isinstance(reweighter, DeferredReweighter)
+    deferred_step(reweighter, 0, 1.0, math.nan, 3.0, math.inf)
+    assert reweighter.moments.tolist() == [1.0, 3.0]
+    assert deferred_step(reweighter, 1, math.nan, math.nan) == 1
+    assert reweighter.moments.tolist() == [1.0, 3.0]
+
+
+def test_losses_beyond_the_range_are_clamped_and_counted() -> None:
+    reweighter, seen = make("deferred")
+    deferred_step(reweighter, 0, 2.0, 4.0)
+    deferred_step(reweighter, 1, 1.0, 2.0, 3.0, 9.0)
+    low, edge, middle, high = seen[1].weights.tolist()
+    assert low == edge
+    assert middle == high
+    metrics = WeightMetrics(1)
+    metrics.add(seen[1])
+    report = metrics.read()
+    assert report is not None
+    assert report.beyond_range == 0.5
+    metrics.reset()
+    metrics.add(seen[0])
+    report = metrics.read()
+    assert report is not None
+    assert report.beyond_range == 0
+
+
+def test_global_with_one_micro_batch_is_microbatch() -> None:
+    objectives = []
+    for scope in ("global", "microbatch"):
+        reweighter, _ = make(scope)
+        reweighter.begin(0, 1)
+        assert not reweighter.scores_first
+        objectives.append(reweighter.weigh(*rows(1.0, 2.0, 5.0)).item())
+    assert objectives[0] == objectives[1]
+
+
+def test_global_refuses_a_step_that_was_not_scored_whole() -> None:
+    reweighter, _ = make("global")
+    reweighter.begin(0, 3)
+    assert reweighter.scores_first
+    reweighter.score(*rows(1.0, 2.0))
+    with pytest.raises(RuntimeError, match="1 of 3 micro-batches were scored"):
+        reweighter.weigh(*rows(1.0, 2.0))
+
+
+def test_only_global_takes_scores() -> None:
+    reweighter, _ = make("deferred")
+    reweighter.begin(0, 2)
+    with pytest.raises(RuntimeError, match="deferred needs no scores"):
+        reweighter.score(*rows(1.0, 2.0))
