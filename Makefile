@@ -10,7 +10,7 @@ help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run all tests"
-	@echo "make mutants      plant mistakes and see that tests fail (some minutes)"
+	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
 	@echo "make clean        remove .venv and what the quick start made"

@@ -4,9 +4,9 @@ Runs the real program on the quick start's model and data (`make quickstart` fir
 own batch, one micro-batch a rank, and once with that batch cut into two. With one, the scope
 `global` is `microbatch` and left out. What weighs the samples is switched from step to step,
 through all orders in turn, so that drift of the machine and after-effects of a step hit all
-alike; everything else stays the same. A step lasts from one call of Megatron's `train_step` to the next
-and so includes the logging. Prints, by scope, the median over blocks of steps of its step's time
-over that of the step without, and a 95 % bootstrap interval, and writes both as JSON.
+alike; everything else stays the same. A step lasts from one call of Megatron's `train_step` to
+the next and so includes the logging. Prints, by scope, the median over blocks of steps of its
+step's time over that of the step without, and a 95 % bootstrap interval, and writes both as JSON.
 
     make bench-step-time
 """
