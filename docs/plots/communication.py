@@ -39,7 +39,7 @@ def main() -> None:
         replicas = gpus // (TENSOR * PIPELINE)
         small = 12 * replicas * MICRO_BATCH_SIZE
         large = small * MICRO_BATCHES
-        rows = (
+        rows: tuple[tuple[str, int, list[int], list[int]], ...] = (
             ("microbatch", small, [small] * MICRO_BATCHES, []),
             ("global", large, [large], []),
             ("deferred", large, [large], [24]),

@@ -35,8 +35,17 @@ class ReweightState:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint holds, in plain numbers; waits for the device."""
-        moments = None if self.moments is None else self.moments.tolist()
-        return {"first_iteration": self._first_iteration, "moments": moments}
+        return {
+            "first_iteration": self._first_iteration,
+            "moments": None if self.moments is None else self.moments.tolist(),
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self._config)
+        # Changes nothing of the training.
+        del settings["log_samples"]
+        return settings
 
     def keep_in(self, args: Namespace) -> None:
         """Put the record into Megatron's arguments, before they are saved.
@@ -90,21 +99,16 @@ class ReweightState:
         Returns:
             Lines for the user on what differs from the run that saved it.
         """
-        before = {
-            field.name: getattr(checkpoint_args, f"reweight_{field.name}", field.default)
-            for field in dataclasses.fields(ReweightConfig)
-            if field.name != "log_samples"
-        }
+        saved = getattr(checkpoint_args, _KEY, None)
+        before = dataclasses.asdict(ReweightConfig()) | (saved["settings"] if saved else {})
         if before["strategy"] == "none" and not self._config.enabled:
             return []
-        saved = getattr(checkpoint_args, _KEY, None)
         if self._config.enabled and saved is not None:
             self.load(saved)
         lines = [
-            f"{flag(name)} was {value} when the checkpoint was saved and is "
-            f"{getattr(self._config, name)} now"
-            for name, value in before.items()
-            if value != getattr(self._config, name)
+            f"{flag(name)} was {before[name]} when the checkpoint was saved and is {value} now"
+            for name, value in self._settings().items()
+            if value != before[name]
         ]
         if self._config.enabled and self._first_iteration is None:
             lines.append("reweighting begins with this run, its warm-up included")

@@ -37,6 +37,10 @@ class RunConfig:
     log_dir: str | None = None
     """Write metrics.jsonl here: one object per logged step and per validation."""
 
+    cross_entropy_impl: Literal["megatron", "fused"] = "megatron"
+    """megatron: core's cross-entropy, which --cross-entropy-loss-fusion varies. fused: ours, which
+    reads the logits once forward and overwrites them with their gradient backward."""
+
 
 class _PrefixedGroupFactory(ArgumentGroupFactory):
     """Names flags and destinations of a dataclass with a prefix, `strategy` as `reweight_strategy`.

@@ -51,6 +51,11 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
     """
     if args.rank == 0 and not args.mock_data:
         _check_vocabulary(args)
+    if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:
+        raise ConfigError(
+            "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
+            "chooses: drop one of the two."
+        )
     if config.log_samples and args.log_dir is None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:

@@ -23,6 +23,7 @@ from megatron_rw.integrations import schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
+from megatron_rw.training import cross_entropy
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
 
@@ -60,6 +61,8 @@ class Hooks:
         training.evaluate_and_print_results = self._around(
             training.evaluate_and_print_results, self._evaluate
         )
+        if self._args.cross_entropy_impl == "fused":
+            cross_entropy.install()
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
         _use_shipped_dataset_helpers()

@@ -49,6 +49,7 @@ def test_attached_script_trains_as_the_program_does(tmp_path: Path, data_flags: 
     # The warm-up ends after the resume: without the state it would begin anew.
     load = ["--load", str(tmp_path / "attached" / "checkpoints"), "--ckpt-step", "3"]
     resumed = train(tmp_path / "resumed", "tests.attached", data_flags, *load)
+    assert "when the checkpoint was saved" not in resumed.output[0]
     for name, tensor in resumed.checkpoint(STEPS).items():
         assert torch.equal(tensor, expected[name]), name
 

@@ -74,6 +74,11 @@ CASES = {
         1,
         "--reweight-moment-decay acts on --reweight-scope deferred alone",
     ),
+    "two cross-entropies": (
+        "--cross-entropy-impl fused --cross-entropy-loss-fusion",
+        1,
+        "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion chooses",
+    ),
     "captured step": (
         "--reweight-strategy linupper --cuda-graph-impl full_iteration "
         "--no-check-for-nan-in-loss-and-grad",

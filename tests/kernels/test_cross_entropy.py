@@ -1,0 +1,388 @@
+"""Every backend of `vocab_parallel_cross_entropy` against fp64, one named test for each pitfall.
+
+Triton's kernels run under its interpreter where there is no GPU. Upstream gradients are random,
+signed and different for every token, as sample weights make them.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_rw.kernels import CrossEntropyOptions, vocab_parallel_cross_entropy
+from megatron_rw.kernels.cross_entropy import backend, combine, default_backend
+from megatron_rw.kernels.options import Shard
+from tests.kernels import reference
+from tests.ranks import run_ranks
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS: list[Any] = ["torch", "triton"]
+SHAPE = (6, 3, 130)
+PLAIN = CrossEntropyOptions()
+VARIANTS = {
+    "plain": PLAIN,
+    "z-loss": CrossEntropyOptions(z_loss=1e-2),
+    "label smoothing": CrossEntropyOptions(label_smoothing=0.2),
+    "soft-cap": CrossEntropyOptions(softcap=3.0),
+    "padded": CrossEntropyOptions(vocab_size=101),
+    "all": CrossEntropyOptions(z_loss=1e-2, label_smoothing=0.1, softcap=5.0, vocab_size=101),
+}
+# Rounding of the gradient to the logits' dtype, and of the losses to fp32.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(params=BACKENDS)
+def name(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def inputs(
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, int, int] = SHAPE,
+    vocab_size: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels with some ignored, upstream gradients with some 0."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(shape, generator=generator) * 4).to(dtype)
+    target = torch.randint(0, vocab_size or shape[2], shape[:2], generator=generator)
+    upstream = torch.randn(shape[:2], generator=generator)
+    target.view(-1)[::5] = PLAIN.ignore_index
+    upstream.view(-1)[1::7] = 0
+    upstream.view(-1)[0] = 0
+    return logits.to(DEVICE), target.to(DEVICE), upstream.to(DEVICE)
+
+
+def run(
+    logits: Tensor, target: Tensor, upstream: Tensor, name: Any, **how: Any
+) -> tuple[Tensor, Tensor]:
+    """Loss, and the gradient that reaches whoever made the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    made = leaf.view_as(leaf)
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name, **how)
+    [gradient] = torch.autograd.grad(loss, made, upstream)
+    return loss.detach(), gradient
+
+
+def check(logits: Tensor, target: Tensor, upstream: Tensor, name: Any, **how: Any) -> None:
+    """Loss and gradient are the reference's."""
+    options = how.get("options", PLAIN)
+    wanted = reference.cross_entropy(logits, target, options)
+    wanted_gradient = reference.gradient(logits, target, upstream, options)
+    loss, gradient = run(logits, target, upstream, name, **how)
+    assert loss.dtype == torch.float32
+    assert gradient.dtype == logits.dtype
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+    tolerance = TOLERANCE[logits.dtype]
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("inplace", [True, False], ids=["in place", "apart"])
+def test_loss_and_gradient_are_those_of_fp64(
+    variant: str, dtype: torch.dtype, inplace: bool, name: Any
+) -> None:
+    options = VARIANTS[variant]
+    logits, target, upstream = inputs(dtype, vocab_size=options.vocab_size)
+    check(logits, target, upstream, name, options=options, inplace_backward=inplace)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(2, 70),
+    st.integers(0, 99),
+    st.sampled_from(BACKENDS),
+)
+def test_any_shape(sequence: int, batch: int, vocab: int, seed: int, name: Any) -> None:
+    check(*inputs(shape=(sequence, batch, vocab), seed=seed), name)
+
+
+def test_row_longer_than_a_block(name: Any) -> None:
+    check(*inputs(shape=(2, 1, 4096 + 37)), name)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "cut", "expanded"])
+def test_logits_of_any_strides(kind: str, name: Any) -> None:
+    logits, target, upstream = inputs()
+    views = {
+        "transposed": logits.transpose(0, 1).contiguous().transpose(0, 1),
+        "cut": torch.cat([logits, logits], dim=2)[..., : SHAPE[2]],
+        "expanded": logits[:, :1].expand(SHAPE),
+    }
+    view = views[kind]
+    wanted = reference.gradient(view, target, upstream, PLAIN)
+    # An expanded tensor cannot hold a gradient per row.
+    inplace = kind != "expanded"
+    leaf = view.detach().requires_grad_()
+    made = leaf.view_as(leaf)
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name, inplace_backward=inplace)
+    torch.testing.assert_close(
+        loss.detach().double(), reference.cross_entropy(view, target, PLAIN), rtol=2e-6, atol=2e-6
+    )
+    [gradient] = torch.autograd.grad(loss, made, upstream)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "per sample", "transposed"])
+def test_upstream_of_any_strides(kind: str, name: Any) -> None:
+    logits, target, upstream = inputs()
+    views = {
+        "scalar": torch.tensor(0.7, device=DEVICE).expand(SHAPE[:2]),
+        "per sample": upstream[:1].expand(SHAPE[:2]),
+        "transposed": upstream.T.contiguous().T,
+    }
+    check(logits, target, views[kind], name)
+
+
+def test_upstream_is_per_token_not_a_scalar(name: Any) -> None:
+    logits, target, upstream = inputs()
+    upstream[0, 0] = 0
+    target[0, 0] = 1
+    _, gradient = run(logits, target, upstream, name)
+    assert (gradient[0, 0] == 0).all()
+    assert gradient.abs().sum() > 0
+
+
+def test_half_precision_losses_are_not_rounded_to_it(name: Any) -> None:
+    logits, target, _ = inputs(torch.bfloat16)
+    loss = vocab_parallel_cross_entropy(logits, target, backend_name=name)
+    assert (loss != loss.bfloat16().float()).any()
+
+
+def test_second_backward_raises_instead_of_lying(name: Any) -> None:
+    logits, target, upstream = inputs()
+    made = logits.requires_grad_() * 1.0
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name)
+    loss.backward(upstream, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(upstream)
+
+
+def test_another_reader_of_the_logits_is_told(name: Any) -> None:
+    logits, target, upstream = inputs()
+    made = logits.requires_grad_() * 1.0
+    square = made.square().sum()
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name)
+    loss.backward(upstream, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+def test_logits_changed_before_backward_are_noticed(name: Any) -> None:
+    logits, target, upstream = inputs()
+    made = logits.requires_grad_() * 1.0
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name)
+    with torch.no_grad():
+        made.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(upstream)
+
+
+@pytest.mark.parametrize("why", ["ignored", "zero upstream"])
+def test_nan_in_a_row_that_does_not_count_stays_there(why: str, name: Any) -> None:
+    logits, target, upstream = inputs()
+    logits[2, 1] = math.nan
+    target[2, 1] = PLAIN.ignore_index if why == "ignored" else 3
+    upstream[2, 1] = math.nan if why == "ignored" else 0.0
+    loss, gradient = run(logits, target, upstream, name)
+    assert (gradient[2, 1] == 0).all()
+    assert torch.isfinite(gradient).all()
+    assert why != "ignored" or loss[2, 1] == 0
+
+
+def test_minus_infinity_has_no_probability(name: Any) -> None:
+    logits, target, upstream = inputs()
+    target[:] = 5
+    logits[..., 7:] = -math.inf
+    check(logits, target, upstream, name)
+
+
+def test_shard_of_minus_infinity_joins_the_others(name: Any) -> None:
+    logits, target, _ = inputs()
+    target[:] = 5
+    logits[..., SHAPE[2] // 2 :] = -math.inf
+    loss, _ = emulated(logits, target, torch.ones(SHAPE[:2], device=DEVICE), 2, PLAIN, name)
+    wanted = reference.cross_entropy(logits, target, PLAIN)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_probability_near_one(name: Any) -> None:
+    logits, target, upstream = inputs()
+    target[:] = 5
+    logits[..., 5] = 30
+    check(logits, target, upstream, name)
+
+
+def test_all_tokens_ignored(name: Any) -> None:
+    logits, target, upstream = inputs()
+    target[:] = PLAIN.ignore_index
+    loss, gradient = run(logits, target, upstream, name)
+    assert (loss == 0).all()
+    assert (gradient == 0).all()
+
+
+def test_label_outside_the_vocabulary_is_not_a_number(name: Any) -> None:
+    logits, target, _ = inputs()
+    target[0, 1], target[0, 2] = SHAPE[2], -1
+    loss = vocab_parallel_cross_entropy(logits, target, backend_name=name)
+    assert torch.isnan(loss[0, 1:]).all()
+    assert torch.isfinite(loss[1:]).all()
+
+
+def test_offsets_beyond_two_to_the_31(name: Any) -> None:
+    far = 2**31 + 11
+    # Untouched pages of it cost no memory.
+    storage = torch.empty(far + 64, dtype=torch.bfloat16, device=DEVICE)
+    logits = storage.as_strided((2, 1, 64), (far, 64, 1))
+    values, target, upstream = inputs(torch.bfloat16, (2, 1, 64))
+    target[:] = 9
+    upstream[:] = 0.5
+    logits.copy_(values)
+    made = logits.requires_grad_().view_as(logits)
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name)
+    torch.testing.assert_close(
+        loss.detach().double(), reference.cross_entropy(values, target, PLAIN), rtol=2e-6, atol=2e-6
+    )
+    [gradient] = torch.autograd.grad(loss, made, upstream)
+    wanted = reference.gradient(values, target, upstream, PLAIN)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=8e-3, atol=8e-3)
+
+
+def test_results_repeat_bit_for_bit(name: Any) -> None:
+    logits, target, upstream = inputs(torch.bfloat16)
+    first, second = (run(logits, target, upstream, name) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def emulated(
+    logits: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    shards: int,
+    options: CrossEntropyOptions,
+    name: Any,
+) -> tuple[Tensor, Tensor]:
+    """What `shards` tensor-parallel ranks would compute together, in this process."""
+    passes, width = backend(name), logits.shape[2] // shards
+    vocab_size = options.vocab_size or logits.shape[2]
+    counted = target != options.ignore_index
+    parts, tables = [], []
+    for rank, part in enumerate(logits.chunk(shards, dim=2)):
+        shard = Shard(rank * width, min(width, vocab_size - rank * width), vocab_size)
+        here = counted & (target >= shard.start) & (target < shard.start + shard.columns)
+        local = torch.where(here, target - shard.start, -1)
+        parts.append((part, local, shard))
+        tables.append(passes.statistics(part, local, shard, options))
+    lse, joined = combine(torch.stack(tables))
+    smoothing = parts[0][2].smoothing(options)
+    loss = lse - (1 - smoothing) * joined[2] + options.z_loss * lse.square()
+    if smoothing:
+        loss = loss - smoothing / vocab_size * joined[3]
+    gradients = []
+    for part, local, shard in parts:
+        out = torch.empty_like(part)
+        scale = torch.where(counted, upstream, 0.0)
+        passes.gradient(part, local, lse, scale, shard, options, out)
+        gradients.append(out)
+    return loss.where(counted, 0.0), torch.cat(gradients, dim=2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shards", [2, 4])
+def test_shards_together_are_the_whole(variant: str, shards: int, name: Any) -> None:
+    options = VARIANTS[variant]
+    shape = (6, 3, 136)
+    logits, target, upstream = inputs(shape=shape, vocab_size=options.vocab_size)
+    if options.vocab_size and shards == 4:
+        options = CrossEntropyOptions(**(vars(options) | {"vocab_size": 3 * 34 + 5}))
+    loss, gradient = emulated(logits, target, upstream, shards, options, name)
+    wanted = reference.cross_entropy(logits, target, options)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+    wanted_gradient = reference.gradient(logits, target, upstream, options)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-6, atol=2e-6)
+
+
+def on_rank(variant: str) -> tuple[Tensor, Tensor]:
+    from megatron.core import parallel_state
+
+    options = VARIANTS[variant]
+    logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine = logits.chunk(2, dim=2)[group.rank()]
+    return run(mine, target, upstream, "torch", tp_group=group, options=options)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_two_tensor_parallel_ranks(variant: str) -> None:
+    ranks = run_ranks(2, on_rank, variant, tensor_model_parallel_size=2)
+    options = VARIANTS[variant]
+    logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
+    wanted = reference.cross_entropy(logits, target, options)
+    for loss, _ in ranks:
+        torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+    gradient = torch.cat([part for _, part in ranks], dim=2)
+    wanted_gradient = reference.gradient(logits, target, upstream, options)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-6, atol=2e-6)
+
+
+def test_torch_backend_holds_no_copy_of_the_logits() -> None:
+    """Peak resident memory of a fresh process, forward and backward, over that of its logits."""
+    code = """
+import resource, torch
+from megatron_rw.kernels import vocab_parallel_cross_entropy
+torch.set_num_threads(1)
+def step(sequence):
+    logits = torch.randn(sequence, 1, 32000).bfloat16().requires_grad_()
+    target = torch.zeros(sequence, 1, dtype=torch.long)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = logits.view_as(logits)
+    vocab_parallel_cross_entropy(made, target, backend_name="torch").sum().backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, logits.nbytes
+step(8)
+# The random fp32 logits that they are made from are what the peak is measured above.
+extra, size = step(2048)
+print(extra / size)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert float(result.stdout) < 0.25
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"z_loss": -1.0},
+        {"label_smoothing": 1.0},
+        {"softcap": 0.0},
+        {"vocab_size": 1},
+    ],
+)
+def test_impossible_options_are_refused(broken: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(broken))):
+        CrossEntropyOptions(**broken)
+
+
+def test_wrong_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target, _ = inputs()
+    with pytest.raises(ValueError, match=r"logits must be \[s, b, v\]"):
+        vocab_parallel_cross_entropy(logits, target.T)
+    with pytest.raises(ValueError, match="float64"):
+        vocab_parallel_cross_entropy(logits.double(), target)
+    with pytest.raises(ValueError, match="vocab_size 131 does not fit"):
+        vocab_parallel_cross_entropy(logits, target, None, CrossEntropyOptions(vocab_size=131))
+    monkeypatch.setenv("MEGATRON_RW_KERNELS", "metal")
+    with pytest.raises(ValueError, match="MEGATRON_RW_KERNELS=metal: choose one of torch, triton"):
+        default_backend(torch.device("cpu"))
