@@ -26,9 +26,9 @@ STEP = "megatron_rw/integrations/step.py"
 
 
 def cell(layout: str) -> str:
-    """A row of the exactness table, in fp64."""
+    """A row of the exactness table."""
     test = "test_gradient_is_the_single_process_oracles"
-    return f"tests/exactness/test_exactness.py::{test}[{layout}-fp64]"
+    return f"tests/exactness/test_exactness.py::{test}[{layout}]"
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,7 @@ MUTANTS = (
     ),
     one(
         "other losses divided by ranks instead of tokens",
-        "tests/exactness/test_other_losses.py::test_other_losses_keep_their_gradient"
-        "[moe-per-token]",
+        "tests/exactness/test_other_losses.py::test_other_losses_keep_their_gradient[per-token]",
         STEP,
         "bool(others) and config.calculate_per_token_loss",
         "bool(others) and not config.calculate_per_token_loss",

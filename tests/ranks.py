@@ -33,7 +33,9 @@ def run_ranks(processes: int, function: Callable[..., Any], *args: Any, **sizes:
     results = context.Queue()
     ranks = [
         context.Process(
-            target=_rank_main, args=(rank, processes, port, results, function, args, sizes)
+            target=_rank_main,
+            # As bytes: the context's own pickling would share every tensor by file descriptor.
+            args=(rank, processes, port, results, function, pickle.dumps(args), sizes),
         )
         for rank in range(processes)
     ]
@@ -56,7 +58,7 @@ def _rank_main(
     port: int,
     results: Any,
     function: Callable[..., Any],
-    args: tuple[Any, ...],
+    args: bytes,
     sizes: dict[str, int],
 ) -> None:
     import torch
@@ -72,9 +74,8 @@ def _rank_main(
     try:
         torch.distributed.init_process_group("gloo")
         parallel_state.initialize_model_parallel(**sizes)
-        # As bytes: the queue's own pickling would share tensors by file descriptor, and the sender
-        # may be gone before they are read.
-        results.put((rank, (False, pickle.dumps(function(*args)))))
+        # As bytes again: the sender of a shared tensor may be gone before it is read.
+        results.put((rank, (False, pickle.dumps(function(*pickle.loads(args))))))
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except Exception:

@@ -130,3 +130,10 @@ def steps(mask_name: str) -> list[list[oracle.Samples]]:
         [oracle.Samples(*parts) for parts in zip(*step, strict=True)]
         for step in zip(tokens, labels[..., :SEQUENCE].contiguous(), mask, strict=True)
     ]
+
+
+# Precision: dtype and masks. In fp32 one mask stands for all: what masks do is shown in fp64.
+PRECISIONS = {
+    "fp64": (torch.float64, tuple(MASKS)),
+    "fp32": (torch.float32, ("ragged",)),
+}

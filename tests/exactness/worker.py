@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from megatron_rw.integrations import attach
-from megatron_rw.reweighting import ReweightConfig
 from tests.exactness import cases, model, oracle
 
 Sums = dict[tuple[str, str], list[tuple[float, float]]]
@@ -61,37 +60,37 @@ def run_step(
 
 
 def errors(
-    layout: cases.Layout,
-    configs: dict[str, ReweightConfig],
-    masks: list[str],
-    dtype: torch.dtype,
-) -> Sums:
+    layout: cases.Layout, wanted: dict[tuple[str, str], list[oracle.Parameters]]
+) -> dict[str, Sums]:
     """Squared error and squared size of this rank's part of every step's gradient.
 
+    Args:
+        layout: this rank is one of its processes.
+        wanted: the oracle's gradients, by scope and mask, one per step.
+
     Returns:
-        By scope and mask, one pair per step.
+        By precision, by scope and mask, one pair per step.
     """
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     model_parallel_cuda_manual_seed(1)
     values = oracle.parameters(0)
-    result: Sums = {}
-    for name, config in configs.items():
-        for mask in masks:
+    result: dict[str, Sums] = {precision: {} for precision in cases.PRECISIONS}
+    for precision, (dtype, masks) in cases.PRECISIONS.items():
+        for (scope, mask), gradients in wanted.items():
+            if mask not in masks:
+                continue
             ddp = DistributedDataParallelConfig(**layout.ddp)
             core = core_config(layout, dtype)
             core.grad_scale_func = lambda loss: loss * layout.loss_scale
             chunks = model.build(core, ddp, values)
-            forward_step = attach(model.forward_step, config)
-            seen: oracle.Range = None
+            forward_step = attach(model.forward_step, cases.CONFIGS[scope])
             pairs = []
-            for samples in cases.steps(mask):
+            for samples, gradient in zip(cases.steps(mask), gradients, strict=True):
                 run_step(forward_step, chunks, samples)
                 found = model.gradients(chunks, ddp.use_distributed_optimizer)
-                wanted, latest = oracle.step_gradient(values, samples, config, seen)
-                seen = oracle.mixed(seen, latest, config.moment_decay)
-                unscaled = {n: gradient / layout.loss_scale for n, gradient in found.items()}
-                pairs.append(compare(unscaled, wanted))
-            result[name, mask] = pairs
+                unscaled = {name: value / layout.loss_scale for name, value in found.items()}
+                pairs.append(compare(unscaled, gradient))
+            result[precision][scope, mask] = pairs
     return result
 
 
