@@ -4,9 +4,10 @@ Runs the real program on the quick start's model and data (`make quickstart` fir
 own batch, one micro-batch a rank, and once with that batch cut into two. With one, the scope
 `global` is `microbatch` and left out. What weighs the samples is switched from step to step,
 through all orders in turn, so that drift of the machine and after-effects of a step hit all
-alike; everything else stays the same. A step lasts from one call of Megatron's `train_step` to
-the next and so includes the logging. Prints, by scope, the median over blocks of steps of its
-step's time over that of the step without, and a 95 % bootstrap interval, and writes both as JSON.
+alike; everything else stays the same. Each rank keeps to one core. A step lasts from one call of
+Megatron's `train_step` to the next and so includes the logging. Prints, by scope, the median over
+blocks of steps of its step's time over that of the step without, and a 95 % bootstrap interval, and
+writes both as JSON.
 
     make bench-step-time
 """
@@ -36,7 +37,8 @@ VARIANTS = {
     1: ("none", "microbatch", "deferred"),
     2: ("none", "microbatch", "global", "deferred"),
 }
-BLOCKS = 300
+# All orders equally often.
+BLOCKS = 240
 # The first steps warm caches and allocators up.
 SKIPPED_BLOCKS = 4
 # The batch is the quick start's own.
@@ -52,6 +54,9 @@ def variant(step: int, variants: Sequence[str]) -> str:
 
 def worker() -> None:
     """One rank: the program with alternating scopes and a clock round its steps."""
+    # A rank that changes cores makes the other wait, in any scope.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
     import pretrain_gpt_rw
     from megatron_rw.platform import select_device
 
