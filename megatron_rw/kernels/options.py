@@ -71,8 +71,6 @@ MAX, SUM_EXP, TARGET, SUM = range(4)
 class CrossEntropyBackend(Protocol):
     """The two passes over the logits."""
 
-    name: str
-
     def statistics(
         self, logits: Tensor, local_target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:

@@ -14,8 +14,6 @@ CHUNK_ELEMENTS = 1 << 18
 class TorchBackend:
     """Runs anywhere."""
 
-    name = "torch"
-
     def statistics(
         self, logits: Tensor, local_target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:

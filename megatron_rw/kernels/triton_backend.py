@@ -125,8 +125,6 @@ def _gradient_kernel(
 class TritonBackend:
     """Runs on a GPU, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1)."""
 
-    name = "triton"
-
     def statistics(
         self, logits: Tensor, local_target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:

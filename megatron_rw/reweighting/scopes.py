@@ -274,10 +274,10 @@ class DeferredReweighter(Reweighter):
     @torch.no_grad()
     def finish(self) -> Tensor:
         loss_sum, tokens, domain = _concatenate(self._rows)
-        # The shards of context parallelism have been added up already.
-        holds = 1.0 if self.ranks.cp_rank == 0 else 0.0
-        loss_sum = loss_sum if holds else torch.zeros_like(loss_sum)
-        samples = gather_samples(loss_sum, tokens * holds, domain, self.ranks)
+        if self.ranks.cp_rank > 0:
+            # The shards of context parallelism have been added up already; one rank holds the sums.
+            loss_sum, tokens = torch.zeros_like(loss_sum), torch.zeros_like(tokens)
+        samples = gather_samples(loss_sum, tokens, domain, self.ranks)
         weights = self._unnormalised(samples.losses, samples.has_tokens)
         total = weights.sum()
         tiny = torch.finfo(weights.dtype).tiny
