@@ -22,6 +22,7 @@ PASSED, FAILED = 0, 1
 
 REWEIGHTING = "megatron_rw/reweighting"
 SCOPES = f"{REWEIGHTING}/scopes.py"
+WEIGHTS = "megatron_rw/kernels/weights.py"
 STEP = "megatron_rw/integrations/step.py"
 
 
@@ -105,7 +106,7 @@ MUTANTS = (
     one(
         "deferred: losses beyond the old range not clamped",
         cell("one process"),
-        f"{REWEIGHTING}/weights.py",
+        WEIGHTS,
         "scaled.clamp(-delta, delta)",
         "scaled",
     ),
@@ -144,9 +145,9 @@ MUTANTS = (
         cell("one process"),
         (
             (
-                f"{REWEIGHTING}/weights.py",
-                "@torch.no_grad()\ndef unnormalised_weights(",
-                "def unnormalised_weights(",
+                WEIGHTS,
+                "@torch.no_grad()\ndef weigh_samples(",
+                "def weigh_samples(",
             ),
             (SCOPES, "self._over_shards(own_loss_sum.detach()", "self._over_shards(own_loss_sum"),
         ),

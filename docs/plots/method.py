@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import get_args
 
 import matplotlib as mpl
 
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from megatron_rw.kernels.weights import WeightStrategy
 from megatron_rw.reweighting import (
     ReweightConfig,
     ReweightReport,
@@ -30,7 +32,7 @@ from megatron_rw.reweighting import (
     loss_weights,
     make_reweighter,
 )
-from megatron_rw.reweighting.config import STRATEGIES, Scope, Strategy
+from megatron_rw.reweighting.config import Scope
 from megatron_rw.reweighting.metrics import LARGEST_RELATIVE_WEIGHT
 
 HERE = Path(__file__).parent
@@ -40,7 +42,7 @@ TEMPERATURES = (1.0, 0.4)
 BOUND = LARGEST_RELATIVE_WEIGHT
 
 # What the scopes are compared at; the table is over this many batches.
-STRATEGY: Strategy = "linupper"
+STRATEGY: WeightStrategy = "linupper"
 TEMPERATURE, BATCHES = 0.4, 50
 # How much higher the losses of the step before were, and half the width of the band of losses
 # round the median whose weights are compared; in nats.
@@ -92,7 +94,7 @@ def draw_strategies() -> Figure:
     print(f"{'strategy':12}{'r':>5}{'|S|·w_max':>11}{'ESS/|S|':>9}")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, temperature in zip(axes, TEMPERATURES, strict=True):
-        for strategy in STRATEGIES[1:]:
+        for strategy in get_args(WeightStrategy):
             weights = loss_weights(losses, strategy, temperature)
             relative = SAMPLES * weights
             ess = effective_sample_size(weights) / SAMPLES

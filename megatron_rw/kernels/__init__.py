@@ -1,6 +1,19 @@
 """Kernels of the method and of the loss it is made from: one interface, several backends."""
 
-from megatron_rw.kernels.cross_entropy import vocab_parallel_cross_entropy
-from megatron_rw.kernels.options import CrossEntropyOptions
+from megatron_rw.kernels.cross_entropy import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_sums,
+)
+from megatron_rw.kernels.options import CrossEntropyOptions, SampleSums
+from megatron_rw.kernels.weights import SampleWeights, Statistic, loss_weights, weigh_samples
 
-__all__ = ["CrossEntropyOptions", "vocab_parallel_cross_entropy"]
+__all__ = [
+    "CrossEntropyOptions",
+    "SampleSums",
+    "SampleWeights",
+    "Statistic",
+    "loss_weights",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_cross_entropy_sums",
+    "weigh_samples",
+]

@@ -13,25 +13,19 @@ logits again and by default overwrites them with their gradient.
 from __future__ import annotations
 
 import functools
-import os
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.kernels.options import (
-    MAX,
-    SUM,
-    SUM_EXP,
-    TARGET,
     CrossEntropyBackend,
     CrossEntropyOptions,
+    SampleSums,
     Shard,
 )
-
-BackendName = Literal["torch", "triton"]
-BACKEND_VARIABLE = "MEGATRON_RW_KERNELS"
+from megatron_rw.kernels.selection import BackendName, default_backend
 
 
 @functools.cache
@@ -44,21 +38,6 @@ def backend(name: BackendName) -> CrossEntropyBackend:
     from megatron_rw.kernels.torch_backend import TorchBackend
 
     return TorchBackend()
-
-
-def default_backend(device: torch.device) -> BackendName:
-    """`MEGATRON_RW_KERNELS` where it is set; otherwise Triton on a GPU and torch elsewhere.
-
-    Raises:
-        ValueError: the variable names no backend.
-    """
-    named = os.environ.get(BACKEND_VARIABLE)
-    if named is None:
-        return "triton" if device.type == "cuda" else "torch"
-    if named not in get_args(BackendName):
-        choices = ", ".join(get_args(BackendName))
-        raise ValueError(f"{BACKEND_VARIABLE}={named}: choose one of {choices}, or unset it")
-    return named  # type: ignore[return-value]
 
 
 def vocab_parallel_cross_entropy(
@@ -87,6 +66,54 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
+    how = _checked(logits, target, None, tp_group, options, inplace_backward, backend_name)
+    losses: Tensor = _CrossEntropy.apply(logits, target, None, *how)[0]
+    return losses
+
+
+def vocab_parallel_cross_entropy_sums(
+    logits: Tensor,
+    target: Tensor,
+    loss_mask: Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+    options: CrossEntropyOptions | None = None,
+    *,
+    inplace_backward: bool = True,
+    backend_name: BackendName | None = None,
+) -> tuple[Tensor, SampleSums]:
+    """Cross-entropy of every token and each sample's sums of it, without another pass over either.
+
+    Args:
+        logits: as for `vocab_parallel_cross_entropy`, as is every argument but one.
+        target: as there.
+        loss_mask: `[s, b]`, 1 where a token counts. One that is masked adds nothing to the sums
+            even if its loss is not finite.
+        tp_group: as there.
+        options: as there.
+        inplace_backward: as there.
+        backend_name: as there.
+
+    Returns:
+        `(losses, sums)`, both with gradient: losses as there, sums as `[b]` each.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    how = _checked(logits, target, loss_mask, tp_group, options, inplace_backward, backend_name)
+    losses, loss_sum, tokens = _CrossEntropy.apply(logits, target, loss_mask, *how)
+    return losses, SampleSums(loss_sum, tokens)
+
+
+def _checked(
+    logits: Tensor,
+    target: Tensor,
+    loss_mask: Tensor | None,
+    tp_group: dist.ProcessGroup | None,
+    options: CrossEntropyOptions | None,
+    inplace_backward: bool,
+    backend_name: BackendName | None,
+) -> tuple[Any, ...]:
+    """The arguments of `_CrossEntropy` behind the tensors."""
     if logits.dim() != 3 or target.shape != logits.shape[:2]:
         raise ValueError(
             f"logits must be [s, b, v] and target [s, b], not {tuple(logits.shape)} and "
@@ -94,13 +121,17 @@ def vocab_parallel_cross_entropy(
         )
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits must be float32, bfloat16 or float16, not {logits.dtype}")
+    if logits.numel() == 0:
+        raise ValueError(f"logits of shape {tuple(logits.shape)} have no elements")
+    if loss_mask is not None and loss_mask.shape != target.shape:
+        raise ValueError(
+            f"loss_mask must be [s, b] as the target, {tuple(target.shape)}, not "
+            f"{tuple(loss_mask.shape)}"
+        )
     options = options or CrossEntropyOptions()
     passes = backend(backend_name or default_backend(logits.device))
     shard = _shard(logits.shape[-1], tp_group, options)
-    result: Tensor = _CrossEntropy.apply(
-        logits, target, tp_group, shard, options, inplace_backward, passes
-    )
-    return result
+    return tp_group, shard, options, inplace_backward, passes
 
 
 def _shard(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOptions) -> Shard:
@@ -114,70 +145,54 @@ def _shard(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOpt
     return Shard(rank * width, min(width, vocab_size - rank * width), vocab_size)
 
 
-def combine(tables: Tensor) -> tuple[Tensor, Tensor]:
-    """Join the statistics of all shards.
-
-    Args:
-        tables: `[tp, rows, s, b]` fp32, see `CrossEntropyBackend.statistics`.
-
-    Returns:
-        `(lse, joined)`: `[s, b]`, and `[rows, s, b]` of which TARGET and SUM are meaningful.
-    """
-    top = tables[:, MAX].amax(dim=0)
-    base = top.masked_fill(top == -torch.inf, 0.0)
-    total = (tables[:, SUM_EXP] * torch.exp(tables[:, MAX] - base)).sum(dim=0)
-    return base + torch.log(total), tables.sum(dim=0)
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         target: Tensor,
+        loss_mask: Tensor | None,
         tp_group: dist.ProcessGroup | None,
         shard: Shard,
         options: CrossEntropyOptions,
         inplace_backward: bool,
         passes: CrossEntropyBackend,
-    ) -> Tensor:
-        counted = target != options.ignore_index
-        here = counted & (target >= shard.start) & (target < shard.start + shard.columns)
-        local_target = torch.where(here, target - shard.start, -1)
-        table = passes.statistics(logits, local_target, shard, options)
-        tables = table.unsqueeze(0)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tables = passes.statistics(logits, target, shard, options)
         if tp_group is not None and tp_group.size() > 1:
-            size = tp_group.size()
-            gathered = table.new_empty(size * table.shape[0], *table.shape[1:])
-            dist.all_gather_into_tensor(gathered, table, group=tp_group)
-            tables = gathered.view(size, *table.shape)
-        lse, joined = combine(tables)
-        smoothing = shard.smoothing(options)
-        loss = lse - (1.0 - smoothing) * joined[TARGET]
-        if smoothing:
-            loss = loss - (smoothing / shard.vocab_size) * joined[SUM]
-        if options.z_loss:
-            loss = loss + options.z_loss * lse.square()
+            table = passes.merge(tables)
+            tables = table.new_empty(tp_group.size(), *table.shape[1:])
+            dist.all_gather_into_tensor(tables, table, group=tp_group)
+        losses, lse, sums = passes.combine(tables, target, shard, options, loss_mask)
         # Saved as an input, the logits carry their version: whoever changed them in between is
         # found out when the backward pass asks for them.
-        ctx.save_for_backward(logits, local_target, lse, counted)
+        ctx.save_for_backward(logits, target, loss_mask, lse)
         ctx.shard, ctx.options = shard, options
         ctx.inplace, ctx.passes = inplace_backward, passes
-        # A label beyond the vocabulary would pass as a loss without a target.
-        known = (target >= 0) & (target < shard.vocab_size)
-        return torch.where(counted, torch.where(known, loss, torch.nan), 0.0)
+        ctx.set_materialize_grads(False)
+        if sums is None:
+            return losses, None, None
+        ctx.mark_non_differentiable(sums.tokens)
+        return losses, sums.loss_sum, sums.tokens
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        logits, local_target, lse, counted = ctx.saved_tensors
+    def backward(
+        ctx: Any, of_losses: Tensor | None, of_sums: Tensor | None, of_tokens: Tensor | None
+    ) -> Any:
+        logits, target, loss_mask, lse = ctx.saved_tensors
+        upstream = of_losses
+        if of_sums is not None:
+            # 0·NaN is NaN: a masked token has no gradient, whatever its sample's.
+            spread = torch.where(loss_mask > 0, loss_mask * of_sums, 0.0)
+            upstream = spread if upstream is None else upstream + spread
+        if upstream is None:
+            return (None,) * 8
         out = logits if ctx.inplace else torch.empty_like(logits)
-        # A gradient may come expanded or transposed; ignored tokens may even come with NaN.
-        scale = torch.where(counted, upstream.float(), 0.0).contiguous()
         with torch.no_grad():
             ctx.passes.gradient(
-                logits.detach(), local_target, lse, scale, ctx.shard, ctx.options, out.detach()
+                logits.detach(), target, lse, upstream.float(), ctx.shard, ctx.options, out.detach()
             )
         if ctx.inplace:
             # Kernels write behind autograd's back: whoever still wants the logits must be told.
             torch.autograd.graph.increment_version(logits)
-        return out.detach(), None, None, None, None, None, None
+        return out.detach(), *(None,) * 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -63,33 +63,84 @@ class Shard:
         return options.label_smoothing * self.vocab_size / (self.vocab_size - 1)
 
 
-# Rows of a table of statistics: the largest logit m, Σ exp(z − m), the target's logit (0 on a rank
-# that does not hold it), and, with label smoothing alone, Σ z.
+# Rows of a table of statistics: the largest logit m, Σ exp(z − m), the target's logit (0 where it
+# is elsewhere), and, with label smoothing alone, Σ z.
 MAX, SUM_EXP, TARGET, SUM = range(4)
 
 
+class SampleSums(NamedTuple):
+    """What the losses of a sample's tokens come down to.
+
+    Attributes:
+        loss_sum: `[b]` fp32 (fp64 where the losses are), Σ_t m·ce in nats, with gradient.
+        tokens: `[b]`, Σ_t m, same dtype.
+    """
+
+    loss_sum: Tensor
+    tokens: Tensor
+
+
+class Combined(NamedTuple):
+    """Losses of the whole vocabulary.
+
+    Attributes:
+        losses: `[s, b]` fp32.
+        lse: `[s, b]` fp32.
+        sums: of the losses and the mask, where there is one.
+    """
+
+    losses: Tensor
+    lse: Tensor
+    sums: SampleSums | None
+
+
 class CrossEntropyBackend(Protocol):
-    """The two passes over the logits."""
+    """The two passes over the logits, and the step between them.
+
+    Targets are `[s, b]` int64, labels in the whole vocabulary, or `options.ignore_index`.
+    """
 
     def statistics(
-        self, logits: Tensor, local_target: Tensor, shard: Shard, options: CrossEntropyOptions
+        self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
         """One read of the logits.
 
         Args:
             logits: `[s, b, columns + padding]` fp32, bf16 or fp16, any strides.
-            local_target: `[s, b]` int64, column within the shard; −1 where it is not here.
+            target: see above.
             shard: which columns take part.
             options: soft-cap and label smoothing count here.
 
         Returns:
-            `[3, s, b]` fp32 (4 with label smoothing), rows MAX, SUM_EXP, TARGET, SUM.
+            `[parts, 3, s, b]` fp32 (4 with label smoothing), rows MAX, SUM_EXP, TARGET, SUM, of
+            one or more parts of the shard.
+        """
+
+    def merge(self, tables: Tensor) -> Tensor:
+        """Make one part, `[1, rows, s, b]`, of the several of a shard."""
+
+    def combine(
+        self,
+        tables: Tensor,
+        target: Tensor,
+        shard: Shard,
+        options: CrossEntropyOptions,
+        loss_mask: Tensor | None,
+    ) -> Combined:
+        """Join the parts of all shards.
+
+        Args:
+            tables: `[parts, rows, s, b]`, see `statistics`.
+            target: see above.
+            shard: its vocabulary counts here.
+            options: as for `statistics`.
+            loss_mask: `[s, b]`, 1 where a token counts in its sample's sums.
         """
 
     def gradient(
         self,
         logits: Tensor,
-        local_target: Tensor,
+        target: Tensor,
         lse: Tensor,
         upstream: Tensor,
         shard: Shard,
@@ -100,9 +151,10 @@ class CrossEntropyBackend(Protocol):
 
         Args:
             logits: as for `statistics`.
-            local_target: as for `statistics`.
-            lse: `[s, b]` fp32, over the whole vocabulary.
-            upstream: `[s, b]` fp32, contiguous. Where it is 0 the row is literal zeros.
+            target: see above.
+            lse: `[s, b]` fp32, contiguous, over the whole vocabulary.
+            upstream: `[s, b]` fp32, any strides. Where it is 0, or the token is ignored, the row is
+                literal zeros.
             shard: which columns take part; padding gets zeros.
             options: as in the forward pass.
             out: like `logits`; may be `logits` itself.

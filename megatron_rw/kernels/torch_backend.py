@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rw.kernels.options import CrossEntropyOptions, Shard
+from megatron_rw.kernels.options import (
+    MAX,
+    SUM,
+    SUM_EXP,
+    TARGET,
+    Combined,
+    CrossEntropyOptions,
+    SampleSums,
+    Shard,
+)
 
-# Elements of the fp32 working set: it stays in a core's cache.
+# Elements of a working set in fp32: it stays in a core's cache.
 CHUNK_ELEMENTS = 1 << 18
 
 
@@ -15,30 +24,64 @@ class TorchBackend:
     """Runs anywhere."""
 
     def statistics(
-        self, logits: Tensor, local_target: Tensor, shard: Shard, options: CrossEntropyOptions
+        self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
         """See `CrossEntropyBackend`."""
-        rows = 4 if options.label_smoothing else 3
-        table = torch.empty(rows, *logits.shape[:2], dtype=torch.float32, device=logits.device)
-        for part in _chunks(logits):
-            z = _capped(logits[part][..., : shard.columns].float(), options)
-            target = local_target[part]
-            top = z.amax(dim=-1)
-            # A row of −inf: exp(−inf − 0) is 0, exp(−inf + inf) would be NaN.
-            base = top.masked_fill(top == -torch.inf, 0.0)
-            own = z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            columns = [top, torch.exp(z - base.unsqueeze(-1)).sum(dim=-1)]
-            columns.append(torch.where(target >= 0, own, 0.0))
+        column, here = _local(target, shard, options)
+        pieces = _pieces(logits[..., : shard.columns], column)
+        scratch = _Scratch(pieces[0])
+        tops, totals, owns, plain = [], [], [], []
+        for part, index in zip(*pieces, strict=True):
+            z = scratch.read(part, options)
+            tops.append(z.amax(dim=-1))
+            # The largest probability is 1/Σ exp(z − m). One fused softmax takes less time than exp.
+            totals.append(torch.softmax(z, dim=-1, out=scratch.space(z)).amax(dim=-1))
+            owns.append(z.gather(-1, index))
             if options.label_smoothing:
-                columns.append(z.sum(dim=-1))
-            for row, values in enumerate(columns):
-                table[row][part] = values
-        return table
+                plain.append(z.sum(dim=-1))
+        top, own = torch.cat(tops), torch.cat(owns).squeeze(-1)
+        # A row of −inf has no softmax.
+        total = torch.cat(totals).reciprocal().masked_fill(top == -torch.inf, 0.0)
+        rows = [top, total, torch.where(here.flatten(), own, 0.0)]
+        if options.label_smoothing:
+            rows.append(torch.cat(plain))
+        return torch.stack(rows).view(1, len(rows), *target.shape)
+
+    def merge(self, tables: Tensor) -> Tensor:
+        """See `CrossEntropyBackend`."""
+        return tables
+
+    def combine(
+        self,
+        tables: Tensor,
+        target: Tensor,
+        shard: Shard,
+        options: CrossEntropyOptions,
+        loss_mask: Tensor | None,
+    ) -> Combined:
+        """See `CrossEntropyBackend`."""
+        top = tables[:, MAX].amax(dim=0)
+        base = top.masked_fill(top == -torch.inf, 0.0)
+        total = torch.log((tables[:, SUM_EXP] * torch.exp(tables[:, MAX] - base)).sum(dim=0))
+        own = tables[:, TARGET].sum(dim=0)
+        # Not lse − z_y: a common offset of the logits would cost both their digits.
+        losses = total + (base - own)
+        lse = total + base
+        smoothing = shard.smoothing(options)
+        if smoothing:
+            losses += smoothing * (own - tables[:, SUM].sum(dim=0) / shard.vocab_size)
+        if options.z_loss:
+            losses += options.z_loss * lse.square()
+        # A label beyond the vocabulary would pass as a loss without a target.
+        losses.masked_fill_((target < 0) | (target >= shard.vocab_size), torch.nan)
+        losses.masked_fill_(target == options.ignore_index, 0.0)
+        sums = None if loss_mask is None else sample_sums(losses, loss_mask)
+        return Combined(losses, lse, sums)
 
     def gradient(
         self,
         logits: Tensor,
-        local_target: Tensor,
+        target: Tensor,
         lse: Tensor,
         upstream: Tensor,
         shard: Shard,
@@ -47,37 +90,116 @@ class TorchBackend:
     ) -> None:
         """See `CrossEntropyBackend`."""
         smoothing = shard.smoothing(options)
-        for part in _chunks(logits):
-            z = _capped(logits[part][..., : shard.columns].float(), options)
-            target, scale = local_target[part], upstream[part].unsqueeze(-1)
-            row_lse = lse[part].unsqueeze(-1)
-            gradient = torch.exp(z - row_lse) * (1.0 + 2.0 * options.z_loss * row_lse)
+        column, here = _local(target, shard, options)
+        scale = upstream.masked_fill(target == options.ignore_index, 0.0)
+        row_scale = (scale * (1.0 + 2.0 * options.z_loss * lse)).unsqueeze(-1)
+        correction = torch.where(here, (smoothing - 1.0) * scale, 0.0).unsqueeze(-1)
+        uniform = (scale * (smoothing / shard.vocab_size)).unsqueeze(-1)
+        whole = shard.columns == shard.vocab_size
+        clear = _Clear(scale == 0)
+        pieces = _pieces(
+            logits[..., : shard.columns],
+            out[..., : shard.columns],
+            lse.unsqueeze(-1),
+            column,
+            row_scale,
+            correction,
+            uniform,
+            clear.rows.unsqueeze(-1),
+        )
+        scratch = _Scratch(pieces[0])
+        for part, place, row_lse, index, factor, own, even, zero in zip(*pieces, strict=True):
+            z = scratch.read(part, options)
+            # Straight into its place where nothing is left to read there: each row of these is read
+            # before it is written.
+            straight = place.dtype == torch.float32 and options.softcap is None
+            gradient = place if straight else scratch.space(z)
+            if whole:
+                torch.softmax(z, dim=-1, out=gradient)
+            else:
+                torch.sub(z, row_lse, out=gradient).exp_()
+            gradient *= factor
             if smoothing:
-                gradient -= smoothing / shard.vocab_size
-            own = torch.where(target >= 0, 1.0 - smoothing, 0.0).unsqueeze(-1)
-            gradient.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), -own)
-            gradient *= scale
+                gradient -= even
+            gradient.scatter_add_(-1, index, own)
             if options.softcap is not None:
-                gradient *= 1.0 - (z / options.softcap).square()
-            # 0·NaN is NaN.
-            gradient.masked_fill_(scale == 0, 0.0)
-            out[part][..., : shard.columns] = gradient
-            out[part][..., shard.columns :] = 0
+                gradient *= 1.0 - z.div_(options.softcap).square_()
+            clear(gradient, zero)
+            if not straight:
+                place.copy_(gradient)
+        out[..., shard.columns :] = 0
 
 
-def _capped(z: Tensor, options: CrossEntropyOptions) -> Tensor:
-    return z if options.softcap is None else options.softcap * torch.tanh(z / options.softcap)
+def sample_sums(losses: Tensor, loss_mask: Tensor) -> SampleSums:
+    """Sums of the samples `[s, b]` over s. A masked token adds nothing, be its loss not finite."""
+    mask = loss_mask.to(losses.dtype)
+    counted = torch.where(mask > 0, losses * mask, 0.0)
+    return SampleSums(counted.sum(dim=0), mask.sum(dim=0))
 
 
-def _chunks(logits: Tensor) -> list[tuple[slice, slice]]:
-    """Indices into `[s, b]` of about CHUNK_ELEMENTS logits each; views, whatever the strides."""
-    sequence, batch, columns = logits.shape
-    rows = max(1, CHUNK_ELEMENTS // columns)
-    if rows < batch:
-        return [
-            (slice(s, s + 1), slice(b, b + rows))
-            for s in range(sequence)
-            for b in range(0, batch, rows)
+def _local(target: Tensor, shard: Shard, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
+    """Each target's column in the shard, `[s, b, 1]`, and whether it has one, `[s, b]`."""
+    column = target - shard.start
+    here = (column >= 0) & (column < shard.columns) & (target != options.ignore_index)
+    return column.where(here, 0).unsqueeze(-1), here
+
+
+class _Clear:
+    """Puts literal zeros into rows, as 0·NaN is NaN.
+
+    Args:
+        rows: `[s, b]` bool.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        # A device is not asked, which would make the host wait.
+        self._any = rows.is_cuda or bool(rows.any())
+
+    def __call__(self, gradient: Tensor, zero: Tensor) -> None:
+        if gradient.is_cuda:
+            gradient.masked_fill_(zero, 0.0)
+        elif self._any:
+            gradient[zero.squeeze(-1)] = 0.0
+
+
+class _Scratch:
+    """Memory for one piece at a time, kept: the allocator may give pages back after every use.
+
+    Args:
+        pieces: `[n, ·]` each, the first the longest.
+    """
+
+    def __init__(self, pieces: list[Tensor]) -> None:
+        self._single = [
+            torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
+            for piece in pieces[:1] * 2
         ]
-    step = max(1, rows // batch) if batch else sequence
-    return [(slice(s, s + step), slice(0, batch)) for s in range(0, sequence, step)]
+
+    def read(self, piece: Tensor, options: CrossEntropyOptions) -> Tensor:
+        """The piece in fp32, and capped."""
+        if piece.dtype == torch.float32 and options.softcap is None:
+            return piece
+        z = self._single[0][: len(piece)].copy_(piece)
+        if options.softcap is not None:
+            z.div_(options.softcap).tanh_().mul_(options.softcap)
+        return z
+
+    def space(self, z: Tensor) -> Tensor:
+        """As large as `z`."""
+        return self._single[1][: len(z)]
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> list[list[Tensor]]:
+    """Cut tensors `[s, b, ·]` alike into views `[n, ·]` of about CHUNK_ELEMENTS logits each."""
+    tensors = [logits, *others]
+    rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
+    if all(_is_one_run(tensor) for tensor in tensors):
+        return [list(tensor.view(-1, tensor.shape[-1]).split(rows)) for tensor in tensors]
+    return [[piece for part in tensor for piece in part.split(rows)] for tensor in tensors]
+
+
+def _is_one_run(tensor: Tensor) -> bool:
+    """Whether `[s, b, ·]` can be viewed as `[s·b, ·]`."""
+    sequence, batch, _ = tensor.shape
+    return min(sequence, batch) == 1 or tensor.stride(0) == batch * tensor.stride(1)

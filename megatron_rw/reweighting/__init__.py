@@ -1,9 +1,10 @@
 """The method, pure: strategies, temperature, sample losses, weights and their metrics.
 
-Imports torch alone, neither Megatron nor the training program, so that another script can lift
-it out whole.
+Imports torch and our kernels alone, neither Megatron nor the training program, so that another
+script can lift it out whole.
 """
 
+from megatron_rw.kernels.weights import effective_sample_size, loss_weights
 from megatron_rw.reweighting.config import ConfigError, ReweightConfig, temperature_at
 from megatron_rw.reweighting.metrics import (
     DomainLosses,
@@ -20,7 +21,6 @@ from megatron_rw.reweighting.scopes import (
     WeightedSet,
     make_reweighter,
 )
-from megatron_rw.reweighting.weights import effective_sample_size, loss_weights
 
 __all__ = [
     "ConfigError",

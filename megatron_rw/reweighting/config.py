@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Strategy = Literal["none", "uniform", "linupper", "quadratic", "extremes"]
+from megatron_rw.kernels.weights import WeightStrategy, largest_score
+
+Strategy = Literal["none", WeightStrategy]
 Scope = Literal["microbatch", "global", "deferred"]
 Schedule = Literal["step", "linear", "cosine"]
 
@@ -102,6 +104,8 @@ class ReweightConfig:
             )
 
     def _check_deferred(self) -> None:
+        if self.strategy == "none":
+            return
         lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
         if self.temperature < lowest:
             raise ConfigError(
@@ -127,13 +131,6 @@ class ReweightConfig:
     def enabled(self) -> bool:
         """Whether sample weights are in use at all."""
         return self.strategy != "none"
-
-
-def largest_score(strategy: Strategy, delta: float) -> float:
-    """h_max, the largest score that a strategy can give to any loss; the smallest is 0."""
-    if strategy in ("none", "uniform"):
-        return 0.0
-    return 1.0 if strategy == "quadratic" else delta
 
 
 def flag(field_name: str) -> str:

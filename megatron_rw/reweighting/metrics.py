@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.kernels.weights import Statistic
 from megatron_rw.reweighting.scopes import WeightedSet
-from megatron_rw.reweighting.weights import effective_sample_size
 
 # The paper's convergence proof assumes that |S|·w_max is at most this.
 LARGEST_RELATIVE_WEIGHT = 2.0
@@ -193,6 +193,7 @@ class WeightMetrics:
             return
         samples = [weighted.samples for weighted in self._pending]
         weights = torch.stack([weighted.weights for weighted in self._pending]).float()
+        statistics = torch.stack([weighted.statistics for weighted in self._pending]).float()
         losses = torch.stack([s.losses for s in samples]).float()
         tokens = torch.stack([s.tokens for s in samples]).float()
         domain = torch.stack([s.domain for s in samples]).long()
@@ -202,16 +203,14 @@ class WeightMetrics:
 
         has_tokens = tokens > 0
         used = has_tokens & torch.isfinite(losses)
-        size, max_weight = used.sum(dim=1), weights.amax(dim=1)
-        relative_max = size * max_weight
-        # 0·NaN is NaN.
-        objective = torch.where(weights > 0, weights * losses, 0.0).sum()
+        size, largest = statistics[:, Statistic.COUNT], statistics[:, Statistic.LARGEST]
+        relative_max = size * largest
         new = _Totals(
             sums=torch.stack(
                 [
                     weights.new_tensor(len(samples)),
-                    objective,
-                    effective_sample_size(weights).sum(),
+                    statistics[:, Statistic.OBJECTIVE].sum(),
+                    statistics[:, Statistic.ESS].sum(),
                     size.sum(),
                     relative_max.sum(),
                     (relative_max > LARGEST_RELATIVE_WEIGHT).sum(),
@@ -222,9 +221,9 @@ class WeightMetrics:
             domain_sums=self._by_domain(losses, tokens, weights, domain, used),
             peaks=torch.stack(
                 [
-                    (-losses).masked_fill(~used, -torch.inf).amax(),
-                    losses.masked_fill(~used, -torch.inf).amax(),
-                    max_weight.amax(),
+                    (-statistics[:, Statistic.LOW]).amax(),
+                    statistics[:, Statistic.HIGH].amax(),
+                    largest.amax(),
                 ]
             ),
         )

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.kernels.weights import SampleWeights, Statistic, weigh_samples
 from megatron_rw.reweighting.config import ReweightConfig, temperature_at
 from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
-from megatron_rw.reweighting.weights import loss_range, loss_weights, unnormalised_weights
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class WeightedSet:
     Attributes:
         samples: losses, token counts and domains.
         weights: `[n]`, w_i, in the order of `samples`.
+        statistics: `[9]` of them, see `megatron_rw.kernels.weights.Statistic`.
         beyond: scalar, how many samples' losses lie beyond the range that they were scaled by, and
             were clamped to its ends; None where the range is the set's own.
     """
 
     samples: SampleSet
     weights: Tensor
+    statistics: Tensor
     beyond: Tensor | None = None
 
     @property
@@ -128,16 +130,23 @@ class Reweighter(abc.ABC):
     def _weigh_set(self, loss_sum: Tensor, tokens: Tensor, domain: Tensor) -> WeightedSet:
         """Gather the set that this rank's samples, `[n]` each, are part of, and weigh it."""
         samples = gather_samples(loss_sum, tokens, domain, self.ranks)
-        weights = loss_weights(
-            samples.losses,
-            self.config.strategy,
-            temperature_at(self.config, self._step),
-            self.config.delta,
-            mask=samples.has_tokens,
-        )
-        weighted = WeightedSet(samples, weights)
+        weighted = WeightedSet(samples, *self._weights(samples.losses, samples.has_tokens))
         self._observe(weighted)
         return weighted
+
+    def _weights(
+        self, losses: Tensor, mask: Tensor, given_range: Tensor | None = None
+    ) -> SampleWeights:
+        strategy = self.config.strategy
+        assert strategy != "none"
+        return weigh_samples(
+            losses,
+            strategy,
+            temperature_at(self.config, self._step),
+            self.config.delta,
+            mask,
+            given_range,
+        )
 
 
 def make_reweighter(
@@ -267,7 +276,7 @@ class DeferredReweighter(Reweighter):
         own_loss_sum, own_tokens = sample_sums(token_losses, loss_mask)
         loss_sum, tokens = self._over_shards(own_loss_sum.detach(), own_tokens)
         self._rows.append((loss_sum, tokens, _labels(domain, tokens)))
-        weights = self._unnormalised(loss_sum / tokens.clamp(min=1.0), tokens > 0)
+        weights = self._weights(loss_sum / tokens.clamp(min=1.0), tokens > 0, self._used).weights
         return _weighted_sum(own_loss_sum, weights, tokens) / (tokens.numel() * self.ranks.dp_size)
 
     @override
@@ -278,13 +287,13 @@ class DeferredReweighter(Reweighter):
             # The shards of context parallelism have been added up already; one rank holds the sums.
             loss_sum, tokens = torch.zeros_like(loss_sum), torch.zeros_like(tokens)
         samples = gather_samples(loss_sum, tokens, domain, self.ranks)
-        weights = self._unnormalised(samples.losses, samples.has_tokens)
-        total = weights.sum()
-        tiny = torch.finfo(weights.dtype).tiny
-        normalised = weights / total.clamp(min=tiny)
-        self._observe(WeightedSet(samples, normalised, self._count_beyond(samples)))
-        self._update_moments(samples)
-        return torch.where(total > 0, weights.numel() / total.clamp(min=tiny), 1.0)
+        weights, statistics = self._weights(samples.losses, samples.has_tokens, self._used)
+        total = statistics[Statistic.TOTAL]
+        divisor = total.clamp(min=torch.finfo(total.dtype).tiny)
+        beyond = self._count_beyond(samples)
+        self._observe(WeightedSet(samples, weights / divisor, statistics, beyond))
+        self._update_moments(statistics)
+        return torch.where(total > 0, weights.numel() / divisor, 1.0)
 
     def _over_shards(self, loss_sum: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if self.ranks.cp_size == 1:
@@ -293,25 +302,13 @@ class DeferredReweighter(Reweighter):
         dist.all_reduce(table, group=self.ranks.cp_group)
         return table[0], table[1]
 
-    def _unnormalised(self, losses: Tensor, active: Tensor) -> Tensor:
-        low, high = self._used.to(losses.device, losses.dtype)
-        return unnormalised_weights(
-            losses,
-            low,
-            high,
-            self.config.strategy,
-            temperature_at(self.config, self._step),
-            self.config.delta,
-            mask=active,
-        )
-
     def _count_beyond(self, samples: SampleSet) -> Tensor:
         low, high = self._used.to(samples.losses.device, samples.losses.dtype)
         outside = (samples.losses < low) | (samples.losses > high)
         return (outside & samples.active & (low <= high)).sum()
 
-    def _update_moments(self, samples: SampleSet) -> None:
-        seen = torch.stack(loss_range(samples.losses, samples.active)).double()
+    def _update_moments(self, statistics: Tensor) -> None:
+        seen = statistics[Statistic.LOW : Statistic.HIGH + 1].double()
         used = self._used.to(seen.device)
         kept = torch.where(used.isfinite(), used, seen)
         updated = seen + self.config.moment_decay * (kept - seen)

@@ -9,40 +9,51 @@ import sys
 import pytest
 
 CODE = """
-import sys
+import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_rw.kernels import triton_backend as kernels
+from megatron_rw.kernels import triton_backend as ce, triton_weights as weights
 
-def signature(kernel, floats, constexprs):
-    types = {}
-    for name in kernel.arg_names:
-        if name in constexprs:
-            types[name] = "constexpr"
-        elif name in ("logits", "out") and kernel is kernels._gradient_kernel:
-            types[name] = "*bf16"
-        elif name == "logits":
-            types[name] = "*bf16"
-        elif name in ("out", "lse", "upstream"):
-            types[name] = "*fp32"
-        elif name == "target":
-            types[name] = "*i64"
-        else:
-            types[name] = "fp32" if name in floats else "i64" if "stride" in name else "i32"
-    return types
+POINTERS = {"target": "*i64", "mask": "*i1", "logits": "*bf16"}
+BUFFERS = ("tables", "losses", "lses", "lse", "sums", "upstream", "loss_mask", "given_range",
+           "weights", "statistics", "out")
+FLOATS = ("softcap", "z_loss", "smoothing", "uniform", "delta", "largest_score", "temperature")
+LAUNCH = ce.LAUNCH
 
-floats = ("softcap", "z_loss", "smoothing", "uniform")
-for kernel, constexprs, warps in (
-    (kernels._statistics_kernel,
-     {"CAPPED": True, "WITH_SUM": True, "BLOCK": kernels.FORWARD_BLOCK}, kernels.FORWARD_WARPS),
-    (kernels._gradient_kernel,
-     {"CAPPED": True, "BLOCK": kernels.BACKWARD_BLOCK}, kernels.BACKWARD_WARPS),
-):
-    source = ASTSource(kernel, signature(kernel, floats, constexprs), constexprs)
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    assert len(compiled.asm["cubin"]) > 0
+def type_of(kernel, name, constexprs):
+    if name in constexprs:
+        return "constexpr"
+    if kernel is ce._gradient_kernel and name == "out":
+        return "*bf16"
+    if name == "temperature" and constexprs["TEMPERATURE_ON_DEVICE"]:
+        return "*fp32"
+    if name in BUFFERS:
+        return "*fp32"
+    default = "fp32" if name in FLOATS else "i64" if "stride" in name else "i32"
+    return POINTERS.get(name, default)
+
+def check(kernel, warps, **choices):
+    names = list(choices)
+    for values in itertools.product(*choices.values()):
+        constexprs = dict(zip(names, values))
+        signature = {name: type_of(kernel, name, constexprs) for name in kernel.arg_names}
+        target = GPUTarget("cuda", int(sys.argv[1]), 32)
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs), target=target, options={"num_warps": warps}
+        )
+        assert len(compiled.asm["cubin"]) > 0
+
+both = (False, True)
+check(ce._statistics_kernel, LAUNCH.forward_warps, CAPPED=both, WITH_SUM=both,
+      BLOCK=(LAUNCH.forward_block,), BLOCKS=(LAUNCH.forward_blocks,))
+check(ce._merge_kernel, 4, WITH_SUM=both, TOKENS=(ce.COMBINED_TOKENS,))
+check(ce._combine_kernel, 4, WITH_SUM=both, MASKED=both, TOKENS=(ce.COMBINED_TOKENS,))
+check(ce._gradient_kernel, LAUNCH.backward_warps, CAPPED=both, BLOCK=(LAUNCH.backward_block,))
+check(weights._weigh_kernel, weights.MOST_WARPS, STRATEGY=(1, 2), MASKED=both, GIVEN=both,
+      TEMPERATURE_ON_DEVICE=(True,), BLOCK=(weights.LARGEST_BLOCK,))
+check(weights._weigh_kernel, 1, STRATEGY=(0, 3), MASKED=(True,), GIVEN=(False,),
+      TEMPERATURE_ON_DEVICE=(False,), BLOCK=(1, 32))
 """
 
 

@@ -17,9 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_rw.kernels import CrossEntropyOptions, vocab_parallel_cross_entropy
-from megatron_rw.kernels.cross_entropy import backend, combine, default_backend
+from megatron_rw.kernels import (
+    CrossEntropyOptions,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_sums,
+)
+from megatron_rw.kernels.cross_entropy import backend
 from megatron_rw.kernels.options import Shard
+from megatron_rw.kernels.selection import default_backend
+from megatron_rw.kernels.triton_backend import Launch, TritonBackend
 from tests.kernels import reference
 from tests.ranks import run_ranks
 
@@ -240,6 +246,66 @@ def test_label_outside_the_vocabulary_is_not_a_number(name: Any) -> None:
     assert torch.isfinite(loss[1:]).all()
 
 
+@pytest.mark.parametrize("variant", ["plain", "all"])
+def test_sums_of_the_samples_and_their_gradient(variant: str, name: Any) -> None:
+    options = VARIANTS[variant]
+    # More tokens a sample than one program joins.
+    logits, target, _ = inputs(shape=(260, 3, 110), vocab_size=options.vocab_size)
+    mask = (torch.arange(780).view(260, 3) % 7 > 1).float().to(DEVICE)
+    mask[:, 1] = 0
+    weights = torch.tensor([0.3, -1.2, 2.0], device=DEVICE)
+    leaf = logits.detach().clone().requires_grad_()
+    losses, sums = vocab_parallel_cross_entropy_sums(
+        leaf.view_as(leaf), target, mask, options=options, backend_name=name
+    )
+    wanted = reference.cross_entropy(logits, target, options) * mask
+    assert torch.equal(sums.tokens, mask.sum(dim=0))
+    torch.testing.assert_close(
+        sums.loss_sum.detach().double(), wanted.sum(dim=0), rtol=2e-6, atol=2e-6
+    )
+    assert not sums.tokens.requires_grad
+    both = torch.rand_like(mask)
+    [gradient] = torch.autograd.grad((sums.loss_sum * weights).sum() + (losses * both).sum(), leaf)
+    wanted_gradient = reference.gradient(logits, target, mask * weights + both, options)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-6, atol=2e-6)
+
+
+def test_masked_token_that_is_not_a_number_stays_out_of_its_sample(name: Any) -> None:
+    logits, target, _ = inputs()
+    target.clamp_(min=0)
+    logits[2, 1] = math.nan
+    mask = torch.ones(SHAPE[:2], device=DEVICE)
+    mask[2, 1] = 0
+    leaf = logits.detach().clone().requires_grad_()
+    _, sums = vocab_parallel_cross_entropy_sums(leaf.view_as(leaf), target, mask, backend_name=name)
+    [gradient] = torch.autograd.grad(sums.loss_sum.sum(), leaf)
+    assert torch.isfinite(sums.loss_sum).all()
+    assert torch.isfinite(gradient).all()
+    assert (gradient[2, 1] == 0).all()
+
+
+def test_common_offset_costs_no_digits(name: Any) -> None:
+    logits, target, upstream = inputs()
+    # Exact in fp32, whose spacing at 1000 is 6e-5.
+    logits = (logits * 64).round() / 64
+    loss, _ = run(logits + 1000, target, upstream, name)
+    wanted = reference.cross_entropy(logits, target, PLAIN)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_row_in_several_parts(shards: int) -> None:
+    options = VARIANTS["all"]
+    small = TritonBackend(Launch(forward_block=16, forward_blocks=2, backward_block=32))
+    logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
+    upstream = torch.where(target == PLAIN.ignore_index, 0.0, upstream)
+    loss, gradient = emulated(logits, target, upstream, shards, options, small)
+    wanted = reference.cross_entropy(logits, target, options)
+    torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
+    wanted_gradient = reference.gradient(logits, target, upstream, options)
+    torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-6, atol=2e-6)
+
+
 def test_offsets_beyond_two_to_the_31(name: Any) -> None:
     far = 2**31 + 11
     # Untouched pages of it cost no memory.
@@ -275,28 +341,25 @@ def emulated(
     name: Any,
 ) -> tuple[Tensor, Tensor]:
     """What `shards` tensor-parallel ranks would compute together, in this process."""
-    passes, width = backend(name), logits.shape[2] // shards
+    passes = name if isinstance(name, TritonBackend) else backend(name)
+    width = logits.shape[2] // shards
     vocab_size = options.vocab_size or logits.shape[2]
-    counted = target != options.ignore_index
-    parts, tables = [], []
-    for rank, part in enumerate(logits.chunk(shards, dim=2)):
-        shard = Shard(rank * width, min(width, vocab_size - rank * width), vocab_size)
-        here = counted & (target >= shard.start) & (target < shard.start + shard.columns)
-        local = torch.where(here, target - shard.start, -1)
-        parts.append((part, local, shard))
-        tables.append(passes.statistics(part, local, shard, options))
-    lse, joined = combine(torch.stack(tables))
-    smoothing = parts[0][2].smoothing(options)
-    loss = lse - (1 - smoothing) * joined[2] + options.z_loss * lse.square()
-    if smoothing:
-        loss = loss - smoothing / vocab_size * joined[3]
+    columns = logits.chunk(shards, dim=2)
+    parts = [
+        Shard(rank * width, min(width, vocab_size - rank * width), vocab_size)
+        for rank in range(shards)
+    ]
+    tables = [
+        passes.merge(passes.statistics(part, target, shard, options))
+        for part, shard in zip(columns, parts, strict=True)
+    ]
+    loss, lse, _ = passes.combine(torch.cat(tables), target, parts[0], options, None)
     gradients = []
-    for part, local, shard in parts:
+    for part, shard in zip(columns, parts, strict=True):
         out = torch.empty_like(part)
-        scale = torch.where(counted, upstream, 0.0)
-        passes.gradient(part, local, lse, scale, shard, options, out)
+        passes.gradient(part, target, lse, upstream, shard, options, out)
         gradients.append(out)
-    return loss.where(counted, 0.0), torch.cat(gradients, dim=2)
+    return loss, torch.cat(gradients, dim=2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
