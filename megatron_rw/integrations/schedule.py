@@ -20,6 +20,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import _fork_rng
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from megatron_rw.integrations import cross_entropy
+
 Schedule = Callable[..., Any]
 
 _NAMES = (
@@ -122,9 +124,10 @@ def run_forward_only(schedule: Schedule, call: dict[str, Any]) -> None:
     """Run a step's forward passes in training mode, leaving no trace but what the loss notes.
 
     No gradient, no activations kept. Dropout and every other random number are those of the
-    training pass that follows.
+    training pass that follows. The losses are our cross-entropy's, which here reads the logits
+    once and writes nothing of their size.
     """
-    with torch.no_grad(), _fork_rng(), _no_mtp_logging():
+    with torch.no_grad(), _fork_rng(), _no_mtp_logging(), cross_entropy.installed():
         schedule(**(call | {"forward_only": True}))
 
 

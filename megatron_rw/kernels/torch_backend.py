@@ -91,7 +91,7 @@ class TorchBackend:
         """See `CrossEntropyBackend`."""
         smoothing = shard.smoothing(options)
         column, here = _local(target, shard, options)
-        scale = upstream.masked_fill(target == options.ignore_index, 0.0)
+        scale = upstream.contiguous().masked_fill(target == options.ignore_index, 0.0)
         row_scale = (scale * (1.0 + 2.0 * options.z_loss * lse)).unsqueeze(-1)
         correction = torch.where(here, (smoothing - 1.0) * scale, 0.0).unsqueeze(-1)
         uniform = (scale * (smoothing / shard.vocab_size)).unsqueeze(-1)
@@ -139,7 +139,7 @@ def sample_sums(losses: Tensor, loss_mask: Tensor) -> SampleSums:
 
 def _local(target: Tensor, shard: Shard, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
     """Each target's column in the shard, `[s, b, 1]`, and whether it has one, `[s, b]`."""
-    column = target - shard.start
+    column = target.contiguous() - shard.start
     here = (column >= 0) & (column < shard.columns) & (target != options.ignore_index)
     return column.where(here, 0).unsqueeze(-1), here
 

@@ -19,11 +19,10 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import training
 
-from megatron_rw.integrations import schedule
+from megatron_rw.integrations import cross_entropy, schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
-from megatron_rw.training import cross_entropy
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
 

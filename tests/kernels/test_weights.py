@@ -20,7 +20,7 @@ from tests.reweighting import oracle
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS: list[Any] = ["torch", "triton"]
 STRATEGIES: list[Any] = ["uniform", "linupper", "quadratic", "extremes"]
-TOLERANCE = {"rtol": 2e-5, "atol": 1e-7}
+TOLERANCE: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-7}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -57,7 +57,8 @@ def check(losses: Tensor, mask: Tensor | None, result: SampleWeights, *how: Any)
     """Weights and statistics are the oracle's."""
     used = [True] * len(losses) if mask is None else mask.tolist()
     active = [keep and math.isfinite(x) for x, keep in zip(losses.tolist(), used, strict=True)]
-    expected = oracle.weights(losses.tolist(), *how, mask=active)
+    strategy, temperature, delta = (*how, 1.0)[:3]
+    expected = oracle.weights(losses.tolist(), strategy, temperature, delta, active)
     assert result.weights.dtype == torch.float32
     torch.testing.assert_close(
         result.weights.cpu().double(), torch.tensor(expected, dtype=torch.float64), **TOLERANCE

@@ -1,7 +1,12 @@
-"""Our cross-entropy in the place of core's, where the model asks for its loss."""
+"""Our cross-entropy in the place of core's, where the model asks for its loss.
+
+Core chooses between its own implementations inside that method and has no place for another.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -11,11 +16,19 @@ from megatron_rw.kernels import vocab_parallel_cross_entropy
 
 
 def install() -> None:
-    """Compute every language model loss, multi-token prediction's too, with our kernels.
-
-    Core chooses between its own implementations inside this method and has no place for another.
-    """
+    """Compute every language model loss, multi-token prediction's too, with our kernels."""
     LanguageModule.compute_language_model_loss = _compute_language_model_loss
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """`install` for a while."""
+    original = LanguageModule.compute_language_model_loss
+    install()
+    try:
+        yield
+    finally:
+        LanguageModule.compute_language_model_loss = original
 
 
 def _compute_language_model_loss(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
