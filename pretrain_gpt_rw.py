@@ -58,7 +58,7 @@ def main() -> None:
         config = reweight_config(args)
         megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         domains = Domains(args)
-    announce(device, config, domains.names)
+    announce(args, device, config, domains.names)
 
     state = ReweightState(config)
     loss = PretrainLoss(args, config, state, len(domains))

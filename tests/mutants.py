@@ -137,8 +137,8 @@ MUTANTS = (
         "sample mean over the own shard's tokens",
         cell("CP2"),
         SCOPES,
-        "return _weighted_sum(loss_sum, weighted.weights[own], weighted.samples.tokens[own])",
-        "return _weighted_sum(loss_sum, weighted.weights[own], tokens)",
+        "weighted.samples.tokens[own])",
+        "sums.tokens)",
     ),
     Mutant(
         "weights not detached",
@@ -149,7 +149,7 @@ MUTANTS = (
                 "@torch.no_grad()\ndef weigh_samples(",
                 "def weigh_samples(",
             ),
-            (SCOPES, "self._over_shards(own_loss_sum.detach()", "self._over_shards(own_loss_sum"),
+            (SCOPES, "SampleSums(sums.loss_sum.detach(), sums.tokens)", "sums"),
         ),
     ),
     one(
@@ -164,7 +164,7 @@ MUTANTS = (
         cell("one process"),
         STEP,
         "return loss * reweighter.ranks.size, one",
-        "return loss * reweighter.ranks.size, loss_mask.sum().to(torch.int)",
+        "return loss * reweighter.ranks.size, sums.tokens.sum().to(torch.int)",
     ),
     one(
         "other losses divided by ranks instead of tokens",

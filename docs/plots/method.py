@@ -31,6 +31,7 @@ from megatron_rw.reweighting import (
     effective_sample_size,
     loss_weights,
     make_reweighter,
+    sample_sums,
 )
 from megatron_rw.reweighting.config import Scope
 from megatron_rw.reweighting.metrics import LARGEST_RELATIVE_WEIGHT
@@ -74,9 +75,9 @@ def weigh(scope: Scope, size: int, before: Tensor, losses: Tensor) -> list[Weigh
         reweighter.begin(step, len(micro_batches))
         if reweighter.scores_first:
             for part in micro_batches:
-                reweighter.score(part, torch.ones_like(part))
+                reweighter.score(sample_sums(part, torch.ones_like(part)))
         for part in micro_batches:
-            reweighter.weigh(part, torch.ones_like(part))
+            reweighter.weigh(sample_sums(part, torch.ones_like(part)))
         reweighter.finish()
     return sets
 

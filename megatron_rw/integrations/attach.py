@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rw.integrations import groups, schedule
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting, check_set_size
-from megatron_rw.reweighting import ConfigError, ReweightConfig, WeightMetrics
+from megatron_rw.reweighting import ConfigError, ReweightConfig, WeightMetrics, sample_sums
 
 LossFunction = Callable[..., Any]
 ForwardStepFunction = Callable[..., tuple[Any, LossFunction]]
@@ -153,7 +153,7 @@ class AttachedForwardStep:
                 f"{tuple(mask.shape)}; both must hold one value per token, the output as [b, s]."
             )
         self._check_set_once(output.shape[0])
-        loss, divisor = self._reweighting.weigh(output, mask.view(output.shape))
+        loss, divisor = self._reweighting.weigh(sample_sums(output, mask.view(output.shape)))
         if self._reweighting.scoring:
             return loss, divisor, {}
         with torch.no_grad():

@@ -19,6 +19,7 @@ from megatron_rw.reweighting import (
     Observer,
     ReweightConfig,
     Reweighter,
+    SampleSums,
     make_reweighter,
 )
 from megatron_rw.reweighting.config import flag
@@ -98,14 +99,11 @@ class StepReweighting:
             self._finish_deferred(reweighter, model)
         return result
 
-    def weigh(
-        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss that the schedule wants for one micro-batch, on the last pipeline stage.
 
         Args:
-            token_losses: `[b, s/cp]`, nats, with gradient.
-            loss_mask: `[b, s/cp]`.
+            sums: of this rank's tokens, with gradient.
             domain: `[b]` int64, for the observer.
 
         Returns:
@@ -114,17 +112,17 @@ class StepReweighting:
         reweighter = self._reweighter
         assert reweighter is not None
         assert self.running
-        one = torch.ones((), dtype=torch.int, device=token_losses.device)
+        one = torch.ones((), dtype=torch.int, device=sums.tokens.device)
         if self.scoring:
-            reweighter.score(token_losses, loss_mask, domain)
+            reweighter.score(sums, domain)
             return torch.zeros_like(one, dtype=torch.float), one
-        loss = reweighter.weigh(token_losses, loss_mask, domain)
+        loss = reweighter.weigh(sums, domain)
         if self._keeps_token_divisor:
             # Losses that the model adds itself are scaled for a division by the step's tokens.
             tokens = reweighter.step_tokens if self._step_tokens is None else self._step_tokens
             assert tokens is not None
             scale = tokens.to(loss.dtype) / self._num_microbatches
-            return loss * scale, loss_mask.sum().to(torch.int)
+            return loss * scale, sums.tokens.sum().to(torch.int)
         # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the ranks' parts
         # add up to the objective. A divisor of 1 keeps it from dividing by this rank's token count,
         # which differs between shards; its sum, dp·cp·M, is what --calculate-per-token-loss, which

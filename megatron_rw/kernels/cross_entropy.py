@@ -22,10 +22,10 @@ from torch import Tensor
 from megatron_rw.kernels.options import (
     CrossEntropyBackend,
     CrossEntropyOptions,
-    SampleSums,
     Shard,
 )
 from megatron_rw.kernels.selection import BackendName, default_backend
+from megatron_rw.kernels.sums import SampleSums
 
 
 @functools.cache

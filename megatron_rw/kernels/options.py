@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_rw.kernels.sums import SampleSums
+
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyOptions:
@@ -66,18 +68,6 @@ class Shard:
 # Rows of a table of statistics: the largest logit m, Σ exp(z − m), the target's logit (0 where it
 # is elsewhere), and, with label smoothing alone, Σ z.
 MAX, SUM_EXP, TARGET, SUM = range(4)
-
-
-class SampleSums(NamedTuple):
-    """What the losses of a sample's tokens come down to.
-
-    Attributes:
-        loss_sum: `[b]` fp32 (fp64 where the losses are), Σ_t m·ce in nats, with gradient.
-        tokens: `[b]`, Σ_t m, same dtype.
-    """
-
-    loss_sum: Tensor
-    tokens: Tensor
 
 
 class Combined(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Literal, cast, get_args
 
@@ -10,17 +11,53 @@ import torch
 BackendName = Literal["torch", "triton"]
 BACKEND_VARIABLE = "MEGATRON_RW_KERNELS"
 
+_chosen: BackendName | None = None
+
+
+class BackendError(ValueError):
+    """The kernels that were asked for cannot run here; the message names the remedy."""
+
+
+def use_backend(name: BackendName | None) -> None:
+    """Choose for this process, before the environment variable and the device do.
+
+    Args:
+        name: None to leave it to them again.
+    """
+    global _chosen
+    _chosen = name
+
 
 def default_backend(device: torch.device) -> BackendName:
-    """`MEGATRON_RW_KERNELS` where it is set; otherwise Triton on a GPU and torch elsewhere.
+    """The first that says: `use_backend`, `MEGATRON_RW_KERNELS`, the device.
+
+    A GPU has Triton, anything else torch.
 
     Raises:
-        ValueError: the variable names no backend.
+        BackendError: the variable names no backend.
     """
-    named = os.environ.get(BACKEND_VARIABLE)
-    if named is None:
+    named = _chosen or os.environ.get(BACKEND_VARIABLE)
+    if not named:
         return "triton" if device.type == "cuda" else "torch"
     if named not in get_args(BackendName):
         choices = ", ".join(get_args(BackendName))
-        raise ValueError(f"{BACKEND_VARIABLE}={named}: choose one of {choices}, or unset it")
+        raise BackendError(f"{BACKEND_VARIABLE}={named}: choose one of {choices}, or unset it")
     return cast(BackendName, named)
+
+
+def check_backend(device: torch.device) -> BackendName:
+    """The default, after seeing that it can run.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    name = default_backend(device)
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise BackendError("the Triton kernels need the package triton: install it")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise BackendError(
+                "the Triton kernels need a GPU, or for tests TRITON_INTERPRET=1 in the "
+                "environment; the backend torch runs anywhere"
+            )
+    return name

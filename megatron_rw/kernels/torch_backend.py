@@ -12,9 +12,9 @@ from megatron_rw.kernels.options import (
     TARGET,
     Combined,
     CrossEntropyOptions,
-    SampleSums,
     Shard,
 )
+from megatron_rw.kernels.sums import sample_sums
 
 # Elements of a working set in fp32: it stays in a core's cache.
 CHUNK_ELEMENTS = 1 << 18
@@ -75,7 +75,7 @@ class TorchBackend:
         # A label beyond the vocabulary would pass as a loss without a target.
         losses.masked_fill_((target < 0) | (target >= shard.vocab_size), torch.nan)
         losses.masked_fill_(target == options.ignore_index, 0.0)
-        sums = None if loss_mask is None else sample_sums(losses, loss_mask)
+        sums = None if loss_mask is None else sample_sums(losses.T, loss_mask.T)
         return Combined(losses, lse, sums)
 
     def gradient(
@@ -128,13 +128,6 @@ class TorchBackend:
             if not straight:
                 place.copy_(gradient)
         out[..., shard.columns :] = 0
-
-
-def sample_sums(losses: Tensor, loss_mask: Tensor) -> SampleSums:
-    """Sums of the samples `[s, b]` over s. A masked token adds nothing, be its loss not finite."""
-    mask = loss_mask.to(losses.dtype)
-    counted = torch.where(mask > 0, losses * mask, 0.0)
-    return SampleSums(counted.sum(dim=0), mask.sum(dim=0))
 
 
 def _local(target: Tensor, shard: Shard, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:

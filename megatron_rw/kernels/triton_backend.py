@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_rw.kernels.options import Combined, CrossEntropyOptions, SampleSums, Shard
+from megatron_rw.kernels.options import Combined, CrossEntropyOptions, Shard
+from megatron_rw.kernels.sums import SampleSums
 
 
 @dataclass(frozen=True)

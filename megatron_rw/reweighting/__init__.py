@@ -4,6 +4,7 @@ Imports torch and our kernels alone, neither Megatron nor the training program, 
 script can lift it out whole.
 """
 
+from megatron_rw.kernels.sums import SampleSums, sample_sums
 from megatron_rw.kernels.weights import effective_sample_size, loss_weights
 from megatron_rw.reweighting.config import ConfigError, ReweightConfig, temperature_at
 from megatron_rw.reweighting.metrics import (
@@ -13,7 +14,7 @@ from megatron_rw.reweighting.metrics import (
     ReweightReport,
     WeightMetrics,
 )
-from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
+from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples
 from megatron_rw.reweighting.scopes import (
     DeferredReweighter,
     Observer,
@@ -34,6 +35,7 @@ __all__ = [
     "ReweightReport",
     "Reweighter",
     "SampleSet",
+    "SampleSums",
     "WeightMetrics",
     "WeightedSet",
     "effective_sample_size",

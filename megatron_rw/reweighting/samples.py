@@ -1,4 +1,4 @@
-"""One set of samples, gathered: per-sample losses of this rank's micro-batch, then of all ranks.
+"""One set of samples, gathered from all ranks.
 
 A sample's loss is Σ_t m_it·ce_it / Σ_t m_it over all of its tokens, wherever they lie. The one
 collective of this module adds up the shards of context parallelism and lines up the samples of
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_rw.kernels.sums import SampleSums
 
 
 @dataclass(frozen=True)
@@ -71,44 +73,30 @@ class SampleSet:
         return self.has_tokens & torch.isfinite(self.losses)
 
 
-def sample_sums(token_losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked loss sum and token count of each sample, over this rank's tokens.
-
-    Args:
-        token_losses: `[b, s]`, any float dtype, cross-entropy in nats.
-        loss_mask: `[b, s]`, 1 where the token counts.
-
-    Returns:
-        `(loss_sum, tokens)`, each `[b]`, fp32 (fp64 when the losses are); the first carries the
-        gradient. A token outside the mask adds nothing even if its loss is not finite.
-    """
-    if token_losses.dtype != torch.float64:
-        token_losses = token_losses.float()
-    mask = loss_mask.to(token_losses.dtype)
-    counted = torch.where(mask > 0, token_losses * mask, 0.0)
-    return counted.sum(dim=1), mask.sum(dim=1)
-
-
 @torch.no_grad()
 def gather_samples(
-    loss_sum: Tensor, tokens: Tensor, domain: Tensor, ranks: ReduceGroup
+    sums: SampleSums, domain: Tensor | None = None, ranks: ReduceGroup | None = None
 ) -> SampleSet:
     """Gather every rank's `b` samples over data- and context-parallel ranks.
 
     One all-reduce of `12·dp·b` bytes, nothing when `ranks.group` is None.
 
     Args:
-        loss_sum: `[b]`, this rank's part of each sample's loss sum.
-        tokens: `[b]`, this rank's part of each sample's token count.
-        domain: `[b]` int64.
-        ranks: the group and this rank's place. `b` is the same on all of its ranks.
+        sums: `[b]` each, over this rank's part of each sample's tokens.
+        domain: `[b]` int64; all 0 when None.
+        ranks: the group and this rank's place; this process alone when None. `b` is the same on all
+            ranks.
 
     Returns:
         The set, in order of data-parallel rank, the same on every rank.
     """
+    ranks = ranks or ReduceGroup()
+    loss_sum, tokens = sums
     count = loss_sum.numel()
     # Every context-parallel rank holds the label; one of them writes it.
-    label = domain.to(loss_sum.dtype) if ranks.cp_rank == 0 else torch.zeros_like(tokens)
+    label = torch.zeros_like(tokens)
+    if domain is not None and ranks.cp_rank == 0:
+        label = domain.to(tokens.dtype)
     table = torch.stack([loss_sum, tokens, label])
     if ranks.dp_size > 1:
         rows = table

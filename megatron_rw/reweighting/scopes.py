@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.kernels.sums import SampleSums
 from megatron_rw.kernels.weights import SampleWeights, Statistic, weigh_samples
 from megatron_rw.reweighting.config import ReweightConfig, temperature_at
-from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples, sample_sums
+from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Reweighter(abc.ABC):
         """Whether this step wants a forward pass and `score` of all its micro-batches first."""
         return False
 
-    def score(self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None) -> None:
+    def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
         """Take note of a micro-batch before the step's first `weigh`; arguments as there.
 
         The last one of the step starts the step's one collective.
@@ -100,14 +101,11 @@ class Reweighter(abc.ABC):
         raise RuntimeError(f"scope {self.config.scope} needs no scores")
 
     @abc.abstractmethod
-    def weigh(
-        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
-    ) -> Tensor:
+    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
         """Weigh one micro-batch. No host synchronisation.
 
         Args:
-            token_losses: `[b, s]`, cross-entropy of this rank's tokens, nats, with gradient.
-            loss_mask: `[b, s]`, 1 where a token counts.
+            sums: of this rank's tokens, with gradient; see `sample_sums`.
             domain: `[b]` int64, for the observer alone. All 0 when None.
 
         Returns:
@@ -127,9 +125,9 @@ class Reweighter(abc.ABC):
         """
         return None
 
-    def _weigh_set(self, loss_sum: Tensor, tokens: Tensor, domain: Tensor) -> WeightedSet:
-        """Gather the set that this rank's samples, `[n]` each, are part of, and weigh it."""
-        samples = gather_samples(loss_sum, tokens, domain, self.ranks)
+    def _weigh_set(self, sums: SampleSums, domain: Tensor | None) -> WeightedSet:
+        """Gather the set that this rank's samples are part of, and weigh it."""
+        samples = gather_samples(sums, domain, self.ranks)
         weighted = WeightedSet(samples, *self._weights(samples.losses, samples.has_tokens))
         self._observe(weighted)
         return weighted
@@ -165,15 +163,12 @@ class MicrobatchReweighter(Reweighter):
     _step_tokens: Tensor | None = None
 
     @override
-    def weigh(
-        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
-    ) -> Tensor:
-        loss_sum, tokens = sample_sums(token_losses, loss_mask)
-        weighted = self._weigh_set(loss_sum.detach(), tokens, _labels(domain, tokens))
+    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
+        weighted = self._weigh_set(sums, domain)
         own = weighted.samples.local
         if self._num_microbatches == 1:
             self._step_tokens = weighted.samples.tokens.sum()
-        return _weighted_sum(loss_sum, weighted.weights[own], weighted.samples.tokens[own])
+        return _weighted_sum(sums.loss_sum, weighted.weights[own], weighted.samples.tokens[own])
 
     @override
     @property
@@ -190,7 +185,7 @@ class GlobalReweighter(MicrobatchReweighter):
     @override
     def begin(self, step: int, num_microbatches: int = 1) -> None:
         super().begin(step, num_microbatches)
-        self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scored: list[_Row] = []
         self._known: WeightedSet | None = None
         self._weighed = 0
 
@@ -201,31 +196,27 @@ class GlobalReweighter(MicrobatchReweighter):
 
     @override
     @torch.no_grad()
-    def score(self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None) -> None:
-        loss_sum, tokens = sample_sums(token_losses, loss_mask)
-        self._scored.append((loss_sum, tokens, _labels(domain, tokens)))
+    def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
+        self._scored.append((sums, domain))
         if len(self._scored) == self._num_microbatches:
             self._known = self._weigh_set(*_concatenate(self._scored))
 
     @override
-    def weigh(
-        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
-    ) -> Tensor:
+    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
         if not self.scores_first:
-            return super().weigh(token_losses, loss_mask, domain)
+            return super().weigh(sums, domain)
         if self._known is None:
             raise RuntimeError(
                 f"{len(self._scored)} of {self._num_microbatches} micro-batches were scored "
                 "before the first backward pass"
             )
-        loss_sum, _ = sample_sums(token_losses, loss_mask)
-        count = loss_sum.numel()
+        count = sums.tokens.numel()
         start = self._known.samples.local.start + self._weighed * count
         own = slice(start, start + count)
         self._weighed += 1
         weights, tokens = self._known.weights[own], self._known.samples.tokens[own]
         # Megatron takes the mean over micro-batches, and the objective is a sum over them.
-        return self._num_microbatches * _weighted_sum(loss_sum, weights, tokens)
+        return self._num_microbatches * _weighted_sum(sums.loss_sum, weights, tokens)
 
     @override
     @property
@@ -267,26 +258,23 @@ class DeferredReweighter(Reweighter):
         if step != self._seen_step:
             self._used = self.moments
             self._seen_step = step
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[_Row] = []
 
     @override
-    def weigh(
-        self, token_losses: Tensor, loss_mask: Tensor, domain: Tensor | None = None
-    ) -> Tensor:
-        own_loss_sum, own_tokens = sample_sums(token_losses, loss_mask)
-        loss_sum, tokens = self._over_shards(own_loss_sum.detach(), own_tokens)
-        self._rows.append((loss_sum, tokens, _labels(domain, tokens)))
+    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
+        loss_sum, tokens = whole = self._over_shards(sums)
+        self._rows.append((whole, domain))
         weights = self._weights(loss_sum / tokens.clamp(min=1.0), tokens > 0, self._used).weights
-        return _weighted_sum(own_loss_sum, weights, tokens) / (tokens.numel() * self.ranks.dp_size)
+        return _weighted_sum(sums.loss_sum, weights, tokens) / (tokens.numel() * self.ranks.dp_size)
 
     @override
     @torch.no_grad()
     def finish(self) -> Tensor:
-        loss_sum, tokens, domain = _concatenate(self._rows)
+        sums, domain = _concatenate(self._rows)
         if self.ranks.cp_rank > 0:
             # The shards of context parallelism have been added up already; one rank holds the sums.
-            loss_sum, tokens = torch.zeros_like(loss_sum), torch.zeros_like(tokens)
-        samples = gather_samples(loss_sum, tokens, domain, self.ranks)
+            sums = SampleSums(*map(torch.zeros_like, sums))
+        samples = gather_samples(sums, domain, self.ranks)
         weights, statistics = self._weights(samples.losses, samples.has_tokens, self._used)
         total = statistics[Statistic.TOTAL]
         divisor = total.clamp(min=torch.finfo(total.dtype).tiny)
@@ -295,12 +283,13 @@ class DeferredReweighter(Reweighter):
         self._update_moments(statistics)
         return torch.where(total > 0, weights.numel() / divisor, 1.0)
 
-    def _over_shards(self, loss_sum: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def _over_shards(self, sums: SampleSums) -> SampleSums:
         if self.ranks.cp_size == 1:
-            return loss_sum, tokens
-        table = torch.stack([loss_sum, tokens])
+            return SampleSums(sums.loss_sum.detach(), sums.tokens)
+        table = torch.stack(sums)
         dist.all_reduce(table, group=self.ranks.cp_group)
-        return table[0], table[1]
+        return SampleSums(*table)
 
     def _count_beyond(self, samples: SampleSet) -> Tensor:
         low, high = self._used.to(samples.losses.device, samples.losses.dtype)
@@ -322,14 +311,14 @@ _BY_SCOPE = {
 }
 
 
-def _labels(domain: Tensor | None, tokens: Tensor) -> Tensor:
-    return torch.zeros_like(tokens) if domain is None else domain
+_Row = tuple[SampleSums, Tensor | None]
 
 
-def _concatenate(rows: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _concatenate(rows: list[_Row]) -> _Row:
     """The micro-batches of a step as one of `[M·b]`."""
-    loss_sum, tokens, domain = (torch.cat(column) for column in zip(*rows, strict=True))
-    return loss_sum, tokens, domain
+    sums = SampleSums(*map(torch.cat, zip(*(row for row, _ in rows), strict=True)))
+    domains = [domain for _, domain in rows if domain is not None]
+    return sums, torch.cat(domains) if domains else None
 
 
 def _weighted_sum(own_loss_sum: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.kernels.selection import default_backend
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -40,6 +42,10 @@ class RunConfig:
     cross_entropy_impl: Literal["megatron", "fused"] = "megatron"
     """megatron: core's cross-entropy, which --cross-entropy-loss-fusion varies. fused: ours, which
     reads the logits once forward and overwrites them with their gradient backward."""
+
+    reweight_kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of the fused cross-entropy and of the weighting. auto: what the environment
+    variable MEGATRON_RW_KERNELS names, otherwise triton on a GPU and torch elsewhere."""
 
 
 class _PrefixedGroupFactory(ArgumentGroupFactory):
@@ -113,7 +119,9 @@ def default_arguments(device: Device) -> dict[str, object]:
     return defaults
 
 
-def announce(device: Device, config: ReweightConfig, domain_names: Sequence[str]) -> None:
+def announce(
+    args: Namespace, device: Device, config: ReweightConfig, domain_names: Sequence[str]
+) -> None:
     """Say once what is in use: device, optional packages, domains and the method."""
     parts = ", ".join(
         f"{name} {'in use' if _installed(module) else 'not installed'}"
@@ -121,6 +129,8 @@ def announce(device: Device, config: ReweightConfig, domain_names: Sequence[str]
     )
     where = "CUDA" if device == "cuda" else "the CPU, over gloo"
     print_rank_0(f"> megatron_rw on {where}; {parts}; domains: {', '.join(domain_names)}")
+    kernels = default_backend(torch.device(device))
+    print_rank_0(f"> cross-entropy: {args.cross_entropy_impl}; kernels: {kernels}")
     if config.enabled:
         settings = ", ".join(
             f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
@@ -145,7 +155,7 @@ def parse_args(device: Device) -> Namespace:
     """
     add = functools.partial(add_arguments, device=device)
     parsed = megatron_parse_args(add)
-    reweight_config(parsed)
+    checks.check_kernels(parsed, reweight_config(parsed), device)
     checks.check_launch(parsed, device)
     args: Namespace = parse_and_validate_args(
         add, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}

@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 
+import torch
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 
@@ -13,6 +14,7 @@ from megatron_rw.data.domains import tokenizer_record
 from megatron_rw.data.tokenizer import fingerprint
 from megatron_rw.data.vocabulary import largest_token_id
 from megatron_rw.integrations.step import check_scope, check_set_size
+from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.platform import Device
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 
@@ -37,6 +39,29 @@ def check_launch(args: Namespace, device: Device) -> None:
     if args.rank == 0:
         # One rank looks, so that 4,096 of them do not ask the file system the same question.
         _check_files(args)
+
+
+def check_kernels(args: Namespace, config: ReweightConfig, device: Device) -> None:
+    """Choose the kernels and see that they can run.
+
+    Args:
+        args: as parsed.
+        config: the reweighting settings.
+        device: what `platform.select_device` chose.
+
+    Raises:
+        ConfigError: they would not be used.
+        BackendError: they cannot run here.
+    """
+    chosen = args.reweight_kernels
+    if chosen != "auto":
+        if not config.enabled and args.cross_entropy_impl == "megatron":
+            raise ConfigError(
+                f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy or "
+                "--cross-entropy-impl fused, or drop the flag."
+            )
+        use_backend(chosen)
+    check_backend(torch.device(device))
 
 
 def check_run(args: Namespace, config: ReweightConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_timers
 
+from megatron_rw.integrations.cross_entropy import announce_mask
 from megatron_rw.integrations.schedule import Schedule
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
@@ -53,6 +54,9 @@ class ForwardStep:
             )
         timer.stop()
 
+        if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
+            # A packed micro-batch is one row of several samples.
+            announce_mask(batch.labels, batch.loss_mask)
         loss = functools.partial(self._loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         labels = {"labels": batch.labels, "loss_mask": batch.loss_mask}

@@ -11,6 +11,7 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
+from megatron_rw.integrations.cross_entropy import sums_of
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting
 from megatron_rw.reweighting import (
@@ -89,16 +90,17 @@ class PretrainLoss:
     def _weighted(
         self, reweighting: StepReweighting, batch: Batch, loss_mask: Tensor, token_losses: Tensor
     ) -> LossResult:
-        # Packed samples arrive as one row of micro_batch_size·seq_length tokens.
-        shape = (self._args.micro_batch_size, -1)
-        loss, divisor = reweighting.weigh(
-            token_losses.view(shape), loss_mask.view(shape), batch.domain
-        )
+        if batch.packed is not None:
+            # Its samples arrive as one row of micro_batch_size·seq_length tokens.
+            shape = (self._args.micro_batch_size, -1)
+            token_losses, loss_mask = token_losses.view(shape), loss_mask.view(shape)
+        sums = sums_of(token_losses, loss_mask)
+        loss, divisor = reweighting.weigh(sums, batch.domain)
         if reweighting.scoring:
             return loss, divisor, {}
-        total, _, report = _token_mean(loss_mask, token_losses.detach())
-        self._check(total)
-        return loss, divisor, report
+        lm_loss = torch.stack([sums.loss_sum.detach().sum(), sums.tokens.sum()])
+        self._check(lm_loss[0])
+        return loss, divisor, {"lm loss": lm_loss}
 
     def _add_by_domain(
         self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool

@@ -24,8 +24,14 @@ FLAGS = (
     "--reweight-strategy linupper --reweight-temperature 0.4"
 ).split()
 SCOPES = ("microbatch", "global", "deferred")
+# The scope global scores with our cross-entropy in any case.
 LAYOUTS = {
-    "tp2-pp2": (4, 8, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2-pp2": (
+        4,
+        8,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
+        "--cross-entropy-impl fused",
+    ),
     "dp2-tp2-distopt": (4, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
 }
 LAYERS = 4

@@ -24,7 +24,7 @@ from megatron_rw.kernels import (
 )
 from megatron_rw.kernels.cross_entropy import backend
 from megatron_rw.kernels.options import Shard
-from megatron_rw.kernels.selection import default_backend
+from megatron_rw.kernels.selection import check_backend, default_backend, use_backend
 from megatron_rw.kernels.triton_backend import Launch, TritonBackend
 from tests.kernels import reference
 from tests.ranks import run_ranks
@@ -438,7 +438,7 @@ def test_impossible_options_are_refused(broken: dict[str, Any]) -> None:
         CrossEntropyOptions(**broken)
 
 
-def test_wrong_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_inputs_are_refused() -> None:
     logits, target, _ = inputs()
     with pytest.raises(ValueError, match=r"logits must be \[s, b, v\]"):
         vocab_parallel_cross_entropy(logits, target.T)
@@ -446,6 +446,24 @@ def test_wrong_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         vocab_parallel_cross_entropy(logits.double(), target)
     with pytest.raises(ValueError, match="vocab_size 131 does not fit"):
         vocab_parallel_cross_entropy(logits, target, None, CrossEntropyOptions(vocab_size=131))
+    with pytest.raises(ValueError, match=r"loss_mask must be \[s, b\]"):
+        vocab_parallel_cross_entropy_sums(logits, target, target.T)
+    with pytest.raises(ValueError, match="have no elements"):
+        vocab_parallel_cross_entropy(logits[:0], target[:0])
+
+
+def test_backend_is_chosen_by_call_variable_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MEGATRON_RW_KERNELS", raising=False)
+    assert default_backend(torch.device("cpu")) == "torch"
+    assert default_backend(torch.device("cuda")) == "triton"
+    monkeypatch.setenv("MEGATRON_RW_KERNELS", "torch")
+    assert default_backend(torch.device("cuda")) == "torch"
+    use_backend("triton")
+    assert default_backend(torch.device("cpu")) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="the Triton kernels need a GPU"):
+        check_backend(torch.device("cpu"))
+    use_backend(None)
     monkeypatch.setenv("MEGATRON_RW_KERNELS", "metal")
     with pytest.raises(ValueError, match="MEGATRON_RW_KERNELS=metal: choose one of torch, triton"):
         default_backend(torch.device("cpu"))

@@ -60,7 +60,7 @@ def weigh(
     config = ReweightConfig(strategy=strategy, temperature=0.4)
     reweighter = make_reweighter(config, ranks, seen.append)
     reweighter.begin(0)
-    objective = reweighter.weigh(losses, mask, domain)
+    objective = reweighter.weigh(sample_sums(losses, mask), domain)
     assert reweighter.finish() is None
     return Weighed(objective, *seen)
 

@@ -12,6 +12,7 @@ from megatron_rw.reweighting import (
     DeferredReweighter,
     ReweightConfig,
     Reweighter,
+    SampleSums,
     WeightedSet,
     WeightMetrics,
     loss_weights,
@@ -25,15 +26,15 @@ def make(scope: Any, **settings: Any) -> tuple[Reweighter, list[WeightedSet]]:
     return make_reweighter(config, observe=seen.append), seen
 
 
-def rows(*losses: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One-token samples and their mask."""
-    values = torch.tensor(losses, dtype=torch.float64)[:, None]
-    return values, torch.ones_like(values)
+def sums(*losses: float) -> SampleSums:
+    """One-token samples."""
+    values = torch.tensor(losses, dtype=torch.float64)
+    return SampleSums(values, torch.ones_like(values))
 
 
 def deferred_step(reweighter: Reweighter, step: int, *losses: float) -> float:
     reweighter.begin(step)
-    reweighter.weigh(*rows(*losses))
+    reweighter.weigh(sums(*losses))
     factor = reweighter.finish()
     assert factor is not None
     return factor.item()
@@ -94,7 +95,7 @@ def test_global_with_one_micro_batch_is_microbatch() -> None:
         reweighter, _ = make(scope)
         reweighter.begin(0, 1)
         assert not reweighter.scores_first
-        objectives.append(reweighter.weigh(*rows(1.0, 2.0, 5.0)).item())
+        objectives.append(reweighter.weigh(sums(1.0, 2.0, 5.0)).item())
     assert objectives[0] == objectives[1]
 
 
@@ -102,13 +103,13 @@ def test_global_refuses_a_step_that_was_not_scored_whole() -> None:
     reweighter, _ = make("global")
     reweighter.begin(0, 3)
     assert reweighter.scores_first
-    reweighter.score(*rows(1.0, 2.0))
+    reweighter.score(sums(1.0, 2.0))
     with pytest.raises(RuntimeError, match="1 of 3 micro-batches were scored"):
-        reweighter.weigh(*rows(1.0, 2.0))
+        reweighter.weigh(sums(1.0, 2.0))
 
 
 def test_only_global_takes_scores() -> None:
     reweighter, _ = make("deferred")
     reweighter.begin(0, 2)
     with pytest.raises(RuntimeError, match="deferred needs no scores"):
-        reweighter.score(*rows(1.0, 2.0))
+        reweighter.score(sums(1.0, 2.0))

@@ -79,6 +79,11 @@ CASES = {
         1,
         "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion chooses",
     ),
+    "kernels that nothing uses": (
+        "--reweight-kernels torch",
+        1,
+        "--reweight-kernels torch has nothing to act on: add --reweight-strategy or",
+    ),
     "captured step": (
         "--reweight-strategy linupper --cuda-graph-impl full_iteration "
         "--no-check-for-nan-in-loss-and-grad",
