@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup quickstart test mutants lint bench-step-time clean
+.PHONY: help setup quickstart test mutants lint bench-step-time bench-kernels gpu clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
@@ -13,6 +13,8 @@ help:
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
+	@echo "make bench-kernels     cross-entropy and weighting on this CPU against others"
+	@echo "make gpu          the kernels' tests and benchmarks on a GPU, with this machine's own python3"
 	@echo "make clean        remove .venv and what the quick start made"
 	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
 
@@ -41,6 +43,14 @@ quickstart: setup
 
 bench-step-time: setup
 	$(PY) benchmarks/step_time.py
+
+bench-kernels: setup
+	$(PY) benchmarks/kernels/cross_entropy.py --device cpu
+	$(PY) benchmarks/kernels/weighting.py --device cpu
+
+# On a bare machine: no environment is made, as its torch knows its GPU.
+gpu:
+	python3 benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -16,8 +16,9 @@ from megatron_rw.kernels.options import (
 )
 from megatron_rw.kernels.sums import sample_sums
 
-# Elements of a working set in fp32: it stays in a core's cache.
-CHUNK_ELEMENTS = 1 << 18
+# Logits at a time: 2 MiB in fp32 stay in a processor's cache, and fewer would have the host's work
+# between two pieces show.
+CHUNK_ELEMENTS = 1 << 19
 
 
 class TorchBackend:
@@ -28,23 +29,15 @@ class TorchBackend:
     ) -> Tensor:
         """See `CrossEntropyBackend`."""
         column, here = _local(target, shard, options)
-        pieces = _pieces(logits[..., : shard.columns], column)
-        scratch = _Scratch(pieces[0])
-        tops, totals, owns, plain = [], [], [], []
-        for part, index in zip(*pieces, strict=True):
-            z = scratch.read(part, options)
-            tops.append(z.amax(dim=-1))
-            # The largest probability is 1/Σ exp(z − m). One fused softmax takes less time than exp.
-            totals.append(torch.softmax(z, dim=-1, out=scratch.space(z)).amax(dim=-1))
-            owns.append(z.gather(-1, index))
-            if options.label_smoothing:
-                plain.append(z.sum(dim=-1))
-        top, own = torch.cat(tops), torch.cat(owns).squeeze(-1)
-        # A row of −inf has no softmax.
-        total = torch.cat(totals).reciprocal().masked_fill(top == -torch.inf, 0.0)
+        pieces, columns = _pieces(logits[..., : shard.columns], column)
+        top, total, own, plain = _by_target(pieces, columns, options)
+        # Where the target's logit is not finite it says nothing of the others. A device is not
+        # asked whether there are any, which would make the host wait.
+        if logits.is_cuda or not torch.isfinite(top).all():
+            top, total = _by_maximum(pieces, options)
         rows = [top, total, torch.where(here.flatten(), own, 0.0)]
-        if options.label_smoothing:
-            rows.append(torch.cat(plain))
+        if plain is not None:
+            rows.append(plain)
         return torch.stack(rows).view(1, len(rows), *target.shape)
 
     def merge(self, tables: Tensor) -> Tensor:
@@ -128,6 +121,43 @@ class TorchBackend:
             if not straight:
                 place.copy_(gradient)
         out[..., shard.columns :] = 0
+
+
+def _by_target(
+    logits: list[Tensor], columns: list[Tensor], options: CrossEntropyOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """m, Σ exp(z − m), the logit z_y in `columns`, and with label smoothing Σ z, `[s·b]` each.
+
+    From one fused log-softmax: any m near the largest logit does, and log Σ exp z = z_y − log p_y.
+    """
+    scratch = _Scratch(logits)
+    owns, log_probabilities, plain = [], [], []
+    for part, index in zip(logits, columns, strict=True):
+        z = scratch.read(part, options)
+        owns.append(z.gather(-1, index))
+        log_p = torch.log_softmax(z, dim=-1, out=scratch.space(z))
+        log_probabilities.append(log_p.gather(-1, index))
+        if options.label_smoothing:
+            plain.append(z.sum(dim=-1))
+    own, log_p = torch.cat(owns).squeeze(-1), torch.cat(log_probabilities).squeeze(-1)
+    top = own - log_p
+    # What rounding left of z_y − m − log p_y keeps the digits of log p_y.
+    total = torch.exp((own - top) - log_p)
+    return top, total, own, torch.cat(plain) if plain else None
+
+
+def _by_maximum(logits: list[Tensor], options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
+    """The largest logit m and Σ exp(z − m), `[s·b]` each."""
+    scratch = _Scratch(logits)
+    tops, totals = [], []
+    for part in logits:
+        z = scratch.read(part, options)
+        tops.append(z.amax(dim=-1))
+        # The largest probability is 1/Σ exp(z − m).
+        totals.append(torch.softmax(z, dim=-1, out=scratch.space(z)).amax(dim=-1))
+    top = torch.cat(tops)
+    # A row of −inf has no softmax.
+    return top, torch.cat(totals).reciprocal().masked_fill(top == -torch.inf, 0.0)
 
 
 def _local(target: Tensor, shard: Shard, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:

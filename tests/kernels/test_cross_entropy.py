@@ -383,7 +383,12 @@ def on_rank(variant: str) -> tuple[Tensor, Tensor]:
     options = VARIANTS[variant]
     logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
     group = parallel_state.get_tensor_model_parallel_group()
-    mine = logits.chunk(2, dim=2)[group.rank()]
+    # Over gloo, wherever the other tests run.
+    mine, target, upstream = (
+        logits.chunk(2, dim=2)[group.rank()].cpu(),
+        target.cpu(),
+        upstream.cpu(),
+    )
     return run(mine, target, upstream, "torch", tp_group=group, options=options)
 
 
@@ -392,6 +397,7 @@ def test_two_tensor_parallel_ranks(variant: str) -> None:
     ranks = run_ranks(2, on_rank, variant, tensor_model_parallel_size=2)
     options = VARIANTS[variant]
     logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
+    logits, target, upstream = logits.cpu(), target.cpu(), upstream.cpu()
     wanted = reference.cross_entropy(logits, target, options)
     for loss, _ in ranks:
         torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)

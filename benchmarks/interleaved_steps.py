@@ -1,0 +1,208 @@
+"""Training steps of several kinds, taking turns in one run of the real program.
+
+What a step does is switched from step to step, through orders that repeat none before all were
+used, so that drift of the machine and after-effects of a step hit all alike; everything else stays
+the same. On the CPU each rank keeps to one core. A step lasts from one call of Megatron's
+`train_step` to the next and so includes the logging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# The first steps warm caches and allocators up.
+SKIPPED_BLOCKS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a step does: SCOPE of reweighting, or `none`, and whose cross-entropy.
+
+    Attributes:
+        scope: as in --reweight-scope, or `none`.
+        cross_entropy: `core`, `fused` (ours) or `torch` (torch's own, without tensor parallelism).
+    """
+
+    scope: str
+    cross_entropy: str
+
+    @staticmethod
+    def named(name: str) -> Variant:
+        """`SCOPE`, with core's, or `SCOPE+CROSS_ENTROPY`."""
+        scope, _, cross_entropy = name.partition("+")
+        return Variant(scope, cross_entropy or "core")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the ranks are to do; reaches them in the environment.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        variants: by name.
+        output: where rank 0 writes the steps' seconds and, on a GPU, their peak memory.
+    """
+
+    device: str
+    variants: tuple[str, ...]
+    output: Path
+
+    _VARIABLE = "STEP_TIME_JOB"
+
+    def environment(self) -> dict[str, str]:
+        """Of the ranks; one thread each, as they share the cores."""
+        values = [self.device, *self.variants, str(self.output)]
+        return os.environ | {"OMP_NUM_THREADS": "1", self._VARIABLE: json.dumps(values)}
+
+    @classmethod
+    def from_environment(cls) -> Job:
+        """In a rank."""
+        device, *variants, output = json.loads(os.environ[cls._VARIABLE])
+        return cls(device, tuple(variants), Path(output))
+
+
+def variant(step: int, variants: tuple[str, ...]) -> str:
+    """What a step does: blocks of all variants, in all orders in turn."""
+    orders = _orders(variants)
+    block, position = divmod(step, len(variants))
+    return orders[block % len(orders)][position]
+
+
+@functools.cache
+def _orders(variants: tuple[str, ...]) -> list[tuple[str, ...]]:
+    orders = list(itertools.permutations(variants))
+    # In no order of their own, for a run that does not get through them.
+    random.Random(0).shuffle(orders)
+    return orders
+
+
+def torch_loss(module: Any, labels: Any, logits: Any) -> Any:
+    """`[b, s]` losses from `[b, s]` labels and `[s, b, V]` logits by torch's cross-entropy."""
+    from torch.nn.functional import cross_entropy
+
+    target = labels.transpose(0, 1)
+    losses = cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+    return losses.view(target.shape).transpose(0, 1).contiguous()
+
+
+def worker() -> None:
+    """One rank: the program with alternating variants and a clock round its steps."""
+    job = Job.from_environment()
+    # A rank that changes cores makes the other wait, in any scope.
+    cores = sorted(os.sched_getaffinity(0))
+    if job.device == "cpu":
+        os.sched_setaffinity(0, {cores[int(os.environ["LOCAL_RANK"]) % len(cores)]})
+    import pretrain_gpt_rw
+    from megatron_rw.platform import select_device
+
+    select_device(["--device", job.device])
+    import torch
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.training import training
+
+    from megatron_rw.integrations import cross_entropy
+    from megatron_rw.integrations.state import ReweightState
+    from megatron_rw.integrations.step import StepReweighting
+    from megatron_rw.reweighting import ReweightConfig
+    from megatron_rw.training import loss
+
+    losses = {"core": LanguageModule.compute_language_model_loss, "torch": torch_loss}
+    by_scope: dict[str, StepReweighting | None] = {"none": None}
+    switched: list[loss.PretrainLoss] = []
+    original_init = loss.PretrainLoss.__init__
+
+    def init(self: loss.PretrainLoss, args: Any, config: ReweightConfig, *rest: Any) -> None:
+        original_init(self, args, config, *rest)
+        switched.append(self)
+        for scope in {Variant.named(name).scope for name in job.variants} - {"none"}:
+            scoped = dataclasses.replace(config, scope=cast(Any, scope))
+            by_scope[scope] = StepReweighting(
+                scoped,
+                ReweightState(scoped),
+                lambda: int(args.curr_iteration),
+                self.weight_metrics.add,
+            )
+
+    loss.PretrainLoss.__init__ = init  # type: ignore[method-assign, assignment]
+
+    on_gpu = job.device == "cuda"
+    starts: list[float] = []
+    peaks: list[int] = []
+    original_step = training.train_step
+
+    def timed_step(*args: Any, **kwargs: Any) -> Any:
+        chosen = Variant.named(variant(len(starts), job.variants))
+        [pretrain_loss] = switched
+        pretrain_loss.reweighting = by_scope[chosen.scope]
+        LanguageModule.compute_language_model_loss = losses.get(chosen.cross_entropy)
+        if chosen.cross_entropy == "fused":
+            cross_entropy.install()
+        if on_gpu:
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+        starts.append(time.perf_counter())
+        return original_step(*args, **kwargs)
+
+    training.train_step = timed_step
+    pretrain_gpt_rw.main()
+    if os.environ["RANK"] == "0":
+        seconds = [end - start for start, end in itertools.pairwise(starts)]
+        job.output.write_text(json.dumps({"seconds": seconds, "peak_bytes": peaks[1:]}))
+
+
+def summarise(
+    seconds: Sequence[float], variants: tuple[str, ...], base: str = "none"
+) -> dict[str, Any]:
+    """Median of the ratios within blocks over one of the variants, and a bootstrap interval."""
+    size = len(variants)
+    blocks = []
+    for first in range(SKIPPED_BLOCKS * size, len(seconds) - size + 1, size):
+        steps = range(first, first + size)
+        blocks.append({variant(step, variants): seconds[step] for step in steps})
+    rng = random.Random(0)
+    result: dict[str, Any] = {
+        "blocks": len(blocks),
+        f"median_step_ms_{base}": 1000 * statistics.median(block[base] for block in blocks),
+    }
+    for name in set(variants) - {base}:
+        ratios = [block[name] / block[base] for block in blocks]
+        medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+        result[name] = {
+            "ratio": statistics.median(ratios),
+            "ratio_low": medians[50],
+            "ratio_high": medians[1950],
+        }
+    return result
+
+
+def run(job: Job, processes: int, flags: Sequence[str], log: Path) -> dict[str, Any]:
+    """Run the ranks; what rank 0 wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), __file__, "--worker", *flags]
+    with log.open("w") as stream:
+        status = subprocess.run(command, env=job.environment(), stdout=stream, stderr=stream)
+    if status.returncode:
+        raise SystemExit(f"error: the run failed; its log ends with\n{log.read_text()[-3000:]}")
+    result: dict[str, Any] = json.loads(job.output.read_text())
+    return result
+
+
+if __name__ == "__main__":
+    sys.argv.remove("--worker")
+    worker()

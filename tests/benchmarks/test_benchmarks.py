@@ -1,0 +1,71 @@
+"""The benchmarks run, write what they measured and find our results right; times mean nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    # Nothing is timed in earnest: compiling would take most of the time.
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def record(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_cross_entropy(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "kernels/cross_entropy.py",
+        *["--device", "cpu", "--shapes", "256x100,128x64", "--rounds", "3"],
+        *["--output", str(output)],
+    )
+    assert run.returncode == 0, run.stderr
+    found = record(output)
+    assert found["versions"]["torch"]
+    assert [shape["tokens"] for shape in found["shapes"]] == [256, 128]
+    for shape in found["shapes"]:
+        implementations = shape["implementations"]
+        for name in ("ours", "torch eager", "Megatron"):
+            assert implementations[name]["loss_error"] < 1e-5, name
+            assert implementations[name]["gradient_error"] < 1e-5, name
+            assert implementations[name]["both"]["median"] > 0, name
+    plotted = benchmark("kernels/plot.py", str(output))
+    assert plotted.returncode == 0, plotted.stderr
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+
+def test_weighting(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "kernels/weighting.py", "--device", "cpu", "--rounds", "2", "--output", str(output)
+    )
+    assert run.returncode == 0, run.stderr
+    assert [size["samples"] for size in record(output)["sizes"]] == [32, 512, 4096, 16384, 65536]
+
+
+def test_end_to_end() -> None:
+    run = benchmark("end_to_end.py", "--tiny", "--blocks", "2")
+    assert run.returncode == 0, run.stderr
+    assert "microbatch+fused / none+fused" in run.stdout
+
+
+def test_gpu_suite_says_that_there_is_no_gpu() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    run = benchmark("gpu.py")
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: no GPU is visible")
