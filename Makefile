@@ -3,6 +3,8 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# Processes that share the tests, a file at a time.
+TEST_WORKERS ?= 2
 
 .PHONY: help setup quickstart test mutants lint bench-step-time bench-kernels gpu clean
 
@@ -33,7 +35,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 mutants: setup
 	$(PY) tests/mutants.py

@@ -123,7 +123,7 @@ class Candidate:
         self._clock.wait()
         return forward(), backward()
 
-    def check(self) -> dict[str, float]:
+    def check(self) -> dict[str, float | None]:
         """Peak memory in bytes and errors of one run."""
         self._logits.copy_(self._problem.source)
         with PeakMemory(self._clock.device) as peak:
@@ -230,7 +230,8 @@ def print_shape(result: dict[str, Any]) -> None:
         for what, width in (("forward", 11), ("backward", 12)):
             line += f"{found[what]['median']:{width}.3f}{found[what]['share_of_copy']:8.0%}"
         line += f"{found['both']['median']:9.3f}{found['over_ours']:10.2f}"
-        line += f"{found['extra_bytes'] / 2**20:10.1f}"
+        extra = found["extra_bytes"]
+        line += f"{'-':>10}" if extra is None else f"{extra / 2**20:10.1f}"
         line += f"{found['loss_error']:10.1e}{found['gradient_error']:10.1e}"
         print(line, flush=True)
 

@@ -96,11 +96,16 @@ def copy_bandwidth(clock: Clock, tensor: Tensor, rounds: int = 10) -> float:
 
 
 class PeakMemory:
-    """Device memory that a piece of work takes beyond what was there; 0 on the CPU."""
+    """Device memory that a piece of work takes beyond what was there; None on the CPU.
+
+    Attributes:
+        bytes: after the work.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._before = 0
+        self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
         if self._device.type == "cuda":
@@ -111,7 +116,6 @@ class PeakMemory:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.bytes = 0
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before

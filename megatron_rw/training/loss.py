@@ -90,17 +90,19 @@ class PretrainLoss:
     def _weighted(
         self, reweighting: StepReweighting, batch: Batch, loss_mask: Tensor, token_losses: Tensor
     ) -> LossResult:
-        if batch.packed is not None:
+        if batch.packed is None:
+            sums = sums_of(token_losses, loss_mask)
+        else:
             # Its samples arrive as one row of micro_batch_size·seq_length tokens.
             shape = (self._args.micro_batch_size, -1)
-            token_losses, loss_mask = token_losses.view(shape), loss_mask.view(shape)
-        sums = sums_of(token_losses, loss_mask)
+            sums = sample_sums(token_losses.view(shape), loss_mask.view(shape))
         loss, divisor = reweighting.weigh(sums, batch.domain)
         if reweighting.scoring:
             return loss, divisor, {}
-        lm_loss = torch.stack([sums.loss_sum.detach().sum(), sums.tokens.sum()])
-        self._check(lm_loss[0])
-        return loss, divisor, {"lm loss": lm_loss}
+        # Not from the sums: to the last bit what a run without reweighting logs.
+        total, _, report = _token_mean(loss_mask, token_losses.detach())
+        self._check(total)
+        return loss, divisor, report
 
     def _add_by_domain(
         self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool

@@ -12,6 +12,7 @@ differs (fp64 rounding is 1e-16), and 1e-6 in fp32 (rounding 6e-8, through some 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -52,7 +53,7 @@ def relative_error(ranks: list[worker.Sums], key: tuple[str, str], step: int) ->
 def test_gradient_is_the_single_process_oracles(
     layout_name: str,
     wanted: dict[tuple[str, str], list[oracle.Parameters]],
-    exactness_table: dict[tuple[str, str], dict[str, float]],
+    record_error: Callable[..., None],
 ) -> None:
     layout = cases.LAYOUTS[layout_name]
     ranks = run_ranks(layout.processes, worker.errors, layout, wanted, **layout.sizes)
@@ -63,7 +64,7 @@ def test_gradient_is_the_single_process_oracles(
             if mask not in masks:
                 continue
             error = max(relative_error(sums, (scope, mask), step) for step in range(cases.STEPS))
-            exactness_table.setdefault((layout_name, f"{scope} {precision}"), {})[mask] = error
+            record_error(layout_name, f"{scope} {precision}", mask, error)
             if not error <= TOLERANCE[precision]:
                 too_large.append(f"{scope}, {precision}, mask {mask}: {error:.1e}")
     assert not too_large

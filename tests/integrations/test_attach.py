@@ -30,10 +30,10 @@ def train(directory: Path, module: str, flags: list[str], *load: str) -> Run:
     return run_program(directory, *flags, processes=2, module=module).check()
 
 
-def own_values(line: str) -> dict[str, float]:
+def own_values(line: str) -> dict[str, str]:
     parts = (part.split(":", 1) for part in line.split("|") if ":" in part)
     values = {name.strip(): value.strip() for name, value in parts}
-    return {name: float(values[name]) for name in ("lm loss", "grad norm") if name in values}
+    return {name: value for name, value in values.items() if name in ("lm loss", "grad norm")}
 
 
 def test_attached_script_trains_as_the_program_does(tmp_path: Path, data_flags: list[str]) -> None:
@@ -41,8 +41,7 @@ def test_attached_script_trains_as_the_program_does(tmp_path: Path, data_flags: 
     attached = train(tmp_path / "attached", "tests.attached", data_flags)
     mine, theirs = ([own_values(line) for line in run.log_lines()] for run in (attached, program))
     assert len(mine) > STEPS
-    # The script adds up a micro-batch's losses in another order than ours does.
-    assert mine == [pytest.approx(values, rel=5e-7) for values in theirs]
+    assert mine == theirs
     expected = program.checkpoint(STEPS)
     for name, tensor in attached.checkpoint(STEPS).items():
         assert torch.equal(tensor, expected[name]), name

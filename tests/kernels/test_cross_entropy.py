@@ -55,6 +55,7 @@ def inputs(
     shape: tuple[int, int, int] = SHAPE,
     vocab_size: int | None = None,
     seed: int = 0,
+    device: str = DEVICE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, labels with some ignored, upstream gradients with some 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +65,7 @@ def inputs(
     target.view(-1)[::5] = PLAIN.ignore_index
     upstream.view(-1)[1::7] = 0
     upstream.view(-1)[0] = 0
-    return logits.to(DEVICE), target.to(DEVICE), upstream.to(DEVICE)
+    return logits.to(device), target.to(device), upstream.to(device)
 
 
 def run(
@@ -377,18 +378,18 @@ def test_shards_together_are_the_whole(variant: str, shards: int, name: Any) -> 
     torch.testing.assert_close(gradient.double(), wanted_gradient, rtol=2e-6, atol=2e-6)
 
 
+def whole_vocabulary(options: CrossEntropyOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """What two ranks share. The ranks talk over gloo, on the CPU on any machine."""
+    return inputs(shape=(6, 3, 136), vocab_size=options.vocab_size, device="cpu")
+
+
 def on_rank(variant: str) -> tuple[Tensor, Tensor]:
     from megatron.core import parallel_state
 
     options = VARIANTS[variant]
-    logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
+    logits, target, upstream = whole_vocabulary(options)
     group = parallel_state.get_tensor_model_parallel_group()
-    # Over gloo, wherever the other tests run.
-    mine, target, upstream = (
-        logits.chunk(2, dim=2)[group.rank()].cpu(),
-        target.cpu(),
-        upstream.cpu(),
-    )
+    mine = logits.chunk(2, dim=2)[group.rank()]
     return run(mine, target, upstream, "torch", tp_group=group, options=options)
 
 
@@ -396,8 +397,7 @@ def on_rank(variant: str) -> tuple[Tensor, Tensor]:
 def test_two_tensor_parallel_ranks(variant: str) -> None:
     ranks = run_ranks(2, on_rank, variant, tensor_model_parallel_size=2)
     options = VARIANTS[variant]
-    logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
-    logits, target, upstream = logits.cpu(), target.cpu(), upstream.cpu()
+    logits, target, upstream = whole_vocabulary(options)
     wanted = reference.cross_entropy(logits, target, options)
     for loss, _ in ranks:
         torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)

@@ -1,16 +1,29 @@
-"""Collects the errors of the exactness table and prints it at the end of the session."""
+"""Collects the errors of the exactness tests from all of pytest's workers, and prints them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+_PROPERTY = "exactness"
 _table: dict[tuple[str, str], dict[str, float]] = {}
 
 
 @pytest.fixture
-def exactness_table() -> dict[tuple[str, str], dict[str, float]]:
-    """Relative error by mask, by layout and by scope with precision."""
-    return _table
+def record_error(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Takes layout, scope with precision, mask, and the relative error there."""
+    return lambda *cell: record_property(_PROPERTY, cell)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep what a test recorded, wherever it ran."""
+    if report.when != "call":
+        return
+    for name, value in report.user_properties:
+        if name == _PROPERTY:
+            layout, column, mask, error = value  # type: ignore[misc]
+            _table.setdefault((layout, column), {})[mask] = error  # type: ignore[has-type]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
