@@ -24,6 +24,7 @@ REWEIGHTING = "megatron_rw/reweighting"
 SCOPES = f"{REWEIGHTING}/scopes.py"
 WEIGHTS = "megatron_rw/kernels/weights.py"
 STEP = "megatron_rw/integrations/step.py"
+KERNEL_TESTS = "tests/kernels/test_cross_entropy.py"
 
 
 def cell(layout: str) -> str:
@@ -65,7 +66,7 @@ MUTANTS = (
         "deferred: normaliser of the own samples",
         cell("DP2"),
         SCOPES,
-        "total = weights.sum()",
+        "total = statistics[Statistic.TOTAL]",
         "total = weights[samples.local].sum() * self.ranks.dp_size",
     ),
     one(
@@ -156,8 +157,8 @@ MUTANTS = (
         "moments from samples without an active token",
         cell("one process"),
         SCOPES,
-        "mask=samples.has_tokens",
-        "mask=None",
+        "*self._weights(samples.losses, samples.has_tokens))",
+        "*self._weights(samples.losses, samples.tokens >= 0))",
     ),
     one(
         "Megatron divides by the micro-batch's tokens",
@@ -200,6 +201,41 @@ MUTANTS = (
         SCOPES,
         "return (torch.where(weights > 0, own_loss_sum, 0.0) *",
         "return (own_loss_sum *",
+    ),
+    one(
+        "cross-entropy: upstream gradient read as a scalar",
+        f"{KERNEL_TESTS}::test_upstream_is_per_token_not_a_scalar[torch]",
+        "megatron_rw/kernels/torch_backend.py",
+        "            gradient *= factor\n",
+        "            gradient *= factor.mean()\n",
+    ),
+    one(
+        "cross-entropy: label smoothing over the own shard's vocabulary",
+        f"{KERNEL_TESTS}::test_shards_together_are_the_whole[torch-2-label smoothing]",
+        "megatron_rw/kernels/options.py",
+        "options.label_smoothing * self.vocab_size / (self.vocab_size - 1)",
+        "options.label_smoothing * self.columns / (self.columns - 1)",
+    ),
+    one(
+        "cross-entropy: autograd is not told that the logits are overwritten",
+        f"{KERNEL_TESTS}::test_second_backward_raises_instead_of_lying[triton]",
+        "megatron_rw/kernels/cross_entropy.py",
+        "            torch.autograd.graph.increment_version(logits)\n",
+        "            pass\n",
+    ),
+    one(
+        "cross-entropy: a row without weight is multiplied by 0",
+        f"{KERNEL_TESTS}::test_nan_in_a_row_that_does_not_count_stays_there[torch-ignored]",
+        "megatron_rw/kernels/torch_backend.py",
+        "            clear(gradient, zero)\n",
+        "",
+    ),
+    one(
+        "cross-entropy: sums of the samples without their mask",
+        f"{KERNEL_TESTS}::test_sums_of_the_samples_and_their_gradient[torch-plain]",
+        "megatron_rw/kernels/sums.py",
+        "torch.where(mask > 0, token_losses * mask, 0.0)",
+        "token_losses",
     ),
 )
 

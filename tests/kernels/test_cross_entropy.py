@@ -154,11 +154,18 @@ def test_upstream_of_any_strides(kind: str, name: Any) -> None:
 
 def test_upstream_is_per_token_not_a_scalar(name: Any) -> None:
     logits, target, upstream = inputs()
+    # Peers that read it as a scalar read the first.
     upstream[0, 0] = 0
-    target[0, 0] = 1
-    _, gradient = run(logits, target, upstream, name)
-    assert (gradient[0, 0] == 0).all()
-    assert gradient.abs().sum() > 0
+    target[0, 0], target[3, 2], upstream[3, 2] = 1, 4, 0.5
+    changed = upstream.clone()
+    changed[3, 2] = -1
+    _, before = run(logits, target, upstream, name)
+    _, after = run(logits, target, changed, name)
+    assert (before[0, 0] == 0).all()
+    assert torch.equal(after[3, 2], -2 * before[3, 2])
+    after[3, 2] = before[3, 2]
+    assert torch.equal(after, before)
+    assert before.abs().sum() > 0
 
 
 def test_half_precision_losses_are_not_rounded_to_it(name: Any) -> None:
