@@ -99,7 +99,6 @@ class AttachedForwardStep:
         self._loss_mask = loss_mask
         self._completed = 0
         self._set_is_checked = False
-        self._num_microbatches = 1
         self.metrics = WeightMetrics(num_domains=1)
         self._state = ReweightState(config)
         if args is not None:
@@ -115,7 +114,6 @@ class AttachedForwardStep:
 
     def run_step(self, core_schedule: schedule.Schedule, call: dict[str, Any]) -> Any:
         """See `schedule.SteppedForward`."""
-        self._num_microbatches = call["num_microbatches"]
         result = self._reweighting.run(core_schedule, call)
         self._completed += 1
         return result
@@ -165,7 +163,7 @@ class AttachedForwardStep:
             return
         self._set_is_checked = True
         replicas = groups.data_parallel_ranks().dp_size
-        batch_size = samples * replicas * self._num_microbatches
+        batch_size = samples * replicas * self._reweighting.num_microbatches
         warning = check_set_size(self._config.scope, samples, replicas, batch_size)
         if warning is not None and dist.get_rank() == 0:
             warnings.warn(warning, stacklevel=2)

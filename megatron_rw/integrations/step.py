@@ -38,6 +38,7 @@ class StepReweighting:
         observe: told of every set, on the ranks of the last pipeline stage.
 
     Attributes:
+        num_microbatches: of the step under way, or the last.
         running: a training step is under way.
         scoring: its forward pass that only scores.
     """
@@ -54,7 +55,7 @@ class StepReweighting:
         self._iteration = iteration
         self._observe = observe
         self._reweighter: Reweighter | None = None
-        self._num_microbatches = 1
+        self.num_microbatches = 1
         self._step_tokens: Tensor | None = None
         self._keeps_token_divisor = False
         self.running = False
@@ -76,13 +77,13 @@ class StepReweighting:
         """
         model = call["model"] if isinstance(call["model"], list) else [call["model"]]
         reweighter = self._reweighter or self._build(model)
-        self._num_microbatches = call["num_microbatches"]
-        reweighter.begin(self._state.begin(self._iteration()), self._num_microbatches)
+        self.num_microbatches = call["num_microbatches"]
+        reweighter.begin(self._state.begin(self._iteration()), self.num_microbatches)
         self._step_tokens = None
         counts_first = self._keeps_token_divisor and not reweighter.scores_first
         self.running = True
         try:
-            if reweighter.scores_first or (counts_first and self._num_microbatches > 1):
+            if reweighter.scores_first or (counts_first and self.num_microbatches > 1):
                 data = ReplayedData(call["data_iterator"])
                 call = call | {"data_iterator": data.iterator}
                 if counts_first:
@@ -121,7 +122,7 @@ class StepReweighting:
             # Losses that the model adds itself are scaled for a division by the step's tokens.
             tokens = reweighter.step_tokens if self._step_tokens is None else self._step_tokens
             assert tokens is not None
-            scale = tokens.to(loss.dtype) / self._num_microbatches
+            scale = tokens.to(loss.dtype) / self.num_microbatches
             return loss * scale, sums.tokens.sum().to(torch.int)
         # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the ranks' parts
         # add up to the objective. A divisor of 1 keeps it from dividing by this rank's token count,
@@ -160,7 +161,7 @@ class StepReweighting:
             ConfigError: the data has no `loss_mask`.
         """
         total = 0.0
-        for drawn in data.peek(self._num_microbatches):
+        for drawn in data.peek(self.num_microbatches):
             if "loss_mask" not in drawn:
                 raise ConfigError(
                     "--calculate-per-token-loss with losses that the model adds itself needs the "

@@ -41,6 +41,26 @@ def test_fused_cross_entropy_trains_as_cores(tmp_path: Path, data_flags: list[st
     assert steps["fused"][-1]["grad_norm"] != steps["megatron"][-1]["grad_norm"]
 
 
+def test_triton_kernels_train_as_torchs(tmp_path: Path, data_flags: list[str]) -> None:
+    """Under Triton's interpreter where there is no GPU."""
+    flags = "--train-iters 2 --micro-batch-size 2 --global-batch-size 8 --cross-entropy-impl fused "
+    flags += "--reweight-strategy linupper --reweight-scope global --adam-eps 1e-2"
+    steps = {
+        kernels: run_program(
+            tmp_path / kernels, *data_flags, *flags.split(), "--reweight-kernels", kernels
+        )
+        .check()
+        .train_metrics()
+        for kernels in ("torch", "triton")
+    }
+    assert len(steps["triton"]) == 2
+    for ours, torchs in zip(steps["triton"], steps["torch"], strict=True):
+        assert math.isclose(ours["lm_loss"], torchs["lm_loss"], rel_tol=1e-6)
+        assert math.isclose(ours["grad_norm"], torchs["grad_norm"], rel_tol=1e-5)
+        for key in ("objective", "ess", "max_weight"):
+            assert math.isclose(ours["reweight"][key], torchs["reweight"][key], rel_tol=1e-5)
+
+
 def test_sums_of_the_samples_ride_on_the_losses() -> None:
     module = SimpleNamespace(tp_group=None)
     labels, logits = torch.randint(0, 50, (3, 8)), torch.randn(8, 3, 50)
