@@ -17,12 +17,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Hooks of a folder's own conftest do not run in the process that reports for pytest's workers.
-from tests.exactness.table import (  # noqa: F401
-    pytest_runtest_logreport,
-    pytest_terminal_summary,
-    record_error,
-)
+# Tables at the end. Hooks of a folder's own conftest do not run in the process that reports for
+# pytest's workers.
+pytest_plugins = ["tests.exactness.table", "tests.kernels.resources"]
 
 VOCAB_SIZE = 61
 EOD = 60

@@ -12,32 +12,21 @@ logits again and by default overwrites them with their gradient.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.kernels import compiled
 from megatron_rw.kernels.options import (
     CrossEntropyBackend,
     CrossEntropyOptions,
     Shard,
 )
+from megatron_rw.kernels.passes import backend, forward, upstream_of
 from megatron_rw.kernels.selection import BackendName, default_backend
 from megatron_rw.kernels.sums import SampleSums
-
-
-@functools.cache
-def backend(name: BackendName) -> CrossEntropyBackend:
-    """The backend of that name; imports what it needs."""
-    if name == "triton":
-        from megatron_rw.kernels.triton_backend import TritonBackend
-
-        return TritonBackend()
-    from megatron_rw.kernels.torch_backend import TorchBackend
-
-    return TorchBackend()
 
 
 def vocab_parallel_cross_entropy(
@@ -57,7 +46,8 @@ def vocab_parallel_cross_entropy(
         tp_group: the ranks that hold the vocabulary's columns, in order; None for one.
         options: the variant. The plain one when None.
         inplace_backward: write the gradient over the logits. They must not be read afterwards:
-            autograd raises if it would, and a second backward pass raises.
+            autograd raises if it would, and a second backward pass raises. Not done in a graph of
+            `torch.compile`.
         backend_name: see `default_backend` when None.
 
     Returns:
@@ -66,8 +56,9 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    how = _checked(logits, target, None, tp_group, options, inplace_backward, backend_name)
-    losses: Tensor = _CrossEntropy.apply(logits, target, None, *how)[0]
+    losses, _ = _cross_entropy(
+        logits, target, None, tp_group, options, inplace_backward, backend_name
+    )
     return losses
 
 
@@ -99,12 +90,12 @@ def vocab_parallel_cross_entropy_sums(
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    how = _checked(logits, target, loss_mask, tp_group, options, inplace_backward, backend_name)
-    losses, loss_sum, tokens = _CrossEntropy.apply(logits, target, loss_mask, *how)
-    return losses, SampleSums(loss_sum, tokens)
+    return _cross_entropy(
+        logits, target, loss_mask, tp_group, options, inplace_backward, backend_name
+    )
 
 
-def _checked(
+def _cross_entropy(
     logits: Tensor,
     target: Tensor,
     loss_mask: Tensor | None,
@@ -112,8 +103,23 @@ def _checked(
     options: CrossEntropyOptions | None,
     inplace_backward: bool,
     backend_name: BackendName | None,
-) -> tuple[Any, ...]:
-    """The arguments of `_CrossEntropy` behind the tensors."""
+) -> tuple[Tensor, SampleSums]:
+    _check(logits, target, loss_mask)
+    options = options or CrossEntropyOptions()
+    shard = _shard_of(logits.shape[-1], tp_group, options)
+    name = backend_name or default_backend(logits.device)
+    if torch.compiler.is_compiling():
+        losses, loss_sum, tokens = compiled.cross_entropy(
+            logits, target, loss_mask, tp_group, shard, options, name
+        )
+    else:
+        losses, loss_sum, tokens = _CrossEntropy.apply(
+            logits, target, loss_mask, tp_group, shard, options, inplace_backward, backend(name)
+        )
+    return losses, SampleSums(loss_sum, tokens)
+
+
+def _check(logits: Tensor, target: Tensor, loss_mask: Tensor | None) -> None:
     if logits.dim() != 3 or target.shape != logits.shape[:2]:
         raise ValueError(
             f"logits must be [s, b, v] and target [s, b], not {tuple(logits.shape)} and "
@@ -128,13 +134,9 @@ def _checked(
             f"loss_mask must be [s, b] as the target, {tuple(target.shape)}, not "
             f"{tuple(loss_mask.shape)}"
         )
-    options = options or CrossEntropyOptions()
-    passes = backend(backend_name or default_backend(logits.device))
-    shard = _shard(logits.shape[-1], tp_group, options)
-    return tp_group, shard, options, inplace_backward, passes
 
 
-def _shard(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOptions) -> Shard:
+def _shard_of(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOptions) -> Shard:
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     vocab_size = width * size if options.vocab_size is None else options.vocab_size
     if not width * (size - 1) < vocab_size <= width * size:
@@ -158,12 +160,7 @@ class _CrossEntropy(torch.autograd.Function):
         inplace_backward: bool,
         passes: CrossEntropyBackend,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        tables = passes.statistics(logits, target, shard, options)
-        if tp_group is not None and tp_group.size() > 1:
-            table = passes.merge(tables)
-            tables = table.new_empty(tp_group.size(), *table.shape[1:])
-            dist.all_gather_into_tensor(tables, table, group=tp_group)
-        losses, lse, sums = passes.combine(tables, target, shard, options, loss_mask)
+        losses, lse, sums = forward(logits, target, loss_mask, tp_group, shard, options, passes)
         # Saved as an input, the logits carry their version: whoever changed them in between is
         # found out when the backward pass asks for them.
         ctx.save_for_backward(logits, target, loss_mask, lse)
@@ -180,17 +177,13 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, of_losses: Tensor | None, of_sums: Tensor | None, of_tokens: Tensor | None
     ) -> Any:
         logits, target, loss_mask, lse = ctx.saved_tensors
-        upstream = of_losses
-        if of_sums is not None:
-            # 0·NaN is NaN: a masked token has no gradient, whatever its sample's.
-            spread = torch.where(loss_mask > 0, loss_mask * of_sums, 0.0)
-            upstream = spread if upstream is None else upstream + spread
+        upstream = upstream_of(of_losses, of_sums, loss_mask)
         if upstream is None:
             return (None,) * 8
         out = logits if ctx.inplace else torch.empty_like(logits)
         with torch.no_grad():
             ctx.passes.gradient(
-                logits.detach(), target, lse, upstream.float(), ctx.shard, ctx.options, out.detach()
+                logits.detach(), target, lse, upstream, ctx.shard, ctx.options, out.detach()
             )
         if ctx.inplace:
             # Kernels write behind autograd's back: whoever still wants the logits must be told.

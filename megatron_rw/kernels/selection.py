@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 
 import torch
 
-BackendName = Literal["torch", "triton"]
+BackendName = Literal["torch", "triton", "cuda"]
 BACKEND_VARIABLE = "MEGATRON_RW_KERNELS"
 
 _chosen: BackendName | None = None
@@ -46,7 +46,7 @@ def default_backend(device: torch.device) -> BackendName:
 
 
 def check_backend(device: torch.device) -> BackendName:
-    """The default, after seeing that it can run.
+    """The default, after seeing that it can run; the CUDA kernels are built where they are not yet.
 
     Raises:
         BackendError: it cannot.
@@ -60,4 +60,8 @@ def check_backend(device: torch.device) -> BackendName:
                 "the Triton kernels need a GPU, or for tests TRITON_INTERPRET=1 in the "
                 "environment; the backend torch runs anywhere"
             )
+    elif name == "cuda":
+        from megatron_rw.kernels import cuda_library
+
+        cuda_library.load(device.type)
     return name

@@ -6,7 +6,8 @@
 
 Sow et al., arXiv 2502.06733. A sample outside the mask, or whose loss is not finite, has weight
 exactly 0 and touches no other sample's weight. No gradient flows through the result and the host
-never waits for the device. This module is the torch backend as well, `triton_weights` the other.
+never waits for the device. This module is the torch backend as well; the others are in
+`triton_weights` and `cuda_backend`.
 """
 
 from __future__ import annotations
@@ -108,6 +109,10 @@ def weigh_samples(
         from megatron_rw.kernels import triton_weights
 
         return triton_weights.weigh(losses, strategy, temperature, delta, mask, given_range)
+    if backend_name == "cuda" and losses.numel() > 0:
+        from megatron_rw.kernels import cuda_backend
+
+        return cuda_backend.weigh(losses, strategy, temperature, delta, mask, given_range)
     return _weigh(losses, strategy, temperature, delta, mask, given_range)
 
 

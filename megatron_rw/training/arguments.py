@@ -43,9 +43,10 @@ class RunConfig:
     """megatron: core's cross-entropy, which --cross-entropy-loss-fusion varies. fused: ours, which
     reads the logits once forward and overwrites them with their gradient backward."""
 
-    reweight_kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of the fused cross-entropy and of the weighting. auto: what the environment
-    variable MEGATRON_RW_KERNELS names, otherwise triton on a GPU and torch elsewhere."""
+    reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
+    """Implementation of the fused cross-entropy and of the weighting. cuda is built with nvcc at
+    first use. auto: what the environment variable MEGATRON_RW_KERNELS names, otherwise triton on a
+    GPU and torch elsewhere."""
 
 
 class _PrefixedGroupFactory(ArgumentGroupFactory):

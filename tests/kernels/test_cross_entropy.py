@@ -1,7 +1,7 @@
 """Every backend of `vocab_parallel_cross_entropy` against fp64, one named test for each pitfall.
 
-Triton's kernels run under its interpreter where there is no GPU. Upstream gradients are random,
-signed and different for every token, as sample weights make them.
+Where there is no GPU, Triton's kernels run under its interpreter and the CUDA kernels emulated.
+Upstream gradients are random, signed and different for every token, as sample weights make them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,15 +23,16 @@ from megatron_rw.kernels import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_sums,
 )
-from megatron_rw.kernels.cross_entropy import backend
-from megatron_rw.kernels.options import Shard
+from megatron_rw.kernels.cuda_backend import CudaBackend, CudaLaunch
+from megatron_rw.kernels.options import CrossEntropyBackend, Shard
+from megatron_rw.kernels.passes import backend
 from megatron_rw.kernels.selection import check_backend, default_backend, use_backend
 from megatron_rw.kernels.triton_backend import Launch, TritonBackend
 from tests.kernels import reference
 from tests.ranks import run_ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS: list[Any] = ["torch", "triton"]
+BACKENDS: list[Any] = ["torch", "triton", "cuda"]
 SHAPE = (6, 3, 130)
 PLAIN = CrossEntropyOptions()
 VARIANTS = {
@@ -139,6 +141,23 @@ def test_logits_of_any_strides(kind: str, name: Any) -> None:
     )
     [gradient] = torch.autograd.grad(loss, made, upstream)
     torch.testing.assert_close(gradient.double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_rows_that_begin_anywhere(dtype: torch.dtype, offset: int, name: Any) -> None:
+    """Odd rows in memory that is not aligned, read and written in vectors all the same."""
+    logits, target, upstream = inputs(dtype, (4, 2, 531))
+    storage = torch.empty(logits.numel() + offset, dtype=dtype, device=DEVICE)
+    made = storage[offset:].view(logits.shape).copy_(logits).requires_grad_()
+    loss = vocab_parallel_cross_entropy(made, target, backend_name=name, inplace_backward=False)
+    # Gradient apart: aligned otherwise than the logits.
+    [gradient] = torch.autograd.grad(loss, made, upstream)
+    wanted = reference.gradient(logits, target, upstream, PLAIN)
+    torch.testing.assert_close(
+        gradient.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+    check(made, target, upstream, name)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "per sample", "transposed"])
@@ -301,13 +320,19 @@ def test_common_offset_costs_no_digits(name: Any) -> None:
     torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
+SMALL: dict[str, Callable[[], CrossEntropyBackend]] = {
+    "triton": lambda: TritonBackend(Launch(forward_block=16, forward_blocks=2, backward_block=32)),
+    "cuda": lambda: CudaBackend(CudaLaunch(forward_columns=32, backward_columns=30)),
+}
+
+
 @pytest.mark.parametrize("shards", [1, 2])
-def test_row_in_several_parts(shards: int) -> None:
+@pytest.mark.parametrize("small", SMALL)
+def test_row_in_several_parts(shards: int, small: str) -> None:
     options = VARIANTS["all"]
-    small = TritonBackend(Launch(forward_block=16, forward_blocks=2, backward_block=32))
     logits, target, upstream = inputs(shape=(6, 3, 136), vocab_size=options.vocab_size)
     upstream = torch.where(target == PLAIN.ignore_index, 0.0, upstream)
-    loss, gradient = emulated(logits, target, upstream, shards, options, small)
+    loss, gradient = emulated(logits, target, upstream, shards, options, SMALL[small]())
     wanted = reference.cross_entropy(logits, target, options)
     torch.testing.assert_close(loss.double(), wanted, rtol=2e-6, atol=2e-6)
     wanted_gradient = reference.gradient(logits, target, upstream, options)
@@ -349,7 +374,7 @@ def emulated(
     name: Any,
 ) -> tuple[Tensor, Tensor]:
     """What `shards` tensor-parallel ranks would compute together, in this process."""
-    passes = name if isinstance(name, TritonBackend) else backend(name)
+    passes = backend(name) if isinstance(name, str) else name
     width = logits.shape[2] // shards
     vocab_size = options.vocab_size or logits.shape[2]
     columns = logits.chunk(shards, dim=2)
@@ -390,19 +415,30 @@ def whole_vocabulary(options: CrossEntropyOptions) -> tuple[Tensor, Tensor, Tens
     return inputs(shape=(6, 3, 136), vocab_size=options.vocab_size, device="cpu")
 
 
-def on_rank(variant: str) -> tuple[Tensor, Tensor]:
+def on_rank(variant: str, compiled: bool) -> tuple[Tensor, Tensor]:
     from megatron.core import parallel_state
 
     options = VARIANTS[variant]
     logits, target, upstream = whole_vocabulary(options)
     group = parallel_state.get_tensor_model_parallel_group()
     mine = logits.chunk(2, dim=2)[group.rank()]
-    return run(mine, target, upstream, "torch", tp_group=group, options=options)
+    if not compiled:
+        return run(mine, target, upstream, "torch", tp_group=group, options=options)
+    leaf = mine.clone().requires_grad_()
+
+    def function(leaf: Tensor) -> Tensor:
+        return vocab_parallel_cross_entropy(
+            leaf, target, group, options=options, backend_name="torch"
+        )
+
+    loss = torch.compile(function, fullgraph=True, backend="aot_eager")(leaf)
+    return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
 
 
 @pytest.mark.parametrize("variant", ["plain", "all"])
-def test_two_tensor_parallel_ranks(variant: str) -> None:
-    ranks = run_ranks(2, on_rank, variant, tensor_model_parallel_size=2)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_tensor_parallel_ranks(variant: str, compiled: bool) -> None:
+    ranks = run_ranks(2, on_rank, variant, compiled, tensor_model_parallel_size=2)
     options = VARIANTS[variant]
     logits, target, upstream = whole_vocabulary(options)
     wanted = reference.cross_entropy(logits, target, options)
@@ -478,5 +514,7 @@ def test_backend_is_chosen_by_call_variable_and_device(monkeypatch: pytest.Monke
         check_backend(torch.device("cpu"))
     use_backend(None)
     monkeypatch.setenv("MEGATRON_RW_KERNELS", "metal")
-    with pytest.raises(ValueError, match="MEGATRON_RW_KERNELS=metal: choose one of torch, triton"):
+    with pytest.raises(
+        ValueError, match="MEGATRON_RW_KERNELS=metal: choose one of torch, triton, cuda"
+    ):
         default_backend(torch.device("cpu"))

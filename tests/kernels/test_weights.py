@@ -1,6 +1,6 @@
 """Every backend of `weigh_samples` against the fp64 oracle: weights, statistics, given ranges.
 
-Triton's kernel runs under its interpreter where there is no GPU.
+Where there is no GPU, Triton's kernel runs under its interpreter and the CUDA one emulated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_rw.kernels import SampleWeights, Statistic, weigh_samples
 from tests.reweighting import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS: list[Any] = ["torch", "triton"]
+BACKENDS: list[Any] = ["torch", "triton", "cuda"]
 STRATEGIES: list[Any] = ["uniform", "linupper", "quadratic", "extremes"]
 TOLERANCE: dict[str, Any] = {"rtol": 2e-5, "atol": 1e-7}
 
@@ -184,9 +184,10 @@ def test_results_repeat_bit_for_bit(name: Any) -> None:
     assert torch.equal(first.statistics, second.statistics)
 
 
-def test_triton_refuses_fp64() -> None:
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_fp64_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="float64 needs backend torch"):
-        weigh_samples(torch.ones(3).double(), "linupper", 1.0, backend_name="triton")
+        weigh_samples(torch.ones(3).double(), "linupper", 1.0, backend_name=name)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

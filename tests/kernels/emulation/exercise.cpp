@@ -1,0 +1,140 @@
+// Runs every kernel in every variant for the sanitizers. Each buffer is an allocation of its own size,
+// poisoned with NaN: what is read or written beyond it, not written, or written by two threads shows.
+// That the values are right is for the Python tests.
+
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using namespace megatron_rw;
+
+std::mt19937 generator(0);
+int failures = 0;
+
+void expect_written(const std::vector<float>& values, const char* what) {
+  for (const float value : values) {
+    if (!std::isfinite(value)) {
+      std::printf("%s: not written, or not finite\n", what);
+      ++failures;
+      return;
+    }
+  }
+}
+
+template <typename T>
+T number(float value);
+template <>
+float number(float value) { return value; }
+template <>
+__nv_bfloat16 number(float value) { return __float2bfloat16_rn(value); }
+template <>
+__half number(float value) { return __float2half_rn(value); }
+
+float back(float value) { return value; }
+float back(__nv_bfloat16 value) { return __bfloat162float(value); }
+float back(__half value) { return __half2float(value); }
+
+std::vector<float> random_floats(size_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+struct Variant {
+  int columns;     // that take part, of all
+  int offset;      // elements before the first row
+  bool transposed; // the vocabulary is not the last in memory
+  bool in_place;
+  float softcap, smoothing;
+  Launch launch;
+};
+
+template <typename T>
+void cross_entropy(Dtype dtype, const Variant& v) {
+  constexpr int kSequence = 3, kBatch = 2, kWidth = 203, kRows = kSequence * kBatch;
+  std::vector<T> data, apart;
+  for (const float value : random_floats(kRows * kWidth + v.offset)) {
+    data.push_back(number<T>(value));
+  }
+  apart.assign(kRows * kWidth, number<T>(NAN));
+  std::vector<int64_t> target(kRows);
+  for (int row = 0; row < kRows; ++row) target[row] = row == 1 ? -100 : (row * 37) % v.columns;
+  const std::vector<float> upstream = {1.0f, 2.0f, 0.0f, -1.0f, 0.5f, 3.0f};
+  const std::vector<float> mask = {1.0f, 1.0f, 0.0f, 1.0f, 1.0f, 1.0f};
+
+  Logits logits = {data.data() + v.offset, dtype, kBatch * kWidth, kWidth, 1};
+  if (v.transposed) logits = {data.data() + v.offset, dtype, kBatch, 1, kRows};
+  Logits out = logits;
+  if (!v.in_place) out.data = apart.data();
+  const Shape shape = {kSequence, kBatch};
+  const int parts = (v.columns + v.launch.columns - 1) / v.launch.columns;
+  const bool with_sum = v.smoothing > 0;
+  const int statistics = with_sum ? 4 : 3;
+  std::vector<float> tables(parts * statistics * kRows, NAN), merged(statistics * kRows, NAN);
+  std::vector<float> losses(kRows, NAN), lse(kRows, NAN), sums(2 * kBatch, NAN);
+
+  launch_statistics({logits, {target.data(), kBatch, 1}, tables.data(), shape, 0, v.columns, -100,
+                     v.softcap, with_sum},
+                    v.launch, nullptr);
+  expect_written(tables, "statistics");
+  launch_merge({tables.data(), merged.data(), parts, kRows, with_sum}, nullptr);
+  expect_written(merged, "merge");
+  launch_combine({tables.data(), {target.data(), kBatch, 1}, {mask.data(), kBatch, 1},
+                  losses.data(), lse.data(), sums.data(), shape, parts, v.columns, -100, 0.01f,
+                  v.smoothing, with_sum},
+                 nullptr);
+  expect_written(losses, "losses");
+  expect_written(lse, "log-sum-exp");
+  expect_written(sums, "sums");
+  launch_gradient({logits, out, {target.data(), kBatch, 1}, lse.data(),
+                   {upstream.data(), kBatch, 1}, shape, 0, v.columns, kWidth, -100, v.softcap,
+                   0.01f, v.smoothing, v.smoothing / v.columns},
+                  v.launch, nullptr);
+  std::vector<float> gradient;
+  for (const T& value : v.in_place ? data : apart) gradient.push_back(back(value));
+  expect_written(gradient, "gradient");
+}
+
+void weigh(int count, Strategy strategy, bool masked, bool given) {
+  const std::vector<float> losses = random_floats(count);
+  const std::vector<float> range = {-1.0f, 1.0f};
+  const float temperature = 0.4f;
+  // Not std::vector<bool>, which has no bool in memory.
+  const auto mask = std::make_unique<bool[]>(count);
+  for (int sample = 0; sample < count; ++sample) mask[sample] = sample % 3 != 1;
+  std::vector<float> weights(count, NAN), statistics(9, NAN);
+  launch_weigh({losses.data(), masked ? mask.get() : nullptr, given ? range.data() : nullptr,
+                masked ? &temperature : nullptr, weights.data(), statistics.data(), count, 0.7f,
+                strategy, 1.0f, 1.0f},
+               nullptr);
+  expect_written(weights, "weights");
+  expect_written(statistics, "statistics of the weights");
+}
+
+}  // namespace
+
+int main() {
+  const Launch whole = {64, 4096}, cut = {96, 50};
+  const Variant variants[] = {
+      {203, 0, false, true, 0.0f, 0.0f, whole},  {203, 3, false, false, 0.0f, 0.1f, whole},
+      {190, 1, false, true, 5.0f, 0.1f, cut},    {150, 5, false, false, 5.0f, 0.0f, cut},
+      {190, 0, true, true, 0.0f, 0.0f, cut},     {203, 2, true, false, 5.0f, 0.1f, whole},
+  };
+  for (const Variant& variant : variants) {
+    cross_entropy<float>(Dtype::kFloat, variant);
+    cross_entropy<__nv_bfloat16>(Dtype::kBFloat16, variant);
+    cross_entropy<__half>(Dtype::kHalf, variant);
+  }
+  for (int strategy = 0; strategy < 4; ++strategy) {
+    for (const int count : {1, 37, 1300}) {
+      weigh(count, static_cast<Strategy>(strategy), strategy % 2 == 0, strategy > 1);
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
