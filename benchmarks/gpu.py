@@ -1,8 +1,9 @@
 r"""Everything that wants a GPU, in one command on a bare machine: `make gpu`.
 
 Runs the kernels' tests on the device, then the benchmarks, and prints their tables once more at the
-end. Needs Python 3.12 with torch 2.11, triton 3.6, numpy, pytest and hypothesis; wheels found in
-benchmarks/wheels are unpacked for it, without touching the installation:
+end. Needs Python 3.12 with torch 2.11, triton 3.6, numpy, pytest and hypothesis, and nvcc 13.0 for
+the CUDA kernels; wheels found in benchmarks/wheels are unpacked for it, without touching the
+installation:
 
     pip download --no-deps --only-binary=:all: -d benchmarks/wheels \
         megatron-core==0.19.2 liger-kernel==0.8.5 transformer-engine==2.20.2
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,17 +54,29 @@ def stages(output: Path, budget: float, gpu: str) -> list[Stage]:
 
     shapes = ("--budget-s", str(0.4 * budget))
     return [
-        Stage("tests", ("-m", "pytest", "-q", "-x", "tests/kernels", *KERNEL_TESTS), 0.3, True),
+        Stage("tests", ("-m", "pytest", "-q", *kernel_tests()), 0.3, True),
         Stage("cross-entropy", bench(f"{kernels}/cross_entropy.py", *shapes), 0.5),
         Stage("plot", (f"{kernels}/plot.py", result("cross_entropy")), 0.1),
         Stage("weighting", bench(f"{kernels}/weighting.py"), 0.1),
+        Stage("loss path", bench("benchmarks/loss_path.py"), 0.1),
         Stage("end to end", bench("benchmarks/end_to_end.py"), 0.2),
-        Stage("tune", bench(f"{kernels}/tune.py"), 0.2),
+        *(
+            Stage(
+                f"tune {backend}",
+                (f"{kernels}/tune.py", "--backend", backend, "--output", result(f"tune_{backend}")),
+                0.2,
+            )
+            for backend in ("triton", "cuda")
+        ),
     ]
 
 
-# The others start the program on the CPU, or compile for GPUs that are not there.
-KERNEL_TESTS = ("--deselect", "tests/kernels/test_in_program.py", "-p", "no:cacheprovider")
+def kernel_tests() -> tuple[str, ...]:
+    """Pytest's arguments; in several processes where pytest-xdist is installed."""
+    # The one left out starts the program on the CPU.
+    chosen = ("tests/kernels", "--deselect", "tests/kernels/test_in_program.py")
+    share = ("-n", "8") if find_spec("xdist") else ("-x",)
+    return (*chosen, "-p", "no:cacheprovider", *share)
 
 
 def environment(folder: Path) -> dict[str, str]:

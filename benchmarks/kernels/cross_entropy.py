@@ -12,6 +12,7 @@ the peak beyond logits, labels and upstream gradient. Errors are against fp64 on
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -33,7 +34,12 @@ from benchmarks.kernels.peers import available
 from benchmarks.kernels.record import about, results_file
 from benchmarks.kernels.timing import Clock, PeakMemory, Spread, copy_bandwidth, interleave
 from megatron_rw.kernels import vocab_parallel_cross_entropy
-from megatron_rw.kernels.selection import default_backend
+from megatron_rw.kernels.selection import (
+    BackendError,
+    BackendName,
+    check_backend,
+    default_backend,
+)
 
 # Most telling first: what does not fit into --budget-s is left out and said to be.
 GPU_SHAPES = [
@@ -147,6 +153,23 @@ class Candidate:
         return losses.detach(), forward, gradient, backward
 
 
+def ours(device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
+    """`ours`, which is the default backend, on a GPU the others besides, and why one is missing."""
+    losses: dict[str, Any] = {"ours": vocab_parallel_cross_entropy}
+    missing: dict[str, str] = {}
+    backends: tuple[BackendName, ...] = ("triton", "cuda") if device.type == "cuda" else ()
+    for name in backends:
+        if name == default_backend(device):
+            continue
+        try:
+            check_backend(device, name)
+        except BackendError as error:
+            missing[f"ours, {name}"] = str(error)
+            continue
+        losses[f"ours, {name}"] = functools.partial(vocab_parallel_cross_entropy, backend_name=name)
+    return losses, missing
+
+
 def measure(
     shape: tuple[int, int], rounds: int, clock: Clock, losses: dict[str, Any]
 ) -> dict[str, Any]:
@@ -175,7 +198,7 @@ def measure(
         except torch.OutOfMemoryError:
             found[name] = {"error": "out of memory"}
         except Exception as error:  # A peer that fails on this device is a result too.
-            if name == "ours":
+            if name.startswith("ours"):
                 raise
             found[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
         if clock.device.type == "cuda":
@@ -257,10 +280,12 @@ def main() -> int:
     dist.init_process_group(backend, rank=0, world_size=1)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    peers, missing = available(device)
+    losses, missing = ours(device)
+    peers, missing_peers = available(device)
+    missing |= missing_peers
     for name, reason in missing.items():
         print(f"without {name}: {reason}")
-    losses = {"ours": vocab_parallel_cross_entropy} | {peer.name: peer.loss for peer in peers}
+    losses |= {peer.name: peer.loss for peer in peers}
 
     record = about(device) | {
         "benchmark": "cross-entropy, forward and backward",

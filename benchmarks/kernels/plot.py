@@ -16,6 +16,8 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+OURS = {"ours": "black", "ours, triton": "dimgrey", "ours, cuda": "dimgrey"}
+
 
 def share(result: dict[str, Any], name: str) -> float:
     """Of the copy ceiling, both passes; 0 where it did not run."""
@@ -27,13 +29,13 @@ def share(result: dict[str, Any], name: str) -> float:
 def draw(record: dict[str, Any], path: Path) -> None:
     """Write the plot."""
     shapes = sorted(record["shapes"], key=lambda shape: (shape["vocab"], shape["tokens"]))
-    names = ["ours", *record["peers"]]
+    names = list(record["shapes"][0]["implementations"])
     width = 0.8 / len(names)
     figure, axes = plt.subplots(figsize=(max(7, 1.6 * len(shapes)), 4.2), layout="constrained")
     for index, name in enumerate(names):
         places = [number + (index - len(names) / 2) * width for number in range(len(shapes))]
         heights = [100 * share(shape, name) for shape in shapes]
-        axes.bar(places, heights, width, label=name, color="black" if name == "ours" else None)
+        axes.bar(places, heights, width, label=name, color=OURS.get(name))
     labels = [f"{shape['tokens']}\n{shape['vocab']}" for shape in shapes]
     axes.set_xticks(range(len(shapes)), labels)
     axes.axhline(100, color="grey", lw=0.8)

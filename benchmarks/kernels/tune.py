@@ -1,9 +1,9 @@
-"""Launch shapes of the Triton cross-entropy, tried on this GPU.
+"""Launch shapes of the cross-entropy, tried on this GPU.
 
-    python benchmarks/kernels/tune.py [--shapes 8192x128256,8192x32000]
+    python benchmarks/kernels/tune.py [--backend cuda] [--shapes 8192x128256,8192x32000]
 
 Prints, by shape, the fastest for each pass, and the one with the best geometric mean over all
-shapes; megatron_rw/kernels/triton_backend.py holds the choice.
+shapes; triton_backend.py and cuda_backend.py in megatron_rw/kernels hold the choice as LAUNCH.
 """
 
 from __future__ import annotations
@@ -27,61 +27,90 @@ import torch
 from benchmarks.kernels.cross_entropy import Problem
 from benchmarks.kernels.record import about, results_file
 from benchmarks.kernels.timing import Clock, copy_bandwidth, interleave
-from megatron_rw.kernels.options import CrossEntropyOptions, Shard
-from megatron_rw.kernels.triton_backend import LAUNCH, Launch, TritonBackend
+from megatron_rw.kernels.cuda_backend import LAUNCH as CUDA_LAUNCH
+from megatron_rw.kernels.cuda_backend import CudaBackend, CudaLaunch
+from megatron_rw.kernels.options import CrossEntropyBackend, CrossEntropyOptions, Shard
+from megatron_rw.kernels.selection import check_backend
+from megatron_rw.kernels.triton_backend import LAUNCH as TRITON_LAUNCH
+from megatron_rw.kernels.triton_backend import Launch, TritonBackend
 
 SHAPES = "8192x128256,8192x32000,4096x50304"
-FORWARD = tuple(
-    (block, blocks, warps)
-    for block, blocks, warps in itertools.product(
-        (1024, 2048, 4096, 8192, 16384), (1, 2, 4, 1024), (4, 8, 16)
-    )
-    # Between 8 and 64 elements a thread; more would spill.
-    if 8 <= block // (32 * warps) <= 64
-)
-BACKWARD = tuple(
-    (block, warps)
-    for block, warps in itertools.product((1024, 2048, 4096, 8192, 16384), (2, 4, 8, 16))
-    if 8 <= block // (32 * warps) <= 64
-)
+Candidates = dict[str, dict[str, CrossEntropyBackend]]
 
 
-def candidates() -> dict[str, dict[str, Launch]]:
-    """Launches to try by pass."""
+def triton_candidates() -> Candidates:
+    """Blocks that leave a thread 8 to 64 elements; more would spill."""
+    blocks = (1024, 2048, 4096, 8192, 16384)
     return {
         "forward": {
-            f"{block} x {blocks}, {warps} warps": Launch(
-                forward_block=block, forward_blocks=blocks, forward_warps=warps
+            f"{block} x {number}, {warps} warps": TritonBackend(
+                Launch(forward_block=block, forward_blocks=number, forward_warps=warps)
             )
-            for block, blocks, warps in FORWARD
+            for block, number, warps in itertools.product(blocks, (1, 2, 4, 1024), (4, 8, 16))
+            if 8 <= block // (32 * warps) <= 64
         },
         "backward": {
-            f"{block}, {warps} warps": Launch(backward_block=block, backward_warps=warps)
-            for block, warps in BACKWARD
+            f"{block}, {warps} warps": TritonBackend(
+                Launch(backward_block=block, backward_warps=warps)
+            )
+            for block, warps in itertools.product(blocks, (2, 4, 8, 16))
+            if 8 <= block // (32 * warps) <= 64
         },
     }
 
 
-def measure(shape: tuple[int, int], rounds: int, clock: Clock) -> dict[str, dict[str, float]]:
+def cuda_candidates() -> Candidates:
+    """Stretches of a row that give every thread of a block some 16-byte vectors."""
+    threads = (128, 256, 512, 1024)
+    return {
+        "forward": {
+            f"{columns} columns, {number} threads": CudaBackend(
+                CudaLaunch(forward_columns=columns, forward_threads=number)
+            )
+            for columns, number in itertools.product((8192, 16384, 32768, 65536, 1 << 20), threads)
+        },
+        "backward": {
+            f"{columns} columns, {number} threads": CudaBackend(
+                CudaLaunch(backward_columns=columns, backward_threads=number)
+            )
+            for columns, number in itertools.product((4096, 8192, 16384, 32768, 1 << 20), threads)
+        },
+    }
+
+
+BACKENDS: dict[str, tuple[Callable[[], Candidates], Launch | CudaLaunch]] = {
+    "triton": (triton_candidates, TRITON_LAUNCH),
+    "cuda": (cuda_candidates, CUDA_LAUNCH),
+}
+
+
+def measure(
+    shape: tuple[int, int], rounds: int, clock: Clock, candidates: Candidates
+) -> dict[str, dict[str, float]]:
     """Median milliseconds by pass and launch."""
     problem = Problem.make(*shape, clock.device)
     options, shard = CrossEntropyOptions(), Shard(0, shape[1], shape[1])
     logits, target = problem.source, problem.target
-    whole = TritonBackend()
+    whole = next(iter(candidates["forward"].values()))
     tables = whole.statistics(logits, target, shard, options)
     lse = whole.combine(tables, target, shard, options, None).lse
     out = torch.empty_like(logits)
 
-    def forward(backend: TritonBackend) -> None:
+    def forward(backend: CrossEntropyBackend) -> None:
         made = backend.statistics(logits, target, shard, options)
         backend.combine(made, target, shard, options, None)
 
-    def backward(backend: TritonBackend) -> None:
+    def backward(backend: CrossEntropyBackend) -> None:
         backend.gradient(logits, target, lse, problem.upstream, shard, options, out)
 
-    passes: dict[str, Callable[[TritonBackend], None]] = {"forward": forward, "backward": backward}
+    passes: dict[str, Callable[[CrossEntropyBackend], None]] = {
+        "forward": forward,
+        "backward": backward,
+    }
 
-    def timed(run: Callable[[TritonBackend], None], backend: TritonBackend) -> Callable[[], float]:
+    def timed(
+        run: Callable[[CrossEntropyBackend], None], backend: CrossEntropyBackend
+    ) -> Callable[[], float]:
         def once() -> float:
             _, read = clock.time(lambda: run(backend))
             clock.wait()
@@ -90,10 +119,9 @@ def measure(shape: tuple[int, int], rounds: int, clock: Clock) -> dict[str, dict
         return once
 
     found: dict[str, dict[str, float]] = {}
-    for name, launches in candidates().items():
+    for name, backends in candidates.items():
         cases = {}
-        for label, launch in launches.items():
-            backend = TritonBackend(launch)
+        for label, backend in backends.items():
             passes[name](backend)
             cases[label] = timed(passes[name], backend)
         results = interleave(rounds, cases)
@@ -109,18 +137,23 @@ def measure(shape: tuple[int, int], rounds: int, clock: Clock) -> dict[str, dict
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", choices=BACKENDS, default="triton")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    device = torch.device("cuda")
+    device = torch.device(arguments.device)
     clock = Clock(device)
+    make, in_use = BACKENDS[arguments.backend]
+    candidates = make()
+    check_backend(device, arguments.backend)
     found: dict[str, Any] = {}
     for shape in arguments.shapes.split(","):
         tokens, vocab = shape.split("x")
-        found[shape] = measure((int(tokens), int(vocab)), arguments.rounds, clock)
+        found[shape] = measure((int(tokens), int(vocab)), arguments.rounds, clock, candidates)
     best = {}
-    for name, launches in candidates().items():
+    for name, launches in candidates.items():
         scores = {
             label: math.exp(
                 statistics.mean(
@@ -134,12 +167,12 @@ def main() -> int:
         best[name] = {"label": label, "over_the_best_of_each_shape": scores[label]}
         print(f"{name}: {label}, {scores[label]:.3f} of the best of each shape")
     record = about(device) | {
-        "benchmark": "launch shapes of the Triton cross-entropy",
-        "in_use": asdict(LAUNCH),
+        "benchmark": f"launch shapes of the {arguments.backend} cross-entropy",
+        "in_use": asdict(in_use),
         "best": best,
         "milliseconds": found,
     }
-    output = arguments.output or results_file("tune", device)
+    output = arguments.output or results_file(f"tune_{arguments.backend}", device)
     output.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 

@@ -31,37 +31,41 @@ CALLS = 50
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """Replays of the call."""
+    """Replays of CALLS calls, which follow each other without the host."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(CALLS):
+            call()
     return graph.replay
+
+
+def repeated(call: Callable[[], Any]) -> None:
+    """CALLS calls from the host."""
+    for _ in range(CALLS):
+        call()
 
 
 def measure(samples: int, rounds: int, clock: Clock) -> dict[str, Any]:
     """Microseconds a call, by how it is made."""
     losses = torch.rand(samples, device=clock.device) * 6
-    backends: tuple[Any, ...] = ("torch", "triton") if clock.device.type == "cuda" else ("torch",)
+    on_gpu = clock.device.type == "cuda"
+    backends: tuple[Any, ...] = ("torch", "triton", "cuda") if on_gpu else ("torch",)
     cases: dict[str, Callable[[], Any]] = {}
     for backend in backends:
         call = functools.partial(
             weigh_samples, losses, "linupper", 1.0, mask=losses > 0.01, backend_name=backend
         )
         call()
-        cases[backend] = call
-        if clock.device.type == "cuda":
+        cases[backend] = functools.partial(repeated, call)
+        if on_gpu:
             cases[f"{backend}, graph"] = captured(call)
 
-    def time(call: Callable[[], Any]) -> float:
-        def repeat() -> None:
-            for _ in range(CALLS):
-                call()
-
-        _, read = clock.time(repeat)
+    def time(calls: Callable[[], Any]) -> float:
+        _, read = clock.time(calls)
         clock.wait()
         return 1000 * read() / CALLS
 

@@ -35,7 +35,7 @@ class CudaLaunch:
     backward_columns: int = 8192
 
 
-# Not tuned yet: no GPU has run them. benchmarks/kernels/tune.py tries others.
+# Not tuned yet: no GPU has run them. `benchmarks/kernels/tune.py --backend cuda` tries others.
 LAUNCH = CudaLaunch()
 # `Strategy` in csrc/kernels.h.
 _CODES: dict[WeightStrategy, int] = {"uniform": 0, "linupper": 1, "quadratic": 2, "extremes": 3}

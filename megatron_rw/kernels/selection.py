@@ -45,13 +45,20 @@ def default_backend(device: torch.device) -> BackendName:
     return cast(BackendName, named)
 
 
-def check_backend(device: torch.device) -> BackendName:
-    """The default, after seeing that it can run; the CUDA kernels are built where they are not yet.
+def check_backend(device: torch.device, name: BackendName | None = None) -> BackendName:
+    """See that a backend can run; the CUDA kernels are built where they are not yet.
+
+    Args:
+        device: where it shall run.
+        name: the default when None.
+
+    Returns:
+        Its name.
 
     Raises:
         BackendError: it cannot.
     """
-    name = default_backend(device)
+    name = name or default_backend(device)
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             raise BackendError("the Triton kernels need the package triton: install it")

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,6 +21,8 @@ def benchmark(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
     # Nothing is timed in earnest: compiling would take most of the time.
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
+    if not torch.cuda.is_available():
+        environment["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
@@ -56,6 +61,31 @@ def test_weighting(tmp_path: Path) -> None:
     assert [size["samples"] for size in record(output)["sizes"]] == [32, 512, 4096, 16384, 65536]
 
 
+def test_loss_path(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark("loss_path.py", "--device", "cpu", "--rounds", "2", "--output", str(output))
+    assert run.returncode == 0, run.stderr
+    variants = record(output)["variants"]
+    assert list(variants)[:2] == ["megatron, none", "megatron, linupper"]
+    for variant in variants.values():
+        assert variant["operators"] > 10
+        assert variant["host_microseconds"] > 0
+    assert variants["torch, linupper"]["operators"] > variants["torch, none"]["operators"]
+
+
+def test_tune(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "kernels/tune.py",
+        *["--device", "cpu", "--backend", "cuda", "--shapes", "4x40", "--rounds", "2"],
+        *["--output", str(output)],
+    )
+    assert run.returncode == 0, run.stderr
+    found = record(output)
+    assert set(found["best"]) == {"forward", "backward"}
+    assert found["in_use"]["forward_threads"] in (128, 256, 512, 1024)
+
+
 def test_end_to_end() -> None:
     run = benchmark("end_to_end.py", "--tiny", "--blocks", "2")
     assert run.returncode == 0, run.stderr
@@ -63,7 +93,6 @@ def test_end_to_end() -> None:
 
 
 def test_gpu_suite_says_that_there_is_no_gpu() -> None:
-    torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is one")
     run = benchmark("gpu.py")

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU, see emulation.h."""
+"""Builds the CUDA kernels for the CPU, see emulation.h, and a program that runs all of them."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def exercise(*sanitizers: str) -> Path:
     return compiled(
         f"exercise-{sanitizers[0]}", flags, [*KERNELS, str(HERE / "exercise.cpp")], ["-pthread"]
     )
+
+
+def exercise_on_gpu(output: Path) -> Path:
+    """The same program, not emulated."""
+    command = ["nvcc", "-std=c++20", "-O2", "-lineinfo", "-arch=native", "-x", "cu", f"-I{FOLDER}"]
+    subprocess.run([*command, *KERNELS, str(HERE / "exercise.cpp"), "-o", str(output)], check=True)
+    return output
 
 
 def compiled(
