@@ -18,15 +18,19 @@ VARIABLE = "MEGATRON_RW_BUILD_CUDA"
 class BuildKernels(build_ext):
     """Has nvcc build the library where setuptools would put a module."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """The file within the package that `cuda_library` looks for."""
+        from megatron_rw.kernels import cuda_library
+
+        return str(Path(*fullname.split(".")[:-1], cuda_library.packaged().name))
+
     def build_extension(self, ext: Extension) -> None:
         """Compile for all architectures that the project names."""
         from megatron_rw.kernels import cuda_library
 
-        folder = Path(self.get_ext_fullpath(ext.name)).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        cuda_library.compile_library(
-            folder / cuda_library.packaged().name, cuda_library.ARCHITECTURES
-        )
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        cuda_library.compile_library(output, cuda_library.ARCHITECTURES)
 
 
 asked = os.environ.get(VARIABLE, "0")

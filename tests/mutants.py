@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("megatron_rw", "tests", "tools", "examples", "pretrain_gpt_rw.py", "pyproject.toml")
+COPIED = (
+    *("megatron_rw", "tests", "tools", "examples"),
+    *("pretrain_gpt_rw.py", "pyproject.toml", "setup.py"),
+)
 PASSED, FAILED = 0, 1
 
 REWEIGHTING = "megatron_rw/reweighting"
@@ -25,6 +28,8 @@ SCOPES = f"{REWEIGHTING}/scopes.py"
 WEIGHTS = "megatron_rw/kernels/weights.py"
 STEP = "megatron_rw/integrations/step.py"
 KERNEL_TESTS = "tests/kernels/test_cross_entropy.py"
+CUDA_TESTS = "tests/kernels/test_cuda.py"
+CSRC = "megatron_rw/kernels/csrc"
 
 
 def cell(layout: str) -> str:
@@ -237,6 +242,48 @@ MUTANTS = (
         "torch.where(mask > 0, token_losses * mask, 0.0)",
         "token_losses",
     ),
+    one(
+        "CUDA: threads read what others write, without a barrier",
+        f"{CUDA_TESTS}::test_sanitizers_find_nothing[thread]",
+        f"{CSRC}/device.cuh",
+        "  if (lane == 0) scratch[warp] = value;\n  __syncthreads();\n",
+        "  if (lane == 0) scratch[warp] = value;\n",
+    ),
+    one(
+        "CUDA: a last vector that sticks out of the row",
+        f"{CUDA_TESTS}::test_sanitizers_find_nothing[address undefined]",
+        f"{CSRC}/device.cuh",
+        "(count - head) / kSize;",
+        "(count - head + kSize - 1) / kSize;",
+    ),
+    one(
+        "CUDA: offset of a row in 32 bits",
+        f"{KERNEL_TESTS}::test_offsets_beyond_two_to_the_31[cuda]",
+        f"{CSRC}/statistics.cu",
+        "sequence * a.logits.stride_sequence + sample",
+        "static_cast<int>(sequence * a.logits.stride_sequence) + sample",
+    ),
+    one(
+        "CUDA: gradient apart from the logits, aligned as they are",
+        f"{KERNEL_TESTS}::test_rows_that_begin_anywhere[cuda-3-dtype1]",
+        f"{CSRC}/gradient.cu",
+        "stride == 1 && out_stride == 1 && aligned_alike",
+        "stride == 1 && out_stride == 1 && (aligned_alike || true)",
+    ),
+    one(
+        "CUDA: a row without weight is multiplied by 0",
+        f"{KERNEL_TESTS}::test_nan_in_a_row_that_does_not_count_stays_there[cuda-zero upstream]",
+        f"{CSRC}/gradient.cu",
+        "if (scale == 0.0f || label == a.ignore_index)",
+        "if (label == a.ignore_index)",
+    ),
+    one(
+        "CUDA: sums over the samples lose their digits",
+        "tests/kernels/test_weights.py::test_sums_over_many_samples_keep_their_digits[cuda]",
+        f"{CSRC}/device.cuh",
+        "    lost += (total - (sum - part)) + (value - part);\n",
+        "    lost += 0.0f * part;\n",
+    ),
 )
 
 
@@ -283,7 +330,9 @@ def main() -> int:
             copy_checkout(folder)
             apply(folder, mutant.edits)
             start = time.perf_counter()
-            caught = run_tests(folder, [mutant.test]) == FAILED
+            status = run_tests(folder, [mutant.test])
+            # A negative one is a signal: it wrote or read where there is no memory.
+            caught = status == FAILED or status < 0
             survived += not caught
             verdict = "caught" if caught else "SURVIVED"
             print(f"{verdict:8} {time.perf_counter() - start:4.0f} s  {mutant.mistake}", flush=True)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
@@ -41,8 +42,9 @@ def test_fused_cross_entropy_trains_as_cores(tmp_path: Path, data_flags: list[st
     assert steps["fused"][-1]["grad_norm"] != steps["megatron"][-1]["grad_norm"]
 
 
-def test_triton_kernels_train_as_torchs(tmp_path: Path, data_flags: list[str]) -> None:
-    """Under Triton's interpreter where there is no GPU."""
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_other_kernels_train_as_torchs(name: str, tmp_path: Path, data_flags: list[str]) -> None:
+    """Interpreted and emulated where there is no GPU."""
     flags = "--train-iters 2 --micro-batch-size 2 --global-batch-size 8 --cross-entropy-impl fused "
     flags += "--reweight-strategy linupper --reweight-scope global --adam-eps 1e-2"
     steps = {
@@ -51,10 +53,10 @@ def test_triton_kernels_train_as_torchs(tmp_path: Path, data_flags: list[str]) -
         )
         .check()
         .train_metrics()
-        for kernels in ("torch", "triton")
+        for kernels in ("torch", name)
     }
-    assert len(steps["triton"]) == 2
-    for ours, torchs in zip(steps["triton"], steps["torch"], strict=True):
+    assert len(steps[name]) == 2
+    for ours, torchs in zip(steps[name], steps["torch"], strict=True):
         assert math.isclose(ours["lm_loss"], torchs["lm_loss"], rel_tol=1e-6)
         assert math.isclose(ours["grad_norm"], torchs["grad_norm"], rel_tol=1e-5)
         for key in ("objective", "ess", "max_weight"):

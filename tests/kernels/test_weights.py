@@ -164,6 +164,17 @@ def test_empty_sets(name: Any) -> None:
     assert result.statistics.tolist() == expected
 
 
+def test_sums_over_many_samples_keep_their_digits(name: Any) -> None:
+    # Equal, so that roundings of a running sum all go one way.
+    losses = torch.full((65536,), 1.1)
+    losses[:64] = 7.3
+    statistics = weigh_samples(losses.to(DEVICE), "uniform", 1.0, backend_name=name).statistics
+    exact = losses.double()
+    wanted = torch.stack([exact.mean(), exact.var(correction=0), exact.mean()])
+    places = [Statistic.MEAN, Statistic.VARIANCE, Statistic.OBJECTIVE]
+    torch.testing.assert_close(statistics[places].cpu().double(), wanted, rtol=1e-6, atol=0)
+
+
 def test_temperature_on_the_device(name: Any) -> None:
     losses = spread_losses(50).to(DEVICE)
     r = torch.tensor(0.7, device=DEVICE)
