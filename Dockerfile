@@ -24,6 +24,8 @@ COPY megatron_rw/__init__.py megatron_rw/__init__.py
 ARG EXTRAS=quickstart
 RUN pip install --no-cache-dir -c constraints.txt -e ".[${EXTRAS}]"
 COPY . .
+# The CUDA kernels, for Ampere, Hopper, Blackwell and later.
+RUN MEGATRON_RW_BUILD_CUDA=1 pip install --no-cache-dir --no-build-isolation --no-deps -e .
 
 # Ordinary users write their runs elsewhere; nothing here needs root.
 CMD ["python", "pretrain_gpt_rw.py", "--help"]

@@ -5,7 +5,13 @@
 One training micro-batch from the model's logits to their gradient, through the program's own loss
 function with its metrics, cross-entropy, weights and the collective of data parallelism (in a group
 of one), without the model. Logits are small: a device would finish before the host does. Variants
-take turns; torch's profiler counts operators and, on a GPU, kernels and their time.
+take turns; torch's profiler counts operators that compute or copy and, on a GPU, kernels and their
+time.
+
+    MEGATRON_RW_KERNELS=cuda python benchmarks/loss_path.py --device cpu --emulated
+
+counts the operators of the CUDA kernels without a GPU, where they run emulated and no time means
+anything.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import warnings
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,6 +53,9 @@ from megatron_rw.training.loss import PretrainLoss
 SAMPLES, DOMAINS = 8, 3
 SHAPES = {"cuda": (256, 8192), "cpu": (16, 64)}
 PROFILED, CALLS = 10, 20
+VIEWS = set("view view_as transpose select slice unbind expand unsqueeze squeeze detach".split())
+VIEWS |= {"as_strided", "empty", "empty_like", "lift_fresh", "result_type"}
+COPIES_IF_NEEDED = {"to", "contiguous", "reshape", "flatten"}
 
 
 class LossPath:
@@ -126,17 +135,27 @@ def count(path: LossPath, device: torch.device) -> dict[str, float]:
     events = profiler.events()
     on_device = [event for event in events if "CUDA" in str(event.device_type)]
     # Those that the program calls, not what they call themselves.
-    called = [
-        event
-        for event in events
-        if event.cpu_parent is None or not event.cpu_parent.name.startswith(("aten::", "megatron"))
-    ]
-    operators = [event for event in called if event.name.startswith(("aten::", "megatron", "c10d"))]
-    return {
-        "operators": len(operators) / PROFILED,
-        "kernels": len(on_device) / PROFILED,
-        "kernel_microseconds": sum(event.device_time for event in on_device) / PROFILED,
-    }
+    called = [event for event in events if not _is_operator(event.cpu_parent)]
+    found = {"operators": sum(_works(event) for event in called) / PROFILED}
+    if device.type == "cuda":
+        found["kernels"] = len(on_device) / PROFILED
+        found["kernel_microseconds"] = sum(event.device_time for event in on_device) / PROFILED
+    return found
+
+
+def _is_operator(event: Any) -> bool:
+    return event is not None and event.name.startswith(("aten::", "megatron_rw", "c10d::"))
+
+
+def _works(event: Any) -> bool:
+    """Whether it is an operator that computes or copies: on a GPU, a launch at least."""
+    if not _is_operator(event) or event.name.removeprefix("aten::") in VIEWS:
+        return False
+    if event.name.removeprefix("aten::") in COPIES_IF_NEEDED:
+        return any(
+            child.name not in ("aten::view", "aten::as_strided") for child in event.cpu_children
+        )
+    return True
 
 
 def host_time(path: LossPath, device: torch.device) -> float:
@@ -151,11 +170,8 @@ def host_time(path: LossPath, device: torch.device) -> float:
 
 def paths(device: torch.device) -> dict[str, LossPath]:
     """By cross-entropy and strategy; without what cannot run here."""
-    backends: tuple[BackendName, ...] = ("torch",)
-    if device.type == "cuda":
-        backends = ("torch", "triton", "cuda")
     impls: list[str] = ["megatron"]
-    for name in backends:
+    for name in get_args(BackendName):
         try:
             impls.append(check_backend(device, name))
         except BackendError as error:
@@ -172,6 +188,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--emulated", action="store_true", help="count the CUDA kernels on the CPU")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -179,33 +196,33 @@ def main() -> int:
     os.environ.setdefault("MASTER_PORT", "29579")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    if options.emulated:
+        from tests.kernels import emulation
+
+        os.environ["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
 
     variants = paths(device)
     for path in variants.values():
-        for _ in range(CALLS):
-            path()
-    timed: dict[str, list[float]] = interleave(
-        options.rounds,
-        {name: functools.partial(host_time, path, device) for name, path in variants.items()},
-    )
-    found = {
-        name: count(path, device) | {"host_microseconds": statistics.median(timed[name])}
-        for name, path in variants.items()
-    }
+        path()
+    found = {name: count(path, device) for name, path in variants.items()}
+    if not options.emulated:
+        timed: dict[str, list[float]] = interleave(
+            options.rounds,
+            {name: functools.partial(host_time, path, device) for name, path in variants.items()},
+        )
+        for name, times in timed.items():
+            found[name]["host_microseconds"] = statistics.median(times)
     dist.destroy_process_group()
 
     print(f"\nloss path of one micro-batch of {SAMPLES} samples on {about(device)['device']}")
     head = ("cross-entropy, strategy", "operators", "kernels", "their us", "host us")
     print("{:26}{:>10}{:>9}{:>10}{:>9}".format(*head))
     for name, row in found.items():
-        kernels = f"{row['kernels']:9.0f}{row['kernel_microseconds']:10.1f}"
-        print(
-            f"{name:26}{row['operators']:10.0f}"
-            + (kernels if device.type == "cuda" else f"{'-':>9}{'-':>10}")
-            + f"{row['host_microseconds']:9.0f}"
-        )
+        places = ("operators", "kernels", "kernel_microseconds", "host_microseconds")
+        values = (f"{row[place]:.0f}" if place in row else "-" for place in places)
+        print("{:26}{:>10}{:>9}{:>10}{:>9}".format(name, *values))
     record = about(device) | {
         "benchmark": "loss path of one micro-batch",
         "samples": SAMPLES,
@@ -213,7 +230,8 @@ def main() -> int:
         "rounds": options.rounds,
         "variants": found,
     }
-    output = options.output or results_file("loss_path", device)
+    name = "loss_path_emulated" if options.emulated else "loss_path"
+    output = options.output or results_file(name, device)
     output.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 

@@ -73,6 +73,15 @@ def test_loss_path(tmp_path: Path) -> None:
     assert variants["torch, linupper"]["operators"] > variants["torch, none"]["operators"]
 
 
+def test_loss_path_of_the_emulated_kernels(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark("loss_path.py", "--device", "cpu", "--emulated", "--output", str(output))
+    assert run.returncode == 0, run.stderr
+    operators = {name: row["operators"] for name, row in record(output)["variants"].items()}
+    # Statistics, combine, gradient and weights are an operator each.
+    assert operators["cuda, linupper"] < operators["torch, linupper"] / 3
+
+
 def test_tune(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     run = benchmark(
