@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
+
+from tests.ports import free_port
 
 # A Llama shape small enough to step in milliseconds, with everything the layouts cut: heads and
 # key-value groups for TP, layers for PP, a vocabulary that needs padding.
@@ -124,7 +125,7 @@ def run_program(
         argv += ["--log-dir", str(directory)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    port = _free_port()
+    port = free_port()
     outputs = [directory / f"rank{rank}.log" for rank in range(processes)]
     ranks = [
         context.Process(
@@ -182,9 +183,3 @@ def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None) -> None:
             os.killpg(rank.pid, signal.SIGKILL)
         rank.kill()
         rank.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

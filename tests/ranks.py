@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.ports import free_port
 
 TIMEOUT_S = 120
 
@@ -27,9 +28,7 @@ def run_ranks(processes: int, function: Callable[..., Any], *args: Any, **sizes:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     results = context.Queue()
     ranks = [
         context.Process(

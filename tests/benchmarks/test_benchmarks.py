@@ -17,11 +17,14 @@ from tests.kernels import emulation
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def benchmark(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def benchmark(
+    script: str, *arguments: str, emulated: bool = False
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    # Nothing is timed in earnest: compiling would take most of the time.
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
-    if not torch.cuda.is_available():
+    # Nothing is timed in earnest: compiling and interpreting would take most of the time.
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
+    environment.pop("MEGATRON_RW_CUDA_LIBRARY", None)
+    if emulated and not torch.cuda.is_available():
         environment["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
@@ -88,6 +91,7 @@ def test_tune(tmp_path: Path) -> None:
         "kernels/tune.py",
         *["--device", "cpu", "--backend", "cuda", "--shapes", "4x40", "--rounds", "2"],
         *["--output", str(output)],
+        emulated=True,
     )
     assert run.returncode == 0, run.stderr
     found = record(output)
