@@ -4,16 +4,26 @@ from megatron_rw.kernels.cross_entropy import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_sums,
 )
+from megatron_rw.kernels.linear_cross_entropy import (
+    linear_weighted_cross_entropy,
+    linear_weighted_cross_entropy_sums,
+)
+from megatron_rw.kernels.logits_plan import BudgetError, LogitsPlan, plan_logits
 from megatron_rw.kernels.options import CrossEntropyOptions
 from megatron_rw.kernels.sums import SampleSums, sample_sums
 from megatron_rw.kernels.weights import SampleWeights, Statistic, loss_weights, weigh_samples
 
 __all__ = [
+    "BudgetError",
     "CrossEntropyOptions",
+    "LogitsPlan",
     "SampleSums",
     "SampleWeights",
     "Statistic",
+    "linear_weighted_cross_entropy",
+    "linear_weighted_cross_entropy_sums",
     "loss_weights",
+    "plan_logits",
     "sample_sums",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_cross_entropy_sums",

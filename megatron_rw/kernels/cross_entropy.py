@@ -106,7 +106,7 @@ def _cross_entropy(
 ) -> tuple[Tensor, SampleSums]:
     _check(logits, target, loss_mask)
     options = options or CrossEntropyOptions()
-    shard = _shard_of(logits.shape[-1], tp_group, options)
+    shard = shard_of(logits.shape[-1], tp_group, options)
     name = backend_name or default_backend(logits.device)
     if torch.compiler.is_compiling():
         losses, loss_sum, tokens = compiled.cross_entropy(
@@ -136,7 +136,17 @@ def _check(logits: Tensor, target: Tensor, loss_mask: Tensor | None) -> None:
         )
 
 
-def _shard_of(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOptions) -> Shard:
+def shard_of(width: int, group: dist.ProcessGroup | None, options: CrossEntropyOptions) -> Shard:
+    """This rank's part of the vocabulary.
+
+    Args:
+        width: columns of every rank, padding included.
+        group: the tensor-parallel ranks; None for one.
+        options: says which columns take part.
+
+    Raises:
+        ValueError: a rank would have none.
+    """
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     vocab_size = width * size if options.vocab_size is None else options.vocab_size
     if not width * (size - 1) < vocab_size <= width * size:

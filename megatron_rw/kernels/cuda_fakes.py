@@ -72,6 +72,40 @@ def _gradient(
     return None
 
 
+@torch.library.register_fake("megatron_rw_cuda::probabilities")
+def _probabilities(
+    logits: Tensor,
+    target: Tensor,
+    start: int,
+    columns: int,
+    ignore_index: int,
+    softcap: float,
+    threads: int,
+) -> Tensor:
+    return logits.new_empty(1, 3, *logits.shape[:2], dtype=torch.float32)
+
+
+@torch.library.register_fake("megatron_rw_cuda::subtract_targets")
+def _subtract_targets(
+    probabilities: Tensor,
+    table: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    start: int,
+    columns: int,
+    ignore_index: int,
+    softcap: float,
+    z_loss: float,
+    largest_ratio: float,
+) -> Tensor:
+    return torch.empty_like(lse)
+
+
+@torch.library.register_fake("megatron_rw_cuda::scale_rows")
+def _scale_rows(matrix: Tensor, scale: Tensor, out: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("megatron_rw_cuda::weigh")
 def _weigh(
     losses: Tensor,

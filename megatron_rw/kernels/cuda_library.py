@@ -23,7 +23,7 @@ from megatron_rw.kernels.selection import BackendError
 LIBRARY_VARIABLE = "MEGATRON_RW_CUDA_LIBRARY"
 CACHE_VARIABLE = "TORCH_EXTENSIONS_DIR"
 FOLDER = Path(__file__).parent / "csrc"
-SOURCES = ("operators.cpp", "statistics.cu", "gradient.cu", "weigh.cu")
+SOURCES = ("operators.cpp", "statistics.cu", "gradient.cu", "probabilities.cu", "weigh.cu")
 # The stable ABI of torch 2.11, which later versions keep.
 CXX_FLAGS = ("-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA")
 # Of a build with the package, which may run elsewhere: Ampere, Hopper, Blackwell and later.

@@ -39,6 +39,19 @@ def forward(
 ) -> Combined:
     """Losses, log-sum-exps and sums over the whole vocabulary, after one all-gather."""
     tables = passes.statistics(logits, target, shard, options)
+    return join(tables, target, loss_mask, tp_group, shard, options, passes)
+
+
+def join(
+    tables: Tensor,
+    target: Tensor,
+    loss_mask: Tensor | None,
+    tp_group: dist.ProcessGroup | None,
+    shard: Shard,
+    options: CrossEntropyOptions,
+    passes: CrossEntropyBackend,
+) -> Combined:
+    """Losses, log-sum-exps and sums from this rank's statistics, `[parts, rows, s, b]`."""
     if tp_group is not None and tp_group.size() > 1:
         table = passes.merge(tables)
         tables = table.new_empty(tp_group.size(), *table.shape[1:])
@@ -49,11 +62,16 @@ def forward(
 def upstream_of(
     of_losses: Tensor | None, of_sums: Tensor | None, loss_mask: Tensor | None
 ) -> Tensor | None:
-    """Gradient of each token's loss, `[s, b]` fp32, from those of the losses and of the sums."""
+    """Gradient of each token's loss, `[s, b]` fp32 (fp64 where the losses are).
+
+    From those of the losses and of the sums; None where there are neither.
+    """
     upstream = of_losses
     if of_sums is not None:
         assert loss_mask is not None
         # 0·NaN is NaN: a masked token has no gradient, whatever its sample's.
         spread = torch.where(loss_mask > 0, loss_mask * of_sums, 0.0)
         upstream = spread if upstream is None else upstream + spread
-    return None if upstream is None else upstream.float()
+    if upstream is None or upstream.dtype == torch.float64:
+        return upstream
+    return upstream.float()

@@ -15,10 +15,13 @@ from megatron_rw.kernels.options import (
     Shard,
 )
 from megatron_rw.kernels.sums import sample_sums
-
-# Logits at a time: 2 MiB in fp32 stay in a processor's cache, and fewer would have the host's work
-# between two pieces show.
-CHUNK_ELEMENTS = 1 << 19
+from megatron_rw.kernels.torch_pieces import (
+    ClearRows,
+    Scratch,
+    computed_in,
+    cut_pieces,
+    local_columns,
+)
 
 
 class TorchBackend:
@@ -28,8 +31,8 @@ class TorchBackend:
         self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
         """See `CrossEntropyBackend`."""
-        column, here = _local(target, shard, options)
-        pieces, columns = _pieces(logits[..., : shard.columns], column)
+        column, here = local_columns(target, shard, options)
+        pieces, columns = cut_pieces(logits[..., : shard.columns], column)
         top, total, own, plain = _by_target(pieces, columns, options)
         # Where the target's logit is not finite it says nothing of the others. A device is not
         # asked whether there are any, which would make the host wait.
@@ -42,7 +45,10 @@ class TorchBackend:
 
     def merge(self, tables: Tensor) -> Tensor:
         """See `CrossEntropyBackend`."""
-        return tables
+        if len(tables) == 1:
+            return tables
+        top, _, total = _join(tables)
+        return torch.cat([torch.stack([top, total]), tables[:, TARGET:].sum(dim=0)]).unsqueeze(0)
 
     def combine(
         self,
@@ -53,13 +59,12 @@ class TorchBackend:
         loss_mask: Tensor | None,
     ) -> Combined:
         """See `CrossEntropyBackend`."""
-        top = tables[:, MAX].amax(dim=0)
-        base = top.masked_fill(top == -torch.inf, 0.0)
-        total = torch.log((tables[:, SUM_EXP] * torch.exp(tables[:, MAX] - base)).sum(dim=0))
+        _, base, total = _join(tables)
+        log_total = torch.log(total)
         own = tables[:, TARGET].sum(dim=0)
         # Not lse − z_y: a common offset of the logits would cost both their digits.
-        losses = total + (base - own)
-        lse = total + base
+        losses = log_total + (base - own)
+        lse = log_total + base
         smoothing = shard.smoothing(options)
         if smoothing:
             losses += smoothing * (own - tables[:, SUM].sum(dim=0) / shard.vocab_size)
@@ -83,14 +88,14 @@ class TorchBackend:
     ) -> None:
         """See `CrossEntropyBackend`."""
         smoothing = shard.smoothing(options)
-        column, here = _local(target, shard, options)
+        column, here = local_columns(target, shard, options)
         scale = upstream.contiguous().masked_fill(target == options.ignore_index, 0.0)
         row_scale = (scale * (1.0 + 2.0 * options.z_loss * lse)).unsqueeze(-1)
         correction = torch.where(here, (smoothing - 1.0) * scale, 0.0).unsqueeze(-1)
         uniform = (scale * (smoothing / shard.vocab_size)).unsqueeze(-1)
         whole = shard.columns == shard.vocab_size
-        clear = _Clear(scale == 0)
-        pieces = _pieces(
+        clear = ClearRows(scale == 0)
+        pieces = cut_pieces(
             logits[..., : shard.columns],
             out[..., : shard.columns],
             lse.unsqueeze(-1),
@@ -100,12 +105,12 @@ class TorchBackend:
             uniform,
             clear.rows.unsqueeze(-1),
         )
-        scratch = _Scratch(pieces[0])
+        scratch = Scratch(pieces[0])
         for part, place, row_lse, index, factor, own, even, zero in zip(*pieces, strict=True):
             z = scratch.read(part, options)
             # Straight into its place where nothing is left to read there: each row of these is read
             # before it is written.
-            straight = place.dtype == torch.float32 and options.softcap is None
+            straight = place.dtype == computed_in(place.dtype) and options.softcap is None
             gradient = place if straight else scratch.space(z)
             if whole:
                 torch.softmax(z, dim=-1, out=gradient)
@@ -123,6 +128,13 @@ class TorchBackend:
         out[..., shard.columns :] = 0
 
 
+def _join(tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit m of all parts, a finite m for a row of −inf, and Σ exp(z − m)."""
+    top = tables[:, MAX].amax(dim=0)
+    base = top.masked_fill(top == -torch.inf, 0.0)
+    return top, base, (tables[:, SUM_EXP] * torch.exp(tables[:, MAX] - base)).sum(dim=0)
+
+
 def _by_target(
     logits: list[Tensor], columns: list[Tensor], options: CrossEntropyOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -130,7 +142,7 @@ def _by_target(
 
     From one fused log-softmax: any m near the largest logit does, and log Σ exp z = z_y − log p_y.
     """
-    scratch = _Scratch(logits)
+    scratch = Scratch(logits)
     owns, log_probabilities, plain = [], [], []
     for part, index in zip(logits, columns, strict=True):
         z = scratch.read(part, options)
@@ -148,7 +160,7 @@ def _by_target(
 
 def _by_maximum(logits: list[Tensor], options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
     """The largest logit m and Σ exp(z − m), `[s·b]` each."""
-    scratch = _Scratch(logits)
+    scratch = Scratch(logits)
     tops, totals = [], []
     for part in logits:
         z = scratch.read(part, options)
@@ -158,71 +170,3 @@ def _by_maximum(logits: list[Tensor], options: CrossEntropyOptions) -> tuple[Ten
     top = torch.cat(tops)
     # A row of −inf has no softmax.
     return top, torch.cat(totals).reciprocal().masked_fill(top == -torch.inf, 0.0)
-
-
-def _local(target: Tensor, shard: Shard, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
-    """Each target's column in the shard, `[s, b, 1]`, and whether it has one, `[s, b]`."""
-    column = target.contiguous() - shard.start
-    here = (column >= 0) & (column < shard.columns) & (target != options.ignore_index)
-    return column.where(here, 0).unsqueeze(-1), here
-
-
-class _Clear:
-    """Puts literal zeros into rows, as 0·NaN is NaN.
-
-    Args:
-        rows: `[s, b]` bool.
-    """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        # A device is not asked, which would make the host wait.
-        self._any = rows.is_cuda or bool(rows.any())
-
-    def __call__(self, gradient: Tensor, zero: Tensor) -> None:
-        if gradient.is_cuda:
-            gradient.masked_fill_(zero, 0.0)
-        elif self._any:
-            gradient[zero.squeeze(-1)] = 0.0
-
-
-class _Scratch:
-    """Memory for one piece at a time, kept: the allocator may give pages back after every use.
-
-    Args:
-        pieces: `[n, ·]` each, the first the longest.
-    """
-
-    def __init__(self, pieces: list[Tensor]) -> None:
-        self._single = [
-            torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
-            for piece in pieces[:1] * 2
-        ]
-
-    def read(self, piece: Tensor, options: CrossEntropyOptions) -> Tensor:
-        """The piece in fp32, and capped."""
-        if piece.dtype == torch.float32 and options.softcap is None:
-            return piece
-        z = self._single[0][: len(piece)].copy_(piece)
-        if options.softcap is not None:
-            z.div_(options.softcap).tanh_().mul_(options.softcap)
-        return z
-
-    def space(self, z: Tensor) -> Tensor:
-        """As large as `z`."""
-        return self._single[1][: len(z)]
-
-
-def _pieces(logits: Tensor, *others: Tensor) -> list[list[Tensor]]:
-    """Cut tensors `[s, b, ·]` alike into views `[n, ·]` of about CHUNK_ELEMENTS logits each."""
-    tensors = [logits, *others]
-    rows = max(1, CHUNK_ELEMENTS // max(1, logits.shape[-1]))
-    if all(_is_one_run(tensor) for tensor in tensors):
-        return [list(tensor.view(-1, tensor.shape[-1]).split(rows)) for tensor in tensors]
-    return [[piece for part in tensor for piece in part.split(rows)] for tensor in tensors]
-
-
-def _is_one_run(tensor: Tensor) -> bool:
-    """Whether `[s, b, ·]` can be viewed as `[s·b, ·]`."""
-    sequence, batch, _ = tensor.shape
-    return min(sequence, batch) == 1 or tensor.stride(0) == batch * tensor.stride(1)

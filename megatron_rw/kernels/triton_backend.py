@@ -45,7 +45,8 @@ COMBINED_TOKENS = 256
 
 
 @triton.jit
-def _cap(z, softcap):
+def cap(z, softcap):
+    """c·tanh(z/c)."""
     # tanh(x) = 1 − 2/(1 + e^2x), exact at both ends: e^2x is 0 or inf there.
     return softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * z / softcap)))
 
@@ -85,7 +86,7 @@ def _statistics_kernel(
         inside = offsets < columns
         z = tl.load(base + offsets.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
         if CAPPED:
-            z = _cap(z, softcap)
+            z = cap(z, softcap)
         if WITH_SUM:
             plain += tl.sum(tl.where(inside, z, 0.0), axis=0)
         z = tl.where(inside, z, -float("inf"))
@@ -100,7 +101,7 @@ def _statistics_kernel(
     if (part == 0) & (column >= 0) & (column < columns) & (label != ignore_index):
         own = tl.load(base + column * stride_v).to(tl.float32)
         if CAPPED:
-            own = _cap(own, softcap)
+            own = cap(own, softcap)
     place = out + part.to(tl.int64) * (4 if WITH_SUM else 3) * rows + row
     tl.store(place, top)
     tl.store(place + rows, total)
@@ -245,7 +246,7 @@ def _gradient_kernel(
     source = logits + sequence * stride_s + sample * stride_b + wide * stride_v
     z = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if CAPPED:
-        z = _cap(z, softcap)
+        z = cap(z, softcap)
     row_lse = tl.load(lse + row)
     gradient = tl.exp(z - row_lse) * (1.0 + 2.0 * z_loss * row_lse) - uniform
     # The target joins in fp32, before the one rounding: p − 1 cancels as p nears 1.

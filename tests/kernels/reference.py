@@ -1,4 +1,4 @@
-"""Cross-entropy in fp64 over the whole vocabulary, as the formula reads."""
+"""Cross-entropy in fp64 over the whole vocabulary, as the formula reads; of logits, of a layer."""
 
 from __future__ import annotations
 
@@ -38,3 +38,34 @@ def gradient(
     (cross_entropy(leaf, target, options) * upstream.double()).sum().backward()
     assert leaf.grad is not None
     return leaf.grad
+
+
+def linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upstream: Tensor,
+    options: CrossEntropyOptions,
+) -> tuple[Tensor, list[Tensor]]:
+    """Losses of the logits hidden·weightᵀ + bias, and the gradients of the tensors given.
+
+    Args:
+        hidden: `[s, b, h]`.
+        weight: `[V, h]`, padding included.
+        bias: `[V]`.
+        target: `[s, b]`.
+        upstream: `[s, b]`, of the losses.
+        options: as the kernels take them.
+
+    Returns:
+        `[s, b]`, and gradients of hidden, weight and, where there is one, bias, all fp64.
+    """
+    given = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in given]
+    logits = leaves[0] @ leaves[1].T
+    if bias is not None:
+        logits = logits + leaves[2]
+    losses = cross_entropy(logits, target, options)
+    gradients = torch.autograd.grad((losses * upstream.double()).sum(), leaves)
+    return losses.detach(), list(gradients)

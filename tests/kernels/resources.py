@@ -14,10 +14,11 @@ import pytest
 from megatron_rw.kernels.cuda_library import CXX_FLAGS, FOLDER
 
 _PROPERTY = "resources"
-_TYPES = {"f": "float", "13__nv_bfloat16": "bfloat16", "6__half": "half"}
+_NAMES = {"__nv_bfloat16": "bfloat16", "__half": "half"}
 _FLAGS = {
     "statistics_kernel": ("general", "plain"),
     "gradient_kernel": ("plain", "soft-cap"),
+    "probabilities_kernel": ("plain", "soft-cap"),
 }
 _rows: list[tuple[object, ...]] = []
 
@@ -70,10 +71,17 @@ def _parsed(architecture: str, report: str) -> list[Resources]:
 
 
 def _name(mangled: str) -> str:
-    match = re.search(r"\d([a-z]+_kernel)(?:I(\w+?)Lb([01])E)?", mangled)
-    assert match, mangled
-    kernel, dtype, flag = match.groups()
-    return f"{kernel}, {_TYPES[dtype]}, {_FLAGS[kernel][int(flag)]}" if dtype else kernel
+    command = ["c++filt", mangled]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"([a-z]+(?:_[a-z]+)*_kernel)(?:<([^>]*)>)?", name)
+    assert match, name
+    kernel, arguments = match.groups()
+    if not arguments:
+        return kernel
+    chosen = [_NAMES.get(argument, argument) for argument in arguments.split(", ")]
+    if kernel in _FLAGS:
+        chosen[-1] = _FLAGS[kernel][chosen[-1] == "true"]
+    return ", ".join([kernel, *chosen])
 
 
 @pytest.fixture

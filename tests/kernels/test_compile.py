@@ -13,18 +13,21 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_rw.kernels import triton_backend as ce, triton_weights as weights
+from megatron_rw.kernels import triton_backend as ce, triton_probabilities as layer
+from megatron_rw.kernels import triton_weights as weights
 
-POINTERS = {"target": "*i64", "mask": "*i1", "logits": "*bf16"}
+POINTERS = {"target": "*i64", "mask": "*i1", "logits": "*bf16", "probabilities": "*bf16",
+            "matrix": "*bf16"}
 BUFFERS = ("tables", "losses", "lses", "lse", "sums", "upstream", "loss_mask", "given_range",
-           "weights", "statistics", "out")
-FLOATS = ("softcap", "z_loss", "smoothing", "uniform", "delta", "largest_score", "temperature")
+           "weights", "statistics", "out", "table", "scale")
+FLOATS = ("softcap", "z_loss", "smoothing", "uniform", "delta", "largest_score", "temperature",
+          "largest")
 LAUNCH = ce.LAUNCH
 
 def type_of(kernel, name, constexprs):
     if name in constexprs:
         return "constexpr"
-    if kernel is ce._gradient_kernel and name == "out":
+    if kernel in (ce._gradient_kernel, layer._scale_rows_kernel) and name == "out":
         return "*bf16"
     if name == "temperature" and constexprs["TEMPERATURE_ON_DEVICE"]:
         return "*fp32"
@@ -50,6 +53,9 @@ check(ce._statistics_kernel, LAUNCH.forward_warps, CAPPED=both, WITH_SUM=both,
 check(ce._merge_kernel, 4, WITH_SUM=both, TOKENS=(ce.COMBINED_TOKENS,))
 check(ce._combine_kernel, 4, WITH_SUM=both, MASKED=both, TOKENS=(ce.COMBINED_TOKENS,))
 check(ce._gradient_kernel, LAUNCH.backward_warps, CAPPED=both, BLOCK=(LAUNCH.backward_block,))
+check(layer._probabilities_kernel, layer.LAUNCH.warps, CAPPED=both, BLOCK=(layer.LAUNCH.block,))
+check(layer._subtract_targets_kernel, 1, CAPPED=both, BLOCK=(1024,))
+check(layer._scale_rows_kernel, 4, BLOCK=(2048,))
 check(weights._weigh_kernel, weights.MOST_WARPS, STRATEGY=(1, 2), MASKED=both, GIVEN=both,
       TEMPERATURE_ON_DEVICE=(True,), BLOCK=(weights.LARGEST_BLOCK,))
 check(weights._weigh_kernel, 1, STRATEGY=(0, 3), MASKED=(True,), GIVEN=(False,),

@@ -51,8 +51,9 @@ def test_kernels_compile_without_spills(
     kernels = resources(architecture)
     for kernel in kernels:
         record_resources(kernel)
-    # Both passes in three dtypes and two variants, and three kernels of one kind.
-    assert len(kernels) == 2 * 3 * 2 + 3
+    # Three passes in three dtypes and two variants, targets in three dtypes, rows scaled from three
+    # to three, and three kernels of one kind.
+    assert len({kernel.kernel for kernel in kernels}) == 3 * 3 * 2 + 3 + 3 * 3 + 3
     assert {kernel.kernel for kernel in kernels if kernel.spilled or kernel.stack} == set()
     assert all(0 < kernel.registers <= 64 for kernel in kernels)
 
@@ -97,6 +98,13 @@ def test_operators_pass_torchs_own_check() -> None:
             operators.gradient,
             (*(logits, target, lse, mask, 0, 65, -100, 5.0, 0.0, 0.1, 0.1 / 65, 64, 32), out),
         ),
+        (operators.probabilities, (logits.clone(), target, 0, 65, -100, 5.0, 64)),
+        (operators.probabilities, (logits.bfloat16(), target, 0, 70, -100, 0.0, 512)),
+        (
+            operators.subtract_targets,
+            (logits.clone(), tables[:, :3].contiguous(), target, lse, 0, 65, -100, 5.0, 0.1, 9.0),
+        ),
+        (operators.scale_rows, (logits[0], losses[:2], out[0])),
         (operators.weigh, (losses, None, None, None, 0.4, 1, 1.0, 1.0)),
         (operators.weigh, (losses, losses > 0.1, two, two[0].clone(), 0.0, 2, 1.0, 1.0)),
     ]
@@ -150,6 +158,7 @@ def test_loss_and_weights_compile_to_one_graph(name: Any, compiler: str) -> None
 @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
 def test_sample_longer_than_one_block_joins(name: str) -> None:
     sequence, batch = 2 * 8192 + 100, 2
+    cuda_library.load(DEVICE)
     logits, target, mask = inputs(sequence, batch, 3)
     shard, options = Shard(0, 3, 3), CrossEntropyOptions()
     tables = backend("torch").statistics(logits, target, shard, options)

@@ -80,6 +80,28 @@ __device__ __forceinline__ Cut cut(const T* begin, int count, bool wide) {
 // Vectors that a thread loads before it uses the first.
 constexpr int kInFlight = 4;
 
+__device__ __forceinline__ float capped(float z, float softcap) {
+  return softcap * tanhf(z / softcap);
+}
+
+template <typename T>
+__device__ void fill_zeros(T* out, int64_t stride, int count) {
+  const int threads = blockDim.x, thread = threadIdx.x;
+  const Cut piece = cut(out, count, stride == 1);
+  const T zero = from_float<T>(0.0f);
+  for (int column = thread; column < piece.head; column += threads) out[column * stride] = zero;
+  Vector<T>* const vectors = reinterpret_cast<Vector<T>*>(out + piece.head);
+  Vector<T> zeros;
+#pragma unroll
+  for (T& value : zeros.values) value = zero;
+  for (int index = thread; index < piece.vectors; index += threads) {
+    store_vector(vectors[index].values, zeros);
+  }
+  for (int column = piece.tail + thread; column < count; column += threads) {
+    out[column * stride] = zero;
+  }
+}
+
 // The same of every thread `distance` lanes away, for a type made of 32-bit words.
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(const T& value, int distance) {

@@ -16,31 +16,13 @@ struct Row {
 template <bool kCapped>
 __device__ __forceinline__ float gradient_of(float z, int column, const Row& row,
                                              const Gradient& a) {
-  if (kCapped) z = a.softcap * tanhf(z / a.softcap);
+  if (kCapped) z = capped(z, a.softcap);
   float gradient = fast_exp(z - row.lse) * row.lift - a.uniform;
   // The target joins in fp32, before the one rounding: p - 1 cancels as p nears 1.
   if (column == row.own) gradient -= 1.0f - a.smoothing;
   gradient *= row.scale;
   if (kCapped) gradient *= 1.0f - (z / a.softcap) * (z / a.softcap);
   return gradient;
-}
-
-template <typename T>
-__device__ void fill_zeros(T* out, int64_t stride, int count) {
-  const int threads = blockDim.x, thread = threadIdx.x;
-  const Cut piece = cut(out, count, stride == 1);
-  const T zero = from_float<T>(0.0f);
-  for (int column = thread; column < piece.head; column += threads) out[column * stride] = zero;
-  Vector<T>* const vectors = reinterpret_cast<Vector<T>*>(out + piece.head);
-  Vector<T> zeros;
-#pragma unroll
-  for (T& value : zeros.values) value = zero;
-  for (int index = thread; index < piece.vectors; index += threads) {
-    store_vector(vectors[index].values, zeros);
-  }
-  for (int column = piece.tail + thread; column < count; column += threads) {
-    out[column * stride] = zero;
-  }
 }
 
 template <typename T, bool kCapped>

@@ -103,6 +103,54 @@ struct Gradient {
 };
 void launch_gradient(const Gradient& arguments, Launch launch, cudaStream_t stream);
 
+// Logits of a contiguous [rows, width] become the probabilities within the shard, q in
+// probabilities.py without its target, in place. Into table[statistic][row] go the largest logit, the
+// sum of exp(z - largest) and the target's logit, as those of one part of `Statistics`.
+struct Probabilities {
+  void* logits;
+  Dtype dtype;
+  PerToken<const int64_t> target;
+  float* table;
+  Shape shape;
+  int64_t start;
+  int columns;
+  int width;  // columns and padding, which gets zeros
+  int64_t ignore_index;
+  float softcap;  // 0: none
+};
+void launch_probabilities(const Probabilities& arguments, int threads, cudaStream_t stream);
+
+// The target is subtracted from q, in place, and s in probabilities.py goes into `scale`.
+struct SubtractTargets {
+  void* probabilities;
+  Dtype dtype;
+  PerToken<const int64_t> target;
+  const float* table;  // of Probabilities
+  const float* lse;    // [sequence, batch]
+  float* scale;        // [sequence, batch]
+  Shape shape;
+  int64_t start;
+  int columns;
+  int width;
+  int64_t ignore_index;
+  float softcap;  // 0: none
+  float z_loss;
+  float largest_ratio;
+};
+void launch_subtract_targets(const SubtractTargets& arguments, cudaStream_t stream);
+
+// out = diag(scale) * matrix, both contiguous [rows, width]; zeros where the scale is 0.
+struct ScaleRows {
+  const void* matrix;
+  Dtype dtype;
+  void* out;  // may be the matrix
+  Dtype out_dtype;
+  const float* scale;
+  int64_t rows;
+  int width;
+};
+void launch_scale_rows(const ScaleRows& arguments, cudaStream_t stream);
+
 enum class Strategy { kUniform, kLinUpper, kQuadratic, kExtremes };
 
 // Weights and their statistics, see `Statistic` in weights.py, of one set.

@@ -64,7 +64,7 @@ Dtype dtype_of(const Tensor& logits) {
     case ScalarType::Half:
       return Dtype::kHalf;
     default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, "must be float32, bfloat16 or float16");
   }
 }
 
@@ -207,6 +207,82 @@ void gradient(const Tensor& logits, const Tensor& target, const Tensor& lse,
                   launch, device.stream());
 }
 
+// Rows of a contiguous [rows, width], for [s, b, width] logits.
+void* logits_in_place(const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.is_contiguous(),
+                  "logits must be [s, b, v] and contiguous");
+  return logits.data_ptr();
+}
+
+Tensor probabilities(const Tensor& logits, const Tensor& target, int64_t start, int64_t columns,
+                     int64_t ignore_index, double softcap, int64_t threads) {
+  void* const data = logits_in_place(logits);
+  const Shape shape = shape_of(logits);
+  STD_TORCH_CHECK(columns > 0 && columns <= logits.size(2), "columns must be within the logits");
+  const Launch launch = launch_of(threads, columns, columns);
+  Tensor table =
+      torch::stable::new_empty(logits, {1, 3, shape.sequence, shape.batch}, ScalarType::Float);
+  const OnDevice device(logits);
+  launch_probabilities({.logits = data,
+                        .dtype = dtype_of(logits),
+                        .target = per_token<int64_t>(target, "target", ScalarType::Long, shape),
+                        .table = static_cast<float*>(table.data_ptr()),
+                        .shape = shape,
+                        .start = start,
+                        .columns = narrow(columns),
+                        .width = narrow(logits.size(2)),
+                        .ignore_index = ignore_index,
+                        .softcap = static_cast<float>(softcap)},
+                       launch.threads, device.stream());
+  return table;
+}
+
+Tensor subtract_targets(const Tensor& probabilities, const Tensor& table, const Tensor& target,
+                        const Tensor& lse, int64_t start, int64_t columns, int64_t ignore_index,
+                        double softcap, double z_loss, double largest_ratio) {
+  void* const data = logits_in_place(probabilities);
+  const Shape shape = shape_of(probabilities);
+  const int64_t rows = probabilities.size(0) * probabilities.size(1);
+  STD_TORCH_CHECK(columns > 0 && columns <= probabilities.size(2),
+                  "columns must be within the probabilities");
+  Tensor scale =
+      torch::stable::new_empty(lse, {shape.sequence, shape.batch}, ScalarType::Float);
+  const OnDevice device(probabilities);
+  launch_subtract_targets(
+      {.probabilities = data,
+       .dtype = dtype_of(probabilities),
+       .target = per_token<int64_t>(target, "target", ScalarType::Long, shape),
+       .table = whole<float>(table, "table", ScalarType::Float, 3 * rows),
+       .lse = whole<float>(lse, "lse", ScalarType::Float, rows),
+       .scale = static_cast<float*>(scale.data_ptr()),
+       .shape = shape,
+       .start = start,
+       .columns = narrow(columns),
+       .width = narrow(probabilities.size(2)),
+       .ignore_index = ignore_index,
+       .softcap = static_cast<float>(softcap),
+       .z_loss = static_cast<float>(z_loss),
+       .largest_ratio = static_cast<float>(largest_ratio)},
+      device.stream());
+  return scale;
+}
+
+void scale_rows(const Tensor& matrix, const Tensor& scale, const Tensor& out) {
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.is_contiguous(), "matrix must be [n, h]");
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == matrix.size(0) &&
+                      out.size(1) == matrix.size(1),
+                  "out must be of the matrix's shape and contiguous");
+  const OnDevice device(matrix);
+  launch_scale_rows({.matrix = matrix.data_ptr(),
+                     .dtype = dtype_of(matrix),
+                     .out = out.data_ptr(),
+                     .out_dtype = dtype_of(out),
+                     .scale = whole<float>(scale, "scale", ScalarType::Float, matrix.size(0)),
+                     .rows = narrow(matrix.size(0)),
+                     .width = narrow(matrix.size(1))},
+                    device.stream());
+}
+
 std::tuple<Tensor, Tensor> weigh(const Tensor& losses, const OptionalTensor& mask,
                                  const OptionalTensor& given_range,
                                  const OptionalTensor& temperature_tensor, double temperature,
@@ -258,6 +334,14 @@ STABLE_TORCH_LIBRARY(megatron_rw_cuda, library) {
       "int columns, int ignore_index, float softcap, float z_loss, float smoothing, "
       "float uniform, int threads, int block_columns, Tensor(a!) out) -> ()");
   library.def(
+      "probabilities(Tensor(a!) logits, Tensor target, int start, int columns, int ignore_index, "
+      "float softcap, int threads) -> Tensor");
+  library.def(
+      "subtract_targets(Tensor(a!) probabilities, Tensor table, Tensor target, Tensor lse, "
+      "int start, int columns, int ignore_index, float softcap, float z_loss, "
+      "float largest_ratio) -> Tensor");
+  library.def("scale_rows(Tensor matrix, Tensor scale, Tensor(a!) out) -> ()");
+  library.def(
       "weigh(Tensor losses, Tensor? mask, Tensor? given_range, Tensor? temperature_tensor, "
       "float temperature, int strategy, float delta, float largest_score) -> (Tensor, Tensor)");
 }
@@ -267,5 +351,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rw_cuda, MEGATRON_RW_KEY, library) {
   library.impl("merge", TORCH_BOX(&megatron_rw::merge));
   library.impl("combine", TORCH_BOX(&megatron_rw::combine));
   library.impl("gradient", TORCH_BOX(&megatron_rw::gradient));
+  library.impl("probabilities", TORCH_BOX(&megatron_rw::probabilities));
+  library.impl("subtract_targets", TORCH_BOX(&megatron_rw::subtract_targets));
+  library.impl("scale_rows", TORCH_BOX(&megatron_rw::scale_rows));
   library.impl("weigh", TORCH_BOX(&megatron_rw::weigh));
 }

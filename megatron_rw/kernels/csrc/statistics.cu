@@ -1,55 +1,10 @@
 // The forward pass over the logits, and the joining of its parts.
 
-#include "device.cuh"
+#include "online.cuh"
 
 namespace megatron_rw {
 namespace {
 
-// Of some logits: the largest, the sum of exp(z - largest), the sum of z.
-struct Running {
-  float top = -INFINITY;
-  float total = 0.0f;
-  float plain = 0.0f;
-};
-
-// What to subtract from logits of which `top` is the largest: of a row of -inf nothing, as
-// exp(-inf + inf) is NaN.
-__device__ __forceinline__ float anchor(float top) { return top == -INFINITY ? 0.0f : top; }
-
-struct Join {
-  __device__ __forceinline__ Running operator()(const Running& a, const Running& b) const {
-    const float top = fmaxf(a.top, b.top);
-    const float base = anchor(top);
-    return {top, a.total * expf(a.top - base) + b.total * expf(b.top - base), a.plain + b.plain};
-  }
-};
-
-// Adds `kCount` logits at once.
-template <bool kPlain, int kCount>
-__device__ __forceinline__ void accumulate(Running& running, float (&z)[kCount],
-                                           const Statistics& a) {
-  if (!kPlain) {
-    for (float& value : z) {
-      if (a.softcap > 0) value = a.softcap * tanhf(value / a.softcap);
-      running.plain += value;
-    }
-  }
-  float top = z[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) top = fmaxf(top, z[k]);
-  // Seldom, after the first few.
-  if (top > running.top) {
-    running.total *= fast_exp(running.top - top);
-    running.top = top;
-  }
-  const float base = anchor(running.top);
-  float total = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) total += fast_exp(z[k] - base);
-  running.total += total;
-}
-
-// kPlain: neither a soft-cap nor a sum of the logits.
 template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kMostThreads, 1) statistics_kernel(const Statistics a,
                                                                   int block_columns) {
@@ -68,7 +23,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) statistics_kernel(const Stati
   Running running;
   const auto one = [&](int column) {
     float z[1] = {to_float(mine[column * stride])};
-    accumulate<kPlain>(running, z, a);
+    accumulate<kPlain>(running, z, a.softcap);
   };
   for (int column = thread; column < piece.head; column += threads) one(column);
   const Vector<T>* const vectors = reinterpret_cast<const Vector<T>*>(mine + piece.head);
@@ -85,7 +40,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) statistics_kernel(const Stati
         float z[kSize];
 #pragma unroll
         for (int lane = 0; lane < kSize; ++lane) z[lane] = to_float(loaded[k].values[lane]);
-        accumulate<kPlain>(running, z, a);
+        accumulate<kPlain>(running, z, a.softcap);
       }
     }
   }
@@ -99,7 +54,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) statistics_kernel(const Stati
   float target = 0.0f;
   if (label != a.ignore_index && own >= first && own < first + count) {
     target = to_float(begin[own * stride]);
-    if (!kPlain && a.softcap > 0) target = a.softcap * tanhf(target / a.softcap);
+    if (!kPlain && a.softcap > 0) target = capped(target, a.softcap);
   }
   const int64_t rows = static_cast<int64_t>(a.shape.sequence) * a.shape.batch;
   float* const table = a.tables + part * (a.with_sum ? 4 : 3) * rows + row;
@@ -130,13 +85,15 @@ __device__ __forceinline__ Token join_parts(const float* tables, int64_t row, in
 }
 
 __global__ void __launch_bounds__(kMostThreads, 1) merge_kernel(const Merge a) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= a.rows) return;
-  const Token token = join_parts(a.tables, row, a.rows, a.parts, a.with_sum);
-  a.merged[row] = token.running.top;
-  a.merged[a.rows + row] = token.running.total;
-  a.merged[2 * a.rows + row] = token.target;
-  if (a.with_sum) a.merged[3 * a.rows + row] = token.running.plain;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; row < a.rows;
+       row += threads) {
+    const Token token = join_parts(a.tables, row, a.rows, a.parts, a.with_sum);
+    a.merged[row] = token.running.top;
+    a.merged[a.rows + row] = token.running.total;
+    a.merged[2 * a.rows + row] = token.target;
+    if (a.with_sum) a.merged[3 * a.rows + row] = token.running.plain;
+  }
 }
 
 // Of the tokens of one sample.

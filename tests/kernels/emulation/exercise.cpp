@@ -148,6 +148,40 @@ void cross_entropy(Dtype dtype, const Variant& v) {
   expect_written(v.in_place ? data : apart, "gradient");
 }
 
+template <typename T>
+void probabilities(Dtype dtype, int columns, float softcap, int threads) {
+  constexpr int kSequence = 3, kBatch = 2, kWidth = 1203, kRows = kSequence * kBatch;
+  std::vector<T> numbers;
+  for (const float value : random_floats(kRows * kWidth)) numbers.push_back(number<T>(value));
+  // A row without a finite sum.
+  numbers[4 * kWidth + 7] = number<T>(INFINITY);
+  Buffer<T> data(numbers);
+  std::vector<int64_t> labels(kRows);
+  for (int row = 0; row < kRows; ++row) labels[row] = row == 1 ? -100 : (row * 137) % columns;
+  const Buffer<int64_t> target(labels);
+  Buffer<float> table(3 * kRows, NAN), scale(kRows, NAN);
+  launch_probabilities({data.data(), dtype, {target.data(), kBatch, 1}, table.data(),
+                        {kSequence, kBatch}, 0, columns, kWidth, -100, softcap},
+                       threads, nullptr);
+  expect_written(data, "probabilities");
+  // One row's target is lost in this shard.
+  const Buffer<float> lse(std::vector<float>{9.0f, 9.0f, 9.0f, 9.0f, 9.0f, 200.0f});
+  launch_subtract_targets({data.data(), dtype, {target.data(), kBatch, 1}, table.data(),
+                           lse.data(), scale.data(), {kSequence, kBatch}, 0, columns, kWidth, -100,
+                           softcap, 0.01f, 3000.0f},
+                          nullptr);
+  expect_written(data, "targets");
+  expect_written(scale, "factors");
+  const Buffer<float> factors(std::vector<float>{1.0f, 2.0f, 0.0f, -1.0f, 0.5f, 3.0f});
+  Buffer<float> wide(kRows * kWidth, NAN);
+  launch_scale_rows({data.data(), dtype, wide.data(), Dtype::kFloat, factors.data(), kRows, kWidth},
+                    nullptr);
+  expect_written(wide, "rows in fp32");
+  launch_scale_rows({data.data(), dtype, data.data(), dtype, factors.data(), kRows, kWidth},
+                    nullptr);
+  expect_written(data, "rows in place");
+}
+
 void weigh(int count, Strategy strategy, bool masked, bool given) {
   const Buffer<float> losses(random_floats(count));
   const Buffer<float> range(std::vector<float>{-1.0f, 1.0f}), temperature(1, 0.4f);
@@ -177,6 +211,14 @@ int main() {
     cross_entropy<float>(Dtype::kFloat, variant);
     cross_entropy<__nv_bfloat16>(Dtype::kBFloat16, variant);
     cross_entropy<__half>(Dtype::kHalf, variant);
+  }
+  for (const float softcap : {0.0f, 5.0f}) {
+    for (const int columns : {1203, 1100}) {
+      const int threads = columns == 1203 ? 64 : 512;
+      probabilities<float>(Dtype::kFloat, columns, softcap, threads);
+      probabilities<__nv_bfloat16>(Dtype::kBFloat16, columns, softcap, threads);
+      probabilities<__half>(Dtype::kHalf, columns, softcap, threads);
+    }
   }
   for (int strategy = 0; strategy < 4; ++strategy) {
     for (const int count : {1, 37, 1300}) {
