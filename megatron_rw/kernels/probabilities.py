@@ -86,9 +86,9 @@ class ProbabilityBackend(Protocol):
         """`out = diag(scale)·matrix`, rounded once; rows of literal zeros where the scale is 0.
 
         Args:
-            matrix: `[n, h]`, contiguous.
+            matrix: `[n, h]`, contiguous, of the dtype of `out` or fp32 (fp64 for fp64).
             scale: `[n]` fp32 (fp64 for fp64).
-            out: `[n, h]`, contiguous, of any floating dtype; may be `matrix`.
+            out: `[n, h]`, contiguous; may be `matrix`.
         """
 
 

@@ -139,7 +139,8 @@ struct SubtractTargets {
 };
 void launch_subtract_targets(const SubtractTargets& arguments, cudaStream_t stream);
 
-// out = diag(scale) * matrix, both contiguous [rows, width]; zeros where the scale is 0.
+// out = diag(scale) * matrix, both contiguous [rows, width]; zeros where the scale is 0. The matrix is
+// fp32 or of the dtype of `out`.
 struct ScaleRows {
   const void* matrix;
   Dtype dtype;

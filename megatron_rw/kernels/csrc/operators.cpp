@@ -272,6 +272,9 @@ void scale_rows(const Tensor& matrix, const Tensor& scale, const Tensor& out) {
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == matrix.size(0) &&
                       out.size(1) == matrix.size(1),
                   "out must be of the matrix's shape and contiguous");
+  STD_TORCH_CHECK(matrix.scalar_type() == ScalarType::Float ||
+                      matrix.scalar_type() == out.scalar_type(),
+                  "matrix must be float32 or of the dtype of out");
   const OnDevice device(matrix);
   launch_scale_rows({.matrix = matrix.data_ptr(),
                      .dtype = dtype_of(matrix),

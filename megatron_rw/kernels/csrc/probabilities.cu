@@ -191,17 +191,14 @@ void launch_probabilities_of(const Probabilities& a, int threads, cudaStream_t s
   }
 }
 
-template <typename T>
-void launch_scale_rows_of(const ScaleRows& a, cudaStream_t stream) {
+template <typename Out>
+void launch_scale_rows_to(const ScaleRows& a, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const dim3 grid(static_cast<unsigned>(a.rows));
-  switch (a.out_dtype) {
-    case Dtype::kFloat:
-      return start(scale_rows_kernel<T, float>, grid, kThreads, stream, a);
-    case Dtype::kBFloat16:
-      return start(scale_rows_kernel<T, __nv_bfloat16>, grid, kThreads, stream, a);
-    case Dtype::kHalf:
-      return start(scale_rows_kernel<T, __half>, grid, kThreads, stream, a);
+  if (a.dtype == a.out_dtype) {
+    start(scale_rows_kernel<Out, Out>, grid, kThreads, stream, a);
+  } else {
+    start(scale_rows_kernel<float, Out>, grid, kThreads, stream, a);
   }
 }
 
@@ -231,13 +228,13 @@ void launch_subtract_targets(const SubtractTargets& a, cudaStream_t stream) {
 }
 
 void launch_scale_rows(const ScaleRows& a, cudaStream_t stream) {
-  switch (a.dtype) {
+  switch (a.out_dtype) {
     case Dtype::kFloat:
-      return launch_scale_rows_of<float>(a, stream);
+      return launch_scale_rows_to<float>(a, stream);
     case Dtype::kBFloat16:
-      return launch_scale_rows_of<__nv_bfloat16>(a, stream);
+      return launch_scale_rows_to<__nv_bfloat16>(a, stream);
     case Dtype::kHalf:
-      return launch_scale_rows_of<__half>(a, stream);
+      return launch_scale_rows_to<__half>(a, stream);
   }
 }
 

@@ -173,10 +173,12 @@ void probabilities(Dtype dtype, int columns, float softcap, int threads) {
   expect_written(data, "targets");
   expect_written(scale, "factors");
   const Buffer<float> factors(std::vector<float>{1.0f, 2.0f, 0.0f, -1.0f, 0.5f, 3.0f});
-  Buffer<float> wide(kRows * kWidth, NAN);
-  launch_scale_rows({data.data(), dtype, wide.data(), Dtype::kFloat, factors.data(), kRows, kWidth},
+  const Buffer<float> wide(random_floats(kRows * kWidth));
+  Buffer<T> narrow(kRows * kWidth, number<T>(NAN));
+  launch_scale_rows({wide.data(), Dtype::kFloat, narrow.data(), dtype, factors.data(), kRows,
+                     kWidth},
                     nullptr);
-  expect_written(wide, "rows in fp32");
+  expect_written(narrow, "rows of fp32");
   launch_scale_rows({data.data(), dtype, data.data(), dtype, factors.data(), kRows, kWidth},
                     nullptr);
   expect_written(data, "rows in place");
