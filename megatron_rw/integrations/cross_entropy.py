@@ -47,6 +47,18 @@ def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
     setattr(labels, _MASK, loss_mask)
 
 
+def mask_of(labels: Tensor) -> Tensor | None:
+    """The mask that was announced for these labels, `[b, s]`."""
+    mask: Tensor | None = getattr(labels, _MASK, None)
+    return mask
+
+
+def with_sums(losses: Tensor, sums: SampleSums) -> Tensor:
+    """The losses, `[b, s]`, with the sums that were made with them."""
+    setattr(losses, _SUMS, sums)
+    return losses
+
+
 def sums_of(token_losses: Tensor, loss_mask: Tensor) -> SampleSums:
     """The sums that were made with the losses, or are made now; both arguments `[b, s]`."""
     made: SampleSums | None = getattr(token_losses, _SUMS, None)
@@ -56,12 +68,10 @@ def sums_of(token_losses: Tensor, loss_mask: Tensor) -> SampleSums:
 def _compute_language_model_loss(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
     """`[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core's method."""
     target, group = labels.transpose(0, 1), module.tp_group
-    loss_mask: Tensor | None = getattr(labels, _MASK, None)
+    loss_mask = mask_of(labels)
     # Contiguous, as core gives them.
     if loss_mask is None:
         return vocab_parallel_cross_entropy(logits, target, group).transpose(0, 1).contiguous()
     mask = loss_mask.transpose(0, 1)
     losses, sums = vocab_parallel_cross_entropy_sums(logits, target, mask, group)
-    losses = losses.transpose(0, 1).contiguous()
-    setattr(losses, _SUMS, sums)
-    return losses
+    return with_sums(losses.transpose(0, 1).contiguous(), sums)

@@ -22,6 +22,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
@@ -43,8 +44,16 @@ class RunConfig:
     """megatron: core's cross-entropy, which --cross-entropy-loss-fusion varies. fused: ours, which
     reads the logits once forward and overwrites them with their gradient backward."""
 
+    fused_linear_cross_entropy: bool = False
+    """Compute the output layer and the cross-entropy of its logits as one operation: no backward
+    pass over the logits, no second buffer of their size, none at all during evaluation."""
+
+    logits_budget_mib: int | None = None
+    """MiB that --fused-linear-cross-entropy may take for the logits of a micro-batch. Where they do
+    not fit, backward computes them again in parts of the vocabulary. No limit by default."""
+
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
-    """Implementation of the fused cross-entropy and of the weighting. cuda is built with nvcc at
+    """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at
     first use. auto: what the environment variable MEGATRON_RW_KERNELS names, otherwise triton on a
     GPU and torch elsewhere."""
 
@@ -131,7 +140,12 @@ def announce(
     where = "CUDA" if device == "cuda" else "the CPU, over gloo"
     print_rank_0(f"> megatron_rw on {where}; {parts}; domains: {', '.join(domain_names)}")
     kernels = default_backend(torch.device(device))
-    print_rank_0(f"> cross-entropy: {args.cross_entropy_impl}; kernels: {kernels}")
+    if args.fused_linear_cross_entropy:
+        print_rank_0(f"> output layer fused with its cross-entropy: {plan_of(args)}")
+        heads = f"; multi-token prediction: {args.cross_entropy_impl}"
+        print_rank_0(f"> kernels: {kernels}{heads if args.mtp_num_layers else ''}")
+    else:
+        print_rank_0(f"> cross-entropy: {args.cross_entropy_impl}; kernels: {kernels}")
     if config.enabled:
         settings = ", ".join(
             f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"

@@ -13,6 +13,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
 from megatron_rw.data.domains import tokenizer_record
 from megatron_rw.data.tokenizer import fingerprint
 from megatron_rw.data.vocabulary import largest_token_id
+from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.platform import Device
@@ -55,10 +56,11 @@ def check_kernels(args: Namespace, config: ReweightConfig, device: Device) -> No
     """
     chosen = args.reweight_kernels
     if chosen != "auto":
-        if not config.enabled and args.cross_entropy_impl == "megatron":
+        fused = args.fused_linear_cross_entropy or args.cross_entropy_impl == "fused"
+        if not config.enabled and not fused:
             raise ConfigError(
-                f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy or "
-                "--cross-entropy-impl fused, or drop the flag."
+                f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy, "
+                "--fused-linear-cross-entropy or --cross-entropy-impl fused, or drop the flag."
             )
         use_backend(chosen)
     check_backend(torch.device(device))
@@ -81,6 +83,13 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
             "chooses: drop one of the two."
         )
+    if args.fused_linear_cross_entropy:
+        if args.logits_budget_mib is not None and args.logits_budget_mib <= 0:
+            raise ConfigError(f"--logits-budget-mib must be above 0, not {args.logits_budget_mib}.")
+        check_output_layer(args)
+        plan_of(args)
+    elif args.logits_budget_mib is not None:
+        raise ConfigError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
     if config.log_samples and args.log_dir is None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:

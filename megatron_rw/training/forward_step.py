@@ -11,6 +11,7 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_rw.integrations.cross_entropy import announce_mask
+from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
@@ -31,6 +32,12 @@ class ForwardStep:
         self._args = args
         self._read_batch = read_batch
         self._loss = loss
+        self._model_options: dict[str, Any] = {}
+        if args.fused_linear_cross_entropy:
+            budget = args.logits_budget_mib
+            self._model_options["output_processor"] = FusedOutputLayer(
+                None if budget is None else budget << 20
+            )
 
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
@@ -59,12 +66,12 @@ class ForwardStep:
             announce_mask(batch.labels, batch.loss_mask)
         loss = functools.partial(self._loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
-        labels = {"labels": batch.labels, "loss_mask": batch.loss_mask}
+        options = self._model_options | {"labels": batch.labels, "loss_mask": batch.loss_mask}
         with _stimer:
             if return_schedule_plan:
                 assert self._args.overlap_moe_expert_parallel_comm
-                return model.build_schedule_plan(*inputs, **labels), loss
-            return model(*inputs, **labels, packed_seq_params=batch.packed), loss
+                return model.build_schedule_plan(*inputs, **options), loss
+            return model(*inputs, **options, packed_seq_params=batch.packed), loss
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Run a training step: see `integrations.schedule.SteppedForward`."""

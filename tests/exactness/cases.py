@@ -22,6 +22,8 @@ class Layout:
     sequence_parallel: bool = False
     per_token: bool = False
     loss_scale: float = 1.0
+    # Output layer and loss in one operation of ours, which adds to core's gradient buffers itself.
+    fused: bool = False
     ddp: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +63,9 @@ LAYOUTS = {
     "DP2 TP2 SP PP2 distopt overlap": _layout(
         8, tp=2, pp=2, sequence_parallel=True, ddp=DISTOPT | OVERLAP
     ),
+    "DP2 overlap fused": _layout(2, ddp=OVERLAP, fused=True),
+    "TP2 SP fused": _layout(2, tp=2, sequence_parallel=True, fused=True),
+    "DP2 TP2 PP2 distopt overlap fused": _layout(8, tp=2, pp=2, ddp=DISTOPT | OVERLAP, fused=True),
 }  # fmt: skip
 
 CONFIGS = {

@@ -19,6 +19,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_rw.kernels import linear_weighted_cross_entropy
 from tests.exactness import oracle
 
 
@@ -46,6 +47,7 @@ class TokenNetwork(MegatronModule):
         chunks: how many there are.
         values: full parameters.
         vp_stage: as core's models have it.
+        fused: compute the output layer and the loss in one operation.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class TokenNetwork(MegatronModule):
         chunks: int,
         values: oracle.Parameters,
         vp_stage: int | None,
+        fused: bool,
     ) -> None:
         super().__init__(config)
+        self.fused = fused
         self.pre_process, self.post_process = chunk == 0, chunk == chunks - 1
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
@@ -113,8 +117,16 @@ class TokenNetwork(MegatronModule):
             x = x + self.parts[f"down_{layer}"](functional.gelu(hidden))[0]
         if not self.post_process:
             return x
-        logits, _ = self.parts["output"](x)
         labels = labels.transpose(0, 1).contiguous()
+        if self.fused:
+            output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
+            losses = linear_weighted_cross_entropy(
+                *(x, output.weight, labels, output.tp_group),
+                sequence_parallel=output.sequence_parallel,
+                gradient_accumulation_fusion=True,
+            )
+            return losses.transpose(0, 1).contiguous()
+        logits, _ = self.parts["output"](x)
         if logits.dtype == torch.float64:
             # Core's cross-entropy computes in fp32.
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
@@ -124,7 +136,10 @@ class TokenNetwork(MegatronModule):
 
 
 def build(
-    config: TransformerConfig, ddp: DistributedDataParallelConfig, values: oracle.Parameters
+    config: TransformerConfig,
+    ddp: DistributedDataParallelConfig,
+    values: oracle.Parameters,
+    fused: bool = False,
 ) -> list[DistributedDataParallel]:
     """This rank's model chunks, wrapped, with the hooks that `megatron.training` sets."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -138,6 +153,7 @@ def build(
             stages * (virtual or 1),
             values,
             v if virtual is not None else None,
+            fused,
         )
         model.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=v > 0))
     config.finalize_model_grads_func = finalize_model_grads

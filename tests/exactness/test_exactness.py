@@ -6,7 +6,8 @@ tokens, because core has no attention with context parallelism on the CPU; the g
 of the sequence and the reductions are core's own.
 
 Tolerances, relative to the norm of the whole gradient: 1e-12 in fp64, where only the order of sums
-differs (fp64 rounding is 1e-16), and 1e-6 in fp32 (rounding 6e-8, through some hundred sums).
+differs (fp64 rounding is 1e-16), and 1e-6 in fp32 (rounding 6e-8, through some hundred sums); twice
+that with the fused output layer, whose factors come from differences of rounded log-sum-exps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.exactness import cases, oracle, worker
 from tests.ranks import run_ranks
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
+FUSED_TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def test_gradient_is_the_single_process_oracles(
 ) -> None:
     layout = cases.LAYOUTS[layout_name]
     ranks = run_ranks(layout.processes, worker.errors, layout, wanted, **layout.sizes)
+    tolerance = FUSED_TOLERANCE if layout.fused else TOLERANCE
     too_large = []
     for precision, (_, masks) in cases.PRECISIONS.items():
         sums = [rank[precision] for rank in ranks]
@@ -65,6 +68,6 @@ def test_gradient_is_the_single_process_oracles(
                 continue
             error = max(relative_error(sums, (scope, mask), step) for step in range(cases.STEPS))
             record_error(layout_name, f"{scope} {precision}", mask, error)
-            if not error <= TOLERANCE[precision]:
+            if not error <= tolerance[precision]:
                 too_large.append(f"{scope}, {precision}, mask {mask}: {error:.1e}")
     assert not too_large

@@ -82,7 +82,7 @@ def errors(
             ddp = DistributedDataParallelConfig(**layout.ddp)
             core = core_config(layout, dtype)
             core.grad_scale_func = lambda loss: loss * layout.loss_scale
-            chunks = model.build(core, ddp, values)
+            chunks = model.build(core, ddp, values, layout.fused)
             forward_step = attach(model.forward_step, cases.CONFIGS[scope])
             pairs = []
             for samples, gradient in zip(cases.steps(mask), gradients, strict=True):

@@ -42,6 +42,9 @@ RUNS = [
     ("global", "dp2-pp2-vpp2-overlap"),
     ("deferred", "dp2-tp2-distopt-overlap"),
     ("deferred", "dp2-pp2-vpp2-overlap"),
+    ("microbatch", "tp2-fused"),
+    ("deferred", "dp2-tp2-distopt-overlap-fused"),
+    ("global", "dp2-pp2-vpp2-overlap-fused"),
 ]  # fmt: skip
 
 COMMON = (
@@ -76,6 +79,11 @@ LAYOUTS = {
         "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
+}
+# With the output layer and its loss in one operation; the single process has core's own.
+LAYOUTS |= {
+    f"{name}-fused": (processes, dp, f"{flags} --fused-linear-cross-entropy")
+    for name, (processes, dp, flags) in LAYOUTS.items()
 }
 
 

@@ -79,6 +79,38 @@ CASES = {
         1,
         "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion chooses",
     ),
+    "loss fusion without logits": (
+        "--fused-linear-cross-entropy --cross-entropy-loss-fusion",
+        1,
+        "--cross-entropy-loss-fusion acts on logits, which there are none of: drop it, or "
+        "--fused-linear-cross-entropy",
+    ),
+    "our cross-entropy without logits": (
+        "--fused-linear-cross-entropy --cross-entropy-impl fused",
+        1,
+        "--cross-entropy-impl fused acts on logits, which there are none of: drop it, or",
+    ),
+    "output layer in FP8": (
+        "--fused-linear-cross-entropy --fp8-output-proj",
+        1,
+        "--fp8-output-proj computes the output layer in FP8, with products of its own: drop it",
+    ),
+    "budget for nothing": (
+        "--logits-budget-mib 100",
+        1,
+        "--logits-budget-mib without --fused-linear-cross-entropy does nothing",
+    ),
+    "budget too small": (
+        "--fused-linear-cross-entropy --logits-budget-mib 1 --make-vocab-size-divisible-by 4096",
+        1,
+        "--logits-budget-mib 1: a budget of 1 MiB for logits is too small for 256 tokens of 32 "
+        "hidden units: 4 MiB is the least, and 9 MiB keeps all logits",
+    ),
+    "budget below nothing": (
+        "--fused-linear-cross-entropy --logits-budget-mib 0",
+        1,
+        "--logits-budget-mib must be above 0, not 0",
+    ),
     "kernels that nothing uses": (
         "--reweight-kernels torch",
         1,

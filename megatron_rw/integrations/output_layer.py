@@ -1,0 +1,173 @@
+"""The output layer of core's GPT model and its cross-entropy in one operation.
+
+Core's model gives its last hidden states to an `output_processor`, where there is one, instead of
+computing logits and a loss itself. Multi-token prediction is not touched by it: those heads compute
+logits, of which core also counts the correct ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from megatron_rw.integrations.cross_entropy import mask_of, with_sums
+from megatron_rw.kernels import (
+    BudgetError,
+    LogitsPlan,
+    SampleSums,
+    linear_weighted_cross_entropy,
+    linear_weighted_cross_entropy_sums,
+    plan_logits,
+)
+from megatron_rw.reweighting import ConfigError
+
+
+class FusedOutputLayer:
+    """Token losses from hidden states: an output processor of core's `GPTModel`.
+
+        model(tokens, position_ids, mask, labels=labels, output_processor=FusedOutputLayer())
+
+    Args:
+        logits_budget: bytes that logits may take, see `kernels.plan_logits`; None for no limit.
+    """
+
+    def __init__(self, logits_budget: int | None = None) -> None:
+        self._logits_budget = logits_budget
+
+    def __call__(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        labels: Tensor | None,
+        scale_logits: Any,
+        runtime_gather_output: bool | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Called by the model.
+
+        Args:
+            hidden_states: `[s, b, h]`, or this rank's part of the sequence.
+            output_layer: the module, for its weight and its layout.
+            output_weight: the embedding's weight where it is shared, else None.
+            labels: `[b, s]`; without them the model is asked for its logits.
+            scale_logits: multiplies by a constant, for models that are parametrised so.
+            runtime_gather_output: of the logits.
+
+        Returns:
+            `[b, s]` losses in nats.
+
+        Raises:
+            ConfigError: the layer is of a kind that has products of its own.
+        """
+        if labels is None:
+            logits, _ = output_layer(
+                hidden_states, weight=output_weight, runtime_gather_output=runtime_gather_output
+            )
+            return scale_logits(logits).transpose(0, 1).contiguous()
+        if type(output_layer) is not ColumnParallelLinear:
+            raise ConfigError(
+                f"the output layer is a {type(output_layer).__name__}, which has matrix products "
+                "of its own: --fused-linear-cross-entropy takes core's ColumnParallelLinear."
+            )
+        forward = functools.partial(self._losses, output_layer, labels)
+        # Through the module's call: its hooks wait until its parameters are gathered.
+        with _forward_of(output_layer, forward):
+            # Of scaled hidden states the logits are scaled.
+            losses, sums = output_layer(scale_logits(hidden_states), weight=output_weight)
+        # Contiguous, as core gives them.
+        losses = losses.transpose(0, 1).contiguous()
+        return losses if sums is None else with_sums(losses, sums)
+
+    def _losses(
+        self, layer: Any, labels: Tensor, hidden: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, SampleSums | None]:
+        given = {
+            "hidden": hidden,
+            "weight": layer.weight if weight is None else weight,
+            "target": labels.transpose(0, 1),
+            "tp_group": layer.tp_group,
+            "bias": layer.bias,
+            "sequence_parallel": layer.sequence_parallel,
+            "gradient_accumulation_fusion": layer.gradient_accumulation_fusion,
+            "logits_budget": self._logits_budget,
+        }
+        mask = mask_of(labels)
+        if mask is None:
+            return linear_weighted_cross_entropy(**given), None
+        return linear_weighted_cross_entropy_sums(**given, loss_mask=mask.transpose(0, 1))
+
+
+@contextlib.contextmanager
+def _forward_of(module: Any, forward: Any) -> Iterator[None]:
+    """Have a call of the module run `forward`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def plan_of(args: Any) -> LogitsPlan:
+    """What a micro-batch's logits take.
+
+    Args:
+        args: Megatron's, validated.
+
+    Raises:
+        ConfigError: the budget is too small.
+    """
+    budget = args.logits_budget_mib
+    try:
+        return plan_logits(
+            args.micro_batch_size * args.seq_length // args.context_parallel_size,
+            args.padded_vocab_size // args.tensor_model_parallel_size,
+            args.hidden_size,
+            args.params_dtype,
+            None if budget is None else budget << 20,
+            gathers=args.sequence_parallel,
+        )
+    except BudgetError as error:
+        raise ConfigError(f"--logits-budget-mib {budget}: {error}.") from error
+
+
+def check_output_layer(args: Any) -> None:
+    """Refuse what the fused output layer would silently leave out, or was not tried with.
+
+    Args:
+        args: Megatron's, validated.
+
+    Raises:
+        ConfigError: names the flag and the remedy.
+    """
+    why = {
+        "fp8_output_proj": "computes the output layer in FP8, with products of its own",
+        "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its "
+        "backward pass",
+        "use_megatron_fsdp": "gathers the output layer's weight for its own products alone",
+        "use_torch_fsdp2": "gathers the output layer's weight for its own products alone",
+        "fp16_lm_cross_entropy": "asks for losses in 16 bits",
+        "perform_rl_step": "wants the logits",
+    }
+    for name, reason in why.items():
+        if getattr(args, name, False):
+            raise _refusal(f"--{name.replace('_', '-')} {reason}")
+    if args.gtp_weight_remat_size > 1:
+        raise _refusal("--tensor-parallel-num-weight-shards cuts the output layer's weight again")
+    if args.logits_load_dir is not None:
+        raise _refusal("--logits-load-dir compares the logits with others")
+    if not args.mtp_num_layers:
+        if args.cross_entropy_impl == "fused":
+            raise _refusal("--cross-entropy-impl fused acts on logits, which there are none of")
+        if args.cross_entropy_loss_fusion:
+            raise _refusal("--cross-entropy-loss-fusion acts on logits, which there are none of")
+
+
+def _refusal(reason: str) -> ConfigError:
+    return ConfigError(f"{reason}: drop it, or --fused-linear-cross-entropy.")
