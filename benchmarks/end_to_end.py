@@ -1,9 +1,9 @@
 """Cost of reweighting and of the cross-entropy on one GPU: the real program, a few wide layers.
 
 A model as wide as one of 1.4 billion parameters, with four of its layers and a vocabulary of
-128,256, on Megatron's mock data. Steps without reweighting and with, with core's cross-entropy and
-with ours, take turns in one run. Prints tokens a second, peak memory, and the ratios of the step
-times with their 95 % bootstrap intervals.
+128,256, on Megatron's mock data. Steps without reweighting and with, with core's cross-entropy,
+ours, and ours in one operation with the output layer, take turns in one run. Prints tokens a
+second, peak memory, and the ratios of the step times with their 95 % bootstrap intervals.
 
     python benchmarks/end_to_end.py
 """
@@ -26,12 +26,18 @@ from benchmarks.interleaved_steps import SKIPPED_BLOCKS, Job, run, summarise, va
 from benchmarks.kernels.record import about, results_file
 
 # Each pair differs in the reweighting alone.
-VARIANTS = ("none", "microbatch", "none+fused", "microbatch+fused", "deferred+fused")
+VARIANTS = (
+    *("none", "microbatch", "none+fused", "microbatch+fused", "deferred+fused"),
+    *("none+layer", "microbatch+layer"),
+)
 PAIRS = (
     ("microbatch", "none"),
     ("microbatch+fused", "none+fused"),
     ("deferred+fused", "none+fused"),
+    ("microbatch+layer", "none+layer"),
     ("none+fused", "none"),
+    ("none+layer", "none"),
+    ("none+layer", "none+fused"),
 )
 SEQUENCE, MICRO_BATCH, BATCH = 2048, 8, 32
 GPU_FLAGS = (

@@ -6,7 +6,8 @@ the CUDA kernels; wheels found in benchmarks/wheels are unpacked for it, without
 installation:
 
     pip download --no-deps --only-binary=:all: -d benchmarks/wheels \
-        megatron-core==0.19.2 liger-kernel==0.8.5 transformer-engine==2.20.2
+        megatron-core==0.19.2 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 \
+        transformer-engine==2.20.2
 
 (Add --python-version, --implementation and --platform when the GPU machine is another than this
 one.) What is missing is left out and said to be. Results go to benchmarks/results, or to --output.
@@ -52,11 +53,12 @@ def stages(output: Path, budget: float, gpu: str) -> list[Stage]:
     def bench(script: str, *arguments: str) -> tuple[str, ...]:
         return (script, *arguments, "--output", result(Path(script).stem))
 
-    shapes = ("--budget-s", str(0.4 * budget))
+    shapes = ("--budget-s", str(0.25 * budget))
     return [
         Stage("tests", ("-m", "pytest", "-q", *kernel_tests()), 0.3, True),
-        Stage("cross-entropy", bench(f"{kernels}/cross_entropy.py", *shapes), 0.5),
+        Stage("cross-entropy", bench(f"{kernels}/cross_entropy.py", *shapes), 0.35),
         Stage("plot", (f"{kernels}/plot.py", result("cross_entropy")), 0.1),
+        Stage("output layer", bench(f"{kernels}/linear_cross_entropy.py", *shapes), 0.35),
         Stage("weighting", bench(f"{kernels}/weighting.py"), 0.1),
         Stage("loss path", bench("benchmarks/loss_path.py"), 0.1),
         Stage("end to end", bench("benchmarks/end_to_end.py"), 0.2),

@@ -35,7 +35,8 @@ class Variant:
 
     Attributes:
         scope: as in --reweight-scope, or `none`.
-        cross_entropy: `core`, `fused` (ours) or `torch` (torch's own, without tensor parallelism).
+        cross_entropy: `core`, `fused` (ours), `torch` (torch's own, without tensor parallelism) or
+            `layer` (ours, in one operation with the output layer).
     """
 
     scope: str
@@ -116,10 +117,11 @@ def worker() -> None:
     from megatron.training import training
 
     from megatron_rw.integrations import cross_entropy
+    from megatron_rw.integrations.output_layer import FusedOutputLayer
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.integrations.step import StepReweighting
     from megatron_rw.reweighting import ReweightConfig
-    from megatron_rw.training import loss
+    from megatron_rw.training import forward_step, loss
 
     losses = {"core": LanguageModule.compute_language_model_loss, "torch": torch_loss}
     by_scope: dict[str, StepReweighting | None] = {"none": None}
@@ -139,6 +141,16 @@ def worker() -> None:
             )
 
     loss.PretrainLoss.__init__ = init  # type: ignore[method-assign, assignment]
+    # What the forward step gives to the model besides a batch.
+    model_options: dict[str, Any] = {}
+    original_forward_init = forward_step.ForwardStep.__init__
+
+    def forward_init(self: forward_step.ForwardStep, *args: Any) -> None:
+        original_forward_init(self, *args)
+        self._model_options = model_options
+
+    forward_step.ForwardStep.__init__ = forward_init  # type: ignore[method-assign, assignment]
+    fused_layer = FusedOutputLayer()
 
     on_gpu = job.device == "cuda"
     starts: list[float] = []
@@ -149,9 +161,14 @@ def worker() -> None:
         chosen = Variant.named(variant(len(starts), job.variants))
         [pretrain_loss] = switched
         pretrain_loss.reweighting = by_scope[chosen.scope]
-        LanguageModule.compute_language_model_loss = losses.get(chosen.cross_entropy)
+        LanguageModule.compute_language_model_loss = losses.get(
+            chosen.cross_entropy, losses["core"]
+        )
         if chosen.cross_entropy == "fused":
             cross_entropy.install()
+        model_options.clear()
+        if chosen.cross_entropy == "layer":
+            model_options["output_processor"] = fused_layer
         if on_gpu:
             torch.cuda.synchronize()
             peaks.append(torch.cuda.max_memory_allocated())

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.kernels.peers import available
+from benchmarks.kernels.peers import LOSSES, available
 from benchmarks.kernels.record import about, results_file
 from benchmarks.kernels.timing import Clock, PeakMemory, Spread, copy_bandwidth, interleave
 from megatron_rw.kernels import vocab_parallel_cross_entropy
@@ -281,7 +281,7 @@ def main() -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     losses, missing = ours(device)
-    peers, missing_peers = available(device)
+    peers, missing_peers = available(device, LOSSES)
     missing |= missing_peers
     for name, reason in missing.items():
         print(f"without {name}: {reason}")

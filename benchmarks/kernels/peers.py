@@ -1,8 +1,7 @@
 """Other implementations of the cross-entropy behind one call, for timing and for errors.
 
-All of them run on logits that exist, over a vocabulary that is not cut (tensor parallel size 1).
-cut-cross-entropy is not among them: it fuses the loss with the last linear layer and takes hidden
-states, so its time and memory hold a matrix product that the others leave out.
+All of them run over a vocabulary that is not cut (tensor parallel size 1): `LOSSES` on logits that
+exist, `LAYERS` on hidden states and the output layer's weight.
 
 Transformer Engine's kernels are Triton, but its package imports compiled libraries. Where those are
 missing, `available` reads three files straight out of `benchmarks/wheels/transformer_engine-*.whl`
@@ -30,7 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+Finder = Callable[[torch.device], tuple[str, Loss]]
 WHEELS = Path(__file__).resolve().parents[1] / "wheels"
 IGNORE_INDEX = -100
 
@@ -42,8 +42,9 @@ class Peer:
     Attributes:
         name: short, for a table's column.
         version: of its package.
-        loss: logits `[s, b, V]` bf16 that require a gradient and target `[s, b]` int64, both
-            contiguous, to the loss per token `[s, b]`, differentiable.
+        loss: of `LOSSES`, logits `[s, b, V]` that require a gradient and target `[s, b]` int64 to
+            the loss per token `[s, b]`, differentiable; of `LAYERS`, hidden states `[s, b, h]`,
+            weight `[V, h]` and target. All contiguous.
         note: what differs from the others.
     """
 
@@ -53,14 +54,20 @@ class Peer:
     note: str = ""
 
 
-def available(device: torch.device) -> tuple[list[Peer], dict[str, str]]:
+def available(
+    device: torch.device, candidates: dict[str, tuple[Finder, str]]
+) -> tuple[list[Peer], dict[str, str]]:
     """Peers that can run on the device, and name -> reason for those that cannot.
 
     `torch.distributed` must be initialised with a world of one: Megatron reduces over it.
+
+    Args:
+        device: where they shall run.
+        candidates: `LOSSES` or `LAYERS`.
     """
     peers: list[Peer] = []
     missing: dict[str, str] = {}
-    for name, (find, note) in _PEERS.items():
+    for name, (find, note) in candidates.items():
         try:
             peers.append(Peer(name, *find(device), note))
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
@@ -159,23 +166,89 @@ def _require_triton(device: torch.device) -> None:
         raise RuntimeError("needs a GPU, or TRITON_INTERPRET=1 before triton is imported")
 
 
-_PEERS: dict[str, tuple[Callable[[torch.device], tuple[str, Loss]], str]] = {
+def _core_layer(loss: Finder, device: torch.device) -> tuple[str, Loss]:
+    """Core's output layer, which has a loss of core's or ours after it."""
+    release, of_logits = loss(device)
+    linear = import_module(
+        "megatron.core.tensor_parallel.layers"
+    ).linear_with_grad_accumulation_and_async_allreduce
+
+    def layer(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # Bias, fused accumulation, all-reduce of the gradient, sequence parallelism.
+        logits = linear(hidden, weight, None, False, False, False, tp_group=dist.group.WORLD)
+        return of_logits(logits, target)
+
+    return release, layer
+
+
+def _ours(device: torch.device) -> tuple[str, Loss]:
+    return "", import_module("megatron_rw.kernels").vocab_parallel_cross_entropy
+
+
+def _liger_layer(device: torch.device) -> tuple[str, Loss]:
+    _require_triton(device)
+    function = import_module(
+        "liger_kernel.ops.fused_linear_cross_entropy"
+    ).LigerFusedLinearCrossEntropyFunction
+
+    def layer(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        # Bias, class weights, ignored label, z-loss, label smoothing, reduction. First of four.
+        given = (hidden.flatten(0, 1), weight, target.flatten(), None, None, IGNORE_INDEX)
+        losses: Tensor = function.apply(*given, 0.0, 0.0, "none")[0]
+        return losses.view_as(target)
+
+    return version("liger-kernel"), layer
+
+
+def _cut(device: torch.device) -> tuple[str, Loss]:
+    if device.type != "cuda":
+        raise RuntimeError("needs a GPU")
+    function = import_module("cut_cross_entropy").linear_cross_entropy
+
+    def layer(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        given = (hidden.flatten(0, 1), weight, target.flatten())
+        # Without its filter, which drops probabilities before it knows their weights.
+        losses: Tensor = function(*given, reduction="none", filter_eps=None)
+        return losses.view_as(target)
+
+    return version("cut-cross-entropy"), layer
+
+
+def _torch_layer(device: torch.device) -> tuple[str, Loss]:
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise AttributeError(f"torch {torch.__version__} has no linear_cross_entropy")
+
+    def layer(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        given = (hidden.flatten(0, 1), weight, target.flatten())
+        losses: Tensor = function(*given, reduction="none")
+        return losses.view_as(target)
+
+    return str(torch.__version__), layer
+
+
+_CORE = "megatron.core.tensor_parallel.cross_entropy"
+_CORE_FUSED = "megatron.core.fusions.fused_cross_entropy"
+_core = partial(_megatron, _CORE, "vocab_parallel_cross_entropy")
+_core_fused = partial(_megatron, _CORE_FUSED, "fused_vocab_parallel_cross_entropy")
+
+LAYERS: dict[str, tuple[Finder, str]] = {
+    "core, core's loss": (partial(_core_layer, _core), "keeps an fp32 softmax"),
+    "core, native fused loss": (partial(_core_layer, _core_fused), "keeps an fp32 softmax"),
+    "core, our loss": (partial(_core_layer, _ours), "gradient written over the logits"),
+    "Liger": (_liger_layer, "computes logits again, some tokens at a time"),
+    "cut-cross-entropy": (_cut, "computes logits again; exact, without its filter"),
+    "torch": (_torch_layer, "computes logits again"),
+}
+LOSSES: dict[str, tuple[Finder, str]] = {
     "torch eager": (_torch_eager, "fp32 copy of the logits"),
     "torch.compile": (_torch_compile, "compiles at the first call of a shape"),
     "Megatron": (
-        partial(
-            _megatron,
-            "megatron.core.tensor_parallel.cross_entropy",
-            "vocab_parallel_cross_entropy",
-        ),
+        _core,
         "keeps an fp32 softmax; three all-reduces over a group of one",
     ),
     "Megatron native fused": (
-        partial(
-            _megatron,
-            "megatron.core.fusions.fused_cross_entropy",
-            "fused_vocab_parallel_cross_entropy",
-        ),
+        _core_fused,
         "compiles; keeps an fp32 softmax; two all-reduces over a group of one",
     ),
     "Liger vocab-parallel": (_liger_vocab_parallel, "keeps exp(logits − max) in fp32"),

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "transformer-engine", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "transformer-engine",
+    "numpy",
+)
 
 
 def device_name(device: torch.device) -> str:

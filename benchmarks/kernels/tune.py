@@ -1,9 +1,11 @@
-"""Launch shapes of the cross-entropy, tried on this GPU.
+"""Launch shapes of the passes over the logits, tried on this GPU.
 
     python benchmarks/kernels/tune.py [--backend cuda] [--shapes 8192x128256,8192x32000]
 
-Prints, by shape, the fastest for each pass, and the one with the best geometric mean over all
-shapes; triton_backend.py and cuda_backend.py in megatron_rw/kernels hold the choice as LAUNCH.
+Forward and backward are the cross-entropy's, probabilities the fused output layer's. Prints, by
+shape, the fastest for each pass, and the one with the best geometric mean over all shapes; the
+choice is LAUNCH in triton_backend.py, triton_probabilities.py and cuda_backend.py, and THREADS in
+cuda_probabilities.py, in megatron_rw/kernels.
 """
 
 from __future__ import annotations
@@ -29,13 +31,18 @@ from benchmarks.kernels.record import about, results_file
 from benchmarks.kernels.timing import Clock, copy_bandwidth, interleave
 from megatron_rw.kernels.cuda_backend import LAUNCH as CUDA_LAUNCH
 from megatron_rw.kernels.cuda_backend import CudaBackend, CudaLaunch
+from megatron_rw.kernels.cuda_probabilities import THREADS, CudaProbabilities
 from megatron_rw.kernels.options import CrossEntropyBackend, CrossEntropyOptions, Shard
+from megatron_rw.kernels.probabilities import ProbabilityBackend
 from megatron_rw.kernels.selection import check_backend
 from megatron_rw.kernels.triton_backend import LAUNCH as TRITON_LAUNCH
 from megatron_rw.kernels.triton_backend import Launch, TritonBackend
+from megatron_rw.kernels.triton_probabilities import LAUNCH as PROBABILITY_LAUNCH
+from megatron_rw.kernels.triton_probabilities import ProbabilityLaunch, TritonProbabilities
 
 SHAPES = "8192x128256,8192x32000,4096x50304"
-Candidates = dict[str, dict[str, CrossEntropyBackend]]
+# By pass and launch: a `CrossEntropyBackend`, or a `ProbabilityBackend`.
+Candidates = dict[str, dict[str, Any]]
 
 
 def triton_candidates() -> Candidates:
@@ -54,6 +61,11 @@ def triton_candidates() -> Candidates:
                 Launch(backward_block=block, backward_warps=warps)
             )
             for block, warps in itertools.product(blocks, (2, 4, 8, 16))
+            if 8 <= block // (32 * warps) <= 64
+        },
+        "probabilities": {
+            f"{block}, {warps} warps": TritonProbabilities(ProbabilityLaunch(block, warps))
+            for block, warps in itertools.product(blocks, (4, 8, 16, 32))
             if 8 <= block // (32 * warps) <= 64
         },
     }
@@ -75,12 +87,16 @@ def cuda_candidates() -> Candidates:
             )
             for columns, number in itertools.product((4096, 8192, 16384, 32768, 1 << 20), threads)
         },
+        "probabilities": {f"{number} threads": CudaProbabilities(number) for number in threads},
     }
 
 
-BACKENDS: dict[str, tuple[Callable[[], Candidates], Launch | CudaLaunch]] = {
-    "triton": (triton_candidates, TRITON_LAUNCH),
-    "cuda": (cuda_candidates, CUDA_LAUNCH),
+BACKENDS: dict[str, tuple[Callable[[], Candidates], dict[str, Any]]] = {
+    "triton": (
+        triton_candidates,
+        asdict(TRITON_LAUNCH) | {"probabilities": asdict(PROBABILITY_LAUNCH)},
+    ),
+    "cuda": (cuda_candidates, asdict(CUDA_LAUNCH) | {"probabilities_threads": THREADS}),
 }
 
 
@@ -103,14 +119,17 @@ def measure(
     def backward(backend: CrossEntropyBackend) -> None:
         backend.gradient(logits, target, lse, problem.upstream, shard, options, out)
 
-    passes: dict[str, Callable[[CrossEntropyBackend], None]] = {
+    def probabilities(backend: ProbabilityBackend) -> None:
+        # In place: again and again of what it made.
+        backend.probabilities(out, target, shard, options)
+
+    passes: dict[str, Callable[[Any], None]] = {
         "forward": forward,
         "backward": backward,
+        "probabilities": probabilities,
     }
 
-    def timed(
-        run: Callable[[CrossEntropyBackend], None], backend: CrossEntropyBackend
-    ) -> Callable[[], float]:
+    def timed(run: Callable[[Any], None], backend: Any) -> Callable[[], float]:
         def once() -> float:
             _, read = clock.time(lambda: run(backend))
             clock.wait()
@@ -127,10 +146,10 @@ def measure(
         results = interleave(rounds, cases)
         found[name] = {label: statistics.median(times) for label, times in results.items()}
     print(f"\n{shape[0]} x {shape[1]}: a copy moves {copy_bandwidth(clock, logits) / 1e9:.0f} GB/s")
-    for name, share in (("forward", 1), ("backward", 2)):
+    for name, share in (("forward", 1), ("backward", 2), ("probabilities", 2)):
         moved = share * logits.nbytes
         for label, median in sorted(found[name].items(), key=lambda item: item[1])[:5]:
-            print(f"  {name:9}{label:26}{median:8.3f} ms {moved / median / 1e6:7.0f} GB/s")
+            print(f"  {name:14}{label:26}{median:8.3f} ms {moved / median / 1e6:7.0f} GB/s")
     return found
 
 
@@ -167,8 +186,8 @@ def main() -> int:
         best[name] = {"label": label, "over_the_best_of_each_shape": scores[label]}
         print(f"{name}: {label}, {scores[label]:.3f} of the best of each shape")
     record = about(device) | {
-        "benchmark": f"launch shapes of the {arguments.backend} cross-entropy",
-        "in_use": asdict(in_use),
+        "benchmark": f"launch shapes of the {arguments.backend} kernels",
+        "in_use": in_use,
         "best": best,
         "milliseconds": found,
     }

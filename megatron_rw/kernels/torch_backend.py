@@ -16,8 +16,8 @@ from megatron_rw.kernels.options import (
 )
 from megatron_rw.kernels.sums import sample_sums
 from megatron_rw.kernels.torch_pieces import (
-    ClearRows,
     Scratch,
+    clear_rows,
     computed_in,
     cut_pieces,
     local_columns,
@@ -94,7 +94,6 @@ class TorchBackend:
         correction = torch.where(here, (smoothing - 1.0) * scale, 0.0).unsqueeze(-1)
         uniform = (scale * (smoothing / shard.vocab_size)).unsqueeze(-1)
         whole = shard.columns == shard.vocab_size
-        clear = ClearRows(scale == 0)
         pieces = cut_pieces(
             logits[..., : shard.columns],
             out[..., : shard.columns],
@@ -103,7 +102,7 @@ class TorchBackend:
             row_scale,
             correction,
             uniform,
-            clear.rows.unsqueeze(-1),
+            (scale == 0).unsqueeze(-1),
         )
         scratch = Scratch(pieces[0])
         for part, place, row_lse, index, factor, own, even, zero in zip(*pieces, strict=True):
@@ -122,7 +121,7 @@ class TorchBackend:
             gradient.scatter_add_(-1, index, own)
             if options.softcap is not None:
                 gradient *= 1.0 - z.div_(options.softcap).square_()
-            clear(gradient, zero)
+            clear_rows(gradient, zero)
             if not straight:
                 place.copy_(gradient)
         out[..., shard.columns :] = 0

@@ -26,24 +26,18 @@ def local_columns(
     return column.where(here, 0).unsqueeze(-1), here
 
 
-class ClearRows:
-    """Puts literal zeros into rows, as 0·NaN is NaN.
+def clear_rows(matrix: Tensor, rows: Tensor) -> None:
+    """Put literal zeros into rows, as 0·NaN is NaN.
 
     Args:
-        rows: `[s, b]` bool.
+        matrix: `[n, v]`.
+        rows: `[n, 1]` bool.
     """
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        # A device is not asked, which would make the host wait.
-        self._any = rows.is_cuda or bool(rows.any())
-
-    def __call__(self, gradient: Tensor, zero: Tensor) -> None:
-        """In the rows of `gradient`, `[n, ·]`, where `zero`, `[n, 1]`, holds."""
-        if gradient.is_cuda:
-            gradient.masked_fill_(zero, 0.0)
-        elif self._any:
-            gradient[zero.squeeze(-1)] = 0.0
+    # A device is not asked whether there are any, which would make the host wait.
+    if matrix.is_cuda:
+        matrix.masked_fill_(rows, 0.0)
+    elif rows.any():
+        matrix[rows.squeeze(-1)] = 0.0
 
 
 class Scratch:

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from megatron_rw.kernels.options import MAX, SUM_EXP, TARGET, CrossEntropyOptions, Shard
 from megatron_rw.kernels.probabilities import largest_ratio
-from megatron_rw.kernels.torch_pieces import Scratch, computed_in, cut_pieces, local_columns
+from megatron_rw.kernels.torch_pieces import (
+    Scratch,
+    clear_rows,
+    computed_in,
+    cut_pieces,
+    local_columns,
+)
 
 
 class TorchProbabilities:
@@ -18,21 +24,26 @@ class TorchProbabilities:
     ) -> Tensor:
         """See `ProbabilityBackend`."""
         column, here = local_columns(target, shard, options)
-        ignored = (target == options.ignore_index).unsqueeze(-1)
-        pieces, *per_token = cut_pieces(logits[..., : shard.columns], column, ignored)
+        ignored = target == options.ignore_index
+        pieces, columns, ignored_rows = cut_pieces(
+            logits[..., : shard.columns], column, ignored.unsqueeze(-1)
+        )
         scratch = Scratch(pieces)
         tops, totals, owns = [], [], []
-        for part, index, unused in zip(pieces, *per_token, strict=True):
+        for part, index, unused in zip(pieces, columns, ignored_rows, strict=True):
             z = scratch.read(part, options)
             tops.append(z.amax(dim=-1))
             owns.append(z.gather(-1, index).squeeze(-1))
-            q = torch.softmax(z, dim=-1, out=scratch.space(z))
+            # Straight into its place where nothing is left to read there.
+            straight = z is part
+            q = torch.softmax(z, dim=-1, out=part if straight else scratch.space(z))
             # The largest probability is 1/Σ exp(z − m).
             totals.append(q.amax(dim=-1).reciprocal())
             if options.softcap is not None:
                 q *= 1.0 - z.div_(options.softcap).square_()
-            q.masked_fill_(unused | ~totals[-1].isfinite().unsqueeze(-1), 0.0)
-            part.copy_(q)
+            clear_rows(q, unused | ~totals[-1].isfinite().unsqueeze(-1))
+            if not straight:
+                part.copy_(q)
         logits[..., shard.columns :] = 0
         top, total = torch.cat(tops), torch.cat(totals)
         # A row of −inf has no softmax.

@@ -55,6 +55,24 @@ def test_cross_entropy(tmp_path: Path) -> None:
     assert output.with_suffix(".png").stat().st_size > 1000
 
 
+def test_output_layer(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "kernels/linear_cross_entropy.py",
+        *["--device", "cpu", "--shapes", "256x16x3000", "--rounds", "3", "--output", str(output)],
+    )
+    assert run.returncode == 0, run.stderr
+    [shape] = record(output)["shapes"]
+    implementations = shape["implementations"]
+    names = ("ours", "ours, 1/4 of the logits", "core, core's loss", "core, our loss")
+    for name in names:
+        for error in ("loss_error", "hidden_error", "weight_error"):
+            assert implementations[name][error] < 1e-5, (name, error)
+        assert implementations[name]["both"]["median"] > 0, name
+    assert implementations["floor"]["tflop_per_s"] > 0
+    assert shape["logits_bytes"] == 256 * 3000 * 4
+
+
 def test_weighting(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     run = benchmark(
@@ -95,7 +113,7 @@ def test_tune(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     found = record(output)
-    assert set(found["best"]) == {"forward", "backward"}
+    assert set(found["best"]) == {"forward", "backward", "probabilities"}
     assert found["in_use"]["forward_threads"] in (128, 256, 512, 1024)
 
 
@@ -103,6 +121,7 @@ def test_end_to_end() -> None:
     run = benchmark("end_to_end.py", "--tiny", "--blocks", "2")
     assert run.returncode == 0, run.stderr
     assert "microbatch+fused / none+fused" in run.stdout
+    assert "none+layer / none+fused" in run.stdout
 
 
 def test_gpu_suite_says_that_there_is_no_gpu() -> None:

@@ -1,4 +1,7 @@
-"""`--cross-entropy-impl fused` in the real program trains as core's cross-entropy does."""
+"""`--cross-entropy-impl fused` in the real program trains as core's cross-entropy does.
+
+The fused output layer, in every way but its other kernels, is in tests/integrations.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,12 @@ def test_fused_cross_entropy_trains_as_cores(tmp_path: Path, data_flags: list[st
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_other_kernels_train_as_torchs(name: str, tmp_path: Path, data_flags: list[str]) -> None:
+@pytest.mark.parametrize("fused", ["--cross-entropy-impl fused", "--fused-linear-cross-entropy"])
+def test_other_kernels_train_as_torchs(
+    fused: str, name: str, tmp_path: Path, data_flags: list[str]
+) -> None:
     """Interpreted and emulated where there is no GPU."""
-    flags = "--train-iters 2 --micro-batch-size 2 --global-batch-size 8 --cross-entropy-impl fused "
+    flags = f"--train-iters 2 --micro-batch-size 2 --global-batch-size 8 {fused} "
     flags += "--reweight-strategy linupper --reweight-scope global --adam-eps 1e-2"
     steps = {
         kernels: run_program(
