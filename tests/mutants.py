@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
-    *("megatron_rw", "tests", "tools", "examples"),
+    *("megatron_rw", "tests", "tools", "examples", "benchmarks"),
     *("pretrain_gpt_rw.py", "pyproject.toml", "setup.py"),
 )
 PASSED, FAILED = 0, 1
@@ -28,6 +28,9 @@ SCOPES = f"{REWEIGHTING}/scopes.py"
 WEIGHTS = "megatron_rw/kernels/weights.py"
 STEP = "megatron_rw/integrations/step.py"
 KERNEL_TESTS = "tests/kernels/test_cross_entropy.py"
+LAYER_TESTS = "tests/kernels/test_linear_cross_entropy.py"
+LAYER = "megatron_rw/kernels/linear_autograd.py"
+PROBABILITIES = "megatron_rw/kernels/torch_probabilities.py"
 CUDA_TESTS = "tests/kernels/test_cuda.py"
 CSRC = "megatron_rw/kernels/csrc"
 
@@ -232,7 +235,7 @@ MUTANTS = (
         "cross-entropy: a row without weight is multiplied by 0",
         f"{KERNEL_TESTS}::test_nan_in_a_row_that_does_not_count_stays_there[torch-ignored]",
         "megatron_rw/kernels/torch_backend.py",
-        "            clear(gradient, zero)\n",
+        "            clear_rows(gradient, zero)\n",
         "",
     ),
     one(
@@ -283,6 +286,77 @@ MUTANTS = (
         f"{CSRC}/device.cuh",
         "    lost += (total - (sum - part)) + (value - part);\n",
         "    lost += 0.0f * part;\n",
+    ),
+    one(
+        "output layer: the weight's gradient of hidden states without their tokens' weights",
+        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[keep-dtype1-torch-plain]",
+        LAYER,
+        "scale_rows(whole.flatten(0, 1), self.factor.flatten(), scaled)",
+        "scale_rows(whole.flatten(0, 1), torch.ones_like(self.factor.flatten()), scaled)",
+    ),
+    one(
+        "output layer: a token without weight is multiplied by 0",
+        f"{LAYER_TESTS}::test_nan_in_a_token_that_does_not_count_stays_there[keep-torch-ignored]",
+        PROBABILITIES,
+        "        out.masked_fill_(factor == 0, 0.0)\n",
+        "",
+    ),
+    one(
+        "output layer: what is not finite is kept where its token has no weight",
+        f"{LAYER_TESTS}::test_nan_in_a_token_that_does_not_count_stays_there[keep-torch-"
+        "zero upstream]",
+        PROBABILITIES,
+        "if probabilities.is_cuda or (lost & ~ignored).any():",
+        "if probabilities.is_cuda:",
+    ),
+    one(
+        "output layer: exp of the other shards' lead overflows",
+        f"{LAYER_TESTS}::test_target_in_a_shard_without_probability[dtype4-torch]",
+        PROBABILITIES,
+        "lost = ~(ratio.abs() <= largest_ratio(probabilities.dtype))",
+        "lost = ratio.isnan()",
+    ),
+    one(
+        "output layer: factor of the z-loss left out of the gradient",
+        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[keep-dtype1-torch-z-loss]",
+        PROBABILITIES,
+        "ratio = torch.exp(lse - within) / (1.0 + 2.0 * options.z_loss * lse)",
+        "ratio = torch.exp(lse - within)",
+    ),
+    one(
+        "output layer: the hidden states' gradient is this rank's alone",
+        f"{LAYER_TESTS}::test_two_tensor_parallel_ranks[keep--plain]",
+        LAYER,
+        "return gradient, dist.all_reduce(gradient, group=self.tp_group, async_op=True)",
+        "return gradient, None",
+    ),
+    one(
+        "output layer: a split begins where the first does",
+        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[split-dtype1-torch-plain]",
+        LAYER,
+        "start = self.shard.start + columns.start",
+        "start = self.shard.start",
+    ),
+    one(
+        "output layer: main_grad is overwritten, not added to",
+        "tests/kernels/test_linear_layer.py::test_main_grad_adds_up_in_fp32[keep]",
+        "megatron_rw/kernels/products.py",
+        "            into.addmm_(part.to(into.dtype), piece.to(into.dtype))\n",
+        "            into.zero_().addmm_(part.to(into.dtype), piece.to(into.dtype))\n",
+    ),
+    one(
+        "output layer: called without the module's hooks, its parameters still on their way",
+        "tests/integrations/test_output_layer.py::test_output_processor_keeps_what_a_module_does",
+        "megatron_rw/integrations/output_layer.py",
+        "losses, sums = output_layer(scale_logits(hidden_states), weight=output_weight)",
+        "losses, sums = forward(scale_logits(hidden_states), weight=output_weight)",
+    ),
+    one(
+        "CUDA: what registers do not hold of a row is written from its beginning",
+        f"{LAYER_TESTS}::test_row_longer_than_registers_hold[cuda-dtype1]",
+        f"{CSRC}/probabilities.cu",
+        "      const Vector<T> logits = load_vector(vectors[at].values);\n",
+        "      const Vector<T> logits = load_vector(vectors[thread].values);\n",
     ),
 )
 

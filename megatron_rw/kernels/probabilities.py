@@ -51,8 +51,8 @@ class ProbabilityBackend(Protocol):
     ) -> Tensor:
         """Overwrite the logits with q, the target not yet subtracted.
 
-        Zeros in padding, in rows of ignored tokens and in rows whose sum is not finite: those go
-        through matrix products, where 0·NaN would be NaN.
+        Zeros in padding and in rows of ignored tokens. What is not finite, as in a row without a
+        finite logit, is left to `subtract_targets`.
 
         Returns:
             `[1, 3, s, b]` fp32 (fp64 where the logits are), as `CrossEntropyBackend.statistics`.
@@ -68,6 +68,9 @@ class ProbabilityBackend(Protocol):
         options: CrossEntropyOptions,
     ) -> Tensor:
         """Subtract the target from q, in place.
+
+        Rows whose sum is not finite become zeros: q goes through matrix products, where 0·NaN is
+        NaN.
 
         Args:
             probabilities: what `probabilities` left, `[s, b, v]`.

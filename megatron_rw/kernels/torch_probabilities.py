@@ -41,7 +41,7 @@ class TorchProbabilities:
             totals.append(q.amax(dim=-1).reciprocal())
             if options.softcap is not None:
                 q *= 1.0 - z.div_(options.softcap).square_()
-            clear_rows(q, unused | ~totals[-1].isfinite().unsqueeze(-1))
+            clear_rows(q, unused)
             if not straight:
                 part.copy_(q)
         logits[..., shard.columns :] = 0

@@ -86,12 +86,9 @@ def _probabilities_kernel(
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), axis=0)
         top = new
     within = tl.where(top == -float("inf"), 0.0, top) + tl.log(total)
-    # Neither −inf, as of a row without a finite logit, nor inf or NaN.
-    usable = (within > -float("inf")) & (within < float("inf"))
-    written = tl.where(usable, read, 0)
     for offset in range(0, width, BLOCK):
         offsets = offset + tl.arange(0, BLOCK)
-        inside = offsets < written
+        inside = offsets < read
         z = tl.load(base + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
         z = z.to(tl.float32)
         if CAPPED:

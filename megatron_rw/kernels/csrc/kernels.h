@@ -120,7 +120,8 @@ struct Probabilities {
 };
 void launch_probabilities(const Probabilities& arguments, int threads, cudaStream_t stream);
 
-// The target is subtracted from q, in place, and s in probabilities.py goes into `scale`.
+// The target is subtracted from q, in place, and s in probabilities.py goes into `scale`. Rows that
+// are not finite become zeros.
 struct SubtractTargets {
   void* probabilities;
   Dtype dtype;

@@ -100,30 +100,25 @@ __global__ void __launch_bounds__(kMostThreads, 1) probabilities_kernel(const Pr
   running = block_reduce(running, Join());
 
   const float within = anchor(running.top) + logf(running.total);
-  // Neither -inf, as of a row without a finite logit, nor inf or NaN.
-  if (fabsf(within) < INFINITY) {
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int at = thread + k * threads;
-      if (at < piece.vectors) {
-        store_vector(vectors[at].values, probabilities_of<T, kCapped>(held[k], within, a.softcap));
-      }
+  for (int k = 0; k < kHeld; ++k) {
+    const int at = thread + k * threads;
+    if (at < piece.vectors) {
+      store_vector(vectors[at].values, probabilities_of<T, kCapped>(held[k], within, a.softcap));
     }
-#pragma unroll 2
-    for (int at = rest + thread; at < piece.vectors; at += threads) {
-      const Vector<T> logits = load_vector(vectors[at].values);
-      store_vector(vectors[at].values, probabilities_of<T, kCapped>(logits, within, a.softcap));
-    }
-    const auto write = [&](int column) {
-      const float z = to_float(begin[column]);
-      begin[column] = from_float<T>(probability_of<kCapped>(z, within, a.softcap));
-    };
-    for (int column = thread; column < piece.head; column += threads) write(column);
-    for (int column = piece.tail + thread; column < a.columns; column += threads) write(column);
-    fill_zeros(begin + a.columns, 1, a.width - a.columns);
-  } else {
-    fill_zeros(begin, 1, a.width);
   }
+#pragma unroll 1
+  for (int at = rest + thread; at < piece.vectors; at += threads) {
+    const Vector<T> logits = load_vector(vectors[at].values);
+    store_vector(vectors[at].values, probabilities_of<T, kCapped>(logits, within, a.softcap));
+  }
+  const auto write = [&](int column) {
+    const float z = to_float(begin[column]);
+    begin[column] = from_float<T>(probability_of<kCapped>(z, within, a.softcap));
+  };
+  for (int column = thread; column < piece.head; column += threads) write(column);
+  for (int column = piece.tail + thread; column < a.columns; column += threads) write(column);
+  fill_zeros(begin + a.columns, 1, a.width - a.columns);
   if (thread != 0) return;
   table[0] = running.top;
   table[rows] = running.total;

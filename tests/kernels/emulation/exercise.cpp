@@ -163,7 +163,6 @@ void probabilities(Dtype dtype, int columns, float softcap, int threads) {
   launch_probabilities({data.data(), dtype, {target.data(), kBatch, 1}, table.data(),
                         {kSequence, kBatch}, 0, columns, kWidth, -100, softcap},
                        threads, nullptr);
-  expect_written(data, "probabilities");
   // One row's target is lost in this shard.
   const Buffer<float> lse(std::vector<float>{9.0f, 9.0f, 9.0f, 9.0f, 9.0f, 200.0f});
   launch_subtract_targets({data.data(), dtype, {target.data(), kBatch, 1}, table.data(),
