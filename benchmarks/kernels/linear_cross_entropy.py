@@ -75,13 +75,12 @@ class Problem:
     upstream: Tensor
 
     @staticmethod
-    def make(shape: Shape, device: torch.device) -> Problem:
-        """Random ones, bf16 on a GPU and fp32 on the CPU; logits of a spread of 2."""
+    def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> Problem:
+        """Random ones; logits of a spread of 2."""
         tokens, size, vocab = shape
         generator = torch.Generator(device).manual_seed(0)
         sequence = min(tokens, SEQUENCE[device.type])
         rows = (sequence, tokens // sequence)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         make = functools.partial(torch.randn, generator=generator, device=device)
         hidden = make(*rows, size).to(dtype)
         weight = (make(vocab, size) * 2 / size**0.5).to(dtype)
@@ -199,7 +198,9 @@ class Floor:
         torch.mm(self._logits.T, self._hidden)
 
 
-def ours(device: torch.device, shape: Shape) -> dict[str, Callable[..., Tensor]]:
+def ours(
+    device: torch.device, shape: Shape, dtype: torch.dtype
+) -> dict[str, Callable[..., Tensor]]:
     """`ours`, the default backend with all logits kept; the other backends; splits."""
     found: dict[str, Callable[..., Tensor]] = {"ours": linear_weighted_cross_entropy}
     backends: tuple[BackendName, ...] = ("triton", "cuda", "torch") if device.type == "cuda" else ()
@@ -209,7 +210,6 @@ def ours(device: torch.device, shape: Shape) -> dict[str, Callable[..., Tensor]]
                 linear_weighted_cross_entropy, backend_name=name
             )
     tokens, size, vocab = shape
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     least = least_budget(tokens, vocab, size, dtype)
     for share in (4, 16):
         budget = max(least, tokens * vocab * dtype.itemsize // share)
@@ -220,18 +220,23 @@ def ours(device: torch.device, shape: Shape) -> dict[str, Callable[..., Tensor]]
 
 
 def measure(
-    shape: Shape, rounds: int, clock: Clock, layers: dict[str, Callable[..., Tensor]]
+    shape: Shape,
+    dtype: torch.dtype,
+    rounds: int,
+    clock: Clock,
+    layers: dict[str, Callable[..., Tensor]],
 ) -> dict[str, Any]:
     """All candidates on one shape.
 
     Args:
         shape: tokens, hidden size, vocabulary.
+        dtype: of hidden states and weight.
         rounds: how often each is timed.
         clock: of the device.
         layers: by name.
     """
     torch.compiler.reset()
-    problem = Problem.make(shape, clock.device)
+    problem = Problem.make(shape, clock.device, dtype)
     exact = problem.exact()
     found: dict[str, Any] = {}
     ready: dict[str, Callable[[], tuple[float, float]]] = {}
@@ -309,6 +314,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", help="TOKENSxHIDDENxVOCAB,…; some that suit the device")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no shape later")
     parser.add_argument("--output", type=Path)
@@ -318,6 +324,8 @@ def main() -> int:
     if options.shapes:
         sizes = [[int(size) for size in shape.split("x")] for shape in options.shapes.split(",")]
         shapes = [(tokens, hidden, vocab) for tokens, hidden, vocab in sizes]
+
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29581")
@@ -350,11 +358,10 @@ def main() -> int:
         if time.perf_counter() - start > options.budget_s:
             record["left_out"].append(shape)
             continue
-        layers = {name: layer for name, layer in ours(device, shape).items() if name not in missing}
+        layers = ours(device, shape, dtype) | {peer.name: peer.loss for peer in peers}
+        layers = {name: layer for name, layer in layers.items() if name not in missing}
         try:
-            result = measure(
-                shape, options.rounds, clock, layers | {peer.name: peer.loss for peer in peers}
-            )
+            result = measure(shape, dtype, options.rounds, clock, layers)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             record["left_out"].append(shape)

@@ -73,9 +73,10 @@ class TorchProbabilities:
         # A device is not asked whether there are any, which would make the host wait.
         if probabilities.is_cuda or (lost & ~ignored).any():
             probabilities.masked_fill_(lost.unsqueeze(-1), 0.0)
-        kept = probabilities.gather(-1, column).squeeze(-1)
-        value = torch.where(here, value.to(kept.dtype), kept)
-        probabilities.scatter_(-1, column, value.unsqueeze(-1))
+        # Not scatter_, which copies all of it on the CPU.
+        rows = probabilities.flatten(0, 1)
+        place = (torch.arange(len(rows), device=rows.device), column.flatten())
+        rows.index_put_(place, torch.where(here.flatten(), value.flatten().to(rows), rows[place]))
         scale = torch.where(lost, 1.0, ratio.reciprocal())
         scale = torch.where(lse.isfinite(), scale, torch.nan)
         return scale.masked_fill(ignored, 0.0)
