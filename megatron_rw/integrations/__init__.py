@@ -4,5 +4,6 @@ Imports `megatron.core`, and `megatron.training` only for a script that is built
 """
 
 from megatron_rw.integrations.attach import AttachedForwardStep, attach, bound_loss_mask
+from megatron_rw.integrations.output_layer import FusedOutputLayer
 
-__all__ = ["AttachedForwardStep", "attach", "bound_loss_mask"]
+__all__ = ["AttachedForwardStep", "FusedOutputLayer", "attach", "bound_loss_mask"]
