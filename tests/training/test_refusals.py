@@ -114,7 +114,7 @@ CASES = {
     "kernels that nothing uses": (
         "--reweight-kernels torch",
         1,
-        "--reweight-kernels torch has nothing to act on: add --reweight-strategy or",
+        "--reweight-kernels torch has nothing to act on: add --reweight-strategy, --fused-linear-",
     ),
     "captured step": (
         "--reweight-strategy linupper --cuda-graph-impl full_iteration "
