@@ -38,6 +38,7 @@ def main() -> None:
     )
 
     from megatron_rw.integrations.state import ReweightState
+    from megatron_rw.resilience import leaving, safe_pickle
     from megatron_rw.training.arguments import (
         announce,
         one_message,
@@ -53,6 +54,8 @@ def main() -> None:
     from megatron_rw.training.reporting import Reporter
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
+    safe_pickle.install()
+    leaving.install()
     with one_message():
         args = parse_args(device)
         config = reweight_config(args)
@@ -67,7 +70,8 @@ def main() -> None:
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    pretrain(
+    train = functools.partial(
+        pretrain,
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
@@ -75,6 +79,7 @@ def main() -> None:
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )
+    leaving.run_to_its_end(args, train)
 
 
 if __name__ == "__main__":

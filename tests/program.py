@@ -43,16 +43,23 @@ TRAINING = (
 ).split()
 
 TIMEOUT_S = 240
+# Scripts that know --log-dir.
+OURS = ("pretrain_gpt_rw", "tests.faults.injected", "tests.faults.limited")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: exit status and output by rank, and where it wrote."""
+    """A finished run: exit status and output by rank, and where it wrote.
+
+    Attributes:
+        hung: a rank had to be killed long after another had failed, or after all time was up.
+    """
 
     status: list[int | None]
     output: list[str]
     directory: Path
     seconds: float = field(compare=False, default=0.0)
+    hung: bool = False
 
     @property
     def all_output(self) -> str:
@@ -108,6 +115,8 @@ def run_program(
     module: str = "pretrain_gpt_rw",
     metrics: bool = True,
     kill_when: Callable[[], bool] | None = None,
+    patience: float = 5.0,
+    environment: dict[str, str] | None = None,
 ) -> Run:
     """Run `main()` of a script with the small model and our paths, and wait for it.
 
@@ -118,10 +127,12 @@ def run_program(
         module: the script, importable by name.
         metrics: pass --log-dir, which only our program knows.
         kill_when: asked all the time; once true, every rank is killed with SIGKILL.
+        patience: seconds that the others may go on once a rank has failed.
+        environment: variables for every rank.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TRAINING, *flags]
-    if metrics and module == "pretrain_gpt_rw":
+    if metrics and module in OURS:
         argv += ["--log-dir", str(directory)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
@@ -130,19 +141,25 @@ def run_program(
     ranks = [
         context.Process(
             target=_rank_main,
-            args=(module, argv, _environment(rank, processes, port), outputs[rank]),
+            args=(
+                module,
+                argv,
+                _environment(rank, processes, port) | (environment or {}),
+                outputs[rank],
+            ),
         )
         for rank in range(processes)
     ]
     start = time.perf_counter()
     for rank in ranks:
         rank.start()
-    _wait(ranks, kill_when)
+    hung = _wait(ranks, kill_when, patience)
     return Run(
         [rank.exitcode for rank in ranks],
         [path.read_text() if path.exists() else "" for path in outputs],
         directory,
         time.perf_counter() - start,
+        hung,
     )
 
 
@@ -167,15 +184,16 @@ def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Pa
     importlib.import_module(module).main()
 
 
-def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None) -> None:
-    """Wait for all; once one has failed, give the others a moment and then kill them."""
+def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None, patience: float) -> bool:
+    """Wait for all; once one has failed, give the others a moment, then kill them and say so."""
     deadline = time.monotonic() + TIMEOUT_S
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
         if kill_when is not None and kill_when():
             break
         if any(rank.exitcode not in (None, 0) for rank in ranks):
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + patience)
         time.sleep(0.002)
+    hung = any(rank.is_alive() for rank in ranks) and time.monotonic() >= deadline
     for rank in ranks:
         # With its whole process group: a killed rank leaves the process that manages its
         # checkpoint writer behind.
@@ -183,3 +201,4 @@ def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None) -> None:
             os.killpg(rank.pid, signal.SIGKILL)
         rank.kill()
         rank.join()
+    return hung

@@ -52,6 +52,22 @@ class RunConfig:
     """MiB that --fused-linear-cross-entropy may take for the logits of a micro-batch. Where they do
     not fit, backward computes them again in parts of the vocabulary. No limit by default."""
 
+    keep_last: int | None = None
+    """How many of the newest checkpoints in --save to keep; older ones are deleted once a newer one
+    is complete. All by default."""
+
+    keep_every: int | None = None
+    """Keep, beside those of --keep-last, the checkpoints whose iteration is a multiple of this."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full, no permission, quota). The one
+    before is untouched in either case."""
+
+    exit_code_when_unfinished: int = 0
+    """Exit status of a run that ends in good order before its last iteration: on a signal
+    (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by it
+    whether to put the job into the queue again. Megatron's 0 by default."""
+
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at
     first use. auto: what the environment variable MEGATRON_RW_KERNELS names, otherwise triton on a

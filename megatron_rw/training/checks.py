@@ -17,6 +17,8 @@ from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.platform import Device
+from megatron_rw.resilience.settle import settle
+from megatron_rw.resilience.shapes import check_shapes
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 
 
@@ -40,6 +42,8 @@ def check_launch(args: Namespace, device: Device) -> None:
     if args.rank == 0:
         # One rank looks, so that 4,096 of them do not ask the file system the same question.
         _check_files(args)
+        for line in settle(args):
+            print(f"> {line}", flush=True)
 
 
 def check_kernels(args: Namespace, config: ReweightConfig, device: Device) -> None:
@@ -76,8 +80,10 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
     Raises:
         ConfigError: the first problem found.
     """
-    if args.rank == 0 and not args.mock_data:
-        _check_vocabulary(args)
+    if args.rank == 0:
+        if not args.mock_data:
+            _check_vocabulary(args)
+        check_shapes(args)
     if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:
         raise ConfigError(
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
@@ -90,6 +96,7 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         plan_of(args)
     elif args.logits_budget_mib is not None:
         raise ConfigError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
+    _check_saving(args)
     if config.log_samples and args.log_dir is None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:
@@ -102,6 +109,29 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         )
         if warning is not None:
             print_rank_0(f"WARNING: {warning}")
+
+
+def _check_saving(args: Namespace) -> None:
+    for name in ("keep_last", "keep_every"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
+    if args.keep_every is not None and args.keep_last is None:
+        raise ConfigError(
+            "--keep-every spares checkpoints that --keep-last deletes: add --keep-last."
+        )
+    if args.keep_last is not None:
+        if args.save is None:
+            raise ConfigError("--keep-last deletes checkpoints in --save: add --save DIR.")
+        if args.save_retain_interval is not None:
+            raise ConfigError(
+                "--keep-last and Megatron's --save-retain-interval both delete checkpoints: drop one."
+            )
+    if not 0 <= args.exit_code_when_unfinished <= 125:
+        raise ConfigError(
+            "--exit-code-when-unfinished must be in [0, 125], not "
+            f"{args.exit_code_when_unfinished}: shells use higher ones for signals."
+        )
 
 
 def _check_required(args: Namespace) -> None:

@@ -22,6 +22,8 @@ from megatron.training import training
 from megatron_rw.integrations import cross_entropy, schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
+from megatron_rw.resilience import atomic_index
+from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
@@ -64,6 +66,10 @@ class Hooks:
             cross_entropy.install()
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
+        if self._args.save is not None and self._args.ckpt_format == "torch_dist":
+            if "://" not in self._args.save:
+                SaveGuard(self._args).install()
+        atomic_index.install()
         _use_shipped_dataset_helpers()
         _let_fp32_shards_load()
 

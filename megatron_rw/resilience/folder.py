@@ -1,0 +1,170 @@
+"""A folder of Megatron's checkpoints, as files: which are complete, which one a run goes on from.
+
+`iter_0001000/` holds a distributed checkpoint. Megatron writes its shards, then their index
+(`.metadata`, renamed into place), then `metadata.json`, and last names the iteration in the
+folder's tracker. A run that is killed in between leaves a checkpoint without the last of these, or,
+as Megatron does not rename the tracker into place, an empty tracker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
+
+TRACKER = "latest_checkpointed_iteration.txt"
+DECLARATION = "metadata.json"
+RELEASE = "release"
+# What is to be deleted gets this name first: a checkpoint is there or not, never half.
+_DOOMED = "deleted-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint.
+
+    Attributes:
+        path: its folder.
+        iteration: completed iterations.
+    """
+
+    path: Path
+    iteration: int
+
+    @property
+    def is_distributed(self) -> bool:
+        """Not of Megatron's older format, which has a file for each rank and declares nothing."""
+        return not any(self.path.glob("mp_rank_*"))
+
+    def defect(self) -> str | None:
+        """What it lacks, None when it is complete. Does not read the shards."""
+        if not self.is_distributed:
+            return None
+        try:
+            declared = json.loads((self.path / DECLARATION).read_text())
+        except FileNotFoundError:
+            return f"it has no {DECLARATION}: its writing was not finished"
+        except ValueError:
+            return f"its {DECLARATION} is damaged: its writing was not finished"
+        if not isinstance(declared, dict) or "sharded_backend" not in declared:
+            return f"its {DECLARATION} is not one of a checkpoint"
+        try:
+            index = read_index(self.path)
+        except (OSError, UnsafeCheckpointError) as error:
+            return f"its index cannot be read: {error}"
+        needed: dict[str, int] = {}
+        for info in index.storage_data.values():
+            end = info.offset + info.length
+            needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
+        for name, size in needed.items():
+            shard = self.path / name
+            found = shard.stat().st_size if shard.is_file() else None
+            if found is None:
+                return f"{name} is missing"
+            if found < size:
+                return f"{name} has {found} bytes of {size}"
+        return None
+
+
+class CheckpointFolder:
+    """A folder that `--save` or `--load` names, on a local or shared file system.
+
+    Args:
+        path: need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All of them, complete or not, by iteration."""
+        return sorted(self._found(), key=lambda checkpoint: checkpoint.iteration)
+
+    def _found(self) -> Iterator[Checkpoint]:
+        if not self.path.is_dir():
+            return
+        for entry in self.path.iterdir():
+            match = re.fullmatch(r"iter_(\d{7,})", entry.name)
+            if match and entry.is_dir():
+                yield Checkpoint(entry, int(match[1]))
+
+    def newest_complete(self) -> Checkpoint | None:
+        """The one with the most iterations that lacks nothing."""
+        for checkpoint in reversed(self.checkpoints()):
+            if checkpoint.defect() is None:
+                return checkpoint
+        return None
+
+    def tracked(self) -> int | None:
+        """The iteration that the tracker names; None when it names none, or is not there."""
+        try:
+            text = (self.path / TRACKER).read_text().strip()
+        except FileNotFoundError:
+            return None
+        return int(text) if text.isdigit() else None
+
+    def is_release(self) -> bool:
+        """Whether the tracker names a checkpoint without an iteration, made for others to load."""
+        tracker = self.path / TRACKER
+        return tracker.is_file() and tracker.read_text().strip() == RELEASE
+
+    def write_tracker(self, iteration: int) -> None:
+        """Name an iteration, in one step that is done or not."""
+        replace(self.path / TRACKER, str(iteration))
+
+    def undeclare(self, iteration: int) -> bool:
+        """Take the completeness from a checkpoint that is about to be written over.
+
+        Returns:
+            Whether it had any.
+        """
+        declaration = self._path_of(iteration) / DECLARATION
+        existed = declaration.exists()
+        declaration.unlink(missing_ok=True)
+        return existed
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Delete a checkpoint. It is first renamed, so that none is ever there in part."""
+        doomed = checkpoint.path.with_name(_DOOMED + checkpoint.path.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        checkpoint.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def sweep(self) -> None:
+        """Delete what a process that died while deleting has left."""
+        if self.path.is_dir():
+            for entry in self.path.glob(f"{_DOOMED}iter_*"):
+                shutil.rmtree(entry, ignore_errors=True)
+
+    def _path_of(self, iteration: int) -> Path:
+        return self.path / f"iter_{iteration:07d}"
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file in one step that is done or not, and is on the disk when this returns."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    with unfinished.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(path)
+
+
+def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Which checkpoints retention gives up.
+
+    Args:
+        iterations: of the complete ones, ascending.
+        keep_last: how many of the newest to keep; None to keep all.
+        keep_every: keep those whose iteration is a multiple of it as well.
+    """
+    if keep_last is None:
+        return []
+    old = iterations[:-keep_last]
+    return [i for i in old if keep_every is None or i % keep_every]

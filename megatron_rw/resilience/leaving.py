@@ -1,0 +1,85 @@
+"""How a run ends: on which signals, and with which status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+# Of a shell, for a process that ended by Ctrl-C.
+_INTERRUPTED = 128 + signal.SIGINT
+
+
+def install() -> None:
+    """With --exit-signal-handler, let more than one signal end the run after its step.
+
+    Megatron waits for one, `--exit-signal`. A cluster sends SIGTERM when it takes nodes back and
+    another one (SLURM's `--signal`) some time before, and a user Ctrl-C. All of them now have the
+    run finish its step, save and leave; a second Ctrl-C stops it at once.
+    """
+    DistributedSignalHandler.__enter__ = _enter
+    DistributedSignalHandler.release = _release
+
+
+def _enter(self: Any) -> Any:
+    self._signal_received = False
+    self.released = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal_received:
+            os._exit(_INTERRUPTED)
+        self._signal_received = True
+
+    signals = (self.sig, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    self.original_handlers = {number: signal.signal(number, handler) for number in set(signals)}
+    return self
+
+
+def _release(self: Any) -> bool:
+    if self.released:
+        return False
+    for number, original in self.original_handlers.items():
+        signal.signal(number, original)
+    self.released = True
+    return True
+
+
+def run_to_its_end(args: Namespace, train: Callable[[], Any]) -> None:
+    """Train, and leave with a status that tells whether there is more to do.
+
+    A run that ends in good order before its last iteration, on a signal or by Megatron's --exit-*
+    flags, leaves with --exit-code-when-unfinished. One that fails keeps its own status, and its
+    process groups: taking them down could wait for ranks that are gone.
+
+    Args:
+        args: validated; `curr_iteration` follows the run.
+        train: returns, or raises SystemExit, at the end of the run.
+    """
+    status: Any = 0
+    try:
+        train()
+    except SystemExit as left:
+        status = left.code or 0
+    if status == 0:
+        # Left to the interpreter's own end, threads of gloo have been seen to abort the process.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if _is_unfinished(args):
+            status = args.exit_code_when_unfinished
+    if status != 0:
+        sys.exit(status)
+
+
+def _is_unfinished(args: Namespace) -> bool:
+    if args.skip_train or not args.train_iters:
+        return False
+    # Of the step that ran last; a run that has nothing left to do runs none.
+    last: int | None = getattr(args, "curr_iteration", None)
+    return last is not None and last + 1 < args.train_iters

@@ -1,0 +1,266 @@
+"""Saving checkpoints that may fail: what was on the disk stays, and all ranks do the same next.
+
+Megatron's own saving is kept; wrapped round it is what it lacks. A checkpoint that is written over
+loses its completeness first. The tracker is renamed into place. Where a rank cannot write, all
+learn of it, what was written of the checkpoint is deleted, and the run stops or goes on as
+`--on-save-error` says. `--keep-last` and `--keep-every` delete old checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import shutil
+import sys
+import threading
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.training import async_utils, checkpointing, training
+from megatron.training.utils import print_rank_0
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
+
+# The status of a run that stops because it cannot save.
+_CANNOT_SAVE = 1
+
+
+class SaveGuard:
+    """Wraps Megatron's saving of distributed checkpoints.
+
+    Args:
+        args: validated; `save` is a folder.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._folder = CheckpointFolder(args.save)
+        # What went wrong on this rank alone, where Megatron would leave the others waiting.
+        self._problem: str | None = None
+        # Iterations whose checkpoints are being written, the oldest first.
+        self._unfinished: deque[int] = deque()
+
+    def install(self) -> None:
+        """Wrap the functions that training calls by name."""
+        training.save_checkpoint = self._around(training.save_checkpoint, self._save)
+        training.maybe_finalize_async_save = self._around(
+            training.maybe_finalize_async_save, self._finalize
+        )
+        serialization.save_config = self._noting_problems(serialization.save_config)
+        checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, self._complete)
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(
+            _raising(FileSystemWriterAsync.write_preloaded_data)
+        )
+
+    @staticmethod
+    def _around(original: Callable[..., Any], wrapper: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            wrapper(functools.partial(original, *args, **kwargs), *args, **kwargs)
+
+        return wrapped
+
+    def _save(self, original: Callable[[], Any], iteration: int, *_: Any, **__: Any) -> None:
+        if dist.get_rank() == 0:
+            self._problem = self._prepare(iteration)
+        if self._failed(iteration):
+            return
+        self._unfinished.append(iteration)
+        if self._guarded(original) and not self._args.async_save:
+            self._failed(self._unfinished.popleft())
+
+    def _finalize(self, original: Callable[[], Any], *_: Any, **__: Any) -> None:
+        if not self._args.async_save:
+            original()
+            return
+        before = _pending()
+        if self._guarded(original):
+            # The same number on all ranks.
+            for _done in range(before - _pending()):
+                self._failed(self._unfinished.popleft())
+
+    def _guarded(self, original: Callable[[], Any]) -> bool:
+        """Whether nothing went wrong that Megatron has told all ranks of."""
+        try:
+            original()
+        except (CheckpointException, OSError) as error:
+            self._give_up(self._unfinished.popleft(), _reason(error))
+            return False
+        return True
+
+    def _prepare(self, iteration: int) -> str | None:
+        """What keeps rank 0 from writing there, which Megatron would find out alone."""
+        path = self._folder.path / f"iter_{iteration:07d}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if self._folder.undeclare(iteration):
+                print_rank_0(f"> the checkpoint of iteration {iteration} is written over")
+            probe = path / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            return str(error)
+        return None
+
+    def _noting_problems(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Rank 0 alone declares a checkpoint complete; the others wait for it."""
+
+        @functools.wraps(original)
+        def noting(*args: Any, **kwargs: Any) -> None:
+            try:
+                original(*args, **kwargs)
+            except OSError as error:
+                self._problem = str(error)
+
+        return noting
+
+    def _complete(self, text: str) -> None:
+        """On rank 0, when all is written: name it in the tracker, then delete others."""
+        if self._problem is not None:
+            return
+        try:
+            if not text.isdigit():
+                (self._folder.path / TRACKER).write_text(text)
+                return
+            self._folder.write_tracker(int(text))
+        except OSError as error:
+            self._problem = str(error)
+            return
+        self._retain()
+
+    def _retain(self) -> None:
+        complete = [c for c in self._folder.checkpoints() if c.defect() is None]
+        kept = {c.iteration: c for c in complete}
+        old = superfluous(list(kept), self._args.keep_last, self._args.keep_every)
+        doomed = [kept[iteration] for iteration in old]
+
+        def delete() -> None:
+            for checkpoint in doomed:
+                self._folder.delete(checkpoint)
+
+        if doomed:
+            names = ", ".join(str(iteration) for iteration in old)
+            print_rank_0(f"> deleting the checkpoints of iterations {names}")
+            # What is left of it when the run ends is deleted when the next one begins.
+            threading.Thread(target=delete, daemon=True).start()
+
+    def _failed(self, iteration: int) -> bool:
+        """Whether rank 0 has a problem with a checkpoint; then all deal with it."""
+        shared = [self._problem]
+        dist.broadcast_object_list(shared, src=0)
+        if shared[0] is None:
+            return False
+        self._give_up(iteration, shared[0])
+        return True
+
+    def _give_up(self, iteration: int, reason: str) -> None:
+        self._problem = None
+        if dist.get_rank() == 0:
+            self._tell(iteration, reason)
+        if self._args.on_save_error == "stop":
+            # Rank 0 has said why; status and no traceback.
+            dist.barrier()
+            sys.exit(_CANNOT_SAVE)
+
+    def _tell(self, iteration: int, reason: str) -> None:
+        shutil.rmtree(self._folder.path / f"iter_{iteration:07d}", ignore_errors=True)
+        last = self._folder.tracked()
+        before = "there is none before it" if last is None else f"that of iteration {last} is there"
+        stops = self._args.on_save_error == "stop"
+        print(
+            f"error: the checkpoint of iteration {iteration} could not be saved to "
+            f"{self._folder.path}: {reason}. {self._free()}What was written of it is deleted; "
+            f"{before}. "
+            + (
+                "The run stops: make room or mend the folder, then start it again "
+                "(--on-save-error continue would go on)."
+                if stops
+                else "The run goes on."
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _free(self) -> str:
+        try:
+            free = shutil.disk_usage(self._folder.path).free
+        except OSError:
+            return ""
+        return f"{free / 2**20:,.0f} MiB are free there. "
+
+
+def _raising(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a writer's error keep its words: of one that is returned Megatron reports the class."""
+
+    @functools.wraps(write)
+    def writing(*args: Any, **kwargs: Any) -> Any:
+        result = write(*args, **kwargs)
+        # A thread of several hands its error over by a queue, and must not raise.
+        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
+            raise _root(result[1])
+        return result
+
+    return writing
+
+
+def _pending() -> int:
+    """Checkpoints that are being written in the background."""
+    queue = async_utils._async_calls_queue
+    return 0 if queue is None else int(queue.get_num_unfinalized_calls())
+
+
+def _reason(error: BaseException) -> str:
+    """The root of an error that other ranks and processes have wrapped."""
+    if isinstance(error, CheckpointException):
+        roots = {rank: str(_root(wrapped[0])) for rank, wrapped in error.failures.items()}
+        return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(roots.items())) or (
+            "a rank failed to write, see its output"
+        )
+    return str(error)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the operating system said, where it did, otherwise the error itself."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+class _Storage:
+    """Megatron's access to files, but for the tracker when it is written.
+
+    Args:
+        original: for all else.
+        complete: takes what would be written to the tracker.
+    """
+
+    def __init__(self, original: Any, complete: Callable[[str], None]) -> None:
+        self._original, self._complete = original, complete
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        """As `open`."""
+        if "w" in mode and os.path.basename(str(path)) == TRACKER:
+            return _Tracker(self._complete)
+        return self._original.open(path, mode, *args, **kwargs)
+
+
+class _Tracker(io.StringIO):
+    def __init__(self, complete: Callable[[str], None]) -> None:
+        super().__init__()
+        self._complete = complete
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is None:
+            self._complete(self.getvalue())
+        super().__exit__(*exception)

@@ -1,0 +1,191 @@
+"""Kill the real program at random points, restart it, and compare with a run that nobody disturbed.
+
+    make faults            # or: python -m tests.faults.campaign --trials 60 --seed 0
+
+Every trial sends SIGKILL to one rank or to all at a seeded random point: in the forward pass, the
+backward pass, the optimizer, between two tensors of a checkpoint, between the renames that complete
+one, while the tracker is written, in the middle of an index of the data, or at any time. Then it
+starts the same command again. The losses of every iteration that ran, of every attempt, and the
+final checkpoint must be those of the undisturbed run, bit for bit; ranks that are left must end by
+themselves. Prints a line a trial and the count. Exit status 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.corpus import flags_of, write_corpus
+from tests.faults.points import ON_RANK_0, POINTS
+from tests.program import Run, run_program
+
+ITERATIONS, SAVE_INTERVAL, PROCESSES = 12, 3, 2
+COMMON = (
+    f"--train-iters {ITERATIONS} --save-interval {SAVE_INTERVAL} --micro-batch-size 4 "
+    "--global-batch-size 16 --distributed-timeout-minutes 1 --eval-interval 5 "
+    "--hidden-dropout 0.1 --attention-dropout 0.1 "
+    "--reweight-strategy linupper --reweight-temperature 0.4 --reweight-warmup-steps 8 "
+    "--reweight-warmup-schedule linear"
+).split()
+ASYNC = "--async-save --async-strategy mcore"
+VARIANTS = {
+    "synchronous": "",
+    "asynchronous": ASYNC,
+    "distributed optimizer": "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable "
+    "--reweight-scope deferred --reweight-moment-decay 0.5",
+    "tensor parallel, asynchronous": f"--tensor-model-parallel-size 2 {ASYNC}",
+}
+# How long ranks that are left may take to notice: twice the timeout, where one waits for a rank 0
+# that was never there. And how often one may have to start again.
+PATIENCE_S, ATTEMPTS = 150.0, 4
+# An undisturbed run takes about this long; "any time" is within.
+SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a run.
+
+    Attributes:
+        variant: of the run.
+        point: one of `POINTS`, or `any time`.
+        count: how often the point is reached before; milliseconds for `any time`.
+        ranks: that are killed.
+    """
+
+    variant: str
+    point: str
+    count: int
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """For the table."""
+        when = f"{self.count} ms" if self.point == "any time" else f"no. {self.count}"
+        who = "all ranks" if len(self.ranks) == PROCESSES else f"rank {self.ranks[0]}"
+        return f"{self.variant:30}{self.point:12}{when:>10}  {who}"
+
+
+def faults(seed: int, trials: int) -> Iterator[Fault]:
+    """Random ones: every point in turn, and every third at any time."""
+    rng = random.Random(seed)
+    points = list(POINTS)
+    variants = list(VARIANTS)
+    for trial in range(trials):
+        point = "any time" if trial % 3 == 2 else points[(2 * trial // 3) % len(points)]
+        if point == "any time":
+            count = rng.randrange(int(1000 * SECONDS))
+        else:
+            count = rng.randint(1, POINTS[point][1])
+        ranks = rng.choice([(0,), (1,), (0, 1)])
+        if point in ON_RANK_0:
+            ranks = (0,)
+        yield Fault(rng.choice(variants), point, count, ranks)
+
+
+class Campaign:
+    """Runs trials.
+
+    Args:
+        folder: for all runs.
+        data_flags: of the data.
+    """
+
+    def __init__(self, folder: Path, data_flags: list[str]) -> None:
+        self._folder, self._data_flags = folder, data_flags
+        self._undisturbed: dict[str, tuple[list[Any], dict[str, torch.Tensor]]] = {}
+
+    def trial(self, fault: Fault, number: int) -> str:
+        """What came of it: `ok` and how, or what went wrong."""
+        wanted, parameters = self._expected(fault.variant)
+        directory = self._folder / f"trial{number}"
+        start = time.monotonic()
+        run = self._run(directory, fault.variant, fault)
+        killed = [rank for rank, status in enumerate(run.status) if status == -9]
+        if run.hung:
+            return f"HUNG: {run.status}, a rank did not notice in {PATIENCE_S:.0f} s"
+        attempts = 1
+        while any(status != 0 for status in run.status):
+            if attempts == ATTEMPTS:
+                return f"LOST: {run.status} after {ATTEMPTS} attempts\n{run.output[0][-1500:]}"
+            attempts += 1
+            run = self._run(directory, fault.variant, None)
+            if run.hung:
+                return f"HUNG at restart {attempts - 1}: {run.status}"
+        seen = {}
+        for record in run.train_metrics():
+            iteration = record["iteration"]
+            if without_time(record) != wanted[iteration - 1]:
+                return f"WRONG: iteration {iteration} is not that of the undisturbed run"
+            seen[iteration] = True
+        if sorted(seen) != list(range(1, ITERATIONS + 1)):
+            return f"LOST: iterations {sorted(seen)} were logged"
+        for name, tensor in run.checkpoint(ITERATIONS).items():
+            if not torch.equal(tensor, parameters[name]):
+                return f"WRONG: {name} of the final checkpoint"
+        shutil.rmtree(directory)
+        again = "not reached" if not killed else f"{attempts} attempts"
+        return f"ok, {again}, {time.monotonic() - start:.0f} s"
+
+    def _expected(self, variant: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        if variant not in self._undisturbed:
+            run = self._run(self._folder / variant.replace(" ", "_"), variant, None).check()
+            records = [without_time(record) for record in run.train_metrics()]
+            assert [record["iteration"] for record in records] == list(range(1, ITERATIONS + 1))
+            self._undisturbed[variant] = (records, run.checkpoint(ITERATIONS))
+        return self._undisturbed[variant]
+
+    def _run(self, directory: Path, variant: str, fault: Fault | None) -> Run:
+        checkpoints = str(directory / "checkpoints")
+        return run_program(
+            directory,
+            *(*self._data_flags, *COMMON, *VARIANTS[variant].split()),
+            *("--save", checkpoints, "--load", checkpoints),
+            *("--data-cache-path", str(directory / "cache")),
+            processes=PROCESSES,
+            module="tests.faults.injected",
+            patience=PATIENCE_S,
+            environment={"FAULT": json.dumps(asdict(fault))} if fault else None,
+        )
+
+
+def without_time(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl."""
+    return {key: value for key, value in record.items() if key != "time"}
+
+
+def main() -> int:
+    """Run the campaign, print a line a trial."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, help="the number of one trial")
+    options = parser.parse_args()
+    failed = done = 0
+    with tempfile.TemporaryDirectory() as name:
+        corpus = Path(name) / "corpus"
+        write_corpus(corpus)
+        campaign = Campaign(Path(name), flags_of(corpus))
+        for number, fault in enumerate(faults(options.seed, options.trials)):
+            if options.only is not None and number != options.only:
+                continue
+            outcome = campaign.trial(fault, number)
+            print(f"{number:3}  {fault}  {outcome}", flush=True)
+            done += 1
+            failed += not outcome.startswith("ok")
+    print(f"{done} trials with seed {options.seed}: {done - failed} ok, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

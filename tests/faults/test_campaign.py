@@ -1,0 +1,45 @@
+"""A few trials of the fault campaign, one for each kind of place; `make faults` runs them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import Campaign, Fault, faults
+from tests.faults.points import POINTS
+
+TRIALS = [
+    Fault("asynchronous", "backward", 17, (1,)),
+    Fault("distributed optimizer", "write", 40, (0, 1)),
+    # Megatron alone ends at these two with status 0 and without a word, or never starts again.
+    Fault("asynchronous", "tracker", 3, (0,)),
+    Fault("distributed optimizer", "data index", 3, (0,)),
+]
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Campaign:
+    return Campaign(tmp_path_factory.mktemp("campaign"), data_flags)
+
+
+@pytest.mark.parametrize("fault", TRIALS, ids=str)
+def test_nothing_is_lost(fault: Fault, campaign: Campaign) -> None:
+    outcome = campaign.trial(fault, TRIALS.index(fault))
+    assert outcome.startswith("ok"), outcome
+    assert "not reached" not in outcome
+
+
+def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
+    chosen = list(faults(0, 60))
+    assert chosen == list(faults(0, 60))
+    assert {fault.point for fault in chosen} == {*POINTS, "any time"}
+    assert len({fault.ranks for fault in chosen}) == 3
+
+
+def test_a_wrong_trajectory_is_noticed(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, parameters = campaign._expected("asynchronous")
+    changed = [record | {"lm_loss": record["lm_loss"] + 1e-7} for record in records]
+    monkeypatch.setitem(campaign._undisturbed, "asynchronous", (changed, parameters))
+    outcome = campaign.trial(Fault("asynchronous", "save", 2, (0,)), 99)
+    assert outcome.startswith("WRONG: iteration 1 is not")

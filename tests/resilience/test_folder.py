@@ -1,0 +1,208 @@
+"""Which checkpoints of a folder are complete, which a run goes on from, and which are kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from megatron_rw.resilience.folder import CheckpointFolder, superfluous
+from megatron_rw.resilience.settle import CheckpointError, settle
+
+
+def write_checkpoint(folder: Path, iteration: int) -> Path:
+    path = folder / f"iter_{iteration:07d}"
+    state = {"weight": torch.arange(1000.0), "step": torch.tensor(iteration)}
+    save(state, checkpoint_id=path, no_dist=True)
+    (path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two complete checkpoints, the newer one tracked."""
+    for iteration in (10, 20):
+        write_checkpoint(tmp_path, iteration)
+    CheckpointFolder(tmp_path).write_tracker(20)
+    return tmp_path
+
+
+def settled(folder: Path, save: Path | None = None, ckpt_step: int | None = None) -> list[str]:
+    return settle(Namespace(load=str(folder), save=str(save or folder), ckpt_step=ckpt_step))
+
+
+def tracker(folder: Path) -> str:
+    return (folder / "latest_checkpointed_iteration.txt").read_text()
+
+
+def undeclare(path: Path) -> None:
+    (path / "metadata.json").unlink()
+
+
+def empty_declaration(path: Path) -> None:
+    (path / "metadata.json").write_text("")
+
+
+def foreign_declaration(path: Path) -> None:
+    (path / "metadata.json").write_text("[]")
+
+
+def lose_index(path: Path) -> None:
+    (path / ".metadata").unlink()
+
+
+def cut_index(path: Path) -> None:
+    data = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(data[: len(data) // 2])
+
+
+def lose_shard(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def cut_shard(path: Path) -> None:
+    shard = next(path.glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+DEFECTS = {
+    undeclare: "it has no metadata.json: its writing was not finished",
+    empty_declaration: "its metadata.json is damaged",
+    foreign_declaration: "its metadata.json is not one of a checkpoint",
+    lose_index: "its index cannot be read: [Errno 2]",
+    cut_index: "its index cannot be read",
+    lose_shard: "distcp is missing",
+    cut_shard: "distcp has ",
+}
+
+
+@pytest.mark.parametrize("damage", DEFECTS)
+def test_defects_are_found_without_reading_the_shards(folder: Path, damage: Any) -> None:
+    damage(folder / "iter_0000020")
+    old, new = CheckpointFolder(folder).checkpoints()
+    assert old.defect() is None
+    assert DEFECTS[damage] in (new.defect() or "")
+    newest = CheckpointFolder(folder).newest_complete()
+    assert newest is not None
+    assert newest.iteration == 10
+
+
+@pytest.mark.parametrize("damage", DEFECTS)
+def test_own_folder_goes_on_from_the_newest_complete_one(folder: Path, damage: Any) -> None:
+    damage(folder / "iter_0000020")
+    [line] = settled(folder)
+    assert "its tracker names iteration 20, which is incomplete" in line
+    assert "going on from the newest complete checkpoint, iteration 10" in line
+    assert tracker(folder) == "10"
+    # The next time there is nothing to repair; the damaged one is left alone, and said to be.
+    [line] = settled(folder)
+    assert "the checkpoint of iteration 20 is left alone" in line
+
+
+@pytest.mark.parametrize("text", ["", "2x", None])
+def test_tracker_that_a_killed_run_left(folder: Path, text: str | None) -> None:
+    """Megatron ends with status 0 at an empty one, and begins anew where there is none."""
+    path = folder / "latest_checkpointed_iteration.txt"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    [line] = settled(folder)
+    assert "its tracker names none; going on from the newest complete checkpoint" in line
+    assert tracker(folder) == "20"
+
+
+def test_tracker_that_names_what_is_gone(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000020")
+    [line] = settled(folder)
+    assert "names iteration 20, which is not there; going on" in line
+    assert tracker(folder) == "10"
+
+
+def test_tracker_that_was_put_back_is_obeyed(folder: Path) -> None:
+    CheckpointFolder(folder).write_tracker(10)
+    [line] = settled(folder)
+    assert "going on from iteration 10, as the tracker says" in line
+    assert "--ckpt-step 20" in line
+    assert tracker(folder) == "10"
+
+
+def test_another_folder_is_not_written_to(folder: Path, tmp_path: Path) -> None:
+    cut_shard(folder / "iter_0000020")
+    with pytest.raises(CheckpointError, match="add --ckpt-step 10"):
+        settled(folder, save=tmp_path / "other")
+    assert tracker(folder) == "20"
+    assert settled(folder, save=tmp_path / "other", ckpt_step=10) == []
+
+
+def test_named_step_must_be_complete(folder: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="no such checkpoint; it has those of iterations 10, 20"
+    ):
+        settled(folder, ckpt_step=15)
+    cut_shard(folder / "iter_0000020")
+    with pytest.raises(CheckpointError, match="--ckpt-step names it: give another"):
+        settled(folder, ckpt_step=20)
+
+
+def test_nothing_complete(folder: Path) -> None:
+    for path in folder.glob("iter_*"):
+        undeclare(path)
+    with pytest.raises(CheckpointError, match="there is no complete checkpoint. To begin anew"):
+        settled(folder)
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+    [line] = settled(folder)
+    assert "holds no complete checkpoint: the run begins from nothing" in line
+    assert settled(folder / "empty") == []
+    assert settle(Namespace(load=None, save=None, ckpt_step=None)) == []
+
+
+def test_release_is_megatrons_business(folder: Path) -> None:
+    (folder / "latest_checkpointed_iteration.txt").write_text("release\n")
+    assert settled(folder) == []
+    assert tracker(folder) == "release\n"
+
+
+def test_what_a_killed_deletion_left_is_deleted(folder: Path) -> None:
+    (folder / "iter_0000010").rename(folder / "deleted-iter_0000010")
+    assert settled(folder) == []
+    assert not (folder / "deleted-iter_0000010").exists()
+    assert [c.iteration for c in CheckpointFolder(folder).checkpoints()] == [20]
+
+
+def test_deletion(folder: Path) -> None:
+    old, _ = CheckpointFolder(folder).checkpoints()
+    CheckpointFolder(folder).delete(old)
+    assert sorted(path.name for path in folder.glob("*iter*")) == [
+        "iter_0000020",
+        "latest_checkpointed_iteration.txt",
+    ]
+
+
+def test_retention() -> None:
+    iterations = [10, 20, 30, 40, 50, 60]
+    assert superfluous(iterations, None, None) == []
+    assert superfluous(iterations, 2, None) == [10, 20, 30, 40]
+    assert superfluous(iterations, 2, 20) == [10, 30]
+    assert superfluous(iterations, 9, None) == []
+
+
+@given(
+    st.sets(st.integers(1, 300), max_size=30), st.integers(1, 10), st.none() | st.integers(1, 50)
+)
+def test_retention_keeps_what_it_says(
+    found: set[int], keep_last: int, keep_every: int | None
+) -> None:
+    iterations = sorted(found)
+    kept = [i for i in iterations if i not in superfluous(iterations, keep_last, keep_every)]
+    assert kept[-keep_last:] == iterations[-keep_last:]
+    if keep_every is not None:
+        assert {i for i in iterations if i % keep_every == 0} <= set(kept)
+    assert len(kept) <= keep_last + sum(i % (keep_every or 1000) == 0 for i in iterations)
