@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests, a file at a time.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup quickstart test mutants faults lint bench-step-time bench-kernels gpu clean
+.PHONY: help setup quickstart test mutants faults network lint bench-step-time bench-kernels gpu clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test         run all tests"
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
+	@echo "make network      cut the link between two ranks, in network namespaces (root, three minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
 	@echo "make bench-kernels     cross-entropy and weighting on this CPU against others"
@@ -43,6 +44,9 @@ mutants: setup
 
 faults: setup
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.faults.campaign
+
+network: setup
+	$(PY) -W ignore -m tests.faults.network
 
 quickstart: setup
 	$(PY) examples/quickstart/run.py

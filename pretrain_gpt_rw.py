@@ -39,6 +39,7 @@ def main() -> None:
 
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.resilience import leaving, safe_pickle
+    from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import (
         announce,
         one_message,
@@ -65,7 +66,8 @@ def main() -> None:
 
     state = ReweightState(config)
     loss = PretrainLoss(args, config, state, len(domains))
-    Hooks(args, config, state, loss, Reporter(args, domains.names)).install()
+    progress = Progress()
+    Hooks(args, config, state, loss, Reporter(args, domains.names), progress).install()
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
@@ -75,7 +77,7 @@ def main() -> None:
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss),
+        ForwardStep(args, BatchReader(args, len(domains)), loss, progress),
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )

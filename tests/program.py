@@ -114,7 +114,7 @@ def run_program(
     processes: int = 1,
     module: str = "pretrain_gpt_rw",
     metrics: bool = True,
-    kill_when: Callable[[], bool] | None = None,
+    disturb: Callable[[Sequence[int]], bool] | None = None,
     patience: float = 5.0,
     environment: dict[str, str] | None = None,
 ) -> Run:
@@ -126,7 +126,7 @@ def run_program(
         processes: world size.
         module: the script, importable by name.
         metrics: pass --log-dir, which only our program knows.
-        kill_when: asked all the time; once true, every rank is killed with SIGKILL.
+        disturb: called with the process ids of all ranks, again and again until it returns True.
         patience: seconds that the others may go on once a rank has failed.
         environment: variables for every rank.
     """
@@ -153,7 +153,7 @@ def run_program(
     start = time.perf_counter()
     for rank in ranks:
         rank.start()
-    hung = _wait(ranks, kill_when, patience)
+    hung = _wait(ranks, disturb, patience)
     return Run(
         [rank.exitcode for rank in ranks],
         [path.read_text() if path.exists() else "" for path in outputs],
@@ -184,12 +184,35 @@ def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Pa
     importlib.import_module(module).main()
 
 
-def _wait(ranks: Sequence[Any], kill_when: Callable[[], bool] | None, patience: float) -> bool:
+def kill_when(reached: Callable[[], bool]) -> Callable[[Sequence[int]], bool]:
+    """A disturbance: SIGKILL to all ranks once something is the case."""
+    return signal_when(reached, signal.SIGKILL)
+
+
+def signal_when(
+    reached: Callable[[], bool], number: signal.Signals, ranks: Sequence[int] | None = None
+) -> Callable[[Sequence[int]], bool]:
+    """A disturbance: a signal to some ranks, or to all, once something is the case."""
+
+    def disturb(pids: Sequence[int]) -> bool:
+        if not reached():
+            return False
+        for rank, pid in enumerate(pids):
+            if ranks is None or rank in ranks:
+                os.kill(pid, number)
+        return True
+
+    return disturb
+
+
+def _wait(
+    ranks: Sequence[Any], disturb: Callable[[Sequence[int]], bool] | None, patience: float
+) -> bool:
     """Wait for all; once one has failed, give the others a moment, then kill them and say so."""
     deadline = time.monotonic() + TIMEOUT_S
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
-        if kill_when is not None and kill_when():
-            break
+        if disturb is not None and disturb([rank.pid for rank in ranks]):
+            disturb = None
         if any(rank.exitcode not in (None, 0) for rank in ranks):
             deadline = min(deadline, time.monotonic() + patience)
         time.sleep(0.002)

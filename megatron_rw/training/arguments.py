@@ -65,8 +65,8 @@ class RunConfig:
 
     exit_code_when_unfinished: int = 0
     """Exit status of a run that ends in good order before its last iteration: on a signal
-    (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by it
-    whether to put the job into the queue again. Megatron's 0 by default."""
+    (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by
+    it whether to put the job into the queue again. Megatron's 0 by default."""
 
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at

@@ -17,8 +17,8 @@ from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.platform import Device
+from megatron_rw.resilience.resuming import check_resume
 from megatron_rw.resilience.settle import settle
-from megatron_rw.resilience.shapes import check_shapes
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 
 
@@ -83,7 +83,7 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
     if args.rank == 0:
         if not args.mock_data:
             _check_vocabulary(args)
-        check_shapes(args)
+        check_resume(args)
     if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:
         raise ConfigError(
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
@@ -125,7 +125,8 @@ def _check_saving(args: Namespace) -> None:
             raise ConfigError("--keep-last deletes checkpoints in --save: add --save DIR.")
         if args.save_retain_interval is not None:
             raise ConfigError(
-                "--keep-last and Megatron's --save-retain-interval both delete checkpoints: drop one."
+                "--keep-last and Megatron's --save-retain-interval both delete checkpoints: "
+                "drop one."
             )
     if not 0 <= args.exit_code_when_unfinished <= 125:
         raise ConfigError(

@@ -13,6 +13,7 @@ from megatron.training import get_timers
 from megatron_rw.integrations.cross_entropy import announce_mask
 from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
+from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
 
@@ -26,12 +27,16 @@ class ForwardStep:
         args: validated.
         read_batch: draws micro-batches.
         loss: computes the loss on the last pipeline stage.
+        progress: told how far the rank is.
     """
 
-    def __init__(self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss) -> None:
+    def __init__(
+        self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss, progress: Progress
+    ) -> None:
         self._args = args
         self._read_batch = read_batch
         self._loss = loss
+        self._progress = progress
         self._model_options: dict[str, Any] = {}
         if args.fused_linear_cross_entropy:
             budget = args.logits_budget_mib
@@ -53,6 +58,7 @@ class ForwardStep:
         Returns:
             The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
         """
+        self._progress.then("reading a micro-batch")
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -60,6 +66,7 @@ class ForwardStep:
                 data_iterator, get_attr_wrapped_model(model, "vp_stage"), model.training
             )
         timer.stop()
+        self._progress.then("a micro-batch")
 
         if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
             # A packed micro-batch is one row of several samples.
@@ -76,5 +83,8 @@ class ForwardStep:
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Run a training step: see `integrations.schedule.SteppedForward`."""
         if self._loss.reweighting is None:
-            return schedule(**call)
-        return self._loss.reweighting.run(schedule, call)
+            result = schedule(**call)
+        else:
+            result = self._loss.reweighting.run(schedule, call)
+        self._progress.then("the optimizer's step")
+        return result

@@ -22,8 +22,9 @@ from megatron.training import training
 from megatron_rw.integrations import cross_entropy, schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.resilience import atomic_index
+from megatron_rw.resilience import atomic_index, leaving
 from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter, inject
@@ -38,6 +39,7 @@ class Hooks:
         state: saved and resumed with the checkpoints.
         loss: fills the metrics.
         reporter: writes them.
+        progress: told how far the rank is.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Hooks:
         state: ReweightState,
         loss: PretrainLoss,
         reporter: Reporter,
+        progress: Progress,
     ) -> None:
         self._args = args
         self._config = config
         self._state = state
         self._loss = loss
         self._reporter = reporter
+        self._progress = progress
         self._interval = _LossInterval()
 
     def install(self) -> None:
@@ -62,13 +66,18 @@ class Hooks:
         training.evaluate_and_print_results = self._around(
             training.evaluate_and_print_results, self._evaluate
         )
+        training.train_step = self._around(training.train_step, self._train_step)
+        training.initialize_megatron = self._around(training.initialize_megatron, self._initialize)
+        # The first that pretrain does when the checkpoint has been loaded.
+        training.build_train_valid_test_data_iterators = self._around(
+            training.build_train_valid_test_data_iterators, self._build_data
+        )
         if self._args.cross_entropy_impl == "fused":
             cross_entropy.install()
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
-        if self._args.save is not None and self._args.ckpt_format == "torch_dist":
-            if "://" not in self._args.save:
-                SaveGuard(self._args).install()
+        if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
+            SaveGuard(self._args).install()
         atomic_index.install()
         _use_shipped_dataset_helpers()
         _let_fp32_shards_load()
@@ -84,6 +93,22 @@ class Hooks:
             return wrapper(lambda: original(*args, **kwargs), **call.arguments)
 
         return wrapped
+
+    def _initialize(self, original: Callable[[], Any], **_: Any) -> Any:
+        with Meeting(self._args.distributed_timeout_minutes):
+            result = original()
+        watch(self._args, self._progress)
+        return result
+
+    def _build_data(self, original: Callable[[], Any], **_: Any) -> Any:
+        leaving.end_if_finished(self._args)
+        return original()
+
+    def _train_step(self, original: Callable[[], Any], **call: Any) -> Any:
+        self._progress.begin(call["iteration"], "the step's begin")
+        result = original()
+        self._progress.then("logging, evaluating or saving")
+        return result
 
     def _training_log(self, original: Callable[[], Any], **call: Any) -> Any:
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):

@@ -1,4 +1,4 @@
-"""Where a run can be killed: each point is a place in Megatron or here, reached for the nth time."""
+"""Where a run can be killed: each is a place in Megatron or here, reached for the nth time."""
 
 from __future__ import annotations
 

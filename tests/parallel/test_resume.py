@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.parallel.test_layouts import assert_close
-from tests.program import Run, run_program
+from tests.program import Run, kill_when, run_program
 
 # Dropout, so that random-number state counts, and a warm-up that ends after the resume, so that
 # the reweighting state does.
@@ -51,7 +51,7 @@ def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
     flags = [*data_flags, *EXACT, *extra.split()]
     whole = train(tmp_path / "whole", flags, 2).check()
 
-    killed = train(tmp_path / "cut", flags, 2, kill_when=tracker(tmp_path / "cut").exists)
+    killed = train(tmp_path / "cut", flags, 2, disturb=kill_when(tracker(tmp_path / "cut").exists))
     assert killed.status == [-9, -9]
     assert tracker(killed.directory).read_text() == "10"
     (killed.directory / "metrics.jsonl").unlink()
