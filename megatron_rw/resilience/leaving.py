@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.training.dist_signal_handler import DistributedSignalHandler
+from megatron.training.utils import print_rank_0
 
 # Of a shell, for a process that ended by Ctrl-C.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -49,6 +50,25 @@ def _release(self: Any) -> bool:
         signal.signal(number, original)
     self.released = True
     return True
+
+
+def end_if_finished(args: Namespace) -> None:
+    """End a run whose checkpoint is that of its last iteration. Once that is loaded.
+
+    Megatron would go on and fail: there are "no samples left to consume".
+
+    Args:
+        args: `iteration` is the checkpoint's, `train_iters` known.
+
+    Raises:
+        SystemExit: with status 0.
+    """
+    if args.skip_train or not args.train_iters or args.iteration < args.train_iters:
+        return
+    print_rank_0(
+        f"> nothing left to do: {args.load} holds iteration {args.iteration} of {args.train_iters}"
+    )
+    raise SystemExit(0)
 
 
 def run_to_its_end(args: Namespace, train: Callable[[], Any]) -> None:

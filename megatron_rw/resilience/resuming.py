@@ -1,4 +1,4 @@
-"""Whether a checkpoint is one of this model, asked before anything is built."""
+"""Whether a run can go on from a checkpoint: its model and schedule, before anything is built."""
 
 from __future__ import annotations
 
@@ -21,32 +21,38 @@ SHAPING = (
 _POSITIONS = "max_position_embeddings"
 
 
-class ShapeError(ValueError):
-    """The checkpoint is one of another model."""
+class ResumeError(ValueError):
+    """The checkpoint is one of another model, or of another schedule."""
 
 
-def check_shapes(args: Namespace) -> None:
-    """Compare the model with the checkpoint that will be loaded. On one rank.
+def check_resume(args: Namespace) -> None:
+    """Compare model and schedule with the checkpoint that will be loaded. On one rank.
 
     Args:
         args: validated.
 
     Raises:
-        ShapeError: lists what differs.
+        ResumeError: lists what differs, and the remedy.
     """
     path = _loaded(args)
     if path is None or args.use_checkpoint_args:
         return
-    saved = arguments(Contents(path).common())
-    differing = differences(vars(args), saved)
+    common = Contents(path).common()
+    differing = differences(vars(args), arguments(common))
     if differing:
-        lines = "; ".join(
-            f"--{name.replace('_', '-')} {theirs} there, {mine} here"
-            for name, (theirs, mine) in differing.items()
-        )
-        raise ShapeError(
-            f"{path} is a checkpoint of another model: {lines}. Give the same flags, "
+        raise ResumeError(
+            f"{path} is a checkpoint of another model: {_listed(differing)}. Give the same flags, "
             "or --use-checkpoint-args to take them from it."
+        )
+    decided = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+    if decided or args.no_load_optim or args.finetune or args.skip_train:
+        return
+    differing = differing_schedule(args, common.get("opt_param_scheduler", {}))
+    if differing:
+        raise ResumeError(
+            f"{path} was written under another schedule: {_listed(differing)} (in samples, where "
+            "counted). Add --override-opt_param-scheduler to go on under the one given here, or "
+            "--use-checkpoint-opt_param-scheduler for the one there."
         )
 
 
@@ -60,6 +66,47 @@ def differences(mine: dict[str, Any], saved: dict[str, Any]) -> dict[str, tuple[
         for name in names
         if name in saved and name in mine and saved[name] != mine[name]
     }
+
+
+def differing_schedule(args: Namespace, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By flag, the checkpoint's value and this run's, of what Megatron's scheduler compares.
+
+    Args:
+        args: validated.
+        saved: state of the scheduler.
+    """
+    if args.train_iters:
+        scale, unit = args.global_batch_size, "iters"
+    else:
+        scale, unit = 1, "samples"
+    total = getattr(args, f"train_{unit}") * scale
+    decay = (getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")) * scale
+    warmup = getattr(args, f"lr_warmup_{unit}") * scale
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    mine = {
+        "lr": ("max_lr", args.lr),
+        "min_lr": ("min_lr", args.min_lr),
+        f"lr_warmup_{unit}": ("lr_warmup_steps", warmup),
+        f"lr_decay_{unit}": ("lr_decay_steps", decay),
+        "lr_decay_style": ("lr_decay_style", args.lr_decay_style),
+        "start_weight_decay": ("start_wd", args.start_weight_decay),
+        "end_weight_decay": ("end_wd", args.end_weight_decay),
+        f"train_{unit}": ("wd_incr_steps", total),
+        "weight_decay_incr_style": ("wd_incr_style", args.weight_decay_incr_style),
+    }
+    return {
+        name: (saved[theirs], value)
+        for name, (theirs, value) in mine.items()
+        if theirs in saved and saved[theirs] != value
+    }
+
+
+def _listed(differing: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(
+        f"--{name.replace('_', '-')} {theirs} there, {mine} here"
+        for name, (theirs, mine) in differing.items()
+    )
 
 
 def _loaded(args: Namespace) -> Path | None:

@@ -155,7 +155,7 @@ def test_named_step_must_be_complete(folder: Path) -> None:
 def test_nothing_complete(folder: Path) -> None:
     for path in folder.glob("iter_*"):
         undeclare(path)
-    with pytest.raises(CheckpointError, match="there is no complete checkpoint. To begin anew"):
+    with pytest.raises(CheckpointError, match=r"there is no complete checkpoint\. To begin anew"):
         settled(folder)
     (folder / "latest_checkpointed_iteration.txt").unlink()
     [line] = settled(folder)

@@ -1,0 +1,98 @@
+"""How runs end: by signals, by time limits, and by a rank that is stuck."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_rw.resilience.folder import CheckpointFolder
+from megatron_rw.resilience.watchdog import EXIT_STATUS
+from tests.program import Run, run_program, signal_when
+
+RUN = "--micro-batch-size 4 --global-batch-size 8 --train-iters 2000 --save-interval 2000".split()
+ENDING = "--exit-signal-handler --exit-code-when-unfinished 75".split()
+
+
+def reached(directory: Path, steps: int) -> Callable[[], bool]:
+    metrics = directory / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.read_text().count("\n") >= steps
+
+
+def train(directory: Path, data_flags: list[str], *flags: str, **how: object) -> Run:
+    checkpoints = str(directory / "checkpoints")
+    flags = (*data_flags, *RUN, *flags, "--save", checkpoints, "--load", checkpoints)
+    return run_program(directory, *flags, processes=2, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR1, (1,)), (signal.SIGINT, (0,))]
+)
+def test_signal_lets_the_run_finish_its_step_save_and_say_that_it_is_unfinished(
+    number: signal.Signals, ranks: tuple[int, ...], tmp_path: Path, data_flags: list[str]
+) -> None:
+    disturb = signal_when(reached(tmp_path, 3), number, ranks)
+    run = train(tmp_path, data_flags, *ENDING, disturb=disturb)
+    assert run.status == [75, 75], run.all_output
+    last = run.train_metrics()[-1]["iteration"]
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints").checkpoints()
+    assert [checkpoint.iteration for checkpoint in checkpoints] == [last]
+    assert checkpoints[0].defect() is None
+    # What the batch script's next attempt does.
+    again = train(tmp_path, data_flags, *ENDING, "--exit-interval", str(last + 2))
+    assert again.status == [75, 75], again.all_output
+    assert [r["iteration"] for r in again.train_metrics()[-2:]] == [last + 1, last + 2]
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path, data_flags: list[str]) -> None:
+    began = reached(tmp_path, 3)
+    first_at: list[float] = []
+
+    def disturb(pids: Sequence[int]) -> bool:
+        if not first_at:
+            if signal_when(began, signal.SIGINT)(pids):
+                first_at.append(time.monotonic())
+            return False
+        # Two that arrive before Python looks are one.
+        later = time.monotonic() > first_at[0] + 0.3
+        return signal_when(lambda: later, signal.SIGINT)(pids)
+
+    # A step takes longer than that.
+    slow = "--micro-batch-size 256 --global-batch-size 2048".split()
+    run = train(tmp_path, data_flags, *ENDING, *slow, disturb=disturb)
+    # One of them may have noticed first that the other is gone.
+    assert 130 in run.status, run.all_output
+    assert set(run.status) <= {130, 1}
+    assert CheckpointFolder(tmp_path / "checkpoints").checkpoints() == []
+
+
+def test_limit_ends_with_the_status_of_an_unfinished_run(
+    tmp_path: Path, data_flags: list[str]
+) -> None:
+    run = train(tmp_path, data_flags, *ENDING, "--exit-interval", "4")
+    assert run.status == [75, 75], run.all_output
+    last = run.train_metrics()[-1]["iteration"]
+    assert CheckpointFolder(tmp_path / "checkpoints").checkpoints()[-1].iteration == last
+
+
+def test_finished_run_ends_with_status_0(tmp_path: Path, data_flags: list[str]) -> None:
+    train(tmp_path, data_flags, *ENDING, "--train-iters", "3").check()
+    # And so does the same command when there is nothing left to do.
+    again = train(tmp_path, data_flags, *ENDING, "--train-iters", "3").check()
+    assert "nothing left to do" in again.output[0]
+    assert again.train_metrics()[-1]["iteration"] == 3
+
+
+def test_rank_that_hangs_is_named(tmp_path: Path, data_flags: list[str]) -> None:
+    """SIGSTOP: the process is there and its connections are, but it does nothing."""
+    disturb = signal_when(reached(tmp_path, 3), signal.SIGSTOP, (1,))
+    limit = ["--distributed-timeout-minutes", "1", "--distributed-timeout-seconds-after-init", "8"]
+    run = train(tmp_path, data_flags, *limit, disturb=disturb)
+    # The stopped process was killed by the test.
+    assert run.status == [EXIT_STATUS, -9], run.all_output
+    line = next(line for line in run.output[0].splitlines() if line.startswith("error: "))
+    assert "no progress for" in line
+    assert "rank 1 on" in line
