@@ -28,7 +28,8 @@ def main() -> None:
         prepare_process()
         device = select_device(sys.argv[1:])
     except (LaunchError, DeviceError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def run_program(
     metrics: bool = True,
     disturb: Callable[[Sequence[int]], bool] | None = None,
     patience: float = 5.0,
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
 ) -> Run:
     """Run `main()` of a script with the small model and our paths, and wait for it.
 
@@ -128,7 +128,7 @@ def run_program(
         metrics: pass --log-dir, which only our program knows.
         disturb: called with the process ids of all ranks, again and again until it returns True.
         patience: seconds that the others may go on once a rank has failed.
-        environment: variables for every rank.
+        environment: variables for every rank; None unsets.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*MODEL, *TRAINING, *flags]
@@ -144,7 +144,7 @@ def run_program(
             args=(
                 module,
                 argv,
-                _environment(rank, processes, port) | (environment or {}),
+                {**_environment(rank, processes, port), **(environment or {})},
                 outputs[rank],
             ),
         )
@@ -173,12 +173,17 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def _rank_main(module: str, argv: Sequence[str], env: dict[str, str], output: Path) -> None:
+def _rank_main(
+    module: str, argv: Sequence[str], env: Mapping[str, str | None], output: Path
+) -> None:
     os.setpgid(0, 0)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(env)
+    for name, value in env.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     sys.argv = [module, *argv]
     torch.set_num_threads(1)
     importlib.import_module(module).main()

@@ -88,11 +88,16 @@ def activate(*, asked_for: bool = False) -> None:
     # arguments.py asks for it under tensor parallelism; here there is no device queue to order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     silence("cpu")
-    for redirect in _torch_redirects():
-        redirect.apply()
+    redirect_torch()
     for redirect in _megatron_redirects():
         redirect.apply()
     _active = True
+
+
+def redirect_torch() -> None:
+    """Redirect torch's names alone: all that a process that writes checkpoints needs."""
+    for redirect in _torch_redirects():
+        redirect.apply()
 
 
 # --- torch -------------------------------------------------------------------------------
@@ -199,6 +204,13 @@ def _module_to_cpu(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return _module_to(module, *(_cpu_for_cuda(value) for value in args), **kwargs)
 
 
+def _copy_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+    return [
+        (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
+        for file, key, (objects, tensors) in write_buckets
+    ]
+
+
 def _torch_redirects() -> list[Redirect]:
     def nothing(*args: object, **kwargs: object) -> None:
         return None
@@ -254,6 +266,7 @@ def _torch_redirects() -> list[Redirect]:
 
 def _megatron_redirects() -> list[Redirect]:
     from megatron.core import optimizer
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random
     from megatron.training import training
@@ -284,6 +297,13 @@ def _megatron_redirects() -> list[Redirect]:
         Redirect(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),
         Redirect(optimizer, "USING_PYTORCH_OPTIMIZER", False, "get_megatron_optimizer"),
         Redirect(distrib_optimizer, "Adam", CPUAdam, "DistributedOptimizer"),
+        Redirect(
+            FileSystemWriterAsync,
+            "preload_tensors",
+            staticmethod(_copy_tensors),
+            "asynchronous saving, which copies from the GPU while the rank waits, and shares what "
+            "is on the host with a rank that goes on",
+        ),
         Redirect(distrib_optimizer, "HAVE_APEX_OR_TE", True, "DistributedOptimizer.state_dict"),
         Redirect(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "DistributedOptimizer"),
     ]

@@ -33,6 +33,7 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
                 f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, "
                 "or unset both for a run of one process."
             )
+        _check_numbers(env)
         return
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         env["RANK"] = env["SLURM_PROCID"]
@@ -45,6 +46,17 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
     env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     env.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _check_numbers(env: MutableMapping[str, str]) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        if not env[name].isdecimal():
+            raise LaunchError(f"{name}={env[name]} is no number: start with torchrun.")
+    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+        raise LaunchError(
+            f"RANK={env['RANK']} is none of the ranks 0 to {int(env['WORLD_SIZE']) - 1} that "
+            f"WORLD_SIZE={env['WORLD_SIZE']} has: start with torchrun."
+        )
 
 
 def _slurm_master(env: MutableMapping[str, str]) -> str:

@@ -1,23 +1,32 @@
-"""Indexes of the data that are written whole or not at all.
+"""Indexes of the data that are written whole or not at all, and used for the data they are of.
 
 Megatron keeps them in `--data-cache-path` and takes an index for whole when its files are there.
-One that a killed run was writing would make every later start fail.
+One that a killed run was writing would make every later start fail. It finds them by the path of
+the data: those of a dataset that was made again under its path would be used, and be wrong.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy
 from megatron.core.datasets import blended_dataset, gpt_dataset
+from megatron.core.datasets.indexed_dataset import get_idx_path
+
+from megatron_rw.data.integrity import fingerprint
+
+# The first of the three that a GPTDataset writes; its description is written before it.
+_DOCUMENTS = "-document_index.npy"
 
 
 class DataIndexError(ValueError):
-    """An index of the data is damaged; the message says which."""
+    """An index of the data is damaged, or of other data; the message says which."""
 
 
 def install() -> None:
@@ -39,6 +48,12 @@ class _Numpy(ModuleType):
 
     def save(self, file: Any, *args: Any, **kwargs: Any) -> None:
         """As `numpy.save`, to a path that gets its name when all is written."""
+        if str(file).endswith(_DOCUMENTS):
+            base = str(file).removesuffix(_DOCUMENTS)
+            dataset = _dataset_of(base)
+            # Not of mock data, nor of data in object storage.
+            if dataset is not None and os.path.exists(get_idx_path(dataset)):
+                _source(base).write_text(fingerprint(dataset))
         unfinished = f"{file}.{os.getpid()}"
         with open(unfinished, "wb") as stream:
             self._original.save(stream, *args, **kwargs)
@@ -48,6 +63,9 @@ class _Numpy(ModuleType):
 def _explained(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def loading(path: Any, *args: Any, **kwargs: Any) -> Any:
+        # One rank asks for all.
+        if str(path).endswith(_DOCUMENTS) and os.environ.get("RANK", "0") == "0":
+            _check_source(str(path).removesuffix(_DOCUMENTS))
         try:
             return load(path, *args, **kwargs)
         except (ValueError, EOFError) as error:
@@ -57,3 +75,25 @@ def _explained(load: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return loading
+
+
+def _check_source(base: str) -> None:
+    """Compare the data with what the index was made for. One of Megatron's own does not tell."""
+    if not _source(base).exists():
+        return
+    dataset = _dataset_of(base)
+    if dataset is not None and fingerprint(dataset) != _source(base).read_text():
+        raise DataIndexError(
+            f"data path {dataset} has been made again since its index in {os.path.dirname(base)} "
+            "was: delete that folder (--data-cache-path); it is made again."
+        )
+
+
+def _source(base: str) -> Path:
+    return Path(f"{base}-source.txt")
+
+
+def _dataset_of(base: str) -> str | None:
+    description = json.loads(Path(f"{base}-description.txt").read_text())
+    path: str | None = description["dataset_path"]
+    return path

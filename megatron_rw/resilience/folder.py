@@ -57,7 +57,7 @@ class Checkpoint:
         try:
             index = read_index(self.path)
         except (OSError, UnsafeCheckpointError) as error:
-            return f"its index cannot be read: {error}"
+            return f"its index cannot be read: {str(error).rstrip('.')}"
         needed: dict[str, int] = {}
         for info in index.storage_data.values():
             end = info.offset + info.length

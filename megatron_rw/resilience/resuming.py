@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: its model and schedule, before anything is built."""
+"""Whether a run can go on from a checkpoint: model, data, schedule; before anything is built."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.data.integrity import changed
 from megatron_rw.resilience.contents import Contents, arguments
 from megatron_rw.resilience.folder import CheckpointFolder
 
@@ -22,30 +23,40 @@ _POSITIONS = "max_position_embeddings"
 
 
 class ResumeError(ValueError):
-    """The checkpoint is one of another model, or of another schedule."""
+    """The checkpoint is one of another model, of other data or of another schedule."""
 
 
 def check_resume(args: Namespace) -> None:
-    """Compare model and schedule with the checkpoint that will be loaded. On one rank.
+    """Compare with the checkpoint that will be loaded. On one rank.
 
     Args:
-        args: validated.
+        args: validated, with `data_fingerprints`.
 
     Raises:
         ResumeError: lists what differs, and the remedy.
     """
     path = _loaded(args)
-    if path is None or args.use_checkpoint_args:
+    if path is None:
         return
     common = Contents(path).common()
-    differing = differences(vars(args), arguments(common))
+    saved = arguments(common)
+    differing = {} if args.use_checkpoint_args else differences(vars(args), saved)
     if differing:
         raise ResumeError(
             f"{path} is a checkpoint of another model: {_listed(differing)}. Give the same flags, "
             "or --use-checkpoint-args to take them from it."
         )
+    if args.finetune or args.skip_train:
+        return
+    altered = changed(saved.get("data_fingerprints", {}), args.data_fingerprints)
+    if altered and not args.allow_changed_data:
+        raise ResumeError(
+            f"data path {', '.join(altered)}: not what {path} was trained on; it has been altered "
+            "or replaced since, and the position in it means nothing. Put the data back, or add "
+            "--allow-changed-data to go on with what is there."
+        )
     decided = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if decided or args.no_load_optim or args.finetune or args.skip_train:
+    if decided or args.no_load_optim:
         return
     differing = differing_schedule(args, common.get("opt_param_scheduler", {}))
     if differing:

@@ -16,16 +16,16 @@ import sys
 import threading
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import async_utils, checkpointing, training
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rw.resilience import writer
 from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
 
 # The status of a run that stops because it cannot save.
@@ -55,9 +55,6 @@ class SaveGuard:
         )
         serialization.save_config = self._noting_problems(serialization.save_config)
         checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, self._complete)
-        FileSystemWriterAsync.write_preloaded_data = staticmethod(
-            _raising(FileSystemWriterAsync.write_preloaded_data)
-        )
 
     @staticmethod
     def _around(original: Callable[..., Any], wrapper: Callable[..., None]) -> Callable[..., None]:
@@ -162,15 +159,22 @@ class SaveGuard:
 
     def _give_up(self, iteration: int, reason: str) -> None:
         self._problem = None
+        abandoned = [iteration]
+        if self._args.on_save_error == "stop":
+            # A later one may be on its way.
+            writer.stop()
+            dist.barrier()
+            abandoned += self._unfinished
         if dist.get_rank() == 0:
-            self._tell(iteration, reason)
+            self._tell(iteration, reason, abandoned)
         if self._args.on_save_error == "stop":
             # Rank 0 has said why; status and no traceback.
             dist.barrier()
             sys.exit(_CANNOT_SAVE)
 
-    def _tell(self, iteration: int, reason: str) -> None:
-        shutil.rmtree(self._folder.path / f"iter_{iteration:07d}", ignore_errors=True)
+    def _tell(self, iteration: int, reason: str, abandoned: Iterable[int]) -> None:
+        for other in abandoned:
+            shutil.rmtree(self._folder.path / f"iter_{other:07d}", ignore_errors=True)
         last = self._folder.tracked()
         before = "there is none before it" if last is None else f"that of iteration {last} is there"
         stops = self._args.on_save_error == "stop"
@@ -196,20 +200,6 @@ class SaveGuard:
         return f"{free / 2**20:,.0f} MiB are free there. "
 
 
-def _raising(write: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a writer's error keep its words: of one that is returned Megatron reports the class."""
-
-    @functools.wraps(write)
-    def writing(*args: Any, **kwargs: Any) -> Any:
-        result = write(*args, **kwargs)
-        # A thread of several hands its error over by a queue, and must not raise.
-        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
-            raise _root(result[1])
-        return result
-
-    return writing
-
-
 def _pending() -> int:
     """Checkpoints that are being written in the background."""
     queue = async_utils._async_calls_queue
@@ -219,19 +209,11 @@ def _pending() -> int:
 def _reason(error: BaseException) -> str:
     """The root of an error that other ranks and processes have wrapped."""
     if isinstance(error, CheckpointException):
-        roots = {rank: str(_root(wrapped[0])) for rank, wrapped in error.failures.items()}
+        roots = {rank: str(writer.root(wrapped[0])) for rank, wrapped in error.failures.items()}
         return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(roots.items())) or (
             "a rank failed to write, see its output"
         )
     return str(error)
-
-
-def _root(error: BaseException) -> BaseException:
-    """What the operating system said, where it did, otherwise the error itself."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause or error
 
 
 class _Storage:

@@ -68,6 +68,9 @@ class RunConfig:
     (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by
     it whether to put the job into the queue again. Megatron's 0 by default."""
 
+    allow_changed_data: bool = False
+    """Resume although a dataset is no longer the one that the checkpoint was trained on."""
+
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at
     first use. auto: what the environment variable MEGATRON_RW_KERNELS names, otherwise triton on a
@@ -191,6 +194,7 @@ def parse_args(device: Device) -> Namespace:
     args: Namespace = parse_and_validate_args(
         add, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )
+    args.device = device
     checks.check_run(args, reweight_config(args))
     return args
 

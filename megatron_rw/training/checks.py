@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
-from collections.abc import Iterator
 
 import torch
-from megatron.core.datasets.object_storage_utils import is_object_storage_path
-from megatron.training.utils import get_blend_and_blend_per_split, print_rank_0
+from megatron.training.utils import print_rank_0
 
-from megatron_rw.data.domains import tokenizer_record
-from megatron_rw.data.tokenizer import fingerprint
-from megatron_rw.data.vocabulary import largest_token_id
 from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
@@ -20,6 +14,13 @@ from megatron_rw.platform import Device
 from megatron_rw.resilience.resuming import check_resume
 from megatron_rw.resilience.settle import settle
 from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.training.data_checks import (
+    check_files,
+    check_split,
+    check_vocabulary,
+    fingerprints,
+)
+from megatron_rw.training.saving_checks import check_folders, check_saving
 
 
 def check_launch(args: Namespace, device: Device) -> None:
@@ -37,11 +38,13 @@ def check_launch(args: Namespace, device: Device) -> None:
         _check_world_size(args)
         _check_batch_size(args)
         _check_warmup(args)
+    check_saving(args)
     if device == "cpu":
         _check_cpu(args)
     if args.rank == 0:
         # One rank looks, so that 4,096 of them do not ask the file system the same question.
-        _check_files(args)
+        check_files(args)
+        check_folders(args)
         for line in settle(args):
             print(f"> {line}", flush=True)
 
@@ -81,9 +84,10 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         ConfigError: the first problem found.
     """
     if args.rank == 0:
-        if not args.mock_data:
-            _check_vocabulary(args)
+        args.data_fingerprints = fingerprints(args)
         check_resume(args)
+        check_split(args)
+        check_vocabulary(args)
     if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:
         raise ConfigError(
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
@@ -96,7 +100,6 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         plan_of(args)
     elif args.logits_budget_mib is not None:
         raise ConfigError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
-    _check_saving(args)
     if config.log_samples and args.log_dir is None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:
@@ -109,30 +112,6 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         )
         if warning is not None:
             print_rank_0(f"WARNING: {warning}")
-
-
-def _check_saving(args: Namespace) -> None:
-    for name in ("keep_last", "keep_every"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
-    if args.keep_every is not None and args.keep_last is None:
-        raise ConfigError(
-            "--keep-every spares checkpoints that --keep-last deletes: add --keep-last."
-        )
-    if args.keep_last is not None:
-        if args.save is None:
-            raise ConfigError("--keep-last deletes checkpoints in --save: add --save DIR.")
-        if args.save_retain_interval is not None:
-            raise ConfigError(
-                "--keep-last and Megatron's --save-retain-interval both delete checkpoints: "
-                "drop one."
-            )
-    if not 0 <= args.exit_code_when_unfinished <= 125:
-        raise ConfigError(
-            "--exit-code-when-unfinished must be in [0, 125], not "
-            f"{args.exit_code_when_unfinished}: shells use higher ones for signals."
-        )
 
 
 def _check_required(args: Namespace) -> None:
@@ -217,80 +196,6 @@ def _check_cpu(args: Namespace) -> None:
         raise ConfigError(
             "--context-parallel-size above 1 needs Transformer Engine's attention: drop it to run "
             "on the CPU."
-        )
-
-
-def data_prefixes(args: Namespace) -> Iterator[str]:
-    """Every `.bin/.idx` prefix that the arguments name, once each, in order."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    seen: set[str] = set()
-    for member in [blend, *(blend_per_split or [])]:
-        for prefix in member[0] if member is not None else []:
-            if prefix not in seen:
-                seen.add(prefix)
-                yield prefix
-
-
-def _check_files(args: Namespace) -> None:
-    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
-        path = getattr(args, name)
-        # A Hugging Face tokenizer may be named by repository instead of path.
-        is_path = name != "tokenizer_model" or args.tokenizer_type != "HuggingFaceTokenizer"
-        if path is not None and is_path and not os.path.exists(path):
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file.")
-    if args.mock_data or args.sft:
-        return
-    prefixes = list(data_prefixes(args))
-    if not prefixes:
-        raise ConfigError(
-            "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
-        )
-    for prefix in prefixes:
-        if is_object_storage_path(prefix):
-            continue
-        for suffix in (".idx", ".bin"):
-            if not os.path.exists(prefix + suffix):
-                raise ConfigError(_missing_data(prefix, suffix))
-
-
-def _missing_data(prefix: str, suffix: str) -> str:
-    if prefix.endswith((".bin", ".idx")):
-        return f"data path {prefix}: give the prefix without {prefix[-4:]}."
-    folder, name = os.path.split(os.path.abspath(prefix))
-    if not os.path.isdir(folder):
-        return f"data path {prefix}: there is no folder {folder}."
-    there = sorted(f[:-4] for f in os.listdir(folder) if f.endswith(".idx"))
-    beside = f" {folder} has {', '.join(there[:8])}." if there else ""
-    return (
-        f"data path {prefix}: {name}{suffix} is missing. A data path is the common prefix of a "
-        f".bin and an .idx file, as tools/preprocess_data.py writes them.{beside}"
-    )
-
-
-def _check_vocabulary(args: Namespace) -> None:
-    for prefix in data_prefixes(args):
-        if is_object_storage_path(prefix):
-            continue
-        _check_tokenizer(args, prefix)
-        largest = largest_token_id(prefix)
-        if largest >= args.padded_vocab_size:
-            raise ConfigError(
-                f"data path {prefix} holds token id {largest}, but the model's vocabulary has "
-                f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
-                "Give that one with --tokenizer-model, or tokenize the text again."
-            )
-
-
-def _check_tokenizer(args: Namespace, prefix: str) -> None:
-    """Compare the tokenizer's files with the ones that made the data, where that is known."""
-    made_by = tokenizer_record(prefix)
-    model = args.tokenizer_model
-    if made_by is None or model is None or not os.path.exists(model):
-        return
-    if fingerprint(model) != made_by.sha256:
-        raise ConfigError(
-            f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
-            "another model: give that one, or tokenize the text again."
         )
 
 

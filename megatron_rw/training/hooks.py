@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -22,7 +23,7 @@ from megatron.training import training
 from megatron_rw.integrations import cross_entropy, schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.resilience import atomic_index, leaving
+from megatron_rw.resilience import atomic_index, leaving, writer
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
@@ -78,6 +79,7 @@ class Hooks:
         schedule.install()
         if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
             SaveGuard(self._args).install()
+            writer.install(self._args.device)
         atomic_index.install()
         _use_shipped_dataset_helpers()
         _let_fp32_shards_load()
@@ -97,6 +99,10 @@ class Hooks:
     def _initialize(self, original: Callable[[], Any], **_: Any) -> Any:
         with Meeting(self._args.distributed_timeout_minutes):
             result = original()
+        # Rank 0 has read them. They go into every checkpoint with the other arguments.
+        shared = [getattr(self._args, "data_fingerprints", None)]
+        dist.broadcast_object_list(shared, src=0)
+        self._args.data_fingerprints = shared[0]
         watch(self._args, self._progress)
         return result
 

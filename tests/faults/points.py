@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 
+def kill_writer() -> None:
+    """SIGKILL to the process that writes the rank's checkpoint, and to nothing else."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def kill_rank() -> None:
     """SIGKILL to this rank; from a process that writes its checkpoint, to both."""
     if os.environ["FAULT_RANK_PID"] != str(os.getpid()):
@@ -25,10 +30,12 @@ class Countdown:
 
     Args:
         count: n, from 1.
+        kill: how.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, kill: Callable[[], None] = kill_rank) -> None:
         self._left = count
+        self._kill = kill
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
@@ -36,7 +43,7 @@ class Countdown:
         with self._lock:
             self._left -= 1
             if self._left == 0:
-                kill_rank()
+                self._kill()
 
 
 def _before(owner: Any, name: str, countdown: Countdown) -> None:
@@ -182,6 +189,7 @@ POINTS: dict[str, tuple[Callable[[Countdown], None], int]] = {
     "optimizer": (_optimizer, 12),
     "save": (_save, 4),
     "write": (_write, 60),
+    "writer": (_write, 60),
     "shard": (_shard, 4),
     "renamed": (_renamed, 4),
     "declared": (_declared, 4),
@@ -189,6 +197,9 @@ POINTS: dict[str, tuple[Callable[[Countdown], None], int]] = {
     "tracker": (_tracker, 8),
     "data index": (_data_index, 6),
 }
+# These happen in the process that writes the rank's checkpoints where saving is asynchronous, and
+# the second of them in that alone.
+IN_WRITER = ("write", "writer")
 # These happen on rank 0 alone.
 ON_RANK_0 = ("shard", "renamed", "declared", "complete", "tracker", "data index")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, load_index, read_index
+from tests.planted import Planted
 from tests.program import run_program
-
-
-class Planted:
-    """Unpickled, it makes a directory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._path),)
 
 
 def test_index_that_would_run_code(tmp_path: Path) -> None:

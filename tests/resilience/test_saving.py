@@ -11,7 +11,7 @@ from megatron_rw.resilience.folder import CheckpointFolder
 from tests.program import Run, run_program
 
 RUN = "--train-iters 6 --micro-batch-size 4 --global-batch-size 8 --save-interval 2".split()
-ASYNC = "--async-save --async-strategy mcore".split()
+ASYNC = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()
 # Rank 0's shard is larger than this, and nothing else is.
 TOO_SMALL = "350000"
 

@@ -1,0 +1,172 @@
+"""Refusals of data: what is missing, damaged, of another tokenizer, or not what it was."""
+
+from __future__ import annotations
+
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_rw.data import integrity
+from megatron_rw.data.domains import tokenizer_record
+from megatron_rw.data.tokenizer import fingerprint
+from megatron_rw.data.vocabulary import largest_token_id
+from megatron_rw.reweighting import ConfigError
+
+
+def data_prefixes(args: Namespace) -> Iterator[str]:
+    """Every `.bin/.idx` prefix that the arguments name, once each, in order."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    seen: set[str] = set()
+    for member in [blend, *(blend_per_split or [])]:
+        for prefix in member[0] if member is not None else []:
+            if prefix not in seen:
+                seen.add(prefix)
+                yield prefix
+
+
+def check_files(args: Namespace) -> None:
+    """See that every file that the arguments name is there, and datasets are whole. On one rank.
+
+    Args:
+        args: parsed, not validated yet.
+
+    Raises:
+        ConfigError: one is not there.
+        DataError: one is damaged.
+    """
+    for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
+        path = getattr(args, name)
+        # A Hugging Face tokenizer may be named by repository instead of path.
+        is_path = name != "tokenizer_model" or args.tokenizer_type != "HuggingFaceTokenizer"
+        if path is not None and is_path and not os.path.exists(path):
+            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file.")
+    if args.mock_data or args.sft:
+        return
+    # Megatron cannot unpack an empty list.
+    prefixes = [] if args.data_path == [] else list(data_prefixes(args))
+    if not prefixes:
+        raise ConfigError(
+            "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
+        )
+    _check_weights(args)
+    for prefix in prefixes:
+        if is_object_storage_path(prefix):
+            continue
+        for suffix in (".idx", ".bin"):
+            if not os.path.exists(prefix + suffix):
+                raise ConfigError(_missing_data(prefix, suffix))
+        integrity.check_pair(prefix)
+
+
+def _check_weights(args: Namespace) -> None:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    for member in [blend, *(blend_per_split or [])]:
+        for prefix, weight in zip(*member, strict=True) if member and member[1] else ():
+            if not weight > 0:
+                raise ConfigError(
+                    f"data path {prefix} has the weight {weight:g}, which must be above 0: leave "
+                    "it out to train without it."
+                )
+
+
+def check_split(args: Namespace) -> None:
+    """See that every dataset has a document in every part that is used. On one rank.
+
+    Megatron would train on nothing and end well, or look for an epoch without end.
+
+    Args:
+        args: validated.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if args.mock_data or args.sft or args.split is None:
+        return
+    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    if not re.fullmatch(f"{number}(,{number}){{0,2}}", args.split):
+        raise ConfigError(
+            f"--split {args.split}: give up to three shares, of training, validation and test, "
+            "as 98,1,1."
+        )
+    blend, _ = get_blend_and_blend_per_split(args)
+    if blend is None:
+        return
+    shares = [float(share) for share in args.split.split(",")]
+    if shares[0] <= 0 and not args.skip_train:
+        raise ConfigError(f"--split {args.split} leaves nothing to train on: its first share is 0.")
+    used = ("training", "validation", "test") if args.eval_iters else ("training",)
+    for prefix in blend[0]:
+        if is_object_storage_path(prefix):
+            continue
+        documents = integrity.check_pair(prefix)
+        bounds = [round(documents * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
+        for part, share, begin, end in zip(used, shares, bounds, bounds[1:], strict=False):
+            if share > 0 and begin == end:
+                raise ConfigError(
+                    f"--split {args.split} leaves no document of {prefix} for {part}: it has "
+                    f"{documents}. Give that part a larger share, or none."
+                )
+
+
+def _missing_data(prefix: str, suffix: str) -> str:
+    if re.fullmatch(r"\d*\.?\d+", prefix):
+        return f"data path {prefix} is a weight without data: give pairs of WEIGHT and PREFIX."
+    if prefix.endswith((".bin", ".idx")):
+        return f"data path {prefix}: give the prefix without {prefix[-4:]}."
+    folder, name = os.path.split(os.path.abspath(prefix))
+    if not os.path.isdir(folder):
+        return f"data path {prefix}: there is no folder {folder}."
+    there = sorted(f[:-4] for f in os.listdir(folder) if f.endswith(".idx"))
+    beside = f" {folder} has {', '.join(there[:8])}." if there else ""
+    return (
+        f"data path {prefix}: {name}{suffix} is missing. A data path is the common prefix of a "
+        f".bin and an .idx file, as tools/preprocess_data.py writes them.{beside}"
+    )
+
+
+def check_vocabulary(args: Namespace) -> None:
+    """Compare the data's tokenizer and token ids with the model's vocabulary. On one rank.
+
+    Args:
+        args: validated; the padded vocabulary size is known.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if args.mock_data or args.sft:
+        return
+    for prefix in data_prefixes(args):
+        if is_object_storage_path(prefix):
+            continue
+        _check_tokenizer(args, prefix)
+        largest = largest_token_id(prefix)
+        if largest >= args.padded_vocab_size:
+            raise ConfigError(
+                f"data path {prefix} holds token id {largest}, but the model's vocabulary has "
+                f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
+                "Give that one with --tokenizer-model, or tokenize the text again."
+            )
+
+
+def _check_tokenizer(args: Namespace, prefix: str) -> None:
+    """Compare the tokenizer's files with the ones that made the data, where that is known."""
+    made_by = tokenizer_record(prefix)
+    model = args.tokenizer_model
+    if made_by is None or model is None or not os.path.exists(model):
+        return
+    if fingerprint(model) != made_by.sha256:
+        raise ConfigError(
+            f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
+            "another model: give that one, or tokenize the text again."
+        )
+
+
+def fingerprints(args: Namespace) -> dict[str, str]:
+    """Of every dataset on a disk, by absolute prefix: see `integrity.fingerprint`. On one rank."""
+    if args.mock_data or args.sft:
+        return {}
+    return integrity.fingerprints([p for p in data_prefixes(args) if not is_object_storage_path(p)])
