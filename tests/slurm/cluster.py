@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,13 +61,13 @@ SlurmdParameters=config_overrides
 NodeName={nodes} CPUs=2 Sockets=1 CoresPerSocket=2 ThreadsPerCore=1 State=UNKNOWN
 PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
 """
-# The first process of a host.
+# The first process of a host. It stays, to reap what becomes its child: SLURM counts zombies.
 HOST = """
 set -e
 hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 shift 2
-exec "$@"
+"$@" || exit
 """
 
 
@@ -108,7 +108,9 @@ class Cluster:
                 return
             ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             if ended or time.monotonic() > deadline:
-                raise SystemExit(f"error: {ended} ended, the nodes are {states.stdout.split()}\n{self.logs()}")
+                raise SystemExit(
+                    f"error: {ended} ended, the nodes are {states.stdout.split()}\n{self.logs()}"
+                )
             time.sleep(0.5)
 
     def boot(self, node: str) -> None:
@@ -122,7 +124,10 @@ class Cluster:
         self._end(node)
 
     def run(
-        self, command: Sequence[str], check: bool = True, **environment: str
+        self,
+        command: Sequence[str],
+        check: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the head node.
 
@@ -133,7 +138,9 @@ class Cluster:
         """
         return subprocess.run(
             self._on(HEAD, command),
-            env=os.environ | {"SLURM_CONF": str(self._folder / "slurm.conf")} | environment,
+            env=os.environ
+            | {"SLURM_CONF": str(self._folder / "slurm.conf")}
+            | dict(environment or {}),
             text=True,
             check=check,
             stdout=subprocess.PIPE,
