@@ -208,7 +208,11 @@ class Campaign:
             again += iteration in seen
             seen.add(iteration)
         if len(seen) != STEPS or again > repeats:
-            return f"WRONG: {len(seen)} of {STEPS} steps were logged, {again} of them twice"
+            log = [
+                line for line in run.output[0].splitlines() if "rror: " in line or "queue" in line
+            ]
+            counts = f"{len(seen)} of {STEPS} steps were logged, {again} of them twice"
+            return "\n".join([f"WRONG: {counts}", *log])
         for name, tensor in run.checkpoint(STEPS).items():
             if not torch.equal(tensor, self._parameters[name]):
                 return f"WRONG: {name} of the final checkpoint"
