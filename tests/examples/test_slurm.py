@@ -137,9 +137,10 @@ def test_restarts_by_slurm_are_limited_as_well(folder: Path) -> None:
 
 
 def test_another_job_begins_to_count_anew(folder: Path) -> None:
-    for restarts in range(4):
-        attempt(folder, 1, restarts)
-    assert attempt(folder, 1, 0, SLURM_JOB_ID="42").errors.startswith("failed with status 1")
+    attempt(folder, 75, 5, SAVES="1000")
+    for restarts in range(3):
+        assert attempt(folder, 1, restarts, SLURM_JOB_ID="42").status == 1
+    assert attempt(folder, 1, 3, SLURM_JOB_ID="42").errors.startswith("error: failed")
 
 
 def test_refused_requeue_ends_with_the_status(folder: Path) -> None:
