@@ -138,6 +138,7 @@ def test_restarts_by_slurm_are_limited_as_well(folder: Path) -> None:
 
 def test_another_job_begins_to_count_anew(folder: Path) -> None:
     attempt(folder, 75, 5, SAVES="1000")
+    attempt(folder, 0, 6)
     for restarts in range(3):
         assert attempt(folder, 1, restarts, SLURM_JOB_ID="42").status == 1
     assert attempt(folder, 1, 3, SLURM_JOB_ID="42").errors.startswith("error: failed")
