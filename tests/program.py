@@ -186,6 +186,8 @@ def _rank_main(
             os.environ[name] = value
     sys.argv = [module, *argv]
     torch.set_num_threads(1)
+    # As in a program that was started by itself: Megatron's data loaders cannot be pickled.
+    multiprocessing.set_start_method("fork", force=True)
     importlib.import_module(module).main()
 
 

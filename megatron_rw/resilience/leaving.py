@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.resilience.children import shield
+
 # Of a shell, for a process that ended by Ctrl-C.
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -38,8 +40,9 @@ def _enter(self: Any) -> Any:
             os._exit(_INTERRUPTED)
         self._signal_received = True
 
-    signals = (self.sig, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    self.original_handlers = {number: signal.signal(number, handler) for number in set(signals)}
+    signals = {signal.Signals(self.sig), signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    self.original_handlers = {number: signal.signal(number, handler) for number in signals}
+    shield(signals)
     return self
 
 

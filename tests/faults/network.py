@@ -17,16 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tests.corpus import flags_of, write_corpus
+from tests.hosts import INTERFACE, connected_hosts, plug
 from tests.program import MODEL, TRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTS, SWITCH = ("rw-a", "rw-b"), "rw-switch"
-ADDRESSES = ("10.231.7.1", "10.231.7.2")
+HOSTS = {"rw-a": "10.231.7.1", "rw-b": "10.231.7.2"}
 TIMEOUT_MIN = 1
 # From the start to the first steps, on a slow machine.
 PATIENCE_S = 120.0
@@ -34,48 +32,10 @@ SHORT_S = 5.0
 STEPS = 400
 
 
-def ip(*words: str) -> None:
-    """Run `ip`."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"error: ip {' '.join(words)}: {done.stderr.strip()}")
-
-
-@contextmanager
-def two_hosts() -> Iterator[None]:
-    """Namespaces with an address each, and a third that is the switch between them."""
-    everything = (*HOSTS, SWITCH)
-    for name in everything:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True)
-        ip("netns", "add", name)
-    try:
-        ip("-n", SWITCH, "link", "add", "bridge", "type", "bridge")
-        ip("-n", SWITCH, "link", "set", "bridge", "up")
-        for host, address in zip(HOSTS, ADDRESSES, strict=True):
-            cable = ["link", "add", "rw0", "netns", host, "type", "veth"]
-            ip(*cable, "peer", "name", host, "netns", SWITCH)
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", "rw0")
-            for interface in ("rw0", "lo"):
-                ip("-n", host, "link", "set", interface, "up")
-            ip("-n", SWITCH, "link", "set", host, "up")
-        plug(in_place=True)
-        yield
-    finally:
-        for name in everything:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def plug(in_place: bool) -> None:
-    """Let packets through, or lose them all without a word, as a switch that died would."""
+def plug_all(in_place: bool) -> None:
+    """Let packets through, or lose them all."""
     for host in HOSTS:
-        ip(
-            "-n",
-            SWITCH,
-            "link",
-            "set",
-            host,
-            *(("master", "bridge") if in_place else ("nomaster",)),
-        )
+        plug(host, in_place)
 
 
 class Ranks:
@@ -101,9 +61,9 @@ class Ranks:
                 "RANK": str(rank),
                 "WORLD_SIZE": "2",
                 "LOCAL_RANK": "0",
-                "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_ADDR": next(iter(HOSTS.values())),
                 "MASTER_PORT": "29400",
-                "GLOO_SOCKET_IFNAME": "rw0",
+                "GLOO_SOCKET_IFNAME": INTERFACE,
                 "OMP_NUM_THREADS": "1",
             }
             command = ["ip", "netns", "exec", host, sys.executable, "pretrain_gpt_rw.py", *flags]
@@ -153,7 +113,7 @@ class Ranks:
 def main() -> int:
     """Run both; exit status 1 if one did not go as it should."""
     failed = False
-    with tempfile.TemporaryDirectory() as name, two_hosts():
+    with tempfile.TemporaryDirectory() as name, connected_hosts(HOSTS):
         folder = Path(name)
         write_corpus(folder / "corpus")
         data_flags = flags_of(folder / "corpus")
@@ -165,11 +125,11 @@ def main() -> int:
 
         run = Ranks(folder / "short", data_flags)
         run.wait_for(STEPS // 4)
-        plug(in_place=False)
+        plug_all(in_place=False)
         before = run.steps()
         time.sleep(SHORT_S)
         during = run.steps() - before
-        plug(in_place=True)
+        plug_all(in_place=True)
         statuses = run.wait(PATIENCE_S)
         same = run.losses() == undisturbed.losses()
         print(
@@ -180,7 +140,7 @@ def main() -> int:
 
         run = Ranks(folder / "good", data_flags)
         run.wait_for(STEPS // 4)
-        plug(in_place=False)
+        plug_all(in_place=False)
         start = time.monotonic()
         statuses = run.wait(60 * TIMEOUT_MIN + 15)
         seconds = time.monotonic() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,33 @@ def test_signal_lets_the_run_finish_its_step_save_and_say_that_it_is_unfinished(
     again = train(tmp_path, data_flags, *ENDING, "--exit-interval", str(last + 2))
     assert again.status == [75, 75], again.all_output
     assert [r["iteration"] for r in again.train_metrics()[-2:]] == [last + 1, last + 2]
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [(signal.SIGUSR1, ""), (signal.SIGTERM, "--async-save --async-strategy mcore")],
+)
+def test_signal_to_every_process_as_slurm_sends_it(
+    number: signal.Signals, how: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    """Also to those that load data and write checkpoints, once they have begun."""
+    began = reached(tmp_path, 6)
+
+    def disturb(pids: Sequence[int]) -> bool:
+        if not began():
+            return False
+        for pid in pids:
+            # A group of its own: `tests.program`.
+            os.killpg(pid, number)
+        return True
+
+    more = ["--num-workers", "1", "--save-interval", "3", *how.split()]
+    run = train(tmp_path, data_flags, *ENDING, *more, disturb=disturb)
+    assert run.status == [75, 75], run.all_output
+    last = run.train_metrics()[-1]["iteration"]
+    newest = CheckpointFolder(tmp_path / "checkpoints").newest_complete()
+    assert newest is not None
+    assert newest.iteration == last
 
 
 def test_second_interrupt_ends_at_once(tmp_path: Path, data_flags: list[str]) -> None:

@@ -1,0 +1,249 @@
+"""examples/slurm/pretrain.sbatch in a real SLURM, through what ends jobs.
+
+    make slurm              # as root; or: python -m tests.slurm.campaign [--only NAME]
+
+Two nodes with two processes each, on the CPU, of the program with a small model. A job that meets
+its time limit, whose nodes die one after the other, or that is signalled under torchrun, must be
+requeued and end with the losses and parameters of one that was left alone, bit for bit. One that
+gets a wrong flag must end at once. Prints a line each; exit status 1 if one is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.corpus import flags_of, write_corpus
+from tests.hosts import INTERFACE
+from tests.program import MODEL, TRAINING, Run
+from tests.slurm.cluster import NODES, Cluster, running_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "examples/slurm/pretrain.sbatch"
+STEPS, SAVE_INTERVAL = 300, 40
+PROGRAM = (
+    f"--train-iters {STEPS} --micro-batch-size 4 --global-batch-size 16 --save-interval "
+    f"{SAVE_INTERVAL} --hidden-dropout 0.1 --attention-dropout 0.1 --distributed-timeout-minutes 2 "
+    "--reweight-strategy linupper --reweight-temperature 0.4"
+).split()
+SIZES = "--nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=0".split()
+PATIENCE_S = 400.0
+
+
+class Job:
+    """A job in the cluster.
+
+    Args:
+        cluster: that runs it.
+        folder: for its log and its run.
+        name: of the job.
+        flags: of the program.
+        options: of sbatch.
+        environment: of the batch script.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        name: str,
+        flags: list[str],
+        options: tuple[str, ...] = (),
+        **environment: str,
+    ) -> None:
+        self._cluster = cluster
+        self.directory = folder / name
+        self.log = folder / f"{name}.log"
+        log = [f"--job-name={name}", f"--output={self.log}"]
+        command = ["sbatch", "--parsable", *SIZES, *log, *options, SCRIPT, *MODEL, *TRAINING]
+        environment = {
+            "RUN": str(self.directory),
+            "PROGRAM": str(ROOT / "tests/slurm/paced.py"),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "STEP_SECONDS": "0.05",
+            **environment,
+        }
+        submitted = cluster.run([*command, *PROGRAM, *flags], environment=environment)
+        self.number = submitted.stdout.strip()
+
+    def field(self, name: str) -> str:
+        """What SLURM says of it: `JobState`, `Restarts`, `ExitCode`, ..."""
+        shown = self._cluster.run(["scontrol", "--oneliner", "show", "job", self.number]).stdout
+        found = re.search(rf"\b{name}=(\S+)", shown)
+        assert found is not None, shown
+        return found[1]
+
+    def steps(self) -> int:
+        """Logged so far, those that were done twice counted twice."""
+        metrics = self.directory / "metrics.jsonl"
+        return metrics.read_text().count('"type": "train"') if metrics.exists() else 0
+
+    def wait_for(self, reached: Callable[[], bool], what: str) -> None:
+        """Until something is the case.
+
+        Raises:
+            SystemExit: it is not in time.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while not reached():
+            if time.monotonic() > deadline:
+                state = self.field("JobState")
+                raise SystemExit(
+                    f"error: job {self.number} ({state}) did not {what} within {PATIENCE_S:.0f} s\n"
+                    f"{self._tail()}\n{self._cluster.logs()}"
+                )
+            time.sleep(0.2)
+
+    def wait_for_restart(self, number: int) -> None:
+        """Until SLURM has put it back into the queue so many times."""
+        self.wait_for(lambda: self.field("Restarts") == str(number), "be requeued")
+
+    def wait(self) -> str:
+        """Its state in the end."""
+        final = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
+        self.wait_for(lambda: self.field("JobState") in final, "end")
+        return self.field("JobState")
+
+    def run(self) -> Run:
+        """What it wrote."""
+        return Run([0], [self.log.read_text()], self.directory)
+
+    def _tail(self) -> str:
+        return self.log.read_text()[-3000:] if self.log.exists() else "no log"
+
+
+class Campaign:
+    """Runs the jobs.
+
+    Args:
+        cluster: that is free.
+        folder: for all runs.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._cluster, self._folder = cluster, folder
+        write_corpus(folder / "corpus")
+        self._data_flags = flags_of(folder / "corpus")
+        self._records: list[dict[str, Any]] = []
+        self._parameters: dict[str, torch.Tensor] = {}
+
+    def undisturbed(self) -> str:
+        """What the others are compared with."""
+        job = self._job("undisturbed")
+        state = job.wait()
+        if (state, job.field("Restarts")) != ("COMPLETED", "0"):
+            return f"WRONG: {state}\n{job.run().output[0][-3000:]}"
+        self._records = [_without_time(record) for record in job.run().train_metrics()]
+        self._parameters = job.run().checkpoint(STEPS)
+        if [record["iteration"] for record in self._records] != list(range(1, STEPS + 1)):
+            return f"WRONG: {len(self._records)} steps were logged"
+        return f"ok, {STEPS} steps"
+
+    def time_limit(self) -> str:
+        """SLURM's signal before the time limit; the requeued job gets enough time."""
+        # The signal comes after 60 to 90 s, and the whole run takes longer than that.
+        limit = ("--time=2", "--signal=USR1@30")
+        job = self._job("time_limit", *limit, INTERFACE=INTERFACE, STEP_SECONDS="0.3")
+        job.wait_for_restart(1)
+        self._cluster.run(["scontrol", "update", f"JobId={job.number}", "TimeLimit=60"])
+        return self._compared(job, repeats=0)
+
+    def node_failure(self) -> str:
+        """Each node dies in turn, the one with the batch script last, and comes back."""
+        job = self._job("node_failure")
+        waited = []
+        for number, node in enumerate(reversed(NODES), 1):
+            before = job.steps()
+            # A checkpoint, and steps that are lost.
+            enough = before + SAVE_INTERVAL + SAVE_INTERVAL // 2
+            job.wait_for(lambda enough=enough: job.steps() >= enough, "train")  # type: ignore[misc]
+            self._cluster.kill(node)
+            start = time.monotonic()
+            job.wait_for_restart(number)
+            waited.append(f"{time.monotonic() - start:.0f} s")
+            self._cluster.boot(node)
+        outcome = self._compared(job, repeats=2 * SAVE_INTERVAL)
+        return f"{outcome}, requeued {' and '.join(waited)} after a node died"
+
+    def torchrun(self) -> str:
+        """A signal to a step that is torchrun's; a user may send it too."""
+        job = self._job("torchrun", LAUNCHER="torchrun", INTERFACE=INTERFACE)
+        job.wait_for(lambda: job.steps() >= SAVE_INTERVAL, "train")
+        self._cluster.run(["scancel", "--signal=USR1", job.number])
+        return self._compared(job, repeats=0)
+
+    def bad_flag(self) -> str:
+        """Refused by the program, and not requeued."""
+        job = self._job("bad_flag", flags=["--reweight-strategy", "nonsense"])
+        state = job.wait()
+        seen = (state, job.field("Restarts"), job.field("ExitCode"))
+        log = job.run().output[0]
+        line = next((line for line in log.splitlines() if "--reweight-strategy" in line), None)
+        if seen != ("FAILED", "0", "2:0") or line is None:
+            return f"WRONG: {seen}\n{log[-3000:]}"
+        return f"ok, FAILED with status 2, no restart: {line.strip()}"
+
+    def _job(self, name: str, *options: str, flags: list[str] | None = None, **env: str) -> Job:
+        every = [*self._data_flags, *(flags or [])]
+        return Job(self._cluster, self._folder, name, every, options, **env)
+
+    def _compared(self, job: Job, repeats: int) -> str:
+        state, restarts = job.wait(), job.field("Restarts")
+        run = job.run()
+        if state != "COMPLETED" or restarts == "0":
+            return f"WRONG: {state} after {restarts} restarts\n{run.output[0][-3000:]}"
+        seen: set[int] = set()
+        again = 0
+        for record in run.train_metrics():
+            iteration = record["iteration"]
+            if _without_time(record) != self._records[iteration - 1]:
+                return f"WRONG: iteration {iteration} is not that of the undisturbed run"
+            again += iteration in seen
+            seen.add(iteration)
+        if len(seen) != STEPS or again > repeats:
+            log = [
+                line for line in run.output[0].splitlines() if "rror: " in line or "queue" in line
+            ]
+            counts = f"{len(seen)} of {STEPS} steps were logged, {again} of them twice"
+            return "\n".join([f"WRONG: {counts}", *log])
+        for name, tensor in run.checkpoint(STEPS).items():
+            if not torch.equal(tensor, self._parameters[name]):
+                return f"WRONG: {name} of the final checkpoint"
+        return f"ok, {restarts} restarts, {again} steps done twice, all bitwise the same"
+
+
+def _without_time(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "time"}
+
+
+def main() -> int:
+    """Run the campaign."""
+    names = ("time_limit", "node_failure", "torchrun", "bad_flag")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=names, help="this and the undisturbed run")
+    options = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as name, running_cluster() as cluster:
+        campaign = Campaign(cluster, Path(name))
+        for scenario in ("undisturbed", *(names if options.only is None else (options.only,))):
+            start = time.monotonic()
+            outcome = getattr(campaign, scenario)()
+            print(f"{scenario:14}{time.monotonic() - start:5.0f} s  {outcome}", flush=True)
+            failed |= not outcome.startswith("ok")
+            if scenario == "undisturbed" and failed:
+                break
+            cluster.wait_until_ready()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
