@@ -50,7 +50,10 @@ def test_signal_lets_the_run_finish_its_step_save_and_say_that_it_is_unfinished(
 
 @pytest.mark.parametrize(
     ("number", "how"),
-    [(signal.SIGUSR1, ""), (signal.SIGTERM, "--async-save --async-strategy mcore")],
+    [
+        (signal.SIGUSR1, ""),
+        (signal.SIGTERM, "--async-save --async-strategy mcore --use-persistent-ckpt-worker"),
+    ],
 )
 def test_signal_to_every_process_as_slurm_sends_it(
     number: signal.Signals, how: str, tmp_path: Path, data_flags: list[str]
