@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from megatron.training import (
     print_rank_last,
 )
 
+from megatron_rw.observability.metrics_file import MetricsFile, numbers
 from megatron_rw.observability.prometheus import Endpoint
 from megatron_rw.observability.stragglers import SlowestRank
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
@@ -26,43 +24,6 @@ from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 Scalars = dict[str, float]
 
 _HISTOGRAM_BINS = 30
-
-
-def _each(change: Callable[[Any], Any], value: Any) -> Any:
-    """A record with each of its values changed."""
-    if isinstance(value, Mapping):
-        return {key: _each(change, item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_each(change, item) for item in value]
-    return change(value)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
-def _json(value: Any) -> Any:
-    """JSON has no number for what is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one object per line, appended, flushed at once.
-
-    After a resume an iteration can appear twice; the later line holds.
-
-    Args:
-        log_dir: created when missing.
-    """
-
-    def __init__(self, log_dir: str) -> None:
-        os.makedirs(log_dir, exist_ok=True)
-        self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
-
-    def write(self, record: Mapping[str, object]) -> None:
-        """Append one record of numbers; what is not finite becomes null."""
-        self._file.write(json.dumps(_each(_json, record), allow_nan=False) + "\n")
-        self._file.flush()
 
 
 class Reporter:
@@ -180,7 +141,7 @@ class Reporter:
         if self._file is None and self._endpoint is None:
             return
         # On this thread, not the endpoint's: Megatron has just waited for the device.
-        record = _each(_number, record)
+        record = numbers(record)
         if self._file is not None:
             self._file.write(record)
         if self._endpoint is not None:

@@ -168,7 +168,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_resumed_run_appends(tmp_path: Path) -> None:
-    from megatron_rw.training.reporting import MetricsFile
+    from megatron_rw.observability.metrics_file import MetricsFile
 
     for iteration in (1, 2):
         record: dict[str, Any] = {"iteration": iteration}
