@@ -24,7 +24,7 @@ from megatron_rw.reweighting import ConfigError
 PATH = "/metrics"
 DEFAULT_ADDRESS = "127.0.0.1"
 # Seconds that a client may take to ask and to read.
-_CLIENT_S = 10.0
+CLIENT_S = 10.0
 
 # Gauges of a logging interval: name, meaning, and where a record of metrics.jsonl has it.
 _INTERVAL = (
@@ -243,7 +243,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    timeout = _CLIENT_S
+    timeout = CLIENT_S
     server: _Server
 
     def do_GET(self) -> None:

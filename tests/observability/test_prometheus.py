@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.observability.exposition import CONTENT_TYPE, Family, exposition
-from megatron_rw.observability.prometheus import Endpoint, EndpointError, serve
+from megatron_rw.observability.prometheus import CLIENT_S, Endpoint, EndpointError, serve
 from tests.observability.parser import Metric, parse
 from tests.ports import free_port
 from tests.program import Run, run_program
@@ -33,7 +33,8 @@ FLAGS = (
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    # Less than a silent client is given.
+    with urllib.request.urlopen(url, timeout=0.6 * CLIENT_S) as answer:
         assert answer.headers["Content-Type"] == CONTENT_TYPE
         return str(answer.read().decode())
 
