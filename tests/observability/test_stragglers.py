@@ -44,16 +44,12 @@ def test_the_slow_rank_is_named(tmp_path: Path, data_flags: list[str], layout: s
         module="tests.observability.disturbed",
         environment={"SLOW_RANK": "1"},
     ).check()
-    records = [r for r in run.train_metrics() if r["iteration"] % 2 == 0]
-    assert len(records) == 2
+    # The first interval has what a process does once, for however long.
+    last = run.train_metrics()[-1]["slowest_rank"]
+    assert (last["rank"], last["host"]) == (1, socket.gethostname())
+    assert last["ratio"] > 1.5
     passes = 2 * 16 // 4 // 2  # two steps of the global batch, over two replicas
-    for record in records:
-        named = record["slowest_rank"]
-        assert (named["rank"], named["host"]) == (1, socket.gethostname())
-        assert named["seconds"] == pytest.approx(passes * SLOW_S, rel=0.5)
-    # The first interval has what a process does once.
-    last = records[-1]["slowest_rank"]
-    assert last["ratio"] > 2
+    assert last["seconds"] >= passes * SLOW_S
     assert (
         f"slowest rank: 1 on {socket.gethostname()}, {last['ratio']:.2f} of the median forward "
         f"time ({last['seconds']:.3f} s), up to iteration 4"
