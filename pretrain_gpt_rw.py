@@ -39,6 +39,9 @@ def main() -> None:
     )
 
     from megatron_rw.integrations.state import ReweightState
+    from megatron_rw.observability import prometheus
+    from megatron_rw.observability.memory import explaining
+    from megatron_rw.observability.stragglers import ForwardTimes, event_maker
     from megatron_rw.resilience import leaving, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import (
@@ -63,22 +66,27 @@ def main() -> None:
         config = reweight_config(args)
         megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         domains = Domains(args)
+        endpoint = prometheus.serve(args)
     announce(args, device, config, domains.names)
 
     state = ReweightState(config)
     loss = PretrainLoss(args, config, state, len(domains))
     progress = Progress()
-    Hooks(args, config, state, loss, Reporter(args, domains.names), progress).install()
+    times = ForwardTimes(event_maker(device)) if args.log_slowest_rank else None
+    reporter = Reporter(args, domains.names, endpoint)
+    Hooks(args, config, state, loss, reporter, progress, times).install()
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(
+        explaining(pretrain, args, progress)
+    )
     train = functools.partial(
         pretrain,
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss, progress),
+        ForwardStep(args, BatchReader(args, len(domains)), loss, progress, times),
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )

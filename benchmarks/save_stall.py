@@ -37,8 +37,8 @@ MODEL = (
     "--seq-length 64 --max-position-embeddings 64 --position-embedding-type rope "
     "--untie-embeddings-and-output-weights --micro-batch-size 2 --mock-data "
     "--tokenizer-type NullTokenizer --vocab-size 8191 --lr 1e-4 --lr-decay-style constant "
-    f"--train-iters {INTERVAL * CHECKPOINTS + 1} --log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0 "
-    "--reweight-strategy linupper"
+    f"--train-iters {INTERVAL * CHECKPOINTS + 1} --log-interval 1 --eval-iters 0 "
+    "--eval-interval 1000 --num-workers 0 --reweight-strategy linupper"
 ).split()
 SYNCHRONOUS = f"--save-interval {INTERVAL} --keep-last 1".split()
 ASYNCHRONOUS = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()

@@ -93,7 +93,7 @@ MUTANTS = (
     ),
     one(
         "deferred: auxiliary losses scaled by the normaliser",
-        "tests/training/test_refusals.py::test_refusal[auxiliary loss scaled with the gradients]",
+        "tests/refusals/test_refusals.py::test_refusal[auxiliary loss scaled with the gradients]",
         STEP,
         'if config.scope == "deferred" and others:',
         'if config.scope == "deferred" and not others:',

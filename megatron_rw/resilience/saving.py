@@ -37,10 +37,12 @@ class SaveGuard:
 
     Args:
         args: validated; `save` is a folder.
+        saved: told the iteration of each checkpoint that is complete, on every rank.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, saved: Callable[[int], None]) -> None:
         self._args = args
+        self._saved = saved
         self._folder = CheckpointFolder(args.save)
         # What went wrong on this rank alone, where Megatron would leave the others waiting.
         self._problem: str | None = None
@@ -71,7 +73,7 @@ class SaveGuard:
             return
         self._unfinished.append(iteration)
         if self._guarded(original) and not self._args.async_save:
-            self._failed(self._unfinished.popleft())
+            self._end(self._unfinished.popleft())
 
     def _finalize(self, original: Callable[[], Any], *_: Any, **__: Any) -> None:
         if not self._args.async_save:
@@ -81,7 +83,11 @@ class SaveGuard:
         if self._guarded(original):
             # The same number on all ranks.
             for _done in range(before - _pending()):
-                self._failed(self._unfinished.popleft())
+                self._end(self._unfinished.popleft())
+
+    def _end(self, iteration: int) -> None:
+        if not self._failed(iteration):
+            self._saved(iteration)
 
     def _guarded(self, original: Callable[[], Any]) -> bool:
         """Whether nothing went wrong that Megatron has told all ranks of."""

@@ -24,6 +24,7 @@ from megatron.training.utils import print_rank_0
 
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
+from megatron_rw.observability.prometheus import DEFAULT_ADDRESS, EndpointError
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -70,6 +71,18 @@ class RunConfig:
 
     allow_changed_data: bool = False
     """Resume although a dataset is no longer the one that the checkpoint was trained on."""
+
+    prometheus_port: int | None = None
+    """Serve the newest metrics for Prometheus at this port of the last rank's host, under /metrics;
+    0 takes one that is free. The rank says where when it starts. Off by default."""
+
+    prometheus_address: str = DEFAULT_ADDRESS
+    """Address that --prometheus-port listens at. By default nothing outside the host reaches it;
+    0.0.0.0 lets every machine of the network read the metrics, with no password."""
+
+    log_slowest_rank: bool = False
+    """Name the slowest rank of every logging interval, its host, and by how much its forward passes
+    took longer than the median of its pipeline stage."""
 
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at
@@ -212,7 +225,7 @@ def reweight_config(args: Namespace) -> ReweightConfig:
 
 @contextlib.contextmanager
 def one_message() -> Iterator[None]:
-    """Turn a refusal into one line from rank 0 and exit status 2 on every rank.
+    """Turn a refusal into one line, from rank 0, and exit status 2 on every rank.
 
     A refusal is a `ConfigError`, or what Megatron raises on bad arguments: AssertionError (some
     without a text: the condition is shown instead), ValueError, OSError.
@@ -220,7 +233,8 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except (AssertionError, ValueError, OSError) as refusal:
-        if int(os.environ.get("RANK", "0")) == 0:
+        # Rank 0 speaks for all, but of what another rank alone can know.
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(refusal, EndpointError):
             print(f"error: {_explain(refusal)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

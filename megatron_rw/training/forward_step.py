@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from megatron.training import get_timers
 from megatron_rw.integrations.cross_entropy import announce_mask
 from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
+from megatron_rw.observability.stragglers import ForwardTimes
 from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
@@ -28,15 +30,22 @@ class ForwardStep:
         read_batch: draws micro-batches.
         loss: computes the loss on the last pipeline stage.
         progress: told how far the rank is.
+        times: takes the time of training's forward passes.
     """
 
     def __init__(
-        self, args: Namespace, read_batch: BatchReader, loss: PretrainLoss, progress: Progress
+        self,
+        args: Namespace,
+        read_batch: BatchReader,
+        loss: PretrainLoss,
+        progress: Progress,
+        times: ForwardTimes | None,
     ) -> None:
         self._args = args
         self._read_batch = read_batch
         self._loss = loss
         self._progress = progress
+        self._times = times
         self._model_options: dict[str, Any] = {}
         if args.fused_linear_cross_entropy:
             budget = args.logits_budget_mib
@@ -58,6 +67,13 @@ class ForwardStep:
         Returns:
             The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
         """
+        times = self._times if model.training else None
+        with contextlib.nullcontext() if times is None else times.measured():
+            return self._run(data_iterator, model, return_schedule_plan)
+
+    def _run(
+        self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool
+    ) -> tuple[Any, Callable[..., Any]]:
         self._progress.then("reading a micro-batch")
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()

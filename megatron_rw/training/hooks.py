@@ -18,11 +18,13 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.training import training
+from megatron.training import get_timers, training
 
 from megatron_rw.integrations import cross_entropy, schedule
 from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
+from megatron_rw.observability import profiling
+from megatron_rw.observability.stragglers import ForwardTimes, SlowestRank
 from megatron_rw.resilience import atomic_index, leaving, writer
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
@@ -41,6 +43,7 @@ class Hooks:
         loss: fills the metrics.
         reporter: writes them.
         progress: told how far the rank is.
+        forward_times: finds the slowest rank; None not to look for it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Hooks:
         loss: PretrainLoss,
         reporter: Reporter,
         progress: Progress,
+        forward_times: ForwardTimes | None,
     ) -> None:
         self._args = args
         self._config = config
@@ -58,7 +62,8 @@ class Hooks:
         self._loss = loss
         self._reporter = reporter
         self._progress = progress
-        self._interval = _LossInterval()
+        self._forward_times = forward_times
+        self._interval = _Interval()
 
     def install(self) -> None:
         """Wrap the functions. Once per process."""
@@ -78,7 +83,7 @@ class Hooks:
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
         if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
-            SaveGuard(self._args).install()
+            SaveGuard(self._args, self._reporter.saved).install()
             writer.install(self._args.device)
         atomic_index.install()
         _use_shipped_dataset_helpers()
@@ -108,22 +113,28 @@ class Hooks:
 
     def _build_data(self, original: Callable[[], Any], **_: Any) -> Any:
         leaving.end_if_finished(self._args)
+        profiling.count_from_here(self._args)
         return original()
 
     def _train_step(self, original: Callable[[], Any], **call: Any) -> Any:
         self._progress.begin(call["iteration"], "the step's begin")
+        self._interval.begin(self._args.consumed_train_samples, _seconds_in_steps())
         result = original()
         self._progress.then("logging, evaluating or saving")
         return result
 
     def _training_log(self, original: Callable[[], Any], **call: Any) -> Any:
-        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
-            return original()
-        if not call["skipped_iter"]:
-            self._interval.add(call["loss_dict"])
         iteration = call["iteration"]
         # Megatron prints one more line after the first step of a run, and begins no new interval.
         ends_interval = iteration % self._args.log_interval == 0
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            result = original()
+            self._slowest_rank(ends_interval)
+            return result
+        if not call["skipped_iter"]:
+            self._interval.add(call["loss_dict"])
+        samples = self._args.consumed_train_samples
+        self._reporter.step(iteration, samples, bool(call["skipped_iter"]))
         if not (ends_interval or call["is_first_iteration"]):
             return original()
 
@@ -148,11 +159,18 @@ class Hooks:
             temperature,
             by_domain,
             metrics.last,
+            self._interval.speed(samples, _seconds_in_steps(), self._args.seq_length),
+            self._slowest_rank(ends_interval),
         )
         if ends_interval:
             metrics.reset()
-            self._interval = _LossInterval()
+            self._interval = _Interval()
         return result
+
+    def _slowest_rank(self, ends_interval: bool) -> SlowestRank | None:
+        if self._forward_times is None or not ends_interval:
+            return None
+        return self._forward_times.read(mpu.get_pipeline_model_parallel_rank())
 
     def _put_on_log_line(
         self, report: ReweightReport | None, temperature: float, **call: Any
@@ -175,12 +193,28 @@ class Hooks:
         return result
 
 
-class _LossInterval:
-    """Megatron's losses over a logging interval, on the device."""
+class _Interval:
+    """A logging interval: Megatron's losses, on the device, and how fast it went."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
         self._steps = 0
+        self._begun: tuple[int, float] | None = None
+        self._all_steps = 0
+
+    def begin(self, samples: int, seconds: float) -> None:
+        """Before each step: the samples consumed and the time spent in steps so far."""
+        self._begun = self._begun or (samples, seconds)
+        self._all_steps += 1
+
+    def speed(self, samples: int, seconds: float, seq_length: int) -> dict[str, float]:
+        """Over all steps, skipped ones included; arguments as those of `begin`, now."""
+        assert self._begun is not None
+        samples, seconds = samples - self._begun[0], seconds - self._begun[1]
+        return {
+            "seconds_per_step": seconds / self._all_steps,
+            "tokens_per_second": samples * seq_length / seconds,
+        }
 
     def add(self, losses: Mapping[str, Any]) -> None:
         self._steps += 1
@@ -189,6 +223,12 @@ class _LossInterval:
 
     def means(self) -> dict[str, Any]:
         return {key: value / self._steps for key, value in self._sums.items()}
+
+
+def _seconds_in_steps() -> float:
+    """Megatron's own measure, which stands still while it evaluates or saves."""
+    seconds: float = get_timers()("interval-time").active_time()
+    return seconds
 
 
 def _data_parallel_group() -> Any:

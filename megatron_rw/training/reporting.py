@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -19,43 +16,14 @@ from megatron.training import (
     print_rank_last,
 )
 
+from megatron_rw.observability.metrics_file import MetricsFile, numbers
+from megatron_rw.observability.prometheus import Endpoint
+from megatron_rw.observability.stragglers import SlowestRank
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 
 Scalars = dict[str, float]
 
 _HISTOGRAM_BINS = 30
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: tensors as numbers, and null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one object per line, appended, flushed at once.
-
-    After a resume an iteration can appear twice; the later line holds.
-
-    Args:
-        log_dir: created when missing.
-    """
-
-    def __init__(self, log_dir: str) -> None:
-        os.makedirs(log_dir, exist_ok=True)
-        self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
-
-    def write(self, record: Mapping[str, object]) -> None:
-        """Append one record; what is not finite becomes null."""
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
-        self._file.flush()
 
 
 class Reporter:
@@ -64,19 +32,33 @@ class Reporter:
     Args:
         args: validated.
         domain_names: by domain index.
+        endpoint: of this rank, for Prometheus.
 
     Attributes:
         names: domain names by index.
         writes: whether this rank writes anything.
     """
 
-    def __init__(self, args: Namespace, domain_names: Sequence[str]) -> None:
+    def __init__(
+        self, args: Namespace, domain_names: Sequence[str], endpoint: Endpoint | None = None
+    ) -> None:
+        self._endpoint = endpoint
         self.names = tuple(domain_names)
         self._log_samples: int = args.reweight_log_samples
         self.writes: bool = args.rank == args.world_size - 1
         self._file: MetricsFile | None = None
         if args.log_dir is not None and self.writes:
             self._file = MetricsFile(args.log_dir)
+
+    def step(self, iteration: int, samples: int, skipped: bool) -> None:
+        """Note a step, logged or not; see `Endpoint.step`."""
+        if self._endpoint is not None:
+            self._endpoint.step(iteration, samples, skipped)
+
+    def saved(self, iteration: int) -> None:
+        """Note a complete checkpoint."""
+        if self._endpoint is not None:
+            self._endpoint.saved(iteration)
 
     def train_step(
         self,
@@ -86,6 +68,8 @@ class Reporter:
         temperature: float | None,
         losses: LossByDomain | None,
         last_set: WeightedSet | None,
+        speed: Mapping[str, float],
+        slowest: SlowestRank | None,
     ) -> None:
         """Write one logged training step.
 
@@ -96,12 +80,19 @@ class Reporter:
             temperature: of the last step; None without reweighting.
             losses: by domain, for a run without reweighting.
             last_set: the last weighted set, for the histogram and the samples.
+            speed: seconds per step and tokens per second over the interval.
+            slowest: the interval's slowest rank, where that is looked for.
         """
         if not self.writes:
             return
         record: dict[str, object] = {"type": "train", "iteration": iteration, "time": time.time()}
         record |= {name.replace(" ", "_"): value for name, value in megatron.items()}
+        record["speed"] = speed
         scalars: Scalars = {}
+        if slowest is not None:
+            print_rank_last(f" {slowest}, up to iteration {iteration}")
+            record["slowest_rank"] = dataclasses.asdict(slowest)
+            scalars |= {"slowest rank/rank": slowest.rank, "slowest rank/ratio": slowest.ratio}
         if report is not None and temperature is not None:
             record["reweight"] = self._reweight_record(report, temperature)
             scalars |= self._reweight_scalars(report, temperature)
@@ -113,8 +104,7 @@ class Reporter:
         self._write_scalars(scalars, iteration)
         if last_set is not None:
             self._write_histograms(last_set, iteration)
-        if self._file is not None:
-            self._file.write(record)
+        self._write_record(record)
 
     def validation(
         self, iteration: int, split: str, losses: LossByDomain, write_to_tensorboard: bool
@@ -145,8 +135,17 @@ class Reporter:
                 self._write_scalars(
                     self._loss_scalars(f"domain {split} lm loss", losses), iteration
                 )
+        self._write_record(record)
+
+    def _write_record(self, record: Mapping[str, object]) -> None:
+        if self._file is None and self._endpoint is None:
+            return
+        # On this thread, not the endpoint's: Megatron has just waited for the device.
+        record = numbers(record)
         if self._file is not None:
             self._file.write(record)
+        if self._endpoint is not None:
+            self._endpoint.update(record)
 
     def _seen(self, losses: LossByDomain) -> list[tuple[str, float]]:
         named = zip(self.names, losses.by_domain, strict=True)

@@ -163,7 +163,7 @@ class Campaign:
 
 def without_time(record: dict[str, Any]) -> dict[str, Any]:
     """A record of metrics.jsonl."""
-    return {key: value for key, value in record.items() if key != "time"}
+    return {key: value for key, value in record.items() if key not in ("time", "speed")}
 
 
 def main() -> int:

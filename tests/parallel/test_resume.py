@@ -26,7 +26,7 @@ def tracker(directory: Path) -> Path:
 
 
 def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+    return [{k: v for k, v in record.items() if k not in ("time", "speed")} for record in records]
 
 
 def train(directory: Path, flags: list[str], processes: int, **how: Any) -> Run:

@@ -1,0 +1,34 @@
+"""The real program, with one rank whose forward passes are slow, or run out of memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+
+import torch
+
+# Of a transformer block's forward pass; it takes some 10 ms without.
+SLOW_S = 0.1
+
+
+def main() -> None:
+    """Run it; SLOW_RANK and EXHAUSTED_RANK name the rank."""
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    rank = os.environ["RANK"]
+    forward = TransformerBlock.forward
+
+    @functools.wraps(forward)
+    def disturbed(*args: Any, **kwargs: Any) -> Any:
+        if rank == os.environ.get("SLOW_RANK"):
+            time.sleep(SLOW_S)
+        if rank == os.environ.get("EXHAUSTED_RANK"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*args, **kwargs)
+
+    TransformerBlock.forward = disturbed
+    import pretrain_gpt_rw
+
+    pretrain_gpt_rw.main()

@@ -1,0 +1,96 @@
+"""Flags that cannot do what they say are refused; one that can is not."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import pytest
+
+from megatron_rw.observability.checks import check_observability
+from megatron_rw.platform import Device
+from megatron_rw.reweighting import ConfigError
+
+PROFILE = {"profile": True, "use_pytorch_profiler": True, "tensorboard_dir": "board"}
+HISTORY = {"record_memory_history": True}
+
+
+def check(device: Device, **changed: Any) -> None:
+    settings: dict[str, Any] = {
+        "prometheus_port": None,
+        "prometheus_address": "127.0.0.1",
+        "log_slowest_rank": False,
+        "world_size": 4,
+        "pipeline_model_parallel_size": 2,
+        "overlap_moe_expert_parallel_comm": False,
+        "cuda_graph_impl": "none",
+        "profile": False,
+        "use_pytorch_profiler": False,
+        "tensorboard_dir": None,
+        "profile_step_start": 10,
+        "profile_step_end": 12,
+        "train_iters": 12,
+        "record_memory_history": False,
+        "memory_snapshot_path": "snapshot.pickle",
+    }
+    check_observability(Namespace(**(settings | changed)), device)
+
+
+REFUSED: dict[str, tuple[Device, dict[str, Any], str]] = {
+    "address alone": ("cpu", {"prometheus_address": "0.0.0.0"}, "add --prometheus-port"),
+    "no port": ("cpu", {"prometheus_port": 65536}, r"must be in \[0, 65535\], not 65536"),
+    "nobody to compare with": (
+        "cpu",
+        {"log_slowest_rank": True, "pipeline_model_parallel_size": 4},
+        "compares the ranks of a pipeline stage, and here each stage has one",
+    ),
+    "no forward passes": (
+        "cuda",
+        {"log_slowest_rank": True, "cuda_graph_impl": "full_iteration"},
+        "run together with backward ones",
+    ),
+    "Nsight": ("cpu", {"profile": True}, "needs a GPU: add --use-pytorch-profiler"),
+    "nowhere to write": (
+        "cpu",
+        PROFILE | {"tensorboard_dir": None},
+        "beside --tensorboard-dir: add it",
+    ),
+    "no steps": (
+        "cpu",
+        PROFILE | {"profile_step_start": 12},
+        "--profile-step-start 12 must be below --profile-step-end 12",
+    ),
+    "too late": (
+        "cpu",
+        PROFILE | {"train_iters": 11},
+        "--profile-step-end 12 is beyond --train-iters 11",
+    ),
+    "no allocator": ("cpu", HISTORY, "--record-memory-history needs a GPU"),
+    "no folder": (
+        "cuda",
+        HISTORY | {"memory_snapshot_path": "/nowhere/memory.pickle"},
+        "--memory-snapshot-path /nowhere/memory.pickle: there is no folder /nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case: str) -> None:
+    device, changed, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message):
+        check(device, **changed)
+
+
+@pytest.mark.parametrize(
+    ("device", "changed"),
+    [
+        ("cpu", {"prometheus_port": 0, "prometheus_address": "0.0.0.0"}),
+        ("cpu", {"log_slowest_rank": True}),
+        ("cpu", PROFILE),
+        ("cpu", PROFILE | {"train_iters": None}),
+        ("cuda", {"profile": True}),
+        ("cuda", HISTORY),
+    ],
+)
+def test_lets_pass(device: Device, changed: dict[str, Any]) -> None:
+    check(device, **changed)

@@ -1,0 +1,113 @@
+"""Who runs out of memory says so in one line. No GPU has: the error is raised by the test."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.training.config import ProfilingConfig
+from megatron.training.utils import start_memory_history_recording
+
+from megatron_rw.observability.memory import explaining
+from megatron_rw.resilience.watchdog import Progress
+from tests.program import run_program
+
+
+def test_the_rank_says_where_it_was_and_what_would_help(
+    tmp_path: Path, data_flags: list[str]
+) -> None:
+    run = run_program(
+        tmp_path,
+        *data_flags,
+        *"--train-iters 2 --micro-batch-size 8 --pipeline-model-parallel-size 2".split(),
+        processes=2,
+        module="tests.observability.disturbed",
+        patience=0.5,
+        environment={"EXHAUSTED_RANK": "1"},
+    )
+    assert run.status[1] == 1
+    [line] = [line for line in run.output[1].splitlines() if line.startswith("error: ")]
+    assert re.search(r"rank 1 on \S+ is out of memory at iteration 1, a micro-batch, with", line)
+    assert "with --micro-batch-size 8: allocated " in line
+    assert (
+        "Less is needed with a smaller --micro-batch-size, --recompute-granularity selective "
+        "(or full), --fused-linear-cross-entropy. --record-memory-history would leave a snapshot"
+    ) in line
+    # Torch's own words are there as ever.
+    assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." in run.output[1]
+
+
+def arguments(**changed: Any) -> Namespace:
+    settings: dict[str, Any] = {
+        "rank": 3,
+        "micro_batch_size": 1,
+        "recompute_granularity": "selective",
+        "fused_linear_cross_entropy": False,
+        "logits_budget_mib": None,
+        "record_memory_history": True,
+        "memory_snapshot_path": "snapshot.pickle",
+        "profile_ranks": [],
+    }
+    return Namespace(**(settings | changed))
+
+
+def run_out(args: Namespace) -> None:
+    def train() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        explaining(train, args, Progress())()
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 3 << 29)
+
+
+def test_names_the_snapshot_that_megatron_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Megatron's own observer, with torch's part of it replaced: there is no allocator here."""
+    observers: list[Callable[..., None]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda *a, **k: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
+    monkeypatch.setattr(
+        torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False
+    )
+    monkeypatch.setenv("RANK", "3")
+    path = str(tmp_path / "memory.pickle")
+    start_memory_history_recording(
+        ProfilingConfig(record_memory_history=True, memory_snapshot_path=path)
+    )
+    [observer] = observers
+    run_out(arguments(memory_snapshot_path=path))
+    written = tmp_path / "memory_oom_rank-3.pickle"
+    assert f"There is no snapshot at {written}." in capsys.readouterr().err
+    observer(0, 0, 0, 0)
+    run_out(arguments(memory_snapshot_path=path))
+    said = capsys.readouterr().err
+    assert f"Snapshot: {written}." in said
+    assert "allocated 1.50 GiB (at most 1.50), reserved 1.50 GiB." in said
+
+
+def test_offers_what_is_not_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    run_out(arguments())
+    assert "Less is needed with --recompute-granularity full. " in capsys.readouterr().err
+    run_out(arguments(recompute_granularity="full", profile_ranks=[0]))
+    said = capsys.readouterr().err
+    assert "Less is needed with more ranks of model parallelism. --record-memory-history" in said
+
+
+def test_other_errors_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    def train() -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        explaining(train, arguments(), Progress())()
+    assert capsys.readouterr().err == ""
