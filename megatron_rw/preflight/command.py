@@ -49,8 +49,7 @@ def main() -> None:
     with one_message():
         config, flags = split_flags(argv, __doc__)
         if config.estimate is not None:
-            args = planned_arguments(flags, config.estimate)
-            sys.exit(_plan(config, args))
+            sys.exit(_plan(config, planned_arguments(flags, config.estimate)))
     args: Namespace | None = None
     refusal: str | None = None
     try:

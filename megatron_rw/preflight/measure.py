@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -117,7 +118,11 @@ class Rates:
 
 
 def all_reduces(
-    rank: int, hosts: Mapping[str, list[int]], device: torch.device, progress: Progress
+    rank: int,
+    hosts: Mapping[str, list[int]],
+    device: torch.device,
+    progress: Progress,
+    timeout: timedelta,
 ) -> Rates:
     """Measure this rank's part in all of them. On all ranks, with the same hosts.
 
@@ -126,6 +131,7 @@ def all_reduces(
         hosts: the ranks of each.
         device: where messages lie.
         progress: told what is measured, for the watchdog.
+        timeout: of a collective. Groups do not take over that of the default group.
 
     Raises:
         WrongSumError: a sum is wrong.
@@ -140,7 +146,7 @@ def all_reduces(
         dist.barrier()
         if len(ranks) < 2 or rank not in ranks:
             return {}
-        group = dist.new_group(ranks, use_local_synchronization=True)
+        group = dist.new_group(ranks, timeout, use_local_synchronization=True)
         return {size: bus_bandwidth(group, size, device) for size in wanted}
 
     world = rate("over all ranks", list(range(dist.get_world_size())), sizes)

@@ -58,11 +58,11 @@ def look(
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     facts = gather(rank, device, None if args is None else args.save, refusal)
-    with watchdog.Meeting(config.wait_seconds / 60, "--wait-seconds"):
-        store = open_store(config.wait_seconds)
-    meeting = Meeting(store, rank, size, config.wait_seconds)
-    meeting.tell("facts", dataclasses.asdict(facts))
     try:
+        with watchdog.Meeting(config.wait_seconds / 60, "--wait-seconds"):
+            store = open_store(config.wait_seconds)
+        meeting = Meeting(store, rank, size, config.wait_seconds)
+        meeting.tell("facts", dataclasses.asdict(facts))
         if rank == 0:
             return _Lead(config, meeting, device, args).run()
         return _follow(meeting, device, args)
@@ -215,15 +215,19 @@ def _measure(
     progress: watchdog.Progress,
 ) -> Rates:
     progress.then("preflight, forming a group of all ranks")
+    timeout = timedelta(seconds=meeting.wait_s)
     dist.init_process_group(
         args.distributed_backend,
         store=PrefixStore("megatron_rw/preflight/group", meeting.store),
         rank=meeting.rank,
         world_size=meeting.size,
-        timeout=timedelta(seconds=meeting.wait_s),
+        timeout=timeout,
     )
     where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else device
-    rates = all_reduces(meeting.rank, hosts, torch.device(where), progress)
+    try:
+        rates = all_reduces(meeting.rank, hosts, torch.device(where), progress, timeout)
+    except RuntimeError as error:
+        raise RuntimeError(f"{progress.position.doing}: {error}") from error
     progress.then("preflight, done")
     dist.destroy_process_group()
     return rates
