@@ -31,14 +31,14 @@ def main() -> None:
     socket.gethostname = lambda: host
     measure.WARM_UP, measure.REPEATS = 1, 3
     if "clock" in faults:
-        measure.time = types.SimpleNamespace(  # type: ignore[assignment]
+        vars(measure)["time"] = types.SimpleNamespace(
             time=lambda: time.time() + faults["clock"], perf_counter=time.perf_counter
         )
     if "torch" in faults:
         torch.__version__ = faults["torch"]
-    if "file size" in faults:
+    if "file_size" in faults:
         try_to_save = facts.try_to_save
-        facts.try_to_save = lambda save: _limited(faults["file size"], try_to_save, save)
+        facts.try_to_save = lambda save: _limited(faults["file_size"], try_to_save, save)
     if "refusal" in faults:
 
         def refuse(*_: object) -> None:
@@ -57,7 +57,7 @@ def main() -> None:
         message *= faults.get("scale", 1)
         all_reduce(message, group=group)
 
-    dist.all_reduce = faulty
+    dist.all_reduce = faulty  # type: ignore[assignment]
     command.main()
 
 

@@ -21,7 +21,9 @@ RUN = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interva
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--use-distributed-optimizer"], ["--no-save-optim"], ["--bf16"]]
+    "extra",
+    [[], ["--use-distributed-optimizer"], ["--no-save-optim"], ["--bf16"]],
+    ids=["fp32", "distributed-optimizer", "weights-alone", "bf16"],
 )
 def test_memory_and_checkpoint_are_those_of_a_run(extra: list[str], tmp_path: Path) -> None:
     save = tmp_path / "checkpoints"

@@ -82,7 +82,7 @@ def test_slow_host_of_four(tmp_path: Path, data_flags: list[str]) -> None:
 
 
 def test_disk_that_one_rank_cannot_write_to(tmp_path: Path, data_flags: list[str]) -> None:
-    run = preflight(tmp_path, data_flags, **{"file size": {"1": 100}})
+    run = preflight(tmp_path, data_flags, file_size={"1": 100})
     assert run.status == [1, 1], run.all_output
     save = tmp_path / "checkpoints"
     assert findings(run, "problem") == [
