@@ -268,11 +268,12 @@ class Meeting:
     """Ends a process whose rank 0 was never there: torch waits for twice the timeout.
 
     Args:
-        minutes: --distributed-timeout-minutes.
+        minutes: after which it does.
+        flag: which set them.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self._minutes = minutes
+    def __init__(self, minutes: float, flag: str = "--distributed-timeout-minutes") -> None:
+        self._minutes, self._flag = minutes, flag
         self._timer = threading.Timer(60 * minutes, self._end)
         self._timer.daemon = True
 
@@ -288,7 +289,7 @@ class Meeting:
         print(
             f"error: rank {os.environ.get('RANK')} on {socket.gethostname()}: the "
             f"{os.environ.get('WORLD_SIZE')} processes have not all met at {where} within "
-            f"{self._minutes:g} min (--distributed-timeout-minutes). See that all of them run, "
+            f"{self._minutes:g} min ({self._flag}). See that all of them run, "
             "that rank 0 is on that host, and that the network lets them through.",
             file=sys.stderr,
             flush=True,

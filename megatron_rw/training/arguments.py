@@ -121,7 +121,7 @@ def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
     """
     # Annotations are strings under `from __future__`; the factory wants the types themselves.
     for config_class in (RunConfig, ReweightConfig):
-        _resolve_annotations(config_class)
+        resolve_annotations(config_class)
     ArgumentGroupFactory(RunConfig).build_group(parser, "megatron_rw")
     _PrefixedGroupFactory(ReweightConfig, "reweight").build_group(parser, "sample reweighting")
     parser.set_defaults(**default_arguments(device))
@@ -235,11 +235,12 @@ def one_message() -> Iterator[None]:
     except (AssertionError, ValueError, OSError) as refusal:
         # Rank 0 speaks for all, but of what another rank alone can know.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(refusal, EndpointError):
-            print(f"error: {_explain(refusal)}", file=sys.stderr, flush=True)
+            print(f"error: {explain(refusal)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def _explain(refusal: Exception) -> str:
+def explain(refusal: Exception) -> str:
+    """A refusal in one line: its own words where they are ours, else with the place in Megatron."""
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
     ours = f"{os.sep}megatron_rw{os.sep}" in frame.filename
     if isinstance(refusal, ConfigError) or (ours and str(refusal)):
@@ -262,7 +263,8 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _resolve_annotations(config_class: type) -> None:
+def resolve_annotations(config_class: type) -> None:
+    """Replace the annotations of a dataclass, which are strings, by the types they name."""
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         field.type = hints[field.name]

@@ -1,36 +1,49 @@
-"""The argument files parse, and give the parameter counts that their README states."""
+"""The recipes parse, and give the parameters and the estimates that their README states."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from examples.paper.estimate import HEADER, RECIPES, Recipe, flags_of, row
 from megatron_rw.platform import DeviceError, select_device
 from tests.ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper"
-GPT2_VOCABULARY, LLAMA_VOCABULARY = 50257, 32000
+GPT2_VOCABULARY = 50257
 
-# Parameters in millions, vocabulary, strategy.
+# Parameters in millions, samples in a set of weights, strategy.
 FILES = {
-    "gpt2-124m": (124.0, GPT2_VOCABULARY, "quadratic"),
-    "gpt2-210m": (209.1, GPT2_VOCABULARY, "extremes"),
-    "gpt2-294m": (294.2, GPT2_VOCABULARY, "extremes"),
-    "llama-1.4b": (1364.0, LLAMA_VOCABULARY, "none"),
-    "llama-7b": (6738.0, LLAMA_VOCABULARY, "none"),
+    "gpt2-124m": (124.0, 32, "quadratic"),
+    "gpt2-210m": (209.1, 48, "extremes"),
+    "gpt2-294m": (294.2, 48, "extremes"),
+    "llama-1.4b": (1364.0, 128, "linupper"),
+    "llama-7b": (6738.0, 128, "linupper"),
 }
 
 
+def plain(args: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+
+
+def planned(recipe: Recipe) -> dict[str, Any]:
+    """As on its GPUs, with Transformer Engine."""
+    from megatron_rw.preflight.config import planned_arguments
+
+    return plain(planned_arguments(flags_of(recipe), recipe.gpus))
+
+
 def parsed(path: str, vocabulary: int, extra: list[str]) -> dict[str, Any]:
+    """On this machine."""
     from megatron_rw.training.arguments import parse_args
 
     sys.argv = ["pretrain_gpt_rw", f"@{path}", *extra, "--mock-data"]
     sys.argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)]
-    args = parse_args("cpu")
-    return {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+    return plain(parse_args("cpu"))
 
 
 def parameters(args: dict[str, Any], vocabulary: int) -> int:
@@ -42,17 +55,33 @@ def parameters(args: dict[str, Any], vocabulary: int) -> int:
     return layers * layer + 2 * d + (vocabulary + args["seq_length"]) * d
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_file_has_the_stated_shape(name: str) -> None:
-    millions, vocabulary, strategy = FILES[name]
-    extra = [] if strategy != "none" else ["--train-iters", "100"]
-    [args] = run_ranks(1, parsed, str(FOLDER / f"{name}.args"), vocabulary, extra)
-    assert parameters(args, vocabulary) / 1e6 == pytest.approx(millions, abs=0.6)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_file_has_the_stated_shape(recipe: Recipe) -> None:
+    millions, samples, strategy = FILES[recipe.name]
+    [args] = run_ranks(1, planned, recipe)
+    assert parameters(args, recipe.vocabulary) / 1e6 == pytest.approx(millions, abs=0.6)
     assert args["reweight_strategy"] == strategy
+    # No gradient accumulation: one set of weights a step, as in the authors' code.
+    assert args["micro_batch_size"] * args["data_parallel_size"] == samples
+    assert args["global_batch_size"] == samples
 
 
 def test_every_file_is_tested() -> None:
-    assert {path.stem for path in FOLDER.glob("*.args")} == set(FILES)
+    names = {path.stem for path in FOLDER.glob("*.args")}
+    assert names == set(FILES) == {recipe.name for recipe in RECIPES}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flag_says_whose_choice_it_is(name: str) -> None:
+    _title, *groups = (FOLDER / f"{name}.args").read_text().split("\n\n")
+    for group in groups:
+        comment = " ".join(line for line in group.splitlines() if line.startswith("#"))
+        assert re.search("authors' code|Our choice", comment), group
+
+
+def test_readme_has_the_table_that_the_command_prints() -> None:
+    rows = [run_ranks(1, row, recipe)[0] for recipe in RECIPES]
+    assert "\n".join([HEADER, *rows]) in (FOLDER / "README.md").read_text()
 
 
 def test_later_flag_wins() -> None:

@@ -1,0 +1,207 @@
+"""What a job will need, by Megatron's own formulas. Nothing here is measured.
+
+`megatron.training.theoretical_memory_usage` has the memory of the fullest GPU,
+`num_floating_point_operations` the work of a step. What the first leaves out is listed with each
+result (`limits`), with the direction in which it errs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training.theoretical_memory_usage import (
+    NUM_BYTES_IN_MEGABYTE,
+    compute_weight_and_optimizer_memory,
+    report_theoretical_memory,
+)
+from megatron.training.training import num_floating_point_operations
+from megatron.training.utils import is_hybrid_model
+
+from megatron_rw.preflight.facts import amount
+
+# Megatron's formula for a parameter whose optimizer state is not distributed.
+_BYTES_PER_PARAMETER = 18
+# Dense, of one H100 SXM by NVIDIA's data sheet; fp32 without tensor cores.
+PEAK_TFLOPS = {16: 989.0, 32: 67.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job will need.
+
+    Attributes:
+        gpus: processes, one a GPU.
+        parameters: of the whole model, without biases and position embeddings.
+        weights_bytes: weights, gradients and optimizer state on the fullest GPU.
+        activation_bytes: activations there.
+        checkpoint_bytes: of a whole checkpoint, with Adam's state unless --no-save-optim.
+        steps: of the job.
+        tokens: in all steps.
+        operations: floating-point, in all steps.
+        bits: of the products' operands.
+        limits: what the memory formula leaves out, in words.
+    """
+
+    gpus: int
+    parameters: float
+    weights_bytes: float
+    activation_bytes: float
+    checkpoint_bytes: float
+    steps: int
+    tokens: int
+    operations: float
+    bits: int
+    limits: tuple[str, ...]
+
+    @property
+    def memory_bytes(self) -> float:
+        """On the fullest GPU."""
+        return self.weights_bytes + self.activation_bytes
+
+    def hours(self, peak_tflops: float | None, mfu: float) -> float:
+        """Of training alone: no start, no evaluation, no checkpoint.
+
+        Args:
+            peak_tflops: of one GPU; None for an H100 at the precision of the run.
+            mfu: model FLOPs utilisation, from 0 to 1. An assumption.
+        """
+        rate = self.gpus * (peak_tflops or PEAK_TFLOPS[self.bits]) * 1e12 * mfu
+        return self.operations / rate / 3600
+
+    def hours_text(self, peak_tflops: float | None, mfu: float) -> str:
+        """The same for people, with what is assumed."""
+        return (
+            f"{self.hours(peak_tflops, mfu):,.1f} h at {mfu:.0%} of "
+            f"{peak_tflops or PEAK_TFLOPS[self.bits]:g} TFLOP/s a GPU, which is assumed"
+        )
+
+    def lines(self, time: str | None) -> Iterator[str]:
+        """For people.
+
+        Args:
+            time: from `hours_text`, None to leave it out.
+        """
+        yield ""
+        yield f"estimate for {self.gpus} GPUs by Megatron's formulas, nothing of it measured"
+        yield f"  parameters          {self.parameters:,.0f}"
+        yield (
+            f"  memory              {amount(self.memory_bytes)} on the fullest GPU: weights, "
+            f"gradients and optimizer {amount(self.weights_bytes)}, activations "
+            f"{amount(self.activation_bytes)}"
+        )
+        yield f"  a checkpoint        {amount(self.checkpoint_bytes)}"
+        yield (
+            f"  work                {self.steps:,} steps, {self.tokens:,} tokens, "
+            f"{self.operations:.2e} operations"
+        )
+        if time is not None:
+            yield f"  time                {time}"
+        for limit in self.limits:
+            yield f"  note                {limit}"
+
+
+def estimate(args: Namespace) -> Estimate | None:
+    """Ask Megatron's formulas.
+
+    Args:
+        args: validated, with Megatron's globals set.
+
+    Returns:
+        None for a hybrid model, which Megatron has no formula for.
+    """
+    if is_hybrid_model(args):
+        return None
+    # The formulas write to the arguments that they are given.
+    args = copy.copy(args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        weights, activations, _ = report_theoretical_memory(args, get_num_microbatches())
+    parameters = count_parameters(args)
+    batch = args.global_batch_size
+    steps = args.train_iters or math.ceil((args.train_samples or 0) / batch)
+    return Estimate(
+        gpus=args.world_size,
+        parameters=parameters,
+        weights_bytes=weights * NUM_BYTES_IN_MEGABYTE,
+        activation_bytes=activations * NUM_BYTES_IN_MEGABYTE,
+        checkpoint_bytes=parameters * saved_bytes_per_parameter(args),
+        steps=steps,
+        tokens=steps * batch * args.seq_length,
+        operations=steps * num_floating_point_operations(args, batch),
+        bits=_bits(args),
+        limits=tuple(limits(args)),
+    )
+
+
+def count_parameters(args: Namespace) -> float:
+    """Of the whole model, as the memory formula counts them.
+
+    It reports the number with two digits alone, but gives it away where nothing is distributed.
+    """
+    whole = copy.copy(args)
+    whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = 1
+    whole.expert_tensor_parallel_size = whole.expert_model_parallel_size = 1
+    whole.use_distributed_optimizer = False
+    return float(compute_weight_and_optimizer_memory(whole)) / _BYTES_PER_PARAMETER
+
+
+def saved_bytes_per_parameter(args: Namespace) -> int:
+    """In a checkpoint: the weight, and for Adam the fp32 weight and both moments."""
+    weight = _bits(args) // 8
+    if args.no_save_optim:
+        return weight
+    # In fp32 the weight is its own main copy, unless shards of it are saved with the moments.
+    main = 4 if weight < 4 or args.use_distributed_optimizer else 0
+    return weight + main + 4 + 4
+
+
+def limits(args: Namespace) -> list[str]:
+    """What Megatron's memory formula leaves out with these arguments, and to which side it errs."""
+    found = ["too low by CUDA's context, NCCL's buffers, fragmentation and the loss's fp32 logits"]
+    if _bits(args) == 32:
+        found.append(
+            "activations too low: they are counted with 2 bytes, and take 4 in fp32, where "
+            "attention keeps its scores besides"
+        )
+    elif args.transformer_impl == "local" and args.recompute_granularity is None:
+        found.append("activations too low: --transformer-impl local keeps attention's scores")
+    if args.recompute_granularity == "full":
+        found.append("activations too high: full recomputation is not in the formula")
+    elif args.sequence_parallel and args.recompute_granularity != "selective":
+        found.append(
+            "activations too high: --sequence-parallel is in the formula with "
+            "--recompute-activations alone"
+        )
+    if args.context_parallel_size > 1:
+        found.append("activations too high: --context-parallel-size is not in the formula")
+    if args.num_experts is not None:
+        found.append("activations of experts are not in the formula")
+    if args.use_megatron_fsdp or args.use_torch_fsdp2:
+        found.append("weights too high: FSDP is not in the formula")
+    return found
+
+
+def advice(args: Namespace) -> str:
+    """Which flags lower the memory of a GPU, those that are not in use yet, cheapest first."""
+    options = []
+    if not args.use_distributed_optimizer and args.data_parallel_size > 1:
+        options.append("--use-distributed-optimizer")
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
+        options.append("--sequence-parallel")
+    if args.micro_batch_size > 1:
+        options.append(f"a --micro-batch-size below {args.micro_batch_size}")
+    options.append(f"a --tensor-model-parallel-size above {args.tensor_model_parallel_size}")
+    options.append(f"a --pipeline-model-parallel-size above {args.pipeline_model_parallel_size}")
+    if args.recompute_granularity != "full":
+        options.append("--recompute-granularity full --recompute-method uniform")
+    return ", ".join(options[:-1]) + f" or {options[-1]}"
+
+
+def _bits(args: Namespace) -> int:
+    return 16 if args.bf16 or args.fp16 else 32

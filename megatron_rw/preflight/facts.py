@@ -1,0 +1,136 @@
+"""What a rank finds out by looking at its own machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_rw.platform import Device
+
+NONE = "none"
+GIB = 2**30
+_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def amount(nbytes: float) -> str:
+    """Bytes, for people."""
+    return f"{nbytes / GIB:,.1f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:,.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One rank's machine.
+
+    Attributes:
+        rank: whose.
+        host: its name.
+        refusal: why the job would not start on this rank, None where it would.
+        device: the GPU's name, or the CPU.
+        versions: by name: driver, CUDA, NCCL, Python and packages; "none" where there is none.
+        device_memory: bytes of the GPU, None on the CPU.
+        free_memory: bytes of it that nobody uses.
+        free_disk: bytes free on the disk of --save, None without --save, or where it is no folder.
+        save_problem: why --save cannot be written to, None where it can.
+    """
+
+    rank: int
+    host: str
+    refusal: str | None
+    device: str
+    versions: dict[str, str]
+    device_memory: int | None
+    free_memory: int | None
+    free_disk: int | None
+    save_problem: str | None
+
+
+def gather(rank: int, device: Device, save: str | None, refusal: str | None) -> Facts:
+    """Look.
+
+    Args:
+        rank: of this process.
+        device: what `platform.select_device` chose; on CUDA the current device is looked at.
+        save: the job's folder of checkpoints.
+        refusal: what the job's own checks say.
+    """
+    free, total = torch.cuda.mem_get_info() if device == "cuda" else (None, None)
+    free_disk, save_problem = try_to_save(save)
+    return Facts(
+        rank=rank,
+        host=socket.gethostname(),
+        refusal=refusal,
+        device=torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        versions=versions(device),
+        device_memory=total,
+        free_memory=free,
+        free_disk=free_disk,
+        save_problem=save_problem,
+    )
+
+
+def versions(device: Device) -> dict[str, str]:
+    """Of all that has to be the same on all ranks."""
+    on_gpu = device == "cuda"
+    return {
+        "driver": driver_version(_DRIVER),
+        "CUDA": str(torch.version.cuda) if on_gpu else NONE,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else NONE,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": package_version("megatron-core"),
+        "transformer-engine": package_version("transformer-engine"),
+        "apex": package_version("apex"),
+    }
+
+
+def package_version(name: str) -> str:
+    """Of an installed package."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return NONE
+
+
+def driver_version(path: Path) -> str:
+    """Of NVIDIA's kernel module, which says so in /proc, also to containers."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", path.read_text())
+    except OSError:
+        return NONE
+    return found[1] if found else "unknown"
+
+
+def try_to_save(save: str | None) -> tuple[int | None, str | None]:
+    """Write a small file where the job will save, and delete it.
+
+    A folder that is not there yet is not created: the job does that, with rights that it needs in
+    the nearest folder above, which is tried instead.
+
+    Args:
+        save: folder, None for a job that saves nothing; object storage is not tried.
+
+    Returns:
+        Bytes free there, and what the operating system says against writing.
+    """
+    if save is None or "://" in save:
+        return None, None
+    folder = Path(save).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as stream:
+            stream.write(b"\0" * 4096)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return shutil.disk_usage(folder).free, None
+    except OSError as error:
+        return None, f"{error.strerror or error}: {folder}"
