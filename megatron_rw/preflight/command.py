@@ -14,6 +14,9 @@ each other.
 prints what Megatron's formulas say about memory, work and checkpoints of a job of 64 GPUs, and
 ends: nothing is started, no GPU is needed.
 
+It was run over gloo with up to four processes of one machine; not on GPUs over NCCL yet, nor over
+a network.
+
 All flags of pretrain_gpt_rw.py are flags here too (pretrain_gpt_rw.py --help); its own are:
 """
 

@@ -199,7 +199,9 @@ def advice(args: Namespace) -> str:
     options.append(f"a --tensor-model-parallel-size above {args.tensor_model_parallel_size}")
     options.append(f"a --pipeline-model-parallel-size above {args.pipeline_model_parallel_size}")
     if args.recompute_granularity != "full":
-        options.append("--recompute-granularity full --recompute-method uniform")
+        options.append(
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        )
     return ", ".join(options[:-1]) + f" or {options[-1]}"
 
 
