@@ -2,33 +2,36 @@
 #
 #   docker build -t megatron-rw .
 #   docker build --target cpu -t megatron-rw:cpu .
-#   docker run --rm -v rw-runs:/runs megatron-rw:cpu          # the quick start, into /runs/quickstart
+#   docker run --rm -v rw-runs:/runs megatron-rw:cpu       # the quick start, into /runs/quickstart
 #   docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 \
 #       --user "$(id -u):$(id -g)" -v /data:/data:ro -v /shared/runs:/runs megatron-rw \
-#       torchrun --nproc-per-node 8 pretrain_gpt_rw.py <flags> --log-dir /runs/a --save /runs/a/checkpoints
+#       torchrun --nproc-per-node 8 pretrain_gpt_rw.py <flags> \
+#           --log-dir /runs/a --save /runs/a/checkpoints --load /runs/a/checkpoints
 #
 # Several nodes: the same on each, with /shared/runs on a file system that all of them see, and
-#       --network=host --device=/dev/infiniband        for docker run
-#       --nnodes 8 --node-rank N --master-addr HOST --master-port 29500        for torchrun
-# On SLURM, srun starts a container and a task for each GPU: no torchrun, see examples/slurm.
+#       --network=host --device=/dev/infiniband                             for docker run
+#       --nnodes 8 --node-rank N --master-addr HOST --master-port 29500     for torchrun
+# On SLURM, srun starts a container and a task for each GPU, without torchrun: see examples/slurm.
 #
-# Nothing runs as root. Without --user it is user 10001, which a folder of the host must let write;
-# with --user any id works. HOME and /runs may be written by all. docker ps shows a run that stands
-# still as unhealthy: megatron_rw/resilience/health.py says when; -e MEGATRON_RW_HEALTH_SECONDS=3600
-# changes it. Provenance: --build-arg REVISION="$(git rev-parse HEAD)" --build-arg SOURCE=<URL>.
+# Nothing runs as root. Without --user it is user 10001, whom a mounted folder must let write; with
+# --user it is anyone: HOME and /runs are open to all. docker ps shows a run that stands still as
+# unhealthy, see megatron_rw/resilience/health.py; -e MEGATRON_RW_HEALTH_SECONDS=3600 changes when.
+# For the labels: --build-arg REVISION="$(git rev-parse HEAD)" --build-arg SOURCE=<URL>.
 #
 # What was tried. No image was built where this project is developed, which has no Docker engine.
-#   cpu: the instructions below, read from this file, ran in a clean Debian trixie of debootstrap,
-#        then the quick start as user 10001 (tests/docker/clean_root.py), but with the torch of the
-#        default index, which brings CUDA: the index in TORCH_INDEX could not be reached.
-#   gpu: not built and not run. Its pip step kept a stand-in for NVIDIA's torch, of that version.
-# The bases' tags were seen in others' files, not pulled; the versions at `FROM` come from there too.
+#   cpu: the instructions below, read from this file, were carried out in a clean Debian trixie of
+#        debootstrap, and the quick start ran there as user 10001 (tests/docker/clean_root.py), but
+#        with the torch of the default index: the one in TORCH_INDEX could not be reached.
+#   gpu: not built, not run. Its pip steps were tried without the kernels, over an empty package
+#        with the name and version of NVIDIA's torch, which stayed.
+# The tags were found in files that others have published, not pulled; what is said below to be in
+# NVIDIA's image comes from there too.
 
-# pyproject.toml's dependencies but for torch, and what the quick start draws with. Versions are in
-# constraints.txt. Named here, so that a change of the code or of pyproject.toml installs nothing anew.
+# What pyproject.toml needs, but for torch, and what the quick start draws with; the versions are in
+# constraints.txt. Named here, so that a change of the code does not install everything again.
 ARG DEPENDENCIES="megatron-core numpy sentencepiece tensorboard psutil matplotlib"
 
-# ---------------------------------------------------------------------------------------------- cpu
+# ------------------------------------------------------------------------------------------ cpu
 FROM debian:trixie-20260918-slim AS cpu
 
 # Debian's mirrors keep only the newest 3.13.x.
@@ -46,7 +49,7 @@ ENV HOME=/home/trainer USER=trainer
 
 WORKDIR /opt/megatron-rw
 COPY constraints.txt ./
-# PyTorch's own index has builds without CUDA, 0.2 GB rather than 5.
+# PyTorch's own index has builds without CUDA; the default one's bring 3.3 GB of it, and Triton.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch
 ARG DEPENDENCIES
@@ -69,7 +72,7 @@ HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]
 CMD ["python", "examples/quickstart/run.py", "--output-dir", "/runs/quickstart"]
 
-# ---------------------------------------------------------------------------------------------- gpu
+# ------------------------------------------------------------------------------------------ gpu
 # The later of the two images with torch 2.11 (26.02 and 26.03; 26.04 has 2.12).
 # Known, from reports of its users: Python 3.12.3, torch 2.11.0a0+a6c236b9fd.nv26.03.46836102,
 # CUDA 13.2, cuDNN 9.20, NCCL 2.29.7, Transformer Engine 2.13. constraints.txt, with which the tests
@@ -102,8 +105,10 @@ COPY pyproject.toml setup.py README.md LICENSE pretrain_gpt_rw.py ./
 COPY megatron_rw/__init__.py megatron_rw/
 COPY megatron_rw/kernels/ megatron_rw/kernels/
 ARG MEGATRON_RW_BUILD_CUDA=1
-RUN PIP_CONSTRAINT="" pip install --no-cache-dir -c constraints.txt --target /tmp/build setuptools \
-    && PYTHONPATH=/tmp/build pip install --no-cache-dir --no-build-isolation --no-deps -e . \
+RUN PIP_CONSTRAINT="" pip install --no-cache-dir -c constraints.txt \
+        --target /tmp/build setuptools \
+    && PIP_CONSTRAINT="" PYTHONPATH=/tmp/build pip install --no-cache-dir \
+        --no-build-isolation --no-deps -e . \
     && rm -r /tmp/build
 COPY . .
 
