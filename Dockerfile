@@ -49,12 +49,13 @@ ENV HOME=/home/trainer USER=trainer
 
 WORKDIR /opt/megatron-rw
 COPY constraints.txt ./
-# PyTorch's own index has builds without CUDA; the default one's bring 3.3 GB of it, and Triton.
+# PyTorch's own index has builds without CUDA, of which the default index's bring 2.7 GB.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install --no-cache-dir --no-deps --index-url "$TORCH_INDEX" -c constraints.txt torch
 ARG DEPENDENCIES
+# Megatron 0.19.2 cannot be imported without Triton, which a torch without CUDA does not bring.
 # hadolint ignore=SC2086
-RUN pip install --no-cache-dir -c constraints.txt torch $DEPENDENCIES
+RUN pip install --no-cache-dir -c constraints.txt torch triton $DEPENDENCIES
 COPY . .
 RUN pip install --no-cache-dir --no-build-isolation --no-deps -e .
 

@@ -146,6 +146,13 @@ def test_versions_agree_with_the_project(stage: Stage) -> None:
         assert specifier.contains(pinned[name]), name
 
 
+def test_cpu_image_has_the_triton_that_megatron_imports() -> None:
+    """A torch for CPUs does not bring it."""
+    [step] = [i for i in STAGES["cpu"].of("RUN") if "$DEPENDENCIES" in i.text]
+    assert "triton" in step.text.split()
+    assert "triton" in pins()
+
+
 def test_pythons_and_torch_are_those_of_the_project() -> None:
     [debian] = re.findall(r'"python3=([\d.]+)\.\*"', STAGES["cpu"].of("RUN")[0].text)
     [nvidia] = re.findall(r"^# .*Python (\d+\.\d+)\.\d+", (ROOT / "Dockerfile").read_text(), re.M)
