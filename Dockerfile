@@ -62,12 +62,13 @@ RUN pip install --no-cache-dir --no-build-isolation --no-deps -e .
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG SOURCE=unknown
-LABEL org.opencontainers.image.title="megatron-rw (CPU)" \
-      org.opencontainers.image.description="Megatron pretraining with loss-based sample reweighting" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="$VERSION" \
-      org.opencontainers.image.revision="$REVISION" \
-      org.opencontainers.image.source="$SOURCE"
+LABEL \
+    org.opencontainers.image.title="megatron-rw (CPU)" \
+    org.opencontainers.image.description="Megatron pretraining with loss-based sample reweighting" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
 HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]
@@ -116,12 +117,13 @@ COPY . .
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG SOURCE=unknown
-LABEL org.opencontainers.image.title="megatron-rw" \
-      org.opencontainers.image.description="Megatron pretraining with loss-based sample reweighting" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="$VERSION" \
-      org.opencontainers.image.revision="$REVISION" \
-      org.opencontainers.image.source="$SOURCE"
+LABEL \
+    org.opencontainers.image.title="megatron-rw" \
+    org.opencontainers.image.description="Megatron pretraining with loss-based sample reweighting" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="$VERSION" \
+    org.opencontainers.image.revision="$REVISION" \
+    org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
 HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]

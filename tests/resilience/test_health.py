@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = (
     "--train-iters 1000000 --micro-batch-size 2 --global-batch-size 2 --reweight-strategy none"
 ).split()
-# Seconds; steps of the small model take hundredths of one.
-LIMIT = 1.5
+# Seconds; steps of the small model take hundredths of one where nothing else runs.
+LIMIT = 5.0
 
 
 def check(pid: int, limit: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +57,8 @@ def started(tmp_path: Path) -> Iterator[Callable[[Sequence[str]], int]]:
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
         processes.append(process)
+        # Linux fills it in a moment after the program has begun.
+        until(lambda: (health.PROC / str(process.pid) / "cmdline").read_bytes() != b"")
         return process.pid
 
     yield start
@@ -82,12 +84,12 @@ def test_run_that_stands_still_is_unhealthy_until_it_goes_on(
     until(lambda: metrics.exists() and metrics.stat().st_size > 0)
     healthy = check(pid, str(LIMIT))
     assert healthy.returncode == 0, healthy.stdout
-    assert healthy.stdout.startswith(f"healthy: {metrics} has had no new line for 0 s")
+    assert healthy.stdout.startswith(f"healthy: {metrics} has had no new line for ")
 
     os.kill(pid, signal.SIGSTOP)
     until(lambda: check(pid, str(LIMIT)).returncode == 1, 10 * LIMIT)
     stopped = check(pid, str(LIMIT))
-    assert stopped.stdout.startswith(f"unhealthy (limit {LIMIT} s, MEGATRON_RW_HEALTH_SECONDS)")
+    assert stopped.stdout.startswith(f"unhealthy (limit {LIMIT:g} s, MEGATRON_RW_HEALTH_SECONDS)")
 
     os.kill(pid, signal.SIGCONT)
     until(lambda: check(pid, str(LIMIT)).returncode == 0)
@@ -124,8 +126,8 @@ def test_oldest_process_of_a_run_counts(
     first = started(command)
     time.sleep(0.5)
     second = started(command)
-    assert health.runs([first, second])[tmp_path / "run"] >= 0.5
-    assert health.runs([second])[tmp_path / "run"] < 0.5
+    younger = health.runs([second])[tmp_path / "run"]
+    assert health.runs([first, second])[tmp_path / "run"] > younger + 0.4
 
 
 def test_nothing_known_is_healthy(tmp_path: Path, started: Callable[[Sequence[str]], int]) -> None:
