@@ -126,6 +126,7 @@ def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
     _PrefixedGroupFactory(ReweightConfig, "reweight").build_group(parser, "sample reweighting")
     parser.set_defaults(**default_arguments(device))
     allow_argument_files(parser)
+    _repair_help(parser)
     # argparse would print a usage of some thousand lines on every rank.
     parser.error = functools.partial(_parser_error, parser)  # type: ignore[method-assign]
     return parser
@@ -247,6 +248,17 @@ def explain(refusal: Exception) -> str:
         return str(refusal)
     where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return f"Megatron refuses the arguments: {str(refusal) or frame.line} ({where})"
+
+
+def _repair_help(parser: ArgumentParser) -> None:
+    """Let --help print: a text of Megatron 0.19.2 ends in "10%)", where argparse sees a format."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help:
+            try:
+                formatter._expand_help(action)
+            except ValueError:
+                action.help = action.help.replace("%", "%%")
 
 
 def _parser_error(parser: ArgumentParser, message: str) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from megatron_rw.training import arguments
-from megatron_rw.training.arguments import default_arguments
+from megatron_rw.training.arguments import add_arguments, default_arguments
 
 
 def installed(*names: str) -> object:
@@ -47,3 +49,14 @@ def test_cpu_runs_over_gloo() -> None:
     defaults = default_arguments("cpu")
     assert defaults["distributed_backend"] == "gloo"
     assert defaults["transformer_impl"] == "local"
+
+
+def test_help_is_printed_whatever_megatron_writes_into_it() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--theirs", help="headroom (1.10 = 10%)")
+    parser.add_argument("--proper", default=3, help="%(default)s of 100%%")
+    parser.add_argument("--bare")
+    text = " ".join(add_arguments(parser, "cpu").format_help().split())
+    assert "headroom (1.10 = 10%)" in text
+    assert "3 of 100%" in text
+    assert "--log-dir LOG_DIR Write metrics.jsonl here" in text
