@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests, a file at a time.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup quickstart test mutants faults network lint bench-step-time bench-kernels gpu clean
+.PHONY: help setup quickstart test mutants faults network slurm clean-root lint bench-step-time \
+	bench-kernels bench-save-stall gpu clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
@@ -15,9 +16,12 @@ help:
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
 	@echo "make network      cut the link between two ranks, in network namespaces (root, three minutes)"
+	@echo "make slurm        examples/slurm in a real SLURM on this machine (root, Debian, ten minutes)"
+	@echo "make clean-root   the Dockerfile's cpu target in a clean Debian (root, 8 GB, 25 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
 	@echo "make bench-kernels     cross-entropy and weighting on this CPU against others"
+	@echo "make bench-save-stall  how long a checkpoint stops training, async against sync"
 	@echo "make gpu          the kernels' tests and benchmarks on a GPU, with this machine's own python3"
 	@echo "make clean        remove .venv and what the quick start made"
 	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
@@ -48,6 +52,12 @@ faults: setup
 network: setup
 	$(PY) -W ignore -m tests.faults.network
 
+slurm: setup
+	$(PY) -W ignore -m tests.slurm.campaign
+
+clean-root: setup
+	$(PY) -m tests.docker.clean_root /var/tmp/megatron-rw-root
+
 quickstart: setup
 	$(PY) examples/quickstart/run.py
 
@@ -57,6 +67,9 @@ bench-step-time: setup
 bench-kernels: setup
 	$(PY) benchmarks/kernels/cross_entropy.py --device cpu --rounds 31
 	$(PY) benchmarks/kernels/weighting.py --device cpu
+
+bench-save-stall: setup
+	OMP_NUM_THREADS=1 $(PY) benchmarks/save_stall.py
 
 # On a bare machine: no environment is made, as its torch knows its GPU.
 gpu:
