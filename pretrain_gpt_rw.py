@@ -39,6 +39,8 @@ def main() -> None:
 
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.resilience import leaving, safe_pickle
+    from megatron_rw.resilience.step_guard import StepGuard
+    from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import (
         announce,
@@ -65,9 +67,10 @@ def main() -> None:
     announce(args, device, config, domains.names)
 
     state = ReweightState(config)
-    loss = PretrainLoss(args, config, state, len(domains))
-    progress = Progress()
-    Hooks(args, config, state, loss, Reporter(args, domains.names), progress).install()
+    samples = StepSamples(domains.train_members)
+    loss = PretrainLoss(args, config, state, len(domains), samples)
+    progress, guard = Progress(), StepGuard(args, samples)
+    Hooks(args, config, state, loss, Reporter(args, domains.names), progress, guard).install()
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
@@ -77,7 +80,7 @@ def main() -> None:
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss, progress),
+        ForwardStep(args, BatchReader(args, len(domains)), loss, progress, guard),
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )

@@ -44,7 +44,12 @@ TRAINING = (
 
 TIMEOUT_S = 240
 # Scripts that know --log-dir.
-OURS = ("pretrain_gpt_rw", "tests.faults.injected", "tests.faults.limited")
+OURS = (
+    "pretrain_gpt_rw",
+    "tests.faults.injected",
+    "tests.faults.limited",
+    "tests.resilience.bad_sample",
+)
 
 
 @dataclass(frozen=True)

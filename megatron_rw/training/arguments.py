@@ -26,6 +26,7 @@ from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
+from megatron_rw.resilience.nonfinite import OnNonFinite
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 from megatron_rw.training import checks
 
@@ -67,6 +68,20 @@ class RunConfig:
     """Exit status of a run that ends in good order before its last iteration: on a signal
     (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by
     it whether to put the job into the queue again. Megatron's 0 by default."""
+
+    on_nonfinite: OnNonFinite = "raise"
+    """What to do with a step whose loss or gradient is not finite. raise: end the run on all ranks,
+    with one line that names the samples. skip-step: take no optimizer step, on any rank.
+    drop-sample: run the step again without the samples whose loss is not finite, at the cost of a
+    second pass; skip it if a number is still not finite then."""
+
+    max_consecutive_skips: int | None = None
+    """How many steps in a row --on-nonfinite may skip; the run ends at the next. 10 by default.
+    Counted anew after a resume."""
+
+    loss_spike_factor: float | None = None
+    """Write the samples whose loss is not finite, or more than this many times the running mean,
+    to spikes.jsonl in --log-dir. Training is unaffected. Off by default."""
 
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at

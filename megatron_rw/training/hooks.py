@@ -24,6 +24,7 @@ from megatron_rw.integrations.checkpoint import keep_in_checkpoints
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.resilience import atomic_index, leaving
 from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
@@ -40,6 +41,7 @@ class Hooks:
         loss: fills the metrics.
         reporter: writes them.
         progress: told how far the rank is.
+        guard: looks for bad numbers in the steps.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Hooks:
         loss: PretrainLoss,
         reporter: Reporter,
         progress: Progress,
+        guard: StepGuard,
     ) -> None:
         self._args = args
         self._config = config
@@ -57,6 +60,7 @@ class Hooks:
         self._loss = loss
         self._reporter = reporter
         self._progress = progress
+        self._guard = guard
         self._interval = _LossInterval()
 
     def install(self) -> None:
@@ -76,6 +80,7 @@ class Hooks:
             cross_entropy.install()
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
+        self._guard.install()
         if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
             SaveGuard(self._args).install()
         atomic_index.install()
@@ -106,18 +111,23 @@ class Hooks:
 
     def _train_step(self, original: Callable[[], Any], **call: Any) -> Any:
         self._progress.begin(call["iteration"], "the step's begin")
-        result = original()
+        model, optimizer, iteration = call["model"], call["optimizer"], call["iteration"]
+        result = self._guard.step(original, model, optimizer, iteration + 1)
+        _, skipped, *_ = result
+        self._loss.end_step(taken=not skipped)
         self._progress.then("logging, evaluating or saving")
         return result
 
     def _training_log(self, original: Callable[[], Any], **call: Any) -> Any:
+        iteration = call["iteration"]
+        # Megatron prints one more line after the first step of a run, and begins no new interval.
+        ends_interval = iteration % self._args.log_interval == 0
+        if ends_interval or iteration == self._args.train_iters:
+            self._guard.flush()
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return original()
         if not call["skipped_iter"]:
             self._interval.add(call["loss_dict"])
-        iteration = call["iteration"]
-        # Megatron prints one more line after the first step of a run, and begins no new interval.
-        ends_interval = iteration % self._args.log_interval == 0
         if not (ends_interval or call["is_first_iteration"]):
             return original()
 
@@ -133,6 +143,8 @@ class Hooks:
         else:
             by_domain = self._loss.train_losses.read(_data_parallel_group(), reset=ends_interval)
 
+        if not call["is_first_iteration"]:
+            _leave_out_if_all_skipped(**call)
         result = original()
         scalars = {key: call[key] for key in ("learning_rate", "loss_scale", "grad_norm")}
         self._reporter.train_step(
@@ -142,9 +154,11 @@ class Hooks:
             temperature,
             by_domain,
             metrics.last,
+            self._guard.counts(),
         )
         if ends_interval:
             metrics.reset()
+            self._guard.reset()
             self._interval = _LossInterval()
         return result
 
@@ -167,6 +181,14 @@ class Hooks:
                 call["write_to_tensorboard"],
             )
         return result
+
+
+def _leave_out_if_all_skipped(total_loss_dict: dict[str, Any], skipped_iter: int, **_: Any) -> None:
+    """Keep losses of 0 off the log line of an interval without a step: Megatron prints no -1."""
+    if skipped_iter and not total_loss_dict.get("advanced iterations", 0):
+        for key, value in total_loss_dict.items():
+            if isinstance(value, torch.Tensor):
+                total_loss_dict[key] = torch.full_like(value, -1.0)
 
 
 class _LossInterval:

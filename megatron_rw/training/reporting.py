@@ -86,6 +86,7 @@ class Reporter:
         temperature: float | None,
         losses: LossByDomain | None,
         last_set: WeightedSet | None,
+        events: Mapping[str, int] | None = None,
     ) -> None:
         """Write one logged training step.
 
@@ -96,12 +97,15 @@ class Reporter:
             temperature: of the last step; None without reweighting.
             losses: by domain, for a run without reweighting.
             last_set: the last weighted set, for the histogram and the samples.
+            events: how often something went wrong since the last interval, by name.
         """
         if not self.writes:
             return
         record: dict[str, object] = {"type": "train", "iteration": iteration, "time": time.time()}
         record |= {name.replace(" ", "_"): value for name, value in megatron.items()}
-        scalars: Scalars = {}
+        events = events or {}
+        record |= {name.replace(" ", "_"): count for name, count in events.items()}
+        scalars: Scalars = {f"non-finite/{name}": float(n) for name, n in events.items()}
         if report is not None and temperature is not None:
             record["reweight"] = self._reweight_record(report, temperature)
             scalars |= self._reweight_scalars(report, temperature)

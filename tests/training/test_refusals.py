@@ -40,6 +40,32 @@ CASES = {
         1,
         "--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR",
     ),
+    "skipping without the check": (
+        "--on-nonfinite skip-step --no-check-for-nan-in-loss-and-grad",
+        1,
+        "--on-nonfinite skip-step without Megatron's check does nothing: drop it, or",
+    ),
+    "skips that nothing counts": (
+        "--max-consecutive-skips 3",
+        1,
+        "--max-consecutive-skips without --on-nonfinite skip-step or drop-sample does nothing",
+    ),
+    "dropping among experts": (
+        "--on-nonfinite drop-sample --num-experts 2",
+        1,
+        "--num-experts has the tokens of all samples compete for experts, blank ones too: use "
+        "--on-nonfinite skip-step with it",
+    ),
+    "spikes below the mean": (
+        "--loss-spike-factor 1",
+        1,
+        "--loss-spike-factor must be a finite number above 1, not 1.0",
+    ),
+    "spikes without a log": (
+        "--loss-spike-factor 2",
+        1,
+        "--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR",
+    ),
     "one sample": (
         "--reweight-strategy linupper --micro-batch-size 1",
         1,
