@@ -1,8 +1,8 @@
 """The real program with one sample that goes bad, as the environment says.
 
-`BAD` is JSON: `position` of the sample; `what` goes bad, of `activations` (NaN out of the embedding),
-`loss` (infinite, its gradient finite), `large` (a hundred times the loss), `gradient` (NaN out of
-the backward pass of the second layer); in which `iterations`, as logged; `rank`, for the gradient.
+`BAD` is JSON. `position`: of the sample. `iterations`: when it goes bad, as logged. `what` does:
+`activations` (NaN out of the embedding), `loss` (infinite, its gradient finite), `large` (the loss,
+by 400 nats), `gradient` (NaN out of the backward pass of the second layer, on `rank`).
 For runs to compare with: `blank` has the sample's tokens and mask be zeros from the start,
 `without` leaves it out of the data.
 
