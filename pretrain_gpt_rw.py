@@ -43,6 +43,8 @@ def main() -> None:
     from megatron_rw.observability.memory import explaining
     from megatron_rw.observability.stragglers import ForwardTimes, event_maker
     from megatron_rw.resilience import leaving, safe_pickle
+    from megatron_rw.resilience.step_guard import StepGuard
+    from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import (
         announce,
@@ -70,11 +72,12 @@ def main() -> None:
     announce(args, device, config, domains.names)
 
     state = ReweightState(config)
-    loss = PretrainLoss(args, config, state, len(domains))
-    progress = Progress()
+    samples = StepSamples(domains.train_members)
+    loss = PretrainLoss(args, config, state, len(domains), samples)
+    progress, guard = Progress(), StepGuard(args, samples)
     times = ForwardTimes(event_maker(device)) if args.log_slowest_rank else None
     reporter = Reporter(args, domains.names, endpoint)
-    Hooks(args, config, state, loss, reporter, progress, times).install()
+    Hooks(args, config, state, loss, reporter, progress, times, guard).install()
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
@@ -86,7 +89,7 @@ def main() -> None:
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss, progress, times),
+        ForwardStep(args, BatchReader(args, len(domains)), loss, progress, times, guard),
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )

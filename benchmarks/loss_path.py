@@ -46,6 +46,7 @@ from benchmarks.kernels.timing import interleave
 from megatron_rw.integrations import cross_entropy
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.kernels.selection import BackendError, BackendName, check_backend, use_backend
+from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.batch import Batch
 from megatron_rw.training.loss import PretrainLoss
@@ -90,11 +91,14 @@ class LossPath:
             check_for_nan_in_loss_and_grad=False,
             check_for_spiky_loss=False,
         )
-        self._loss = PretrainLoss(args, config, ReweightState(config), DOMAINS)
+        self._samples = StepSamples([])
+        self._loss = PretrainLoss(args, config, ReweightState(config), DOMAINS, self._samples)
         self._call = {"model": [self._module], "num_microbatches": 1, "data_iterator": None}
 
     def __call__(self) -> None:
         """One micro-batch."""
+        self._samples.begin()
+        self._loss.begin_pass()
         ours = self._impl != "megatron"
         use_backend(self._impl if ours else None)  # type: ignore[arg-type]
         with cross_entropy.installed() if ours else contextlib.nullcontext():

@@ -49,6 +49,7 @@ OURS = (
     "tests.faults.injected",
     "tests.faults.limited",
     "tests.observability.disturbed",
+    "tests.resilience.bad_sample",
 )
 
 
@@ -99,6 +100,11 @@ class Run:
     def checkpoint(self, iteration: int) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, whole, by name: the same names in every layout."""
         return read_checkpoint(self.directory / "checkpoints" / f"iter_{iteration:07d}")
+
+
+def without_time(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl, without what differs between equal runs."""
+    return {key: value for key, value in record.items() if key not in ("time", "speed")}
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:

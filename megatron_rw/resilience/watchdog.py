@@ -130,10 +130,11 @@ def diagnosis(
         }
     if not who:
         return None
-    return Verdict(list(who), f"no progress for {waited:.0f} s: {_few(list(who.values()))}.")
+    return Verdict(list(who), f"no progress for {waited:.0f} s: {few(list(who.values()))}.")
 
 
-def _few(lines: Sequence[str], most: int = 8) -> str:
+def few(lines: Sequence[str], most: int = 8) -> str:
+    """Join them for a message, the first ones if there are many."""
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + more
 

@@ -27,6 +27,7 @@ from megatron_rw.kernels.selection import default_backend
 from megatron_rw.observability.prometheus import DEFAULT_ADDRESS, EndpointError
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
+from megatron_rw.resilience.nonfinite import OnNonFinite
 from megatron_rw.reweighting import ConfigError, ReweightConfig
 from megatron_rw.training import checks
 
@@ -83,6 +84,20 @@ class RunConfig:
     log_slowest_rank: bool = False
     """Name the slowest rank of every logging interval, its host, and by how much its forward passes
     took longer than the median of its pipeline stage."""
+
+    on_nonfinite: OnNonFinite = "raise"
+    """What to do with a step whose loss or gradient is not finite. raise: end the run on all ranks,
+    with one line that names the samples. skip-step: take no optimizer step, on any rank.
+    drop-sample: run the step again without the samples whose loss is not finite, at the cost of a
+    second pass; skip it if a number is still not finite then."""
+
+    max_consecutive_skips: int | None = None
+    """How many steps in a row --on-nonfinite may skip; the run ends at the next. 10 by default.
+    Counted anew after a resume."""
+
+    loss_spike_factor: float | None = None
+    """Write the samples whose loss is not finite, or more than this many times the running mean,
+    to spikes.jsonl in --log-dir. Training is unaffected. Off by default."""
 
     reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
     """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at

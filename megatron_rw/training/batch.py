@@ -23,7 +23,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_rw.training.datasets import DOMAIN_KEY
+from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY
 
 _TENSOR_KEYS = (
     "tokens",
@@ -51,6 +51,7 @@ class Batch:
         attention_mask: `[b, 1, s, s]` bool.
         packed: boundaries of packed sequences; `b` is 1 then.
         domain: `[samples]` int64 on the stage that has the loss.
+        places: `[samples, 3]` int64 on the host, where this rank drew them; see `Note`.
     """
 
     tokens: Tensor | None = None
@@ -60,6 +61,7 @@ class Batch:
     attention_mask: Tensor | None = None
     packed: PackedSeqParams | None = None
     domain: Tensor | None = None
+    places: Tensor | None = None
 
 
 class BatchReader:
@@ -140,6 +142,7 @@ class BatchReader:
             attention_mask=batch["attention_mask"],
             packed=self._packed_params(batch),
             domain=domain,
+            places=drawn.get(PLACE_KEY),
         )
 
     def _check_ids(self, drawn: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.observability.checks import check_observability
 from megatron_rw.platform import Device
+from megatron_rw.resilience.refusals import check_bad_numbers
 from megatron_rw.resilience.resuming import check_resume
 from megatron_rw.resilience.settle import settle
 from megatron_rw.reweighting import ConfigError, ReweightConfig
@@ -102,6 +103,7 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         plan_of(args)
     elif args.logits_budget_mib is not None:
         raise ConfigError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
+    check_bad_numbers(args)
     if config.log_samples and args.log_dir is None:
         raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:

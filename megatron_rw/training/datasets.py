@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -24,6 +25,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_rw.data.domains import domain_names
 
 DOMAIN_KEY = "domain"
+PLACE_KEY = "place"
 
 # GPTDatasetConfig field: argument it is called by. Fields not listed carry the argument's name
 # or are filled in below.
@@ -57,7 +59,7 @@ _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 
 
 class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
-    """A Megatron dataset whose samples also say which domain they are from.
+    """A Megatron dataset whose samples also say which domain they are from, and their place in it.
 
     Args:
         dataset: single or blended. A blended one gives each sample the `dataset_id` of its member.
@@ -76,7 +78,11 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = self.dataset[index]
         member = int(sample.get("dataset_id", 0))
-        return {**sample, DOMAIN_KEY: self.domain_of_member[member]}
+        # Once a sample was read: a blended dataset may map its index only then.
+        of_member = getattr(self.dataset, "dataset_sample_index", None)
+        within = index if of_member is None else int(of_member[index])
+        place = np.array([index, member, within], dtype=np.int64)
+        return {**sample, DOMAIN_KEY: self.domain_of_member[member], PLACE_KEY: place}
 
 
 class Domains:
@@ -84,6 +90,10 @@ class Domains:
 
     Args:
         args: validated.
+
+    Attributes:
+        names: by domain index.
+        train_members: path and domain of every member of the training blend.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -94,6 +104,8 @@ class Domains:
         by_split = [domain_names(p) for p in prefixes]
         self.names: list[str] = list(dict.fromkeys(name for names in by_split for name in names))
         self.names = self.names or ["all"]
+        train = Split.train.value
+        self.train_members = list(zip(prefixes[train], by_split[train], strict=True))
         self._members = [[self.names.index(name) for name in names] or [0] for names in by_split]
 
     def __len__(self) -> int:

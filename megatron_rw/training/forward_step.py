@@ -15,6 +15,7 @@ from megatron_rw.integrations.cross_entropy import announce_mask
 from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
 from megatron_rw.observability.stragglers import ForwardTimes
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.loss import PretrainLoss
@@ -31,6 +32,7 @@ class ForwardStep:
         loss: computes the loss on the last pipeline stage.
         progress: told how far the rank is.
         times: takes the time of training's forward passes.
+        guard: runs the passes of a step.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class ForwardStep:
         loss: PretrainLoss,
         progress: Progress,
         times: ForwardTimes | None,
+        guard: StepGuard,
     ) -> None:
         self._args = args
+        self._guard = guard
         self._read_batch = read_batch
         self._loss = loss
         self._progress = progress
@@ -98,9 +102,13 @@ class ForwardStep:
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Run a training step: see `integrations.schedule.SteppedForward`."""
-        if self._loss.reweighting is None:
-            result = schedule(**call)
-        else:
-            result = self._loss.reweighting.run(schedule, call)
+
+        def run(call: dict[str, Any]) -> Any:
+            self._loss.begin_pass()
+            if self._loss.reweighting is None:
+                return schedule(**call)
+            return self._loss.reweighting.run(schedule, call)
+
+        result = self._guard.run(run, call)
         self._progress.then("the optimizer's step")
         return result

@@ -27,6 +27,7 @@ from megatron_rw.observability import profiling
 from megatron_rw.observability.stragglers import ForwardTimes, SlowestRank
 from megatron_rw.resilience import atomic_index, leaving, writer
 from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
 from megatron_rw.training.loss import PretrainLoss
@@ -44,6 +45,7 @@ class Hooks:
         reporter: writes them.
         progress: told how far the rank is.
         forward_times: finds the slowest rank; None not to look for it.
+        guard: looks for bad numbers in the steps.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Hooks:
         reporter: Reporter,
         progress: Progress,
         forward_times: ForwardTimes | None,
+        guard: StepGuard,
     ) -> None:
         self._args = args
         self._config = config
@@ -63,6 +66,7 @@ class Hooks:
         self._reporter = reporter
         self._progress = progress
         self._forward_times = forward_times
+        self._guard = guard
         self._interval = _Interval()
 
     def install(self) -> None:
@@ -82,6 +86,7 @@ class Hooks:
             cross_entropy.install()
         keep_in_checkpoints(self._state, self._args)
         schedule.install()
+        self._guard.install()
         if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
             SaveGuard(self._args, self._reporter.saved).install()
             writer.install(self._args.device)
@@ -119,7 +124,10 @@ class Hooks:
     def _train_step(self, original: Callable[[], Any], **call: Any) -> Any:
         self._progress.begin(call["iteration"], "the step's begin")
         self._interval.begin(self._args.consumed_train_samples, _seconds_in_steps())
-        result = original()
+        model, optimizer, iteration = call["model"], call["optimizer"], call["iteration"]
+        result = self._guard.step(original, model, optimizer, iteration + 1)
+        _, skipped, *_ = result
+        self._loss.end_step(taken=not skipped)
         self._progress.then("logging, evaluating or saving")
         return result
 
@@ -127,6 +135,8 @@ class Hooks:
         iteration = call["iteration"]
         # Megatron prints one more line after the first step of a run, and begins no new interval.
         ends_interval = iteration % self._args.log_interval == 0
+        if ends_interval or iteration == self._args.train_iters:
+            self._guard.flush()
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             result = original()
             self._slowest_rank(ends_interval)
@@ -150,6 +160,8 @@ class Hooks:
         else:
             by_domain = self._loss.train_losses.read(_data_parallel_group(), reset=ends_interval)
 
+        if not call["is_first_iteration"]:
+            _leave_out_if_all_skipped(**call)
         result = original()
         scalars = {key: call[key] for key in ("learning_rate", "loss_scale", "grad_norm")}
         self._reporter.train_step(
@@ -161,9 +173,11 @@ class Hooks:
             metrics.last,
             self._interval.speed(samples, _seconds_in_steps(), self._args.seq_length),
             self._slowest_rank(ends_interval),
+            self._guard.counts(),
         )
         if ends_interval:
             metrics.reset()
+            self._guard.reset()
             self._interval = _Interval()
         return result
 
@@ -191,6 +205,14 @@ class Hooks:
                 call["write_to_tensorboard"],
             )
         return result
+
+
+def _leave_out_if_all_skipped(total_loss_dict: dict[str, Any], skipped_iter: int, **_: Any) -> None:
+    """Keep losses of 0 off the log line of an interval without a step: Megatron prints no -1."""
+    if skipped_iter and not total_loss_dict.get("advanced iterations", 0):
+        for key, value in total_loss_dict.items():
+            if isinstance(value, torch.Tensor):
+                total_loss_dict[key] = torch.full_like(value, -1.0)
 
 
 class _Interval:

@@ -14,9 +14,13 @@ from torch import Tensor
 from megatron_rw.integrations.cross_entropy import sums_of
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting
+from megatron_rw.resilience.nonfinite import megatron_checks
+from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import (
     DomainLosses,
     ReweightConfig,
+    SampleSums,
+    WeightedSet,
     WeightMetrics,
     sample_sums,
 )
@@ -38,26 +42,53 @@ class PretrainLoss:
         config: the reweighting settings.
         state: what the checkpoints hold of the reweighting.
         num_domains: how many domains the batches' labels name.
+        samples: told of every training sample's loss.
 
     Attributes:
         reweighting: runs the steps; None without reweighting.
-        weight_metrics: every weighted set since the last reset.
-        train_losses: every training micro-batch of a run without reweighting.
+        weight_metrics: every weighted set of the steps taken since the last reset.
+        train_losses: every micro-batch of those steps in a run without reweighting.
         valid_losses: every evaluation micro-batch.
     """
 
     def __init__(
-        self, args: Namespace, config: ReweightConfig, state: ReweightState, num_domains: int
+        self,
+        args: Namespace,
+        config: ReweightConfig,
+        state: ReweightState,
+        num_domains: int,
+        samples: StepSamples,
     ) -> None:
         self._args = args
+        self._samples = samples
+        self._sets: list[WeightedSet] = []
         self.weight_metrics = WeightMetrics(num_domains)
         self.reweighting: StepReweighting | None = None
         if config.enabled:
             self.reweighting = StepReweighting(
-                config, state, lambda: args.curr_iteration, self.weight_metrics.add
+                config, state, lambda: args.curr_iteration, self._sets.append
             )
         self.train_losses = DomainLosses(num_domains)
         self.valid_losses = DomainLosses(num_domains)
+
+    def begin_pass(self) -> None:
+        """A pass over the step's micro-batches begins; what an earlier one noted is void."""
+        self._sets.clear()
+
+    def end_step(self, *, taken: bool) -> None:
+        """The step is over.
+
+        Args:
+            taken: it goes into the averages that are reported, as it goes into Megatron's.
+        """
+        if taken:
+            for weighted in self._sets:
+                self.weight_metrics.add(weighted)
+            for note in self._samples.notes:
+                # Of a single domain Megatron's lm loss says it all.
+                if self.reweighting is None and note.domain is not None:
+                    self.train_losses.add(*note.sums, note.domain)
+        self._sets.clear()
 
     def __call__(
         self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
@@ -84,39 +115,44 @@ class PretrainLoss:
         else:
             result = _token_mean(batch.loss_mask, token_losses)
         self._check(result[0])
-        self._add_by_domain(batch, batch.loss_mask, token_losses.detach(), training)
+        sums = self._sums(batch, batch.loss_mask, token_losses.detach(), training)
+        if training:
+            self._note(batch, sums)
+        else:
+            self.valid_losses.add(*sums, batch.domain)
         return result
 
     def _weighted(
         self, reweighting: StepReweighting, batch: Batch, loss_mask: Tensor, token_losses: Tensor
     ) -> LossResult:
-        if batch.packed is None:
-            sums = sums_of(token_losses, loss_mask)
-        else:
-            # Its samples arrive as one row of micro_batch_size·seq_length tokens.
-            shape = (self._args.micro_batch_size, -1)
-            sums = sample_sums(token_losses.view(shape), loss_mask.view(shape))
+        sums = self._sums(batch, loss_mask, token_losses, training=True)
         loss, divisor = reweighting.weigh(sums, batch.domain)
         if reweighting.scoring:
             return loss, divisor, {}
+        self._note(batch, sums)
         # Not from the sums: to the last bit what a run without reweighting logs.
         total, _, report = _token_mean(loss_mask, token_losses.detach())
         self._check(total)
         return loss, divisor, report
 
-    def _add_by_domain(
+    def _sums(
         self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool
-    ) -> None:
-        if training and batch.domain is None:
-            return  # a single domain: Megatron's lm loss says it all
+    ) -> SampleSums:
+        if batch.packed is None:
+            return sums_of(token_losses, loss_mask)
+        # Its samples arrive as one row of micro_batch_size·seq_length tokens.
         samples = self._args.micro_batch_size if training else self._args.eval_micro_batch_size
-        sums = sample_sums(token_losses.view(samples, -1), loss_mask.view(samples, -1))
-        (self.train_losses if training else self.valid_losses).add(*sums, batch.domain)
+        return sample_sums(token_losses.view(samples, -1), loss_mask.view(samples, -1))
+
+    def _note(self, batch: Batch, sums: SampleSums) -> None:
+        # Context parallelism cuts a packed row across its samples.
+        cut = batch.packed is not None and self._args.context_parallel_size > 1
+        self._samples.note(sums, batch.domain, None if cut else batch.places)
 
     def _check(self, loss: Tensor) -> None:
         """Megatron's checks on this rank's unweighted loss sum: not finite, or a spike."""
         machine = get_rerun_state_machine()
-        if self._args.check_for_nan_in_loss_and_grad:
+        if megatron_checks(self._args):
             for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
                 machine.validate_result(
                     result=loss,

@@ -70,6 +70,7 @@ class Reporter:
         last_set: WeightedSet | None,
         speed: Mapping[str, float],
         slowest: SlowestRank | None,
+        events: Mapping[str, int] | None = None,
     ) -> None:
         """Write one logged training step.
 
@@ -82,13 +83,16 @@ class Reporter:
             last_set: the last weighted set, for the histogram and the samples.
             speed: seconds per step and tokens per second over the interval.
             slowest: the interval's slowest rank, where that is looked for.
+            events: how often something went wrong since the last interval, by name.
         """
         if not self.writes:
             return
         record: dict[str, object] = {"type": "train", "iteration": iteration, "time": time.time()}
         record |= {name.replace(" ", "_"): value for name, value in megatron.items()}
+        events = events or {}
         record["speed"] = speed
-        scalars: Scalars = {}
+        record |= {name.replace(" ", "_"): count for name, count in events.items()}
+        scalars: Scalars = {f"non-finite/{name}": float(n) for name, n in events.items()}
         if slowest is not None:
             print_rank_last(f" {slowest}, up to iteration {iteration}")
             record["slowest_rank"] = dataclasses.asdict(slowest)

@@ -29,7 +29,7 @@ import torch
 
 from tests.corpus import flags_of, write_corpus
 from tests.faults.points import ON_RANK_0, POINTS
-from tests.program import Run, run_program
+from tests.program import Run, run_program, without_time
 
 ITERATIONS, SAVE_INTERVAL, PROCESSES = 12, 3, 2
 COMMON = (
@@ -159,11 +159,6 @@ class Campaign:
             patience=PATIENCE_S,
             environment={"FAULT": json.dumps(asdict(fault))} if fault else None,
         )
-
-
-def without_time(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of metrics.jsonl."""
-    return {key: value for key, value in record.items() if key not in ("time", "speed")}
 
 
 def main() -> int:

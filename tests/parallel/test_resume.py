@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.parallel.test_layouts import assert_close
-from tests.program import Run, kill_when, run_program
+from tests.program import Run, kill_when, run_program, without_time
 
 # Dropout, so that random-number state counts, and a warm-up that ends after the resume, so that
 # the reweighting state does.
@@ -23,10 +23,6 @@ EXACT = (
 
 def tracker(directory: Path) -> Path:
     return directory / "checkpoints" / "latest_checkpointed_iteration.txt"
-
-
-def without_time(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in ("time", "speed")} for record in records]
 
 
 def train(directory: Path, flags: list[str], processes: int, **how: Any) -> Run:
@@ -61,7 +57,8 @@ def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
 
     later = [r for r in whole.train_metrics() if r["iteration"] > 10]
     assert [r["iteration"] for r in later] == list(range(11, 21))
-    assert without_time(resumed.train_metrics()) == without_time(later)
+    resumed_records = [without_time(record) for record in resumed.train_metrics()]
+    assert resumed_records == [without_time(record) for record in later]
     # The warm-up went on where it was: still falling after the resume, over at step 15.
     temperatures = [r["reweight"]["temperature"] for r in resumed.train_metrics()]
     assert temperatures[0] == pytest.approx(100 + 10 / 15 * (0.4 - 100))

@@ -36,6 +36,32 @@ FLAGS = (
         "--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR",
     ),
     Case(
+        "skipping without the check",
+        "--on-nonfinite skip-step --no-check-for-nan-in-loss-and-grad",
+        "--on-nonfinite skip-step without Megatron's check does nothing: drop it, or",
+    ),
+    Case(
+        "skips that nothing counts",
+        "--max-consecutive-skips 3",
+        "--max-consecutive-skips without --on-nonfinite skip-step or drop-sample does nothing",
+    ),
+    Case(
+        "dropping among experts",
+        "--on-nonfinite drop-sample --num-experts 2",
+        "--num-experts has the tokens of all samples compete for experts, blank ones too: use "
+        "--on-nonfinite skip-step with it",
+    ),
+    Case(
+        "spikes below the mean",
+        "--loss-spike-factor 1",
+        "--loss-spike-factor must be a finite number above 1, not 1.0",
+    ),
+    Case(
+        "spikes without a log",
+        "--loss-spike-factor 2",
+        "--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR",
+    ),
+    Case(
         "one sample",
         "--reweight-strategy linupper --micro-batch-size 1",
         "one sample always has weight 1: raise --micro-batch-size, or use --reweight-scope global",

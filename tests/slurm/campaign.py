@@ -23,7 +23,7 @@ import torch
 
 from tests.corpus import flags_of, write_corpus
 from tests.hosts import INTERFACE
-from tests.program import MODEL, TRAINING, Run
+from tests.program import MODEL, TRAINING, Run, without_time
 from tests.slurm.cluster import NODES, Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ class Campaign:
         state = job.wait()
         if (state, job.field("Restarts")) != ("COMPLETED", "0"):
             return f"WRONG: {state}\n{job.run().output[0][-3000:]}"
-        self._records = [_without_time(record) for record in job.run().train_metrics()]
+        self._records = [without_time(record) for record in job.run().train_metrics()]
         self._parameters = job.run().checkpoint(STEPS)
         if [record["iteration"] for record in self._records] != list(range(1, STEPS + 1)):
             return f"WRONG: {len(self._records)} steps were logged"
@@ -205,7 +205,7 @@ class Campaign:
         again = 0
         for record in run.train_metrics():
             iteration = record["iteration"]
-            if _without_time(record) != self._records[iteration - 1]:
+            if without_time(record) != self._records[iteration - 1]:
                 return f"WRONG: iteration {iteration} is not that of the undisturbed run"
             again += iteration in seen
             seen.add(iteration)
@@ -219,10 +219,6 @@ class Campaign:
             if not torch.equal(tensor, self._parameters[name]):
                 return f"WRONG: {name} of the final checkpoint"
         return f"ok, {restarts} restarts, {again} steps done twice, all bitwise the same"
-
-
-def _without_time(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key != "time"}
 
 
 def main() -> int:

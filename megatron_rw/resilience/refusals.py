@@ -1,0 +1,79 @@
+"""What cannot be asked of a run's handling of bad numbers, with the remedy."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+
+from megatron_rw.reweighting import ConfigError
+
+
+def check_bad_numbers(args: Namespace) -> None:
+    """Refuse what contradicts --on-nonfinite and --loss-spike-factor, or would not be exact.
+
+    Args:
+        args: validated by Megatron.
+
+    Raises:
+        ConfigError: names the flag and the remedy.
+    """
+    policy, most = args.on_nonfinite, args.max_consecutive_skips
+    if policy != "raise" and not args.check_for_nan_in_loss_and_grad:
+        raise ConfigError(
+            f"--on-nonfinite {policy} without Megatron's check does nothing: drop it, or "
+            "--no-check-for-nan-in-loss-and-grad (or --fp16 with its dynamic loss scale, which "
+            "turns the check off and skips such steps itself)."
+        )
+    if policy != "raise" and args.use_megatron_fsdp:
+        raise ConfigError(
+            f"--use-megatron-fsdp has a check of its own, which ends the run: drop it, or "
+            f"--on-nonfinite {policy}."
+        )
+    if most is not None and most < 1:
+        raise ConfigError(
+            f"--max-consecutive-skips must be 1 or more, not {most}: to end "
+            "the run at the first bad step, use --on-nonfinite raise."
+        )
+    if policy == "raise" and most is not None:
+        raise ConfigError(
+            "--max-consecutive-skips without --on-nonfinite skip-step or drop-sample does nothing."
+        )
+    if policy == "drop-sample":
+        _check_dropping(args)
+    factor = args.loss_spike_factor
+    if factor is not None:
+        if not (math.isfinite(factor) and factor > 1):
+            raise ConfigError(f"--loss-spike-factor must be a finite number above 1, not {factor}.")
+        if args.log_dir is None:
+            raise ConfigError("--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR.")
+        if args.cuda_graph_impl == "full_iteration":
+            raise ConfigError(
+                "--cuda-graph-impl full_iteration never gives the samples' losses out of its "
+                "graph: drop it, or --loss-spike-factor."
+            )
+
+
+def _check_dropping(args: Namespace) -> None:
+    """Refuse where the other samples' gradient depends on the one that is blanked."""
+    why = {
+        "sft": "packs samples into sequences",
+        "dataloader_inter_document_masking": "packs samples into sequences",
+        "hybrid_context_parallel": "packs samples into sequences",
+        "perform_rl_step": "brings data of its own",
+        "num_experts": "has the tokens of all samples compete for experts, blank ones too",
+        "mtp_num_layers": "logs its losses in the first pass already",
+        "fp8": "scales the activations of all samples together",
+        "fp4": "scales the activations of all samples together",
+        "reuse_grad_buf_for_mxfp8_param_ag": "keeps parameters where gradients are cleared",
+        "use_torch_fsdp2": "has no gradient buffer that could be cleared",
+    }
+    for name, reason in why.items():
+        if getattr(args, name, None):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {reason}: use --on-nonfinite skip-step with it."
+            )
+    if args.gtp_weight_remat_size > 1:
+        raise ConfigError(
+            "--tensor-parallel-num-weight-shards spreads the batch over a further group: use "
+            "--on-nonfinite skip-step with it."
+        )

@@ -1,0 +1,138 @@
+"""Samples whose loss is far above the running mean, or not finite: written down, nothing more.
+
+Megatron's `--check-for-spiky-loss` looks at the summed loss of a micro-batch on its own rank, holds
+it against ten times the largest of the first hundred, waits for the device each time, and can only
+print the number. Here the losses stay on the device until the interval of logging is over. The one
+thing that is added to a step is an all-reduce of 12 bytes per sample, of the ranks with the loss.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rw.integrations import groups
+from megatron_rw.resilience.nonfinite import gather
+from megatron_rw.resilience.step_samples import Note, Sample, StepSamples
+from megatron_rw.reweighting import SampleSums, gather_samples
+
+# Of the running mean over steps: about the last fifty count.
+_DECAY = 0.98
+# Samples of a rank's step that are written, the largest first: a run that diverges has no others.
+_MOST = 16
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of this rank, losses on the device.
+
+    Attributes:
+        iteration: as logged.
+        notes: by micro-batch.
+        losses: `[M, b]`, over all of a sample's tokens.
+        chosen: `[M, b]` bool.
+        mean: scalar, of the samples of all ranks.
+        running: scalar, what it was held against; not finite in the first step.
+    """
+
+    iteration: int
+    notes: list[Note]
+    losses: Tensor
+    chosen: Tensor
+    mean: Tensor
+    running: Tensor
+
+
+class SpikeLog:
+    """Writes `spikes.jsonl`. Collective: every rank calls every method.
+
+    Args:
+        args: validated, `loss_spike_factor` set.
+        samples: of the step under way.
+    """
+
+    def __init__(self, args: Namespace, samples: StepSamples) -> None:
+        self._factor: float = args.loss_spike_factor
+        self._path = os.path.join(args.log_dir, "spikes.jsonl")
+        self._samples = samples
+        self._running: Tensor | None = None
+        self._steps: list[_Step] = []
+
+    @torch.no_grad()
+    def end_step(self, iteration: int) -> None:
+        """Look at the step that has ended; no host synchronisation.
+
+        Args:
+            iteration: as logged.
+        """
+        notes = self._samples.replaced or self._samples.notes
+        if not notes:
+            return
+        sums = SampleSums(*map(torch.cat, zip(*(note.sums for note in notes), strict=True)))
+        every = gather_samples(sums, None, groups.data_parallel_ranks())
+        used = every.has_tokens
+        mean = torch.where(used, every.losses, 0.0).sum() / used.sum().clamp(min=1)
+        running = torch.full_like(mean, torch.nan) if self._running is None else self._running
+        limit = torch.where(running.isfinite(), self._factor * running, torch.inf)
+        above = used & ~(every.losses.isfinite() & (every.losses <= limit))
+        shape = (len(notes), -1)
+        losses, chosen = every.losses[every.local].view(shape), above[every.local].view(shape)
+        self._steps.append(_Step(iteration, notes, losses, chosen, mean, running))
+        # A spike moves the mean by no more than it may be, and a NaN not at all.
+        seen = torch.where(mean.isfinite(), torch.minimum(mean, limit), running)
+        self._running = torch.where(
+            running.isfinite(), _DECAY * running + (1 - _DECAY) * seen, seen
+        )
+
+    def flush(self) -> None:
+        """Write what the steps since the last call have had; waits for the device."""
+        steps, self._steps = self._steps, []
+        flags = [step.chosen.any() for step in steps]
+        device = groups.device()
+        found = torch.stack(flags).any() if flags else torch.zeros((), device=device)
+        found = found.int()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if not found.item():
+            return
+        mine: list[dict[str, Any]] = []
+        if groups.data_parallel_ranks().cp_rank == 0:
+            mine = [record for step in steps for record in self._records(step)]
+        records = [record for part in gather(mine) for record in part]
+        if dist.get_rank() == 0:
+            records.sort(key=lambda record: (record["iteration"], record["rank"]))
+            with open(self._path, "a") as file:
+                file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+
+    def _records(self, step: _Step) -> list[dict[str, Any]]:
+        found = self._samples.named(step.chosen, step.losses, step.notes)
+        found.sort(key=_size, reverse=True)
+        shared = {
+            "iteration": step.iteration,
+            "rank": dist.get_rank(),
+            "time": time.time(),
+            "step_loss": _finite(step.mean.item()),
+            "running_loss": _finite(step.running.item()),
+            "left_out": max(0, len(found) - _MOST),
+        }
+        return [
+            shared | asdict(sample) | {"loss": _finite(sample.loss)} for sample in found[:_MOST]
+        ]
+
+
+def _size(sample: Sample) -> float:
+    return sample.loss if math.isfinite(sample.loss) else math.inf
+
+
+def _finite(value: float) -> float | None:
+    """As JSON has it: null for what is not finite."""
+    return value if math.isfinite(value) else None

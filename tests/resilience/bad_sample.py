@@ -1,0 +1,111 @@
+"""The real program with one sample that goes bad, as the environment says.
+
+`BAD` is JSON. `position`: of the sample. `iterations`: when it goes bad, as logged. `what` does:
+`activations` (NaN out of the embedding), `loss` (infinite, its gradient finite), `large` (the loss,
+by 400 nats), `gradient` (NaN out of the backward pass of the second layer, on `rank`).
+For runs to compare with: `blank` has the sample's tokens and mask be zeros from the start,
+`without` leaves it out of the data.
+
+The sample's tokens and labels are all `MARK`, in every run: that is how the model knows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+MARK = 59
+
+
+def main() -> None:
+    """Run it."""
+    bad = json.loads(os.environ["BAD"])
+    _mark(bad)
+    if "what" in bad:
+        {"activations": _activations, "gradient": _gradient}.get(bad["what"], _loss)(bad)
+    import pretrain_gpt_rw
+
+    pretrain_gpt_rw.main()
+
+
+def _is_time(bad: dict[str, Any]) -> bool:
+    from megatron.training import get_args
+
+    return torch.is_grad_enabled() and get_args().curr_iteration + 1 in bad["iterations"]
+
+
+def _marked(tokens: torch.Tensor) -> torch.Tensor:
+    return (tokens == MARK).all(dim=1)
+
+
+def _mark(bad: dict[str, Any]) -> None:
+    from megatron_rw.training.datasets import DomainLabelled
+
+    original = DomainLabelled.__getitem__
+
+    @functools.wraps(original)
+    def getitem(self: Any, index: int) -> dict[str, Any]:
+        if bad.get("without") and index >= bad["position"]:
+            return original(self, index + 1)
+        sample = original(self, index)
+        if index == bad["position"]:
+            content = 0 if bad.get("blank") else MARK
+            sample["tokens"] = torch.full_like(torch.as_tensor(sample["tokens"]), content)
+            sample["labels"] = torch.full_like(torch.as_tensor(sample["labels"]), content)
+            if bad.get("blank"):
+                sample["loss_mask"] = torch.zeros_like(torch.as_tensor(sample["loss_mask"]))
+        return sample
+
+    DomainLabelled.__getitem__ = getitem  # type: ignore[method-assign]
+
+
+def _activations(bad: dict[str, Any]) -> None:
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+
+    original = LanguageModelEmbedding.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, input_ids, *args, **kwargs)
+        if not _is_time(bad):
+            return output
+        # `[s, b, h]`
+        return output.masked_fill(_marked(input_ids).view(1, -1, 1), np.nan)
+
+    LanguageModelEmbedding.forward = forward
+
+
+def _loss(bad: dict[str, Any]) -> None:
+    from megatron.core.models.gpt import GPTModel
+
+    original = GPTModel.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if not self.post_process or not _is_time(bad):
+            return output
+        added = 400.0 if bad["what"] == "large" else torch.inf
+        return torch.where(_marked(kwargs["labels"]).unsqueeze(1), output + added, output)
+
+    GPTModel.forward = forward
+
+
+def _gradient(bad: dict[str, Any]) -> None:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    original = TransformerLayer.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        here = self.layer_number == 2 and int(os.environ["RANK"]) == bad["rank"]
+        if here and _is_time(bad):
+            output[0].register_hook(lambda gradient: np.nan * gradient)
+        return output
+
+    TransformerLayer.forward = forward

@@ -1,0 +1,234 @@
+"""A sample or a gradient that is not finite, in every layout, under every policy.
+
+In the third step of four one sample goes bad, as `bad_sample` says. What the run then does is
+compared with a run that never met it, bit for bit: Megatron's own `--iterations-to-skip`, or the
+same data with that sample blank from the start; and, within rounding, one that never had it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.program import Run, run_program, without_time
+
+# Eight samples a step, so the bad one is in the third, of iterations 1 to 4.
+STEPS, POSITION, ITERATION = 4, 19, 3
+FLAGS = (
+    f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 8 --save-interval {STEPS} "
+    "--lr-decay-style linear --reweight-strategy linupper"
+).split()
+# Layout: processes, flags; rank and micro-batch of the sample.
+LAYOUTS = {
+    "one process": (1, "", 0, 1),
+    "DP2": (2, "", 1, 0),
+    "TP2": (2, "--tensor-model-parallel-size 2", 0, 1),
+    "PP2": (2, "--pipeline-model-parallel-size 2", 1, 1),
+}
+# Reshardable: else the optimizer's buffers are saved with their padding, which is never written.
+OVERLAP = (
+    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
+    "--dist-ckpt-optim-fully-reshardable"
+)
+DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
+
+
+def train(
+    directory: Path,
+    data_flags: list[str],
+    flags: str = "",
+    processes: int = 1,
+    *,
+    what: str | None = None,
+    **bad: Any,
+) -> Run:
+    bad = {"position": POSITION, "iterations": [ITERATION]} | bad | ({"what": what} if what else {})
+    return run_program(
+        directory,
+        *data_flags,
+        *FLAGS,
+        *["--save", str(directory / "checkpoints")],
+        *flags.split(),
+        processes=processes,
+        module="tests.resilience.bad_sample",
+        environment={"BAD": json.dumps(bad)},
+        patience=30,
+    )
+
+
+def the_error(run: Run) -> str:
+    """Its one line, on rank 0 alone; all ranks left alike."""
+    assert set(run.status) == {17}, run.all_output
+    assert not run.hung
+    lines = [line for text in run.output for line in text.splitlines() if "error: " in line]
+    assert len(lines) == 1, run.all_output
+    return lines[0]
+
+
+def equal(run: Run, other: Run, *, but: tuple[str, ...] = ()) -> None:
+    """The steps taken, as reported, and the final checkpoints are the same, bit for bit."""
+    ignored = ("skipped_steps", "dropped_samples")
+    records, others = (
+        [
+            {k: v for k, v in without_time(record).items() if k not in ignored}
+            for record in one.check().train_metrics()
+            if record.get("skipped_steps", 0) == 0
+        ]
+        for one in (run, other)
+    )
+    assert records == others
+    expected = other.checkpoint(STEPS)
+    for name, tensor in run.checkpoint(STEPS).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_raise_ends_all_ranks_and_names_the_sample(
+    layout: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    processes, flags, rank, micro_batch = LAYOUTS[layout]
+    error = the_error(train(tmp_path, data_flags, flags, processes, what="activations"))
+    assert error.startswith(
+        f"error: iteration {ITERATION}: the loss of 1 sample is not finite: rank {rank}, "
+        f"micro-batch {micro_batch}: sample {POSITION} (no. "
+    )
+    assert "domain noise), loss nan." in error
+    assert "_text_document" in error
+
+
+def test_raise_names_the_gradient_and_its_rank(tmp_path: Path, data_flags: list[str]) -> None:
+    error = the_error(train(tmp_path, data_flags, "", 2, what="gradient", rank=1))
+    assert "a gradient is not finite, though every loss is: that of decoder.layers.1." in error
+    assert error.count("on rank 1, samples 18; 19; 22; 23.") == 1
+
+
+def test_megatrons_rerun_machine_decides_where_it_is_on(
+    tmp_path: Path, data_flags: list[str]
+) -> None:
+    """It runs the step again, saves and leaves with its own status; we say what it found."""
+    run = train(tmp_path, data_flags, "--rerun-mode validate_results", what="activations")
+    assert run.status == [16], run.all_output
+    assert "Need to rerun step to check reproducibility" in run.output[0]
+    assert f"error: iteration {ITERATION}: the loss of 1 sample" in run.output[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "what", "flags"),
+    [
+        ("one process", "activations", ""),
+        ("DP2", "loss", f"{OVERLAP} --clip-grad 0"),
+        ("TP2", "activations", "--reweight-scope global"),
+        ("PP2", "loss", ""),
+        ("DP2", "gradient", ""),
+    ],
+)
+def test_skipped_step_is_one_that_megatron_skips(
+    layout: str, what: str, flags: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    processes, parallel, _, _ = LAYOUTS[layout]
+    flags = f"{parallel} {flags}"
+    policy = f"{flags} --on-nonfinite skip-step --tensorboard-dir {tmp_path / 'tensorboard'}"
+    run = train(tmp_path / "bad", data_flags, policy, processes, what=what, rank=1)
+    skip = f"{flags} --iterations-to-skip {ITERATION}"
+    equal(run, train(tmp_path / "skipped", data_flags, skip, processes))
+    counts = [record["skipped_steps"] for record in run.train_metrics()]
+    assert counts == [0, 0, 1, 0]
+    assert f"WARNING: iteration {ITERATION}: the step is skipped: " in run.output[0]
+    line = run.log_lines()[ITERATION - 1]
+    assert "number of skipped iterations:   1" in line
+    assert "loss" not in line.split("loss scale")[0]
+    assert scalars(tmp_path / "tensorboard", "non-finite/skipped steps") == counts
+
+
+@pytest.mark.parametrize(
+    ("layout", "what", "flags"),
+    [
+        ("one process", "loss", f"--reweight-strategy none {DROPOUT}"),
+        ("DP2", "activations", f"{OVERLAP} {DROPOUT}"),
+        ("DP2", "activations", "--reweight-scope deferred --reweight-moment-decay 0.5"),
+        ("TP2", "activations", f"--reweight-scope deferred {DROPOUT}"),
+        ("PP2", "activations", "--reweight-scope global --num-virtual-stages-per-pipeline-rank 2"),
+    ],
+)
+def test_dropped_sample_leaves_no_trace(
+    layout: str, what: str, flags: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    processes, parallel, rank, micro_batch = LAYOUTS[layout]
+    flags = f"{parallel} {flags} --on-nonfinite drop-sample"
+    run = train(tmp_path / "bad", data_flags, flags, processes, what=what)
+    equal(run, train(tmp_path / "blank", data_flags, flags, processes, blank=True))
+    assert [record["dropped_samples"] for record in run.train_metrics()] == [0, 0, 1, 0]
+    assert "the step is run again: the loss of 1 sample is not finite: rank " in run.output[0]
+    assert f"rank {rank}, micro-batch {micro_batch}: sample {POSITION} (" in run.output[0]
+
+
+def test_dropped_sample_might_not_have_been_there(tmp_path: Path, data_flags: list[str]) -> None:
+    """One step of eight samples, one of them bad, and one of the seven others."""
+    short = "--exit-interval 1 --save-interval 1 --adam-eps 1e-2 --lr-decay-style constant"
+    bad: dict[str, Any] = {"position": 3, "iterations": [1]}
+    # What parameters begin with depends on the micro-batch size.
+    train(tmp_path / "init", data_flags, f"{short} --no-save-optim").check()
+    short += f" --load {tmp_path / 'init' / 'checkpoints'} --finetune"
+    # Of 56 samples both, which Megatron puts into one order.
+    eight = f"{short} --micro-batch-size 8 --train-iters 7 --on-nonfinite drop-sample"
+    seven = f"{short} --micro-batch-size 7 --train-iters 8 --global-batch-size 7"
+    run = train(tmp_path / "eight", data_flags, eight, what="activations", **bad).check()
+    other = train(tmp_path / "seven", data_flags, seven, without=True, **bad).check()
+    parameters = other.checkpoint(1)
+    for name, tensor in run.checkpoint(1).items():
+        torch.testing.assert_close(tensor, parameters[name], rtol=1e-5, atol=5e-7, msg=name)
+    mine, others = (one.train_metrics()[0]["reweight"] for one in (run, other))
+    for key in ("objective", "ess", "max_weight", "set_size", "sample_loss_max"):
+        assert mine[key] == pytest.approx(others[key], rel=1e-5), key
+
+
+def test_dropping_cannot_help_a_gradient(tmp_path: Path, data_flags: list[str]) -> None:
+    """Then the step is skipped; and after some in a row the run ends."""
+    flags = "--on-nonfinite drop-sample --max-consecutive-skips 2"
+    run = train(tmp_path, data_flags, flags, what="gradient", rank=0, iterations=[1, 2, 3])
+    error = the_error(run)
+    assert error.startswith("error: iteration 3: a gradient is not finite")
+    assert error.endswith("for 3 iterations, more than --max-consecutive-skips 2.")
+    assert [record["skipped_steps"] for record in run.train_metrics()] == [1, 1]
+
+
+def test_step_without_a_good_sample_is_skipped(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = "--on-nonfinite drop-sample --micro-batch-size 1 --global-batch-size 1"
+    flags += " --reweight-strategy none"
+    run = train(tmp_path, data_flags, flags, what="loss", position=2)
+    assert [record["skipped_steps"] for record in run.check().train_metrics()] == [0, 0, 1, 0]
+    assert [record["dropped_samples"] for record in run.train_metrics()] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("what", ["large", "activations"])
+def test_spikes_are_written_and_change_nothing(
+    what: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    """Found when the interval of logging ends, which is here the run."""
+    flags = "--log-interval 10 --on-nonfinite drop-sample"
+    run = train(tmp_path / "a", data_flags, f"{flags} --loss-spike-factor 3", 2, what=what)
+    equal(run, train(tmp_path / "b", data_flags, flags, 2, what=what))
+    lines = (run.directory / "spikes.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    record = json.loads(lines[0])
+    expected = {"iteration": ITERATION, "rank": 1, "micro_batch": 0, "position": POSITION}
+    assert record.items() >= (expected | {"domain": "noise", "left_out": 0}).items()
+    assert 3 < record["running_loss"] < 5
+    if what == "large":
+        assert 400 < record["loss"] < 410
+        assert 50 < record["step_loss"] < 60
+    else:
+        assert record["loss"] is record["step_loss"] is None
+    assert not (tmp_path / "b" / "spikes.jsonl").exists()
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
