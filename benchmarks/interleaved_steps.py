@@ -157,6 +157,8 @@ def worker() -> None:
     peaks: list[int] = []
     original_step = training.train_step
 
+    # Under its signature: the program asks for arguments by name.
+    @functools.wraps(original_step)
     def timed_step(*args: Any, **kwargs: Any) -> Any:
         chosen = Variant.named(variant(len(starts), job.variants))
         [pretrain_loss] = switched

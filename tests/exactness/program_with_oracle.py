@@ -6,6 +6,7 @@ model in fp64 is written to `oracle/NNN.pth` beside Megatron's own gradient dump
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def main() -> None:
     original = training.train_step
     state: dict[str, oracle.Range] = {"seen": None}
 
+    # Under its signature: the program asks for arguments by name.
+    @functools.wraps(original)
     def train_step(forward_step: Any, data: Any, model: Any, *rest: Any, **named: Any) -> Any:
         args = get_args()
         config = reweight_config(args)
