@@ -55,10 +55,26 @@ def check_resume(args: Namespace) -> None:
             "or replaced since, and the position in it means nothing. Put the data back, or add "
             "--allow-changed-data to go on with what is there."
         )
-    decided = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-    if decided or args.no_load_optim:
+    if not args.no_load_optim:
+        _check_experts(args, path, saved.get("expert_model_parallel_size", 1))
+        _check_schedule(args, path, common.get("opt_param_scheduler", {}))
+
+
+def _check_experts(args: Namespace, path: Path, theirs: int) -> None:
+    mine = args.expert_model_parallel_size
+    if args.num_experts and (theirs > 1) != (mine > 1):
+        raise ResumeError(
+            f"{path} was written with --expert-model-parallel-size {theirs}, and this run has "
+            f"{mine}: Megatron has one optimizer for all parameters at 1 and a second one for "
+            "experts above, and cannot take the state of one layout into the other. Resume with "
+            "1 from 1, with any above from any above, or add --no-load-optim."
+        )
+
+
+def _check_schedule(args: Namespace, path: Path, saved: dict[str, Any]) -> None:
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    differing = differing_schedule(args, common.get("opt_param_scheduler", {}))
+    differing = differing_schedule(args, saved)
     if differing:
         raise ResumeError(
             f"{path} was written under another schedule: {_listed(differing)} (in samples, where "

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.parallel.test_experts import EXPERTS
 from tests.parallel.test_layouts import assert_close
 from tests.program import Run, kill_when, run_program, without_time
 
@@ -77,11 +78,16 @@ RESHARD = (
 LAYOUTS = {
     "tp1-pp1": (1, []),
     "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()),
+    # The sets of samples that compete are of one size.
+    "ep4": (4, [*EXPERTS, *"--expert-model-parallel-size 4 --micro-batch-size 4".split()]),
+    "ep2": (2, [*EXPERTS, "--expert-model-parallel-size", "2"]),
 }
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
-@pytest.mark.parametrize(("saved", "resumed"), [("tp2-pp2", "tp1-pp1"), ("tp1-pp1", "tp2-pp2")])
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("tp2-pp2", "tp1-pp1"), ("tp1-pp1", "tp2-pp2"), ("ep4", "ep2")]
+)
 def test_checkpoint_resumes_in_another_layout(
     saved: str, resumed: str, distributed_optimizer: bool, tmp_path: Path, data_flags: list[str]
 ) -> None:
@@ -102,6 +108,17 @@ def test_checkpoint_resumes_in_another_layout(
         assert math.isclose(mine["lm_loss"], theirs["lm_loss"], rel_tol=5e-7)
         assert math.isclose(mine["grad_norm"], theirs["grad_norm"], rel_tol=5e-6)
         assert_close(mine["reweight"], theirs["reweight"])
+
+
+def test_state_of_one_optimizer_is_not_taken_for_that_of_two(
+    tmp_path: Path, data_flags: list[str]
+) -> None:
+    flags = [*data_flags, *EXPERTS, *"--micro-batch-size 8 --save-interval 1".split()]
+    train(tmp_path, [*flags, "--train-iters", "1"], 1).check()
+    load = ["--load", str(tmp_path / "checkpoints"), "--train-iters", "1"]
+    run = train(tmp_path / "two", [*flags, *load, "--expert-model-parallel-size", "2"], 2)
+    assert 2 in run.status
+    assert "with --expert-model-parallel-size 1, and this run has 2" in run.output[0]
 
 
 def test_turning_reweighting_on_starts_its_warmup_and_says_so(
