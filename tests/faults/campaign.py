@@ -14,6 +14,7 @@ the count. Exit status 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
@@ -80,10 +81,10 @@ class Fault:
 def faults(seed: int, trials: int) -> Iterator[Fault]:
     """Random ones: every point in turn, and every third at any time."""
     rng = random.Random(seed)
-    points = list(POINTS)
+    points = itertools.cycle(POINTS)
     variants = list(VARIANTS)
     for trial in range(trials):
-        point = "any time" if trial % 3 == 2 else points[(2 * trial // 3) % len(points)]
+        point = "any time" if trial % 3 == 2 else next(points)
         if point == "any time":
             count = rng.randrange(int(1000 * SECONDS))
         else:
