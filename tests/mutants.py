@@ -27,6 +27,8 @@ REWEIGHTING = "megatron_rw/reweighting"
 SCOPES = f"{REWEIGHTING}/scopes.py"
 WEIGHTS = "megatron_rw/kernels/weights.py"
 STEP = "megatron_rw/integrations/step.py"
+RESILIENCE = "megatron_rw/resilience"
+BAD_NUMBERS = "tests/resilience/test_nonfinite.py"
 KERNEL_TESTS = "tests/kernels/test_cross_entropy.py"
 LAYER_TESTS = "tests/kernels/test_linear_cross_entropy.py"
 LAYER = "megatron_rw/kernels/linear_autograd.py"
@@ -415,6 +417,34 @@ MUTANTS = (
         f"{PREFLIGHT}/estimate.py",
         "return weight + main + 4 + 4",
         "return weight + main",
+    ),
+    one(
+        "bad numbers: gradients of the pass with the bad sample kept",
+        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
+        f"{RESILIENCE}/dropping.py",
+        "            chunk.zero_grad_buffer()\n",
+        "            pass\n",
+    ),
+    one(
+        "bad numbers: the dropped sample's blank tokens compete for weight",
+        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
+        f"{RESILIENCE}/dropping.py",
+        '("tokens", "labels", "loss_mask")',
+        '("tokens", "labels")',
+    ),
+    one(
+        "bad numbers: a gradient is not looked at where every loss is finite",
+        f"{BAD_NUMBERS}::test_raise_names_the_gradient_and_its_rank",
+        f"{RESILIENCE}/nonfinite.py",
+        "torch.stack([loss, gradient])",
+        "torch.stack([loss, loss])",
+    ),
+    one(
+        "bad numbers: the step counts as skipped, but not in a row",
+        f"{BAD_NUMBERS}::test_dropping_cannot_help_a_gradient",
+        f"{RESILIENCE}/nonfinite.py",
+        "        self._in_a_row += 1\n",
+        "        self._in_a_row = 1\n",
     ),
 )
 

@@ -95,13 +95,14 @@ def attempt(
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, False), (2, False), (74, True), (75, True), (137, True), (1, True)]
+    ("status", "requeued"),
+    [(0, False), (2, False), (17, False), (74, True), (75, True), (137, True), (1, True)],
 )
 def test_status_decides_on_requeue(folder: Path, status: int, requeued: bool) -> None:
     first = attempt(folder, status)
     assert first.requeued == requeued, first.errors
     assert first.status == status
-    assert ("error: " in first.errors) == (status == 2)
+    assert ("error: " in first.errors) == (status in (2, 17))
 
 
 def test_failing_again_and_again_ends_with_a_line(folder: Path) -> None:
