@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests, a file at a time.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup quickstart test mutants faults network slurm clean-root lint bench-step-time \
+.PHONY: help setup quickstart test test-long mutants faults network slurm clean-root lint bench-step-time \
 	bench-kernels bench-save-stall gpu clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run all tests"
+	@echo "make test-long    more layouts and faults of what make test tests (five minutes)"
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
 	@echo "make network      cut the link between two ranks, in network namespaces (root, three minutes)"
@@ -41,7 +42,10 @@ lint: setup
 	$(VENV)/bin/mypy
 
 test: setup
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not long"
+
+test-long: setup
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile -m long
 
 mutants: setup
 	$(PY) tests/mutants.py

@@ -359,8 +359,8 @@ MUTANTS = (
         "CUDA: what registers do not hold of a row is written from its beginning",
         f"{LAYER_TESTS}::test_row_longer_than_registers_hold[cuda-dtype1]",
         f"{CSRC}/probabilities.cu",
-        "      const Vector<T> logits = load_vector(vectors[at].values);\n",
-        "      const Vector<T> logits = load_vector(vectors[thread].values);\n",
+        "    const Vector<T> logits = load_vector(vectors[at].values);\n",
+        "    const Vector<T> logits = load_vector(vectors[thread].values);\n",
     ),
     one(
         "preflight: a clock is compared without the way to it",

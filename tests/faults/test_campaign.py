@@ -7,9 +7,11 @@ import pytest
 from tests.faults.campaign import Campaign, Fault, faults
 from tests.faults.points import POINTS
 
-TRIALS = [
+MORE = [
     Fault("asynchronous", "backward", 17, (1,)),
     Fault("distributed optimizer", "write", 40, (0, 1)),
+]
+TRIALS = [
     Fault("asynchronous", "writer", 20, (1,)),
     # Megatron alone ends at these two with status 0 and without a word, or never starts again.
     Fault("asynchronous", "tracker", 3, (0,)),
@@ -22,9 +24,11 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) ->
     return Campaign(tmp_path_factory.mktemp("campaign"), data_flags)
 
 
-@pytest.mark.parametrize("fault", TRIALS, ids=str)
+@pytest.mark.parametrize(
+    "fault", [*TRIALS, *(pytest.param(fault, marks=pytest.mark.long) for fault in MORE)], ids=str
+)
 def test_nothing_is_lost(fault: Fault, campaign: Campaign) -> None:
-    outcome = campaign.trial(fault, TRIALS.index(fault))
+    outcome = campaign.trial(fault, [*TRIALS, *MORE].index(fault))
     assert outcome.startswith("ok"), outcome
     assert "not reached" not in outcome
 

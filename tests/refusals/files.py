@@ -324,6 +324,8 @@ ENVIRONMENT = (
         "CUDA kernels without a GPU",
         "--reweight-strategy linupper --reweight-kernels cuda",
         "the CUDA kernels need a GPU",
+        # Tests of the kernels name an emulated library.
+        environment={"MEGATRON_RW_CUDA_LIBRARY": None},
     ),
     Case(
         "Triton kernels without a GPU",

@@ -30,7 +30,12 @@ def train(directory: Path, data_flags: list[str], *flags: str, **how: object) ->
 
 
 @pytest.mark.parametrize(
-    ("number", "ranks"), [(signal.SIGTERM, (0, 1)), (signal.SIGUSR1, (1,)), (signal.SIGINT, (0,))]
+    ("number", "ranks"),
+    [
+        (signal.SIGTERM, (0, 1)),
+        (signal.SIGUSR1, (1,)),
+        pytest.param(signal.SIGINT, (0,), marks=pytest.mark.long),
+    ],
 )
 def test_signal_lets_the_run_finish_its_step_save_and_say_that_it_is_unfinished(
     number: signal.Signals, ranks: tuple[int, ...], tmp_path: Path, data_flags: list[str]

@@ -121,8 +121,8 @@ def test_megatrons_rerun_machine_decides_where_it_is_on(
     [
         ("one process", "activations", ""),
         ("DP2", "loss", f"{OVERLAP} --clip-grad 0"),
-        ("TP2", "activations", "--reweight-scope global"),
-        ("PP2", "loss", ""),
+        pytest.param("TP2", "activations", "--reweight-scope global", marks=pytest.mark.long),
+        pytest.param("PP2", "loss", "", marks=pytest.mark.long),
         ("DP2", "gradient", ""),
     ],
 )
@@ -149,8 +149,15 @@ def test_skipped_step_is_one_that_megatron_skips(
     [
         ("one process", "loss", f"--reweight-strategy none {DROPOUT}"),
         ("DP2", "activations", f"{OVERLAP} {DROPOUT}"),
-        ("DP2", "activations", "--reweight-scope deferred --reweight-moment-decay 0.5"),
-        ("TP2", "activations", f"--reweight-scope deferred {DROPOUT}"),
+        pytest.param(
+            "DP2",
+            "activations",
+            "--reweight-scope deferred --reweight-moment-decay 0.5",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "TP2", "activations", f"--reweight-scope deferred {DROPOUT}", marks=pytest.mark.long
+        ),
         ("PP2", "activations", "--reweight-scope global --num-virtual-stages-per-pipeline-rank 2"),
     ],
 )

@@ -16,6 +16,9 @@ ASYNC = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split
 TOO_SMALL = "350000"
 
 
+HOW = ["synchronous", "asynchronous"]
+
+
 def train(directory: Path, data_flags: list[str], *flags: str, limits: str = "0,0") -> Run:
     save = str(directory / "checkpoints")
     return run_program(
@@ -34,7 +37,7 @@ def iterations(directory: Path) -> list[int]:
     return [checkpoint.iteration for checkpoint in folder.checkpoints()]
 
 
-@pytest.mark.parametrize("how", [[], ASYNC], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("how", [[], ASYNC], ids=HOW)
 def test_checkpoint_that_cannot_be_written_stops_the_run(
     how: list[str], tmp_path: Path, data_flags: list[str]
 ) -> None:
@@ -55,7 +58,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_run(
     assert iterations(tmp_path) == [2, 4, 6]
 
 
-@pytest.mark.parametrize("how", [[], ASYNC], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("how", [pytest.param([], marks=pytest.mark.long), ASYNC], ids=HOW)
 def test_run_goes_on_without_its_checkpoints_where_it_is_told_to(
     how: list[str], tmp_path: Path, data_flags: list[str]
 ) -> None:
@@ -79,7 +82,7 @@ def test_place_that_rank_0_alone_cannot_use(tmp_path: Path, data_flags: list[str
     assert "File exists" in run.output[0]
 
 
-@pytest.mark.parametrize("how", [[], ASYNC], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("how", [pytest.param([], marks=pytest.mark.long), ASYNC], ids=HOW)
 def test_old_checkpoints_are_deleted(how: list[str], tmp_path: Path, data_flags: list[str]) -> None:
     flags = [*how, "--save-interval", "1", "--keep-last", "2", "--keep-every", "3"]
     run = train(tmp_path, data_flags, *flags).check()
