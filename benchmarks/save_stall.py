@@ -64,7 +64,7 @@ def steps(mode: str) -> list[float]:
 def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     at_save: dict[str, list[float]] = defaultdict(list)
     cycle: dict[str, list[float]] = defaultdict(list)
