@@ -401,8 +401,8 @@ MUTANTS = (
         "preflight: the folder of checkpoints is created",
         f"{PREFLIGHT_RUN}_nothing_wrong",
         f"{PREFLIGHT}/facts.py",
-        "    folder = Path(save).absolute()\n",
-        "    folder = Path(save).absolute()\n    folder.mkdir(exist_ok=True)\n",
+        "    folder = nearest_existing(save)\n",
+        "    Path(save).mkdir(exist_ok=True)\n    folder = nearest_existing(save)\n",
     ),
     one(
         "preflight: writing is not tried",

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_rw.platform import Device
+from megatron_rw.resilience.folder import nearest_existing
 
 NONE = "none"
 GIB = 2**30
@@ -123,9 +124,7 @@ def try_to_save(save: str | None) -> tuple[int | None, str | None]:
     """
     if save is None or "://" in save:
         return None, None
-    folder = Path(save).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_existing(save)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as stream:
             stream.write(b"\0" * 4096)

@@ -168,3 +168,9 @@ def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | 
         return []
     old = iterations[:-keep_last]
     return [i for i in old if keep_every is None or i % keep_every]
+
+
+def nearest_existing(path: str) -> Path:
+    """The path itself where it exists, otherwise the nearest one above it."""
+    absolute = Path(path).absolute()
+    return next(p for p in (absolute, *absolute.parents) if p.exists())

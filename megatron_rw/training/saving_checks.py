@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 from argparse import Namespace
-from pathlib import Path
 
 from megatron.training.utils import print_rank_0
 
-from megatron_rw.resilience.folder import CheckpointFolder
+from megatron_rw.resilience.folder import CheckpointFolder, nearest_existing
 from megatron_rw.reweighting import ConfigError
 
 _WRITTEN = ("save", "log_dir", "tensorboard_dir", "data_cache_path")
@@ -83,7 +82,7 @@ def check_folders(args: Namespace) -> None:
         path = getattr(args, name)
         if path is None or "://" in path:
             continue
-        existing = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
+        existing = nearest_existing(path)
         if not existing.is_dir():
             raise ConfigError(f"--{name.replace('_', '-')} {path}: {existing} is no folder.")
         if not os.access(existing, os.W_OK | os.X_OK):
