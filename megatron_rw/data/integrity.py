@@ -1,9 +1,4 @@
-"""Whether a `.bin/.idx` pair is whole, and whether it is still the one that it was.
-
-The layout of an index, as megatron.core writes it: 9 bytes `MMIDIDX`, version (8), dtype (1),
-numbers of sequences and of document bounds (8 each), then per sequence its length (4) and its
-offset in the `.bin` (8), then the document bounds (8 each).
-"""
+"""Whether a `.bin/.idx` pair is whole, and whether it is still the one that it was."""
 
 from __future__ import annotations
 
@@ -16,9 +11,8 @@ from typing import BinaryIO
 
 from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
+from megatron_rw.data.indexed import HEADER, MAGIC, VERSION
+
 _LENGTH, _OFFSET, _BOUND = struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<q")
 _REMEDY = "copy both files again, or make them again with tools/preprocess_data.py"
 
@@ -46,21 +40,21 @@ def check_pair(prefix: str) -> int:
     index_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
     size = os.path.getsize(index_path)
     with open(index_path, "rb") as index:
-        header = index.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        header = index.read(HEADER.size)
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(f"data path {prefix}: {index_path} is no index of a dataset; {_REMEDY}")
-        _, version, code, sequences, bounds = _HEADER.unpack(header)
-        if version != _VERSION or code not in {dtype.value for dtype in DType}:
+        _, version, code, sequences, bounds = HEADER.unpack(header)
+        if version != VERSION or code not in {dtype.value for dtype in DType}:
             raise DataError(
                 f"data path {prefix}: {index_path} has version {version} and type {code}, which "
                 f"are unknown; {_REMEDY}"
             )
         tables = sequences * (_LENGTH.size + _OFFSET.size) + bounds * _BOUND.size
         # A multimodal dataset has a byte more per sequence.
-        if size not in (_HEADER.size + tables, _HEADER.size + tables + sequences):
+        if size not in (HEADER.size + tables, HEADER.size + tables + sequences):
             raise DataError(
                 f"data path {prefix}: {index_path} has {size:,} bytes, and its header tells of "
-                f"{_HEADER.size + tables:,}; {_REMEDY}"
+                f"{HEADER.size + tables:,}; {_REMEDY}"
             )
         if sequences == 0:
             raise DataError(f"data path {prefix}: {index_path} lists no documents; leave it out")
@@ -76,7 +70,7 @@ def check_pair(prefix: str) -> int:
 
 
 def _end_of_tokens(index: BinaryIO, sequences: int, itemsize: int) -> int:
-    lengths = _HEADER.size
+    lengths = HEADER.size
     offsets = lengths + sequences * _LENGTH.size
     index.seek(lengths + (sequences - 1) * _LENGTH.size)
     (length,) = _LENGTH.unpack(index.read(_LENGTH.size))
