@@ -17,7 +17,7 @@ help:
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
 	@echo "make network      cut the link between two ranks, in network namespaces (root, three minutes)"
-	@echo "make slurm        examples/slurm in a real SLURM on this machine (root, Debian, 16 minutes when busy)"
+	@echo "make slurm        examples/slurm in a real SLURM on this machine (root, Debian, nine minutes)"
 	@echo "make clean-root   the Dockerfile's cpu target in a clean Debian (root, 8 GB, 25 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
