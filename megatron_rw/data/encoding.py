@@ -91,12 +91,12 @@ class Encoder:
         )
 
     def _tokens(self, text: str, path: Path, number: int) -> NDArray[Any]:
-        ids = self._tokenizer.tokenize(text)
-        if not ids:
+        ids = self._tokenizer.encode_batch([text])[0]
+        if not ids.size:
             raise InputError(
                 f"{path}, line {number}: the tokenizer makes no token of this text; remove the line"
             )
-        return np.array(ids + self._ending, dtype=self.dtype)
+        return np.append(ids, np.array(self._ending, dtype=self.dtype))
 
     def _domain(self, record: dict[str, Any], path: Path, number: int) -> str:
         if self._domain_key is None:

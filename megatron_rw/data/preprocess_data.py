@@ -20,10 +20,11 @@ from megatron_rw.data.dataset_writer import DatasetWriter, DomainCounts
 from megatron_rw.data.encoding import Batch, Encoder, encode_in_order
 from megatron_rw.data.jsonl import check_inputs, read_lines
 from megatron_rw.data.tokenizer import (
-    LIBRARIES,
+    add_tokenizer_flags,
     end_of_document_id,
     fingerprint,
     load_tokenizer,
+    tokenizer_flags,
 )
 from megatron_rw.platform.quiet import silence
 
@@ -68,19 +69,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the datasets that --output-dir holds"
     )
-    parser.add_argument(
-        "--tokenizer-type",
-        choices=sorted(LIBRARIES),
-        default="SentencePieceTokenizer",
-        metavar="TYPE",
-        help=f"as in Megatron: {', '.join(sorted(LIBRARIES))} (SentencePieceTokenizer)",
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        required=True,
-        metavar="PATH",
-        help="as in Megatron: a SentencePiece .model, or a Hugging Face directory",
-    )
+    add_tokenizer_flags(parser)
     parser.add_argument(
         "--json-key", default="text", metavar="KEY", help="field that holds the text (text)"
     )
@@ -113,13 +102,15 @@ def _run(args: argparse.Namespace) -> None:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
     check_inputs(args.input)
     output_dir = _check_output_dir(args.output_dir, args.overwrite)
-    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    eod = end_of_document_id(tokenizer, args.tokenizer_model) if args.append_eod else None
+    flags = tokenizer_flags(args)
+    model = flags.model or flags.type
+    tokenizer = load_tokenizer(flags)
+    eod = end_of_document_id(tokenizer, model) if args.append_eod else None
     encoder = Encoder(tokenizer, args.json_key, args.domain_key, eod)
     record = domains.TokenizerRecord(
-        type=args.tokenizer_type,
-        model=args.tokenizer_model,
-        sha256=fingerprint(args.tokenizer_model),
+        type=flags.type,
+        model=model,
+        sha256=fingerprint(model),
         vocab_size=tokenizer.vocab_size,
     )
 

@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from megatron_rw.data import domains, preprocess_data
 from megatron_rw.data.command import InputError
@@ -340,7 +341,14 @@ class FakeTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def tokenize(self, text: str) -> list[int]:
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        dtype = optimal_dtype(self.vocab_size)
+        return [np.array(self._tokenize(text), dtype) for text in texts]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def _tokenize(self, text: str) -> list[int]:
         if text == "die":
             os._exit(9)
         if text == "slow":
