@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
-from megatron_rw.data.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizer import TokenizerFlags, build_core_tokenizer
 from megatron_rw.data.train_tokenizer import even_budgets, spread_sample
 from tests.data.conftest import make_texts, write_jsonl
 
@@ -48,10 +48,10 @@ def test_no_text_makes_a_special_token(model: str, text: str) -> None:
 
 
 def test_megatron_sees_the_special_tokens(model: str) -> None:
-    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
+    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     assert tokenizer.vocab_size == 400
     assert tokenizer.eod == train_tokenizer.EOD_ID == 2
-    assert tokenizer.pad == train_tokenizer.PAD_ID == 3  # type: ignore[attr-defined]
+    assert tokenizer.pad == train_tokenizer.PAD_ID == 3
     assert tokenizer.tokenize("\n\t") == [4 + ord("\n"), 4 + ord("\t")]
 
 
@@ -70,7 +70,7 @@ def test_megatron_keeps_the_loss_on_the_end_of_document(model: str, tmp_path: Pa
         sequence_length=16,
         split="1,0,0",
         path_to_cache=str(tmp_path),
-        tokenizer=load_tokenizer("SentencePieceTokenizer", model),
+        tokenizer=build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model)),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
