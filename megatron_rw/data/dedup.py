@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,10 +95,8 @@ class DuplicateFinder:
     def __init__(self, directory: Path, buckets: int = 256, memory_bytes: int = 512 << 20) -> None:
         self._buckets = buckets
         self._sorted_entries = max(1, memory_bytes // _BYTES_PER_SORTED_ENTRY)
-        self._paths = [directory / f"hashes-{bucket:05}" for bucket in range(buckets)]
-        with ExitStack() as stack:
-            self._files = [stack.enter_context(path.open("wb")) for path in self._paths]
-            self._closing = stack.pop_all()
+        self._directory = directory
+        self._files: dict[int, BinaryIO] = {}
         self.total = 0
 
     def __enter__(self) -> Self:
@@ -112,9 +109,9 @@ class DuplicateFinder:
         traceback: TracebackType | None,
     ) -> None:
         """Removes its files."""
-        self._closing.close()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        for file in self._files.values():
+            file.close()
+            os.unlink(file.name)
 
     def add(self, hashes: NDArray[np.uint8]) -> None:
         """Adds the next documents, in the order in which the first of several copies is kept.
@@ -133,7 +130,7 @@ class DuplicateFinder:
         start = 0
         for bucket, end in enumerate(ends.tolist()):
             if end > start:
-                self._files[bucket].write(entries[start:end].tobytes())
+                self._file(bucket).write(entries[start:end].tobytes())
             start = end
         self.total += len(hashes)
 
@@ -143,16 +140,21 @@ class DuplicateFinder:
         Returns:
             A bit per document, by its place in the order of `add`.
         """
-        self._closing.close()
         found = Bitmap(self.total)
-        for path in self._paths:
-            entries = os.path.getsize(path) // _ENTRY.itemsize
+        for file in self._files.values():
+            file.close()
+            entries = os.path.getsize(file.name) // _ENTRY.itemsize
             parts = -(-entries // self._sorted_entries)
             for part in range(parts):
-                self._find(path, part, parts, found)
+                self._find(file.name, part, parts, found)
         return found
 
-    def _find(self, path: Path, part: int, parts: int, found: Bitmap) -> None:
+    def _file(self, bucket: int) -> BinaryIO:
+        if bucket not in self._files:
+            self._files[bucket] = (self._directory / f"hashes-{bucket:05}").open("wb")
+        return self._files[bucket]
+
+    def _find(self, path: str, part: int, parts: int, found: Bitmap) -> None:
         """Finds the copies among one part of a bucket's hashes, by what is left on division."""
         firsts = [np.empty(0, _ENTRY)]
         for entries in _read(path, self._sorted_entries):
@@ -162,8 +164,8 @@ class DuplicateFinder:
         _without_copies(np.concatenate(firsts), found)
 
 
-def _read(path: Path, count: int) -> Iterator[NDArray[Any]]:
-    with path.open("rb") as file:
+def _read(path: str, count: int) -> Iterator[NDArray[Any]]:
+    with open(path, "rb") as file:
         while block := file.read(count * _ENTRY.itemsize):
             yield np.frombuffer(block, _ENTRY)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -80,3 +81,33 @@ def _listed_files(manifest: Path) -> set[str]:
     except ValueError as error:
         raise InputError(str(error)) from error
     return {f"{record.prefix}{suffix}" for record in listed for suffix in (".bin", ".idx")}
+
+
+def check_space(directory: Path, size: int) -> None:
+    """See that a directory's disk has room.
+
+    Args:
+        directory: It exists.
+        size: What will be written, in bytes.
+
+    Raises:
+        InputError: If it has not.
+    """
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise InputError(
+            f"{directory}: {free / 1e9:,.1f} GB are free, and {size / 1e9:,.1f} are needed; "
+            "make room, or write elsewhere"
+        )
+
+
+def table(records: Mapping[str, domains.DomainRecord]) -> str:
+    """Returns documents, tokens and share of the tokens, a domain a line, for people to read."""
+    rows = [(name, record.documents, record.tokens) for name, record in records.items()]
+    documents, tokens = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    width = max(map(len, ["domain", *records]))
+    lines = [f"{'domain':<{width}} {'documents':>15} {'tokens':>19} {'share':>7}"]
+    for name, of_documents, of_tokens in [*rows, ("all", documents, tokens)]:
+        share = of_tokens / max(1, tokens)
+        lines.append(f"{name:<{width}} {of_documents:>15,} {of_tokens:>19,} {share:>7.1%}")
+    return "\n".join(lines)
