@@ -1,16 +1,21 @@
 """What a sample takes of each domain: the same of all, by weight, or in proportion to size."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from megatron_rw.data.chunks import Reading
 from megatron_rw.data.command import InputError
 from megatron_rw.data.sampling import Sample, divide
 from megatron_rw.data.sentencepiece_training import sentences
-from megatron_rw.data.spread_reading import Part, domain_of_file, plan, read_documents, volume
+from megatron_rw.data.sources import Source
+from megatron_rw.data.spread_reading import DocumentReader, Part, plan, volume
 
 # Text is only a part of what is read of a line, and a domain of what a file holds.
 READ_PER_KEPT = 16
+
+DomainOf = Callable[[Source], str]
 
 
 def parse_weights(values: Sequence[str]) -> dict[str, float]:
@@ -42,45 +47,50 @@ def parse_weights(values: Sequence[str]) -> dict[str, float]:
 
 
 def plan_reading(
-    paths: Sequence[Path], domain_key: str | None, weights: Mapping[str, float] | None, limit: int
+    sources: Sequence[Source],
+    reading: Reading,
+    domain_of: DomainOf | None,
+    weights: Mapping[str, float] | None,
+    limit: int,
 ) -> list[Part]:
     """Chooses what to read of the inputs for a sample.
 
     Args:
-        paths: The inputs.
-        domain_key: Field of the domain; None takes it from the file's name.
+        sources: The inputs.
+        reading: How they are read.
+        domain_of: The domain of a source's documents; None if each document names its own.
         weights: Domain to weight; `{}` gives all the same, None is in proportion to size.
         limit: UTF-8 bytes of the sample.
 
     Raises:
-        InputError: If files name the domains and some have no weight or some weights no domain.
+        InputError: If sources name the domains and one has no weight, or some weight no source.
     """
-    if domain_key is not None or weights is None:
-        return plan(paths, READ_PER_KEPT * limit)
-    files: dict[str, list[Path]] = {}
-    for path in paths:
-        files.setdefault(domain_of_file(path), []).append(path)
+    if domain_of is None or weights is None:
+        return plan(sources, reading, READ_PER_KEPT * limit)
+    groups: dict[str, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(domain_of(source), []).append(source)
     if weights:
-        for domain, of_domain in files.items():
-            _check_weight(domain, weights, of_domain[0])
-        _check_domains(weights, files)
-        files = {domain: of for domain, of in files.items() if weights[domain] > 0}
+        for domain, group in groups.items():
+            _check_weight(domain, weights, group[0])
+        _check_domains(weights, groups)
+        groups = {domain: group for domain, group in groups.items() if weights[domain] > 0}
     budgets = divide(
-        [sum(map(volume, of_domain)) for of_domain in files.values()],
-        [weights.get(domain, 1.0) for domain in files],
+        [sum(map(volume, group)) for group in groups.values()],
+        [weights.get(domain, 1.0) for domain in groups],
         limit,
     )
     return [
         part
-        for of_domain, budget in zip(files.values(), budgets, strict=True)
-        for part in plan(of_domain, READ_PER_KEPT * budget)
+        for group, budget in zip(groups.values(), budgets, strict=True)
+        for part in plan(group, reading, READ_PER_KEPT * budget)
     ]
 
 
 def draw_sample(
     parts: Sequence[Part],
-    json_key: str,
-    domain_key: str | None,
+    reader: DocumentReader,
+    domain_of: DomainOf | None,
     weights: Mapping[str, float] | None,
     limit: int,
 ) -> Sample:
@@ -88,33 +98,36 @@ def draw_sample(
 
     Args:
         parts: What to read.
-        json_key: Field of the text.
-        domain_key: Field of the domain; None takes it from the file's name.
+        reader: Reads it.
+        domain_of: As for `plan_reading`.
         weights: As for `plan_reading`.
         limit: UTF-8 bytes to keep.
 
     Raises:
-        InputError: At a bad line, or for a domain without weight or a weight without domain.
+        InputError: If too many lines are bad, a domain has no weight or a weight no domain.
     """
     sample = Sample(limit, weights)
     found = set()
     for part in parts:
-        for domain, text in read_documents(part, json_key, domain_key):
+        of_source = domain_of(part.task.source) if domain_of is not None else ""
+        for of_document, text in reader.documents(part):
+            domain = of_source if of_document is None else of_document
             if weights:
                 found.add(domain)
-                _check_weight(domain, weights, part.path)
+                _check_weight(domain, weights, part.task.source)
                 if weights[domain] == 0:
                     continue
             sample.add(domain, sentences(text), part.fraction)
-    if domain_key is not None and weights:
+    reader.finish()
+    if domain_of is None and weights:
         _check_domains(weights, found)
     return sample
 
 
-def _check_weight(domain: str, weights: Mapping[str, float], path: Path) -> None:
+def _check_weight(domain: str, weights: Mapping[str, float], source: Source) -> None:
     if domain not in weights:
         raise InputError(
-            f"--domain-weights: none for domain '{domain}' of {path}; add {domain}=WEIGHT "
+            f"--domain-weights: none for domain '{domain}' of {source.path}; add {domain}=WEIGHT "
             "(0 leaves it out)"
         )
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
-from megatron.core.datasets.indexed_dataset import DType, get_bin_path, get_idx_path
+import numpy as np
 
-from megatron_rw.data.indexed import HEADER, MAGIC, VERSION
+from megatron_rw.data.indexed import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
 
 _LENGTH, _OFFSET, _BOUND = struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<q")
 _REMEDY = "copy both files again, or make them again with tools/preprocess_data.py"
@@ -37,14 +37,14 @@ def check_pair(prefix: str) -> int:
         DataError: they are not.
         OSError: they cannot be read.
     """
-    index_path, bin_path = get_idx_path(prefix), get_bin_path(prefix)
+    index_path, tokens_path = idx_path(prefix), bin_path(prefix)
     size = os.path.getsize(index_path)
     with open(index_path, "rb") as index:
         header = index.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise DataError(f"data path {prefix}: {index_path} is no index of a dataset; {_REMEDY}")
         _, version, code, sequences, bounds = HEADER.unpack(header)
-        if version != VERSION or code not in {dtype.value for dtype in DType}:
+        if version != VERSION or code not in CODES:
             raise DataError(
                 f"data path {prefix}: {index_path} has version {version} and type {code}, which "
                 f"are unknown; {_REMEDY}"
@@ -58,13 +58,13 @@ def check_pair(prefix: str) -> int:
             )
         if sequences == 0:
             raise DataError(f"data path {prefix}: {index_path} lists no documents; leave it out")
-        end = _end_of_tokens(index, sequences, DType.size(DType.dtype_from_code(code)))
-    there = os.path.getsize(bin_path)
+        end = _end_of_tokens(index, sequences, np.dtype(CODES[code]).itemsize)
+    there = os.path.getsize(tokens_path)
     if there != end:
         cut = "is cut off" if there < end else "belongs to another index"
         raise DataError(
-            f"data path {prefix}: {bin_path} {cut}: it has {there:,} bytes, and its index tells of "
-            f"{end:,}; {_REMEDY}"
+            f"data path {prefix}: {tokens_path} {cut}: it has {there:,} bytes, and its index tells "
+            f"of {end:,}; {_REMEDY}"
         )
     return int(sequences)
 
@@ -95,7 +95,7 @@ def fingerprint(prefix: str) -> str:
         OSError: they cannot be read.
     """
     digest = hashlib.sha256()
-    for path in (get_idx_path(prefix), get_bin_path(prefix)):
+    for path in (idx_path(prefix), bin_path(prefix)):
         size = os.path.getsize(path)
         digest.update(size.to_bytes(8, "little"))
         last = max(0, size - _BLOCK_BYTES)

@@ -1,138 +1,157 @@
-"""Turns JSON-lines text into Megatron datasets, one per domain.
+"""Turns text into Megatron datasets, one per domain.
 
 Into `--output-dir` go `<domain>_text_document.bin/.idx` for each domain, `domains.json` (see
-`domains`) and `blend.txt` for Megatron's `--data-args-path`, with weights in proportion to tokens.
-They appear under their names only when all of them are complete, `domains.json` last. Documents
-keep the order of the input whatever the number of workers, so the bytes are the same for any.
+`domains`), `blend.txt` for Megatron's `--data-args-path`, and `rejects.jsonl` with the lines that
+are no documents, if there are any. They appear under their names only when all of them are
+complete, `domains.json` last. Documents keep the order of the inputs whatever the number of
+workers, so the bytes are the same for any.
+
+Workers read, tokenize and write a part of the output for each chunk of the input; in the end the
+parts are joined. An interrupted call goes on from its parts when it is repeated.
 """
 
 import argparse
-import os
+import dataclasses
+import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from megatron_rw.data import domains
+from megatron_rw.data import blend, domains
+from megatron_rw.data.chunks import Reading, chunk_size, tasks
 from megatron_rw.data.command import InputError, exit_status
-from megatron_rw.data.dataset_writer import DatasetWriter, DomainCounts
-from megatron_rw.data.encoding import Batch, Encoder, encode_in_order
-from megatron_rw.data.jsonl import check_inputs, read_lines
+from megatron_rw.data.encoding import Encoder, Encoding, check_domain
+from megatron_rw.data.joining import REJECTS_FILE, Joined, dataset_name, join, write_rejects
+from megatron_rw.data.parts import Rejects, Store
+from megatron_rw.data.preprocess_flags import parse
+from megatron_rw.data.sentences import sentence_splitter
+from megatron_rw.data.shards import shard_of
+from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
+from megatron_rw.data.summary import Progress, check_bad_fraction, say, table
 from megatron_rw.data.tokenizer import (
-    LIBRARIES,
     end_of_document_id,
     fingerprint,
     load_tokenizer,
+    tokenizer_flags,
 )
+from megatron_rw.data.work import earlier_chunk_bytes, work_folder
+from megatron_rw.data.workers import run_unordered
 from megatron_rw.platform.quiet import silence
 
-BLEND_FILE = "blend.txt"
-# Large enough that handing a batch to a process costs nothing beside tokenizing it, small enough
-# that a few per worker are no memory to speak of.
-_BATCH_BYTES = 1 << 19
-_PROGRESS_SECONDS = 5.0
-
-_EXAMPLE = """\
-example:
-  python tools/preprocess_data.py --input corpus/*.jsonl.gz --domain-key domain --append-eod \\
-      --tokenizer-model tokenizer/bpe8k.model --output-dir data/train
-  then train with --data-args-path data/train/blend.txt
-"""
+# Before this many lines, a bad one says little about the rest.
+_EARLIEST_VERDICT = 10_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
-    args = _parse(argv)
+    args = parse(argv)
     return exit_status(lambda: _run(args))
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
-        description="Tokenize JSON-lines text into Megatron .bin/.idx datasets, one per domain.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help=".jsonl or .jsonl.gz files",
-    )
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="made if it is not there"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the datasets that --output-dir holds"
-    )
-    parser.add_argument(
-        "--tokenizer-type",
-        choices=sorted(LIBRARIES),
-        default="SentencePieceTokenizer",
-        metavar="TYPE",
-        help=f"as in Megatron: {', '.join(sorted(LIBRARIES))} (SentencePieceTokenizer)",
-    )
-    parser.add_argument(
-        "--tokenizer-model",
-        required=True,
-        metavar="PATH",
-        help="as in Megatron: a SentencePiece .model, or a Hugging Face directory",
-    )
-    parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field that holds the text (text)"
-    )
-    parser.add_argument(
-        "--domain-key",
-        metavar="KEY",
-        help="field that holds the document's domain; without it, the domain is the file's name "
-        "up to the first dot",
-    )
-    parser.add_argument(
-        "--append-eod",
-        action="store_true",
-        help="end every document with the tokenizer's end-of-document token",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="tokenizing processes (one per available core: %(default)s); does not change "
-        "the output",
-    )
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
-    return args
 
 
 def _run(args: argparse.Namespace) -> None:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
-    check_inputs(args.input)
+    started = time.monotonic()
+    sources = shard_of(find_sources(args.input), args.shard)
     output_dir = _check_output_dir(args.output_dir, args.overwrite)
-    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    eod = end_of_document_id(tokenizer, args.tokenizer_model) if args.append_eod else None
-    encoder = Encoder(tokenizer, args.json_key, args.domain_key, eod)
+    reading, encoding = _plan(args, sources, output_dir)
+    flags = tokenizer_flags(args)
+    tokenizer = load_tokenizer(flags)
+    if args.append_eod:
+        encoding = dataclasses.replace(encoding, eod=end_of_document_id(tokenizer, flags.model))
     record = domains.TokenizerRecord(
-        type=args.tokenizer_type,
-        model=args.tokenizer_model,
-        sha256=fingerprint(args.tokenizer_model),
+        type=flags.type,
+        model=flags.model,
+        sha256=fingerprint(flags.model),
         vocab_size=tokenizer.vocab_size,
     )
+    settings = _settings(args, reading, record)
+    with work_folder(output_dir, settings, args.overwrite) as folder:
+        store = Store(folder)
+        encoder = Encoder(tokenizer, reading, encoding, store)
+        _encode(args, sources, encoder, folder)
+        joined = _join(args, sources, encoder, folder, output_dir, record)
+    names = {(key, domain): domain for key, domain in joined.counts if key == 0}
+    print(
+        table(
+            {domain: joined.counts[name] for name, domain in names.items()},
+            joined.rejects,
+            sum(joined.duplicates.values()),
+            time.monotonic() - started,
+        )
+    )
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".preprocess_data-") as scratch:
-        with DatasetWriter(Path(scratch), encoder.dtype) as writer:
-            progress = _Progress()
-            for encoded in encode_in_order(_batches(args.input), encoder, args.workers):
-                writer.add(encoded)
-                progress.report(writer.counts.values())
-            counts = writer.finalize()
-        _publish(Path(scratch), output_dir, record, counts)
-    print(_table(counts))
+
+def _plan(
+    args: argparse.Namespace, sources: Sequence[Source], output_dir: Path
+) -> tuple[Reading, Encoding]:
+    """How documents are read and what becomes of them; the end-of-document id is still missing."""
+    columns = [*args.json_keys, *([args.domain_key] if args.domain_key else [])]
+    for source in sources:
+        if source.format == "txt" and len(columns) > 1:
+            raise InputError(
+                f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
+                "of --json-keys, or convert it to .jsonl"
+            )
+    if args.domain_key is None:
+        for source in sources:
+            _domain_of(source, args)
+    reading = Reading(
+        chunk_bytes=earlier_chunk_bytes(output_dir) or chunk_size(sources),
+        max_line_bytes=args.max_line_bytes,
+        columns=tuple(dict.fromkeys(columns)),
+        whole_files=args.txt_documents == "file",
+    )
+    encoding = Encoding(
+        keys=tuple(args.json_keys),
+        domain_key=args.domain_key,
+        domain_of=lambda source: _domain_of(source, args),
+        eod=None,
+        max_document_tokens=args.max_document_tokens,
+        splitter=sentence_splitter(args.sentence_language) if args.split_sentences else None,
+        hashed=args.dedup == "exact",
+    )
+    return reading, encoding
+
+
+def _domain_of(source: Source, args: argparse.Namespace) -> str:
+    if args.domain is not None:
+        return check_domain(args.domain, "--domain")
+    if source.path == STANDARD_INPUT:
+        return "stdin"
+    if args.domain_by == "directory":
+        return check_domain(source.folder, f"{source.path} (--domain-by directory)")
+    name = source.name.split(".")[0]
+    return check_domain(name, f"{source.path}: rename it, or give --domain-by or --domain")
+
+
+def _settings(
+    args: argparse.Namespace, reading: Reading, record: domains.TokenizerRecord
+) -> dict[str, Any]:
+    """Everything that decides what is in a part."""
+    flags = dataclasses.asdict(tokenizer_flags(args))
+    return {
+        "format": 1,
+        "chunk_bytes": reading.chunk_bytes,
+        "tokenizer": {**flags, "sha256": record.sha256},
+        **{
+            f"--{name.replace('_', '-')}": getattr(args, name)
+            for name in (
+                "json_keys",
+                "domain",
+                "domain_key",
+                "domain_by",
+                "append_eod",
+                "split_sentences",
+                "sentence_language",
+                "max_document_tokens",
+                "max_line_bytes",
+                "txt_documents",
+                "dedup",
+            )
+        },
+    }
 
 
 def _check_output_dir(output_dir: Path, overwrite: bool) -> Path:
@@ -140,10 +159,11 @@ def _check_output_dir(output_dir: Path, overwrite: bool) -> Path:
     absolute = output_dir.absolute()
     if any(character.isspace() for character in str(absolute)):
         raise InputError(
-            f"--output-dir {absolute}: Megatron splits {BLEND_FILE} at white space; "
+            f"--output-dir {absolute}: Megatron splits {blend.FILE_NAME} at white space; "
             "give a path without any"
         )
-    if (absolute / domains.FILE_NAME).exists() and not overwrite:
+    held = [absolute / domains.FILE_NAME, *absolute.glob(f"*/{domains.FILE_NAME}")]
+    if any(path.exists() for path in held) and not overwrite:
         raise InputError(
             f"--output-dir {output_dir}: holds datasets already; give another directory, or "
             "--overwrite to replace them"
@@ -151,113 +171,92 @@ def _check_output_dir(output_dir: Path, overwrite: bool) -> Path:
     return absolute
 
 
-def _batches(paths: Sequence[Path]) -> Iterator[Batch]:
-    """Yields the lines of the inputs in order, in batches of about `_BATCH_BYTES`."""
-    for path in paths:
-        lines: list[tuple[int, bytes]] = []
-        size = 0
-        for number, line in read_lines(path):
-            lines.append((number, line))
-            size += len(line)
-            if size >= _BATCH_BYTES:
-                yield Batch(path, lines)
-                lines, size = [], 0
-        if lines:
-            yield Batch(path, lines)
-
-
-def _publish(
-    scratch: Path,
-    output_dir: Path,
-    tokenizer: domains.TokenizerRecord,
-    counts: dict[str, DomainCounts],
+def _encode(
+    args: argparse.Namespace, sources: Sequence[Source], encoder: Encoder, folder: Path
 ) -> None:
-    """Moves the finished datasets to their names, `domains.json` last.
+    """Makes the parts that are missing."""
+    store = Store(folder)
+    rejects, records, done_bytes = Rejects(), 0, 0
+    finished: dict[Source, frozenset[int] | None] = {}
+    for source in sources:
+        if source.path == STANDARD_INPUT:
+            shutil.rmtree(store.folder(source), ignore_errors=True)  # it cannot be read again
+        store.folder(source).mkdir(exist_ok=True)
+        numbers, whole = store.finished(source)
+        finished[source] = None if whole else numbers
+        done_bytes += source.size if whole else 0
+        for _, part in store.parts(source):
+            rejects.merge(part.rejects)
+            records += part.records
+    if records:
+        say(f"going on from {records:,} documents that are done")
+    progress = Progress(sum(source.size for source in sources), done_bytes)
+    work = tasks(sources, encoder.reading, args.workers, finished.__getitem__)
+    for task, done in run_unordered(encoder, work, args.workers):
+        records += done.records
+        rejects.merge(done.rejects)
+        _check(args, rejects, max(records, _EARLIEST_VERDICT), sources, store)
+        progress.add(task.stored_bytes, done.records, done.text_bytes)
+    _check(args, rejects, records, sources, store)
+    if records == 0:
+        raise InputError(f"--input {' '.join(args.input)}: no documents")
 
-    That file goes first when datasets are replaced: while it is there, what it says is true.
-    """
-    manifest = output_dir / domains.FILE_NAME
-    if manifest.exists():
-        stale = _listed_prefixes(manifest)
-        manifest.unlink()
-        (output_dir / BLEND_FILE).unlink(missing_ok=True)
-        for prefix in stale:
-            for suffix in (".bin", ".idx"):
-                (output_dir / f"{prefix}{suffix}").unlink(missing_ok=True)
-    for dataset in sorted(scratch.iterdir()):
-        dataset.replace(output_dir / dataset.name)
 
-    blend = scratch / BLEND_FILE
-    blend.write_text(_blend(output_dir, counts), "utf-8")
-    blend.replace(output_dir / BLEND_FILE)
-    domains.DomainsFile(
-        tokenizer=tokenizer,
-        domains={
-            name: domains.DomainRecord(
-                prefix=count.prefix,
-                documents=count.documents,
-                tokens=count.tokens,
-                max_token_id=count.max_token_id,
+def _check(
+    args: argparse.Namespace,
+    rejects: Rejects,
+    records: int,
+    sources: Sequence[Source],
+    store: Store,
+) -> None:
+    if rejects.total > args.max_bad_fraction * (rejects.total + records):
+        path = store.directory / REJECTS_FILE
+        listed = write_rejects(sources, store, path)
+        check_bad_fraction(listed, records, args.max_bad_fraction, str(path))
+
+
+def _join(
+    args: argparse.Namespace,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    folder: Path,
+    output_dir: Path,
+    record: domains.TokenizerRecord,
+) -> Joined:
+    """Joins the parts and gives everything its final name."""
+    scratch = folder / "joined"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    several = len(args.json_keys) > 1
+    outputs = [output_dir / key if several else output_dir for key in args.json_keys]
+    directories = [scratch / key if several else scratch for key in args.json_keys]
+    for directory in directories:
+        directory.mkdir(exist_ok=True)
+    say("joining the parts")
+    rejects = folder / REJECTS_FILE
+    joined = join(
+        sources, Store(folder), directories, encoder.dtype, args.dedup == "exact", rejects
+    )
+    if joined.rejects.total:
+        rejects.replace(output_dir / REJECTS_FILE)
+    else:
+        (output_dir / REJECTS_FILE).unlink(missing_ok=True)
+    given = dict(args.blend_weights) if args.blend_weights else None
+    for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
+        records = {
+            domain: domains.DomainRecord(
+                prefix=dataset_name(domain),
+                documents=counts.documents,
+                tokens=counts.tokens,
+                max_token_id=counts.max_token_id,
             )
-            for name, count in counts.items()
-        },
-    ).save(manifest)
-
-
-def _listed_prefixes(manifest: Path) -> list[str]:
-    try:
-        return [record.prefix for record in domains.DomainsFile.load(manifest).domains.values()]
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _blend(output_dir: Path, counts: dict[str, DomainCounts]) -> str:
-    """Returns Megatron's "weight prefix weight prefix ...", a dataset a line."""
-    total = sum(count.tokens for count in counts.values())
-    return "".join(
-        f"{count.tokens / total:.6g} {output_dir / count.prefix}\n" for count in counts.values()
-    )
-
-
-def _table(counts: dict[str, DomainCounts]) -> str:
-    total = DomainCounts(
-        prefix="",
-        documents=sum(count.documents for count in counts.values()),
-        tokens=sum(count.tokens for count in counts.values()),
-        text_bytes=sum(count.text_bytes for count in counts.values()),
-    )
-    width = max(len("domain"), *map(len, counts))
-    lines = [
-        f"{'domain':<{width}} {'documents':>12} {'tokens':>15} {'bytes/token':>11} {'share':>7}"
-    ]
-    for name, count in [*counts.items(), ("all", total)]:
-        lines.append(
-            f"{name:<{width}} {count.documents:>12,} {count.tokens:>15,} "
-            f"{count.text_bytes / count.tokens:>11.2f} {count.tokens / total.tokens:>7.1%}"
-        )
-    return "\n".join(lines)
-
-
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self) -> None:
-        self._started = self._reported = time.monotonic()
-
-    def report(self, counts: Iterable[DomainCounts]) -> None:
-        """Prints what is done so far, if it is time to."""
-        now = time.monotonic()
-        if now - self._reported < _PROGRESS_SECONDS:
-            return
-        self._reported = now
-        done = list(counts)
-        megabytes = sum(count.text_bytes for count in done) / 1e6
-        print(
-            f"preprocess_data: {sum(count.documents for count in done):,} documents, "
-            f"{megabytes:,.1f} MB of text, {megabytes / (now - self._started):.1f} MB/s",
-            file=sys.stderr,
-            flush=True,
-        )
+            for (of_key, domain), counts in joined.counts.items()
+            if of_key == key
+        }
+        weights = blend.blend_weights(records, args.blend_by, args.blend_temperature, given)
+        output.mkdir(exist_ok=True)
+        blend.publish(directory, output, domains.DomainsFile(record, records), weights)
+    return joined
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer on JSON-lines text, sampled evenly or by weight over domains.
+"""Trains a SentencePiece tokenizer on text, sampled evenly or by weight over domains.
 
 The same inputs and flags give the same bytes. Memory is bounded by `--max-bytes`, and so is what
 is read (`spread_reading`). What the model keeps of a text, and its fixed token ids, stand in
@@ -18,13 +18,13 @@ from megatron_rw.data.domain_sampling import (
     parse_weights,
     plan_reading,
 )
-from megatron_rw.data.jsonl import check_inputs
 from megatron_rw.data.sentencepiece_training import (
     check_special_tokens,
     train,
     vocabulary_listing,
 )
-from megatron_rw.data.spread_reading import Part
+from megatron_rw.data.sources import READS, STANDARD_INPUT, Source, find_sources
+from megatron_rw.data.spread_reading import DocumentReader, how_to_read
 
 _LEAST_BYTES = 10_000
 _DIVISIBLE_BY = 128  # Megatron's default
@@ -39,6 +39,17 @@ example:
 """
 
 
+def _domain_by_file(source: Source) -> str:
+    return "stdin" if source.path == STANDARD_INPUT else source.name.split(".")[0]
+
+
+def _domain_by_directory(source: Source) -> str:
+    return "stdin" if source.path == STANDARD_INPUT else source.folder
+
+
+_DOMAIN_BY = {"file": _domain_by_file, "directory": _domain_by_directory}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     args = _parse(argv)
@@ -48,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train_tokenizer.py",
-        description="Train a SentencePiece tokenizer on JSON-lines text. The same inputs and "
+        description="Train a SentencePiece tokenizer on text. The same inputs and "
         "flags give the same bytes.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,13 +67,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         nargs="+",
-        type=Path,
         required=True,
-        metavar="FILE",
-        help=".jsonl or .jsonl.gz files",
+        metavar="PATH",
+        help="files, directories, patterns, URLs that fsspec opens, or - for JSON lines on "
+        f"standard input; {READS} are read",
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field that holds the text (text)"
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="field or column that holds the text (text)",
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help="end with an error if more than this share of the lines read are no documents "
+        "(0.001); those that are not are left out",
     )
     parser.add_argument(
         "--output-prefix",
@@ -91,6 +113,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, flag)
         if value is not None and value < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    if not 0 <= args.max_bad_fraction <= 1:
+        parser.error("--max-bad-fraction must be from 0 to 1")
     return args
 
 
@@ -105,11 +129,16 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
         f"about {READ_PER_KEPT} times as much is read at most, except of a compressed file, "
         "which is read to its end",
     )
-    group.add_argument(
-        "--domain-key",
-        metavar="KEY",
-        help="field that holds the document's domain; without it, the domain is the file's name "
-        "up to the first dot",
+    domain = group.add_mutually_exclusive_group()
+    domain.add_argument(
+        "--domain-key", metavar="KEY", help="field or column that holds the document's domain"
+    )
+    domain.add_argument(
+        "--domain-by",
+        choices=list(_DOMAIN_BY),
+        default="file",
+        help="without --domain-key, the domain is the file's name up to the first dot (file), or "
+        "the name of the directory that it is in",
     )
     shares = group.add_mutually_exclusive_group()
     shares.add_argument(
@@ -160,17 +189,23 @@ def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    check_inputs(args.input)
     check_special_tokens(args.special_tokens)
     weights = None if args.sample == "proportional" else parse_weights(args.domain_weights or [])
     vocab_size = _vocab_size(args)
-    parts = plan_reading(args.input, args.domain_key, weights, args.max_bytes)
+    sources = find_sources(args.input)
+    columns = [args.json_key, *([args.domain_key] if args.domain_key else [])]
+    reading = how_to_read(columns, READ_PER_KEPT * args.max_bytes)
+    domain_of = None if args.domain_key else _DOMAIN_BY[args.domain_by]
+    parts = plan_reading(sources, reading, domain_of, weights, args.max_bytes)
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
 
-    sample = draw_sample(parts, args.json_key, args.domain_key, weights, args.max_bytes)
+    reader = DocumentReader(reading, args.json_key, args.domain_key, args.max_bad_fraction)
+    sample = draw_sample(parts, reader, domain_of, weights, args.max_bytes)
     kept = sample.kept()
-    _report_sample(sample.seen, kept, args.input, parts)
+    _report_sample(sample.seen, kept, all(part.fraction == 1 for part in parts))
+    if reader.bad:
+        _say(f"left out {reader.bad:,} bad lines; the first is {reader.first_bad}")
     text_bytes = sum(kept.values())
     _say(f"training {args.model_type}, {vocab_size} pieces, on {text_bytes / 1e6:.1f} MB of text")
     model = train(
@@ -212,12 +247,9 @@ def _padding(vocab_size: int, args: argparse.Namespace) -> str:
     )
 
 
-def _report_sample(
-    seen: Mapping[str, int], kept: Mapping[str, int], paths: Sequence[Path], parts: Sequence[Part]
-) -> None:
+def _report_sample(seen: Mapping[str, int], kept: Mapping[str, int], everything: bool) -> None:
     total = sum(kept.values())
-    whole = sum(part.end is None for part in parts)
-    scope = "all of it" if whole == len(paths) else f"parts of {len(paths)} files"
+    scope = "all there is" if everything else "a part of the inputs"
     _say(f"read {sum(seen.values()) / 1e6:.1f} MB of text, {scope}; of it are trained on")
     for domain, size in kept.items():
         every = ", all that was read" if size == seen[domain] else ""

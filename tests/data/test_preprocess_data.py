@@ -2,22 +2,19 @@ import gzip
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import domains, preprocess_data
-from megatron_rw.data.command import InputError
-from megatron_rw.data.dataset_writer import DatasetWriter
-from megatron_rw.data.encoding import Batch, Encoder, encode_in_order
-from megatron_rw.data.tokenizer import fingerprint, optimal_dtype
+from megatron_rw.data import chunks, domains, preprocess_data
 from tests.data.conftest import make_texts, write_jsonl
 
 EOD = 2
@@ -55,6 +52,21 @@ def read_back(prefix: Path | str) -> tuple[Any, list[list[int]]]:
 
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def datasets(directory: Path) -> dict[str, bytes]:
+    return {
+        name: content
+        for name, content in files(directory).items()
+        if name.endswith((".bin", ".idx", ".json", ".jsonl"))
+    }
+
+
+@pytest.fixture
+def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some fifty chunks instead of one, where files are as small as here."""
+    monkeypatch.setattr(chunks, "_SMALLEST", 200)
+    monkeypatch.setattr(chunks, "_LARGEST", 200)
 
 
 @pytest.fixture
@@ -106,10 +118,11 @@ def test_datasets_hold_what_the_tokenizer_makes(
         assert record.max_token_id == max(map(max, expected))
 
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table] == ["domain", "a", "b", "c", "all"]
+    assert [line.split()[0] for line in table[:-1]] == ["domain", "a", "b", "c", "all"]
     text_bytes = sum(len(r["text"].encode()) for r in records)
     tokens = sum(record.tokens for record in manifest.domains.values())
-    assert table[-1].split() == ["all", "60", f"{tokens:,}", f"{text_bytes / tokens:.2f}", "100.0%"]
+    assert table[4].split() == ["all", "60", f"{tokens:,}", f"{text_bytes / tokens:.2f}", "100.0%"]
+    assert table[5].startswith("0.0 MB in ")
 
 
 def test_megatron_reads_the_blend(tmp_path: Path, corpus: list[Path], model: str) -> None:
@@ -128,33 +141,75 @@ def test_megatron_reads_the_blend(tmp_path: Path, corpus: list[Path], model: str
     assert weights == pytest.approx([count / sum(tokens) for count in tokens], rel=1e-5)
 
 
-def test_domain_by_file_key_choice_and_no_eod(
-    tmp_path: Path, corpus: list[Path], model: str
-) -> None:
+def test_every_key_gets_a_directory(tmp_path: Path, corpus: list[Path], model: str) -> None:
     out = tmp_path / "out"
-    preprocess(
-        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model, "--json-key", "body",
-        "--workers", 1,
-    )  # fmt: skip
+    assert preprocess(
+        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model,
+        "--json-keys", "body", "text", "--workers", 1,
+    ) == 0  # fmt: skip
     tokenize = megatron_tokenize(model)
-    for path, domain in zip(corpus, ("first", "second"), strict=True):
-        _, found = read_back(out / f"{domain}_text_document")
-        assert found == [tokenize(record["body"]) for record in records_of([path])]
+    for key in ("body", "text"):
+        for path, domain in zip(corpus, ("first", "second"), strict=True):
+            _, found = read_back(out / key / f"{domain}_text_document")
+            assert found == [tokenize(record[key]) for record in records_of([path])]
+        assert domains.DomainsFile.load(out / key / "domains.json").domains
+    assert sorted(files_and_folders(out)) == ["body", "text"]
+    assert preprocess("--input", *corpus, "--output-dir", out, "--tokenizer-model", model) == 2
 
 
-def test_workers_do_not_change_the_output(
-    tmp_path: Path, corpus: list[Path], model: str, monkeypatch: pytest.MonkeyPatch
+def files_and_folders(directory: Path) -> list[str]:
+    return [path.name for path in directory.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], ["x", "y"]),
+        (["--domain-by", "directory"], ["web", "code"]),
+        (["--domain", "all"], ["all"]),
+        (["--domain-key", "domain"], ["b", "a", "c"]),
+    ],
+)
+def test_the_domain_is_where_it_is_said_to_be(
+    tmp_path: Path, model: str, flags: list[str], names: list[str]
 ) -> None:
+    for path, domain in (("in/web/x.1.jsonl", "ba"), ("in/code/y.jsonl", "bc")):
+        (tmp_path / path).parent.mkdir(parents=True)
+        write_jsonl(tmp_path / path, [{"text": "a b", "domain": name} for name in domain])
+    assert preprocess(
+        "--input", tmp_path / "in/web", tmp_path / "in" / "code", "--output-dir", tmp_path / "out",
+        "--tokenizer-model", model, "--workers", 1, *flags,
+    ) == 0  # fmt: skip
+    assert list(domains.DomainsFile.load(tmp_path / "out" / "domains.json").domains) == names
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, model: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    records = [
+        {"text": text, "domain": "abc"[index % 3]}
+        for index, text in enumerate([*make_texts(40, 2), *make_texts(20, 2)])
+    ]
+    lines = write_jsonl(tmp_path / "in.jsonl", records).read_bytes()
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "in.jsonl.zst").write_bytes(zstd.compress(lines))
+    (tmp_path / "in.json").write_text(json.dumps(records))
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet", row_group_size=7)
     outputs = []
-    for workers, batch_bytes in ((1, 1 << 19), (2, 700), (3, 1)):
-        monkeypatch.setattr(preprocess_data, "_BATCH_BYTES", batch_bytes)
+    for name, workers in (
+        ("in.jsonl", 1), ("in.jsonl", 2), ("in.jsonl", 8), ("in.jsonl.gz", 1), ("in.jsonl.gz", 3),
+        ("in.jsonl.zst", 2), ("in.json", 2), ("in.parquet", 1), ("in.parquet", 2),
+    ):  # fmt: skip
         out = tmp_path / "out"
         assert preprocess(
-            "--input", *corpus, "--output-dir", out, "--tokenizer-model", model, "--overwrite",
-            "--domain-key", "domain", "--append-eod", "--workers", workers,
+            "--input", tmp_path / name, "--output-dir", out, "--tokenizer-model", model,
+            "--overwrite", "--domain-key", "domain", "--append-eod", "--workers", workers,
+            "--dedup", "exact",
         ) == 0  # fmt: skip
         outputs.append(files(out))
-    assert outputs[0] == outputs[1] == outputs[2]
+    assert all(output == outputs[0] for output in outputs)
 
 
 @settings(
@@ -163,91 +218,150 @@ def test_workers_do_not_change_the_output(
 )
 @given(
     documents=st.lists(
-        st.tuples(st.text(st.characters(codec="utf-8"), min_size=1), st.sampled_from("xyz")),
+        st.tuples(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+            st.sampled_from("xyz"),
+        ),
         min_size=1,
         max_size=20,
     ),
     eod=st.booleans(),
-    batch_bytes=st.integers(1, 300),
+    dedup=st.booleans(),
+    chunk_bytes=st.integers(1, 300),
 )
-def test_any_text_is_stored_in_order(
+def test_any_text_is_stored_as_core_would(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     model: str,
     documents: list[tuple[str, str]],
     eod: bool,
-    batch_bytes: int,
+    dedup: bool,
+    chunk_bytes: int,
 ) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     directory = tmp_path_factory.mktemp("any")
     records = [{"text": text, "d": domain} for text, domain in documents]
     path = write_jsonl(directory / "in.jsonl", records)
-    monkeypatch.setattr(preprocess_data, "_BATCH_BYTES", batch_bytes)
-    flags = ["--append-eod"] if eod else []
+    monkeypatch.setattr(chunks, "_SMALLEST", chunk_bytes)
+    monkeypatch.setattr(chunks, "_LARGEST", chunk_bytes)
+    flags = (["--append-eod"] if eod else []) + (["--dedup", "exact"] if dedup else [])
     assert preprocess(
         "--input", path, "--output-dir", directory / "out", "--tokenizer-model", model,
         "--domain-key", "d", "--workers", 1, *flags,
     ) == 0  # fmt: skip
     tokenize = megatron_tokenize(model)
+    if dedup:
+        documents = list({text: (text, domain) for text, domain in documents[::-1]}.values())[::-1]
     for domain in {domain for _, domain in documents}:
-        _, found = read_back(directory / "out" / f"{domain}_text_document")
-        texts = [text for text, of in documents if of == domain]
-        assert found == [tokenize(text) + [EOD] * eod for text in texts]
+        prefix = directory / f"core_{domain}"
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        for text, of in documents:
+            if of == domain:
+                ids = tokenize(text) + [EOD] * eod
+                builder.add_document(ids, [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+        for suffix in ("bin", "idx"):
+            ours = directory / "out" / f"{domain}_text_document.{suffix}"
+            assert ours.read_bytes() == Path(f"{prefix}.{suffix}").read_bytes()
 
 
 GOOD = b'{"text": "a model", "domain": "d"}\n'
+BAD_LINES = [
+    (b'{"text": "a', "invalid JSON", "Unterminated string"),
+    (b"[" * 100_000, "invalid JSON", "maximum recursion depth"),
+    (b'["text"]', "not an object", "an array, where a line must be like"),
+    (b'{"txt": "a", "domain": "d"}', "missing key", "'text' (--json-keys); it has: domain, txt"),
+    (b'{"text": 5, "domain": "d"}', "not a string", "'text' (--json-keys) is a number"),
+    (b'{"text": null, "domain": "d"}', "not a string", "is null, not a string"),
+    (b'{"text": "", "domain": "d"}', "empty text", "field 'text' (--json-keys) is empty"),
+    (b'{"text": "\xff"}', "not UTF-8", "invalid start byte at byte 10"),
+    (b'{"text": "a\\ud800", "domain": "d"}', "half a surrogate pair", "at character 1"),
+    (b'{"text": "a\\u0000b", "domain": "d"}', "NUL", "holds a NUL at character 1"),
+    (b'{"text": "a\0"}', "invalid JSON", "Invalid control character"),
+    (b'{"text": "a"}', "missing key", "no field 'domain' (--domain-key)"),
+    (b'{"text": "a", "domain": ""}', "empty text", "field 'domain' (--domain-key) is empty"),
+    (b'{"text": "a", "domain": "../d"}', "unusable domain", "'../d' cannot be part of a file"),
+    (b'{"text": "a", "domain": ".d"}', "unusable domain", "'.d' cannot be part of a file name"),
+    (b'{"text": "a", "domain": "d\\n"}', "unusable domain", "'d\\n' cannot be part of a file"),
+    (b'{"text": "' + b"a" * 300_000 + b'"}', "too long", "300,012 bytes, above --max-line-bytes"),
+]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a', "invalid JSON (Unterminated string"),
-        (b"[" * 100_000, "invalid JSON (maximum recursion depth"),
-        (b'["text"]', "line 3: an array, not an object"),
-        (b'{"txt": "a", "domain": "d"}', "no field 'text' (--json-key); the line has: domain, txt"),
-        (b'{"text": 5, "domain": "d"}', "field 'text' (--json-key) is a number, not a string"),
-        (b'{"text": null, "domain": "d"}', "is null, not a string"),
-        (b'{"text": "", "domain": "d"}', "field 'text' (--json-key) is empty; remove the line"),
-        (b'{"text": "\xff", "domain": "d"}', "not UTF-8 (invalid start byte at byte 10)"),
-        (b'{"text": "a\\ud800", "domain": "d"}', "half of a surrogate pair at character 1"),
-        (b'{"text": "a"}', "no field 'domain' (--domain-key)"),
-        (b'{"text": "a", "domain": ""}', "field 'domain' (--domain-key) is empty"),
-        (b'{"text": "a", "domain": "../d"}', "the domain '../d' cannot be part of a file name"),
-        (b'{"text": "a", "domain": ".d"}', "the domain '.d' cannot be part of a file name"),
-        (b'{"text": "a", "domain": "d\\n"}', "the domain 'd\\n' cannot be part of a file name"),
-    ],
-)
+def test_bad_lines_are_listed_and_left_out(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], many_chunks: None
+) -> None:
+    paths = [tmp_path / "in.jsonl", tmp_path / "in.jsonl.gz"]
+    content = b"".join(GOOD + b"\n" + line + b"\n" for line, _, _ in BAD_LINES)
+    paths[0].write_bytes(content)
+    paths[1].write_bytes(gzip.compress(content))
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        assert preprocess(
+            "--input", *paths, "--output-dir", out, "--tokenizer-model", model,
+            "--domain-key", "domain", "--workers", workers, "--max-bad-fraction", 0.5,
+            "--max-line-bytes", 200_000,
+        ) == 0  # fmt: skip
+        rejects = [json.loads(line) for line in (out / "rejects.jsonl").open()]
+        places = [(reject["file"], reject["line"]) for reject in rejects]
+        numbers = range(3, 3 * len(BAD_LINES) + 1, 3)
+        assert places == [(str(path), number) for path in paths for number in numbers]
+        for reject, (line, kind, reason) in zip(rejects, BAD_LINES * 2, strict=True):
+            assert reject["kind"] == kind
+            assert reason in reject["reason"]
+            assert reject["text"] == line[:200].decode(errors="replace")
+        _, found = read_back(out / "d_text_document")
+        assert found == [megatron_tokenize(model)("a model")] * 2 * len(BAD_LINES)
+        assert f"rejected: {2 * len(BAD_LINES)} lines (invalid JSON 6, " in capsys.readouterr().out
+    assert datasets(tmp_path / "out1") == datasets(tmp_path / "out2")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_line_stops_with_its_place(
-    tmp_path: Path,
-    model: str,
-    capsys: pytest.CaptureFixture[str],
-    line: bytes,
-    message: str,
-    workers: int,
+def test_too_many_bad_lines_end_it_with_the_worst(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_bytes(GOOD + b"\n" + line + b"\n" + b"{\n")
+    path.write_bytes(GOOD * 20 + b'{"text": ""}\n' + b"{\n" * 3 + GOOD)
     out = tmp_path / "out"
-    status = preprocess(
-        "--input", path, "--output-dir", out, "--tokenizer-model", model,
-        "--domain-key", "domain", "--workers", workers,
+    flags = (
+        "--input", path, "--output-dir", out, "--tokenizer-model", model, "--workers", workers
     )  # fmt: skip
-    error = capsys.readouterr().err
-    assert status == 2
-    assert error.startswith(f"error: {path}, line 3: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert files(out) == {}
+    assert preprocess(*flags) == 2
+    listed = out / ".preprocess_data" / "rejects.jsonl"
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "error: 4 of 25 lines are bad, more than --max-bad-fraction 0.001 allows; correct them, "
+        "or allow more and repeat the call, which goes on from what is done. All of them are in "
+        f"{listed}",
+        f"  3 x invalid JSON; {path}, line 22: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)",
+        f"  1 x empty text; {path}, line 21: field 'text' (--json-keys) is empty",
+    ]
+    assert len(listed.read_text().splitlines()) == 4
+    assert not list(out.glob("*.bin"))
+    assert preprocess(*flags, "--max-bad-fraction", 0.16) == 0
+    assert "going on from 21 documents that are done" in capsys.readouterr().err
+    assert len((out / "rejects.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.usefixtures("many_chunks")
+def test_too_many_bad_lines_end_it_early(tmp_path: Path, model: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"{\n" * 400 + GOOD * 400)
+    out = tmp_path / "out"
+    assert preprocess(
+        "--input", path, "--output-dir", out, "--tokenizer-model", model, "--workers", 1
+    ) == 2  # fmt: skip
+    assert len(list(out.glob(".preprocess_data/*/*.npz"))) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("cut.jsonl.gz", gzip.compress(GOOD * 2000)[:-12], "damaged gzip data after line"),
+        ("cut.jsonl.zst", zstd.compress(GOOD * 2000)[:-12], "damaged zstd data after line"),
         ("not.jsonl.gz", GOOD, "damaged gzip data after line 0 (Not a gzipped file"),
-        ("empty.jsonl", b"\n \n", "no documents; leave the file out of --input"),
         ("-d.jsonl", GOOD, "the domain '-d' cannot be part of a file name here"),
-        ("text.txt", GOOD, "only .jsonl and .jsonl.gz are read"),
+        ("text.csv", GOOD, "only .jsonl, .json, .txt (each also with .gz or .zst) and .parquet"),
     ],
 )
 def test_a_bad_file_stops_with_its_name(
@@ -264,23 +378,40 @@ def test_a_bad_file_stops_with_its_name(
     out = tmp_path / "out"
     status = preprocess(
         "--input", good, tmp_path / name, "--output-dir", out, "--tokenizer-model", model,
-        "--workers", 1,
+        "--workers", 2,
     )  # fmt: skip
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert status == 2
     assert error.startswith("error: ")
     assert name in error
     assert message in error
-    assert not out.exists() or files(out) == {}
+    assert not out.exists() or not list(out.glob("*.*"))
+
+
+def test_files_without_documents_are_an_error(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
+    assert preprocess(
+        "--input", tmp_path / "empty.jsonl", "--output-dir", tmp_path / "out",
+        "--tokenizer-model", model,
+    ) == 2  # fmt: skip
+    assert "empty.jsonl: no documents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--input", "gone.jsonl"], "--input gone.jsonl: no such file"),
+        (["--input", "*.gz"], "--input *.gz: no file matches"),
+        (["--input", "in.jsonl", "in.jsonl"], "--input in.jsonl: given 2 times"),
+        (["--input", "nothing"], "--input nothing: no file to read in it; it has the suffixes: .c"),
         (["--tokenizer-model", "gone.model"], "--tokenizer-model gone.model: no such file"),
         (["--tokenizer-model", __file__], "cannot be loaded as SentencePieceTokenizer"),
         (["--output-dir", "a b"], "Megatron splits blend.txt at white space"),
+        (["--domain", "a/b"], "--domain: the domain 'a/b' cannot be part of a file name"),
+        (["--shard", "0/2"], "--shard 0/2: there are 1 files, and a file is the least"),
+        (["--blend-weights", "wiki=1"], "--blend-weights"),
     ],
 )
 def test_a_bad_flag_stops_with_its_name(
@@ -293,19 +424,34 @@ def test_a_bad_flag_stops_with_its_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_bytes(GOOD)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "a.c").touch()
     usual = ["--input", "in.jsonl", "--output-dir", "out", "--tokenizer-model", model]
     assert preprocess(*usual, *flags) == 2
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {flags[0]}")
     assert message in error
-    assert sorted(files(tmp_path)) == ["in.jsonl"]
+    assert sorted(files_and_folders(tmp_path)) == ["in.jsonl", "nothing"]
 
 
-def test_zero_workers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "0"], "--workers: 0 is no number of at least 1"),
+        (["--max-bad-fraction", "2"], "--max-bad-fraction: 2 is no number from 0 to 1"),
+        (["--shard", "2/2"], "--shard: '2/2': shards count from 0, the last is 1/2"),
+        (["--blend-weights", "wiki"], "--blend-weights: wiki is not like wiki=0.3"),
+        (["--json-keys", "a", "a"], "--json-keys: a field is given twice"),
+        (["--domain", "a", "--domain-key", "b"], "not allowed with argument"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(
+    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     usual = ["--input", "in.jsonl", "--output-dir", "out", "--tokenizer-model", "m"]
     with pytest.raises(SystemExit, match="2"):
-        preprocess(*usual, "--workers", 0)
-    assert "--workers must be at least 1" in capsys.readouterr().err
+        preprocess(*usual, *flags)
+    assert message in capsys.readouterr().err
 
 
 def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
@@ -323,7 +469,7 @@ def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
     bad = tmp_path / "first.jsonl"
     bad.write_bytes(GOOD + b"{")
     assert preprocess("--input", bad, *usual, "--overwrite") == 2
-    assert files(out) == before
+    assert {name: files_of(out)[name] for name in before} == before
 
     assert preprocess("--input", corpus[0], *usual, "--overwrite", "--append-eod") == 0
     assert sorted(files(out)) == [
@@ -332,66 +478,55 @@ def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
     assert files(out)["first_text_document.bin"] != before["first_text_document.bin"]
 
 
-class FakeTokenizer:
-    """Makes a token of each number in a text; words stand for trouble."""
-
-    eod = None
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def tokenize(self, text: str) -> list[int]:
-        if text == "die":
-            os._exit(9)
-        if text == "slow":
-            time.sleep(0.3)
-            return [0]
-        return [int(word) for word in text.split()]
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-def batch(*texts: str) -> Batch:
-    lines = [json.dumps({"text": text}).encode() for text in texts]
-    return Batch(Path("f.jsonl"), list(enumerate(lines, start=1)))
-
-
-def test_a_slow_batch_does_not_lose_its_place() -> None:
-    encoder = Encoder(FakeTokenizer(100), "text", None, None)
-    batches = [batch("slow")] + [batch(str(number)) for number in range(1, 20)]
-    encoded = encode_in_order(iter(batches), encoder, 2)
-    assert [item.ids.tolist() for item in encoded] == [[number] for number in range(20)]
-
-
-def test_a_killed_worker_is_an_error_not_a_hang() -> None:
-    encoder = Encoder(FakeTokenizer(100), "text", None, None)
-    with pytest.raises(InputError, match="was killed, most likely for lack of memory"):
-        list(encode_in_order(iter([batch("1"), batch("die"), batch("2")]), encoder, 2))
-
-
-def test_text_that_makes_no_token_is_an_error() -> None:
-    encoder = Encoder(FakeTokenizer(100), "text", None, 0)
-    with pytest.raises(InputError, match=r"f\.jsonl, line 2: the tokenizer makes no token"):
-        encoder(batch("1", " "))
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])
-def test_the_vocabulary_chooses_the_dtype(
-    tmp_path: Path, vocab_size: int, dtype: type[Any]
+def test_standard_input_is_json_lines(
+    tmp_path: Path, corpus: list[Path], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert optimal_dtype(vocab_size) is dtype
-    encoder = Encoder(FakeTokenizer(vocab_size), "text", None, None)
-    largest = vocab_size - 1
-    with DatasetWriter(tmp_path, encoder.dtype) as writer:
-        writer.add(encoder(batch(f"1 2 {largest}", "3")))
-        assert writer.finalize()["f"].max_token_id == largest
-    dataset, found = read_back(tmp_path / "f_text_document")
-    assert dataset.index.dtype == dtype
-    assert found == [[1, 2, largest], [3]]
+    usual = ("--tokenizer-model", model, "--domain-key", "domain", "--workers")
+    content = corpus[0].read_bytes()
+    for workers in (1, 2):
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(content)))
+        out = tmp_path / f"stdin{workers}"
+        assert preprocess("--input", "-", "--output-dir", out, *usual, workers) == 0
+    preprocess("--input", corpus[0], "--output-dir", tmp_path / "file", *usual, 1)
+    assert datasets(tmp_path / "stdin1") == datasets(tmp_path / "file")
+    assert datasets(tmp_path / "stdin2") == datasets(tmp_path / "file")
 
 
-def test_fingerprint_of_a_directory(tmp_path: Path) -> None:
-    (tmp_path / "b").write_text("1")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "c").write_text("2")
-    digest = [hashlib.sha256(text).hexdigest() for text in (b"1", b"2")]
-    listing = f"{digest[1]}  a/c\n{digest[0]}  b\n"
-    assert fingerprint(str(tmp_path)) == hashlib.sha256(listing.encode()).hexdigest()
+@pytest.fixture
+def bucket(corpus: list[Path]) -> Iterator[str]:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for path in corpus:
+        system.pipe(f"/bucket/{path.name}", path.read_bytes())
+    system.pipe("/bucket/readme.md", b"no data")
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.jsonl*"])
+def test_urls_are_read(
+    tmp_path: Path, corpus: list[Path], model: str, bucket: str, pattern: str
+) -> None:
+    usual = ("--tokenizer-model", model, "--workers", 1)
+    assert preprocess("--input", bucket + pattern, "--output-dir", tmp_path / "url", *usual) == 0
+    preprocess("--input", *corpus, "--output-dir", tmp_path / "file", *usual)
+    assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
+
+
+def test_a_url_that_nothing_opens_is_an_error(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for url, message in (
+        ("nonsense://a/b.jsonl", "Protocol not known: nonsense"),
+        ("memory://gone/*.jsonl", "no file matches"),
+        ("memory://gone/a.jsonl", "no such file"),
+    ):
+        assert preprocess(
+            "--input", url, "--output-dir", tmp_path / "out", "--tokenizer-model", model
+        ) == 2  # fmt: skip
+        assert f"error: --input {url}: {message}" in capsys.readouterr().err

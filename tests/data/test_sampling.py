@@ -1,16 +1,20 @@
-import itertools
+import dataclasses
+import gzip
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import spread_reading
+from megatron_rw.data.chunks import Reading
 from megatron_rw.data.command import InputError
 from megatron_rw.data.domain_sampling import draw_sample, plan_reading
 from megatron_rw.data.sampling import Sample, divide
-from megatron_rw.data.spread_reading import Part, plan, read_documents
+from megatron_rw.data.sources import find_sources
+from megatron_rw.data.spread_reading import DocumentReader, Part, how_to_read, plan, volume
 from tests.data.conftest import write_jsonl
 
 LINE = "x" * 1000  # a passage of its own
@@ -102,73 +106,111 @@ def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> N
     assert sum(kept(10**6).values()) == len(sizes)
 
 
+def read_texts(parts: list[Part], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
+    reader = DocumentReader(reading, "text", None, max_bad_fraction)
+    texts = [text for part in parts for _, text in reader.documents(part)]
+    reader.finish()
+    return texts
+
+
+def reading_of(chunk_bytes: int) -> Reading:
+    return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 100))
 @example([3, 3, 3, 3], len('{"text": "0 ééé"}\n'.encode()))
-def test_windows_hold_every_line_once(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], window: int
+def test_chunks_hold_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int
 ) -> None:
     texts = [f"{number} " + "é" * length for number, length in enumerate(lengths)]
     path = tmp_path_factory.mktemp("w") / "c.jsonl"
     write_jsonl(path, [{"text": text} for text in texts])
-    size = path.stat().st_size
-    parts = [Part(path, start, start + window, 1.0) for start in range(0, size, window)]
-    found = [text for part in parts for _, text in read_documents(part, "text", None)]
-    assert found == texts
+    reading = reading_of(chunk)
+    parts = plan(find_sources([str(path)]), reading, 10**9)
+    assert len(parts) == -(-path.stat().st_size // chunk)
+    assert read_texts(parts, reading) == texts
 
 
 @pytest.mark.parametrize("bad", [0, 40, 99])
-@pytest.mark.parametrize("before", [0, 1, 30])
-def test_a_bad_line_in_a_window_has_its_number_in_the_file(
-    tmp_path: Path, bad: int, before: int
+@pytest.mark.parametrize("chunk", [230, 1000, 10_000])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+def test_a_bad_line_has_its_number_in_the_file(
+    tmp_path: Path, bad: int, chunk: int, name: str
 ) -> None:
-    path = tmp_path / "c.jsonl"
-    lines = [f'{{"text": "{number:010}"}}\n' for number in range(100)]
-    lines[10] = "\n"
-    lines[bad] = '{"txt": 1}\n'
-    path.write_text("".join(lines))
-    start = max(0, sum(map(len, lines[:bad])) - before)
-    with pytest.raises(InputError, match=rf"c\.jsonl, line {bad + 1}: no field 'text'"):
-        list(read_documents(Part(path, start, start + 100, 1.0), "text", None))
+    lines = [f'{{"text": "{number:010}"}}\n' for number in range(100)]  # of 23 bytes
+    lines[10] = " " * 22 + "\n"
+    lines[bad] = '{"txt": "0123456789"}\n'.replace("}", " }")
+    content = "".join(lines).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    reading = reading_of(chunk)
+    parts = plan(find_sources([str(path)]), reading, 10**9)
+    with pytest.raises(InputError, match=rf"{name}, line {bad + 1}: no field 'text' .*; 1 of "):
+        read_texts(parts, reading)
+    reader = DocumentReader(reading, "text", None, 0.02)
+    assert sum(1 for part in parts for _ in reader.documents(part)) == 98
+    reader.finish()
+    assert reader.bad == 1
 
 
-def test_of_large_inputs_parts_are_read_spread_over_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spread_reading, "_WINDOW_BYTES", 1000)
+def test_most_lines_bad_is_an_error_before_all_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"txt": "x"}] * 20_000)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}] * 20_000)
+    reading = how_to_read(["text"], 0)
+    parts = plan(find_sources([str(tmp_path)]), reading, 10**9)
+    reader = DocumentReader(reading, "text", None, 0.6)
+    with pytest.raises(InputError, match="20,000 of 20,000 lines read are bad"):
+        list(reader.documents(parts[0]))
+
+
+def test_of_large_inputs_parts_are_read_spread_over_the_whole(tmp_path: Path) -> None:
     records = [{"text": f"{number:06}" + "x" * 81} for number in range(2000)]  # 100 bytes a line
-    path = write_jsonl(tmp_path / "c.jsonl", records)
-    parts = plan([path], 20_000)
+    write_jsonl(tmp_path / "c.jsonl", records)
+    reading = reading_of(1000)
+    parts = plan(find_sources([str(tmp_path)]), reading, 20_000)
     assert [part.fraction for part in parts] == [0.1] * 20
-    found = [int(text[:6]) for part in parts for _, text in read_documents(part, "text", None)]
+    found = [int(text[:6]) for text in read_texts(parts, reading)]
     assert len(found) == 200
     assert set(Counter(number // 200 for number in found).values()) == {20}
 
 
 def test_of_many_compressed_files_some_are_read_whole(tmp_path: Path) -> None:
-    paths = [
+    for number in range(20):
         write_jsonl(tmp_path / f"{number:02}.jsonl.gz", [{"text": str(number)}] * 50)
-        for number in range(20)
-    ]
-    total = sum(map(spread_reading.volume, paths))
-    assert [part.path for part in plan(paths, total)] == paths
-    some = plan(paths, total // 5)
-    assert [(part.end, part.fraction) for part in some] == [(None, 0.2)] * 4
-    places = [paths.index(part.path) for part in some]
-    assert [after - before for before, after in itertools.pairwise(places)] == [5] * 3
-    assert len(plan(paths, 1)) == 1
+    sources = find_sources([str(tmp_path)])
+    reading = how_to_read(["text"], 0)
+    total = sum(map(volume, sources))
+    assert [part.task.source for part in plan(sources, reading, total)] == sources
+    some = plan(sources, reading, total // 5)
+    assert [(part.task.number, part.fraction) for part in some] == [(-1, 0.2)] * 4
+    places = [sources.index(part.task.source) for part in some]
+    assert places == [2, 7, 12, 17]
+    assert len(plan(sources, reading, 1)) == 1
 
 
-def test_reading_stops_short_of_a_large_domain_and_not_of_a_small_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spread_reading, "_WINDOW_BYTES", 10_000)
-    big = write_jsonl(tmp_path / "big.jsonl", [{"text": "abc " * 250}] * 1500)
-    small = write_jsonl(tmp_path / "small.jsonl", [{"text": "xyz " * 250}] * 40)
-    parts = plan_reading([big, small], None, {}, 20_000)
-    read = {path: [part for part in parts if part.path == path] for path in (big, small)}
-    assert read[small] == [Part(small, 0, None, 1.0)]
-    assert 100_000 < sum(10_000 for _ in read[big]) < 400_000
-    kept = draw_sample(parts, "text", None, {}, 20_000).kept()
-    assert kept["big"] == pytest.approx(10_000, abs=1100)
-    assert kept["small"] == pytest.approx(10_000, abs=1100)
+def test_row_groups_of_parquet_are_entered_anywhere(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"{number:06}" for number in range(2000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=100)
+    sources = find_sources([str(tmp_path)])
+    reading = reading_of(1)
+    parts = plan(sources, reading, sources[0].size // 4)
+    assert [part.fraction for part in parts] == [0.2] * 4
+    assert len(read_texts(parts, reading)) == 400
+
+
+def test_reading_stops_short_of_a_large_domain_and_not_of_a_small_one(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "big.jsonl", [{"text": "abc " * 250}] * 1500)
+    write_jsonl(tmp_path / "small.jsonl", [{"text": "xyz " * 250}] * 40)
+    sources = find_sources([str(tmp_path)])
+    reading = reading_of(10_000)
+    parts = plan_reading(sources, reading, lambda source: source.name, {}, 20_000)
+    read = {source.name: 0 for source in sources}
+    for part in parts:
+        read[part.task.source.name] += 10_000
+    assert read["small.jsonl"] >= sources[1].size
+    assert 100_000 < read["big.jsonl"] < 400_000
+    reader = DocumentReader(reading, "text", None, 0)
+    kept = draw_sample(parts, reader, lambda source: source.name, {}, 20_000).kept()
+    assert kept["big.jsonl"] == pytest.approx(10_000, abs=1100)
+    assert kept["small.jsonl"] == pytest.approx(10_000, abs=1100)

@@ -1,4 +1,5 @@
 import argparse
+import gzip
 import hashlib
 import json
 import re
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
 from megatron_rw.data.sentencepiece_training import EOD_ID, PAD_ID
-from megatron_rw.data.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizer import TokenizerFlags, build_core_tokenizer
 from megatron_rw.data.train_tokenizer import padded_vocab_size
 from tests.data.conftest import make_texts, write_jsonl
 
@@ -51,10 +54,10 @@ def test_no_text_makes_a_special_token(model: str, text: str) -> None:
 
 
 def test_megatron_sees_the_special_tokens(model: str) -> None:
-    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
+    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     assert tokenizer.vocab_size == 400
     assert tokenizer.eod == EOD_ID == 2
-    assert tokenizer.pad == PAD_ID == 3  # type: ignore[attr-defined]
+    assert tokenizer.pad == PAD_ID == 3
     assert tokenizer.tokenize("\n\t") == [4 + ord("\n"), 4 + ord("\t")]
 
 
@@ -73,7 +76,7 @@ def test_megatron_keeps_the_loss_on_the_end_of_document(model: str, tmp_path: Pa
         sequence_length=16,
         split="1,0,0",
         path_to_cache=str(tmp_path),
-        tokenizer=load_tokenizer("SentencePieceTokenizer", model),
+        tokenizer=build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model)),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -193,12 +196,13 @@ def test_a_special_token_is_one_id_wherever_it_stands(
         "--input", corpus, "--output-prefix", tmp_path / "t", "--vocab-size", 340,
         "--model-type", model_type, "--special-tokens", *special,
     ) == 0  # fmt: skip
-    tokenizer = load_tokenizer("SentencePieceTokenizer", f"{tmp_path}/t.model")
+    model = f"{tmp_path}/t.model"
+    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     assert tokenizer.vocab_size == 340
     for id_, token in enumerate(special, start=4):
         assert tokenizer.tokenize(token) == [id_]
         assert tokenizer.tokenize(f"the{token}model {token}\n").count(id_) == 2
-    processor = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/t.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
     text = "<|im_start|>user\n  é a,b<|im_end|> <s>"
     assert processor.decode(processor.encode(text)) == text
     assert min(processor.encode("<unk><s></s><pad>")) >= 4
@@ -274,7 +278,7 @@ def test_a_vocabulary_takes_the_place_of_padding(
         ('{"text": "a b"}', ["--vocab-size", "9999"], "--vocab-size 9999 is too large"),
         ('{"text": "\\n\\t\\n"}', [], "--input: no text to train on"),
         ('{"text": ""}', [], "c.jsonl, line 1: field 'text' (--json-key) is empty"),
-        ('{"txt": "a b"}', [], "c.jsonl, line 1: no field 'text' (--json-key); the line has: txt"),
+        ('{"txt": "a b"}', [], "c.jsonl, line 1: no field 'text' (--json-key); it has: txt"),
     ],
 )
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -304,9 +308,53 @@ def test_a_missing_or_foreign_input_is_an_error(
 ) -> None:
     assert train("--input", tmp_path / "no.jsonl", "--output-prefix", tmp_path / "t") == 2
     assert "no.jsonl: no such file" in capsys.readouterr().err
-    (tmp_path / "c.parquet").write_text("x")
-    assert train("--input", tmp_path / "c.parquet", "--output-prefix", tmp_path / "t") == 2
-    assert "only .jsonl and .jsonl.gz are read" in capsys.readouterr().err
+    (tmp_path / "c.csv").write_text("x")
+    assert train("--input", tmp_path / "c.csv", "--output-prefix", tmp_path / "t") == 2
+    assert "c.csv: only .jsonl, .json, .txt" in capsys.readouterr().err
+
+
+def test_any_format_gives_the_same(tmp_path: Path) -> None:
+    texts = make_texts(200, 1)
+    for folder in ("lines", "rows", "plain"):
+        (tmp_path / folder / "d").mkdir(parents=True)
+    write_jsonl(tmp_path / "lines" / "d" / "c.jsonl.gz", [{"text": text} for text in texts])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "rows" / "d" / "c.parquet", row_group_size=7
+    )
+    for number, text in enumerate(texts):
+        (tmp_path / "plain" / "d" / f"{number:03}.txt").write_text(text)
+    models = set()
+    for folder in ("lines", "rows", "plain"):
+        flags = ("--vocab-size", 340, "--max-bytes", 20_000, "--domain-by", "directory")
+        prefix = tmp_path / folder / "t"
+        assert train("--input", tmp_path / folder / "d", "--output-prefix", prefix, *flags) == 0
+        models.add(Path(f"{prefix}.model").read_bytes())
+    assert len(models) == 1
+
+
+def test_standard_input_is_json_lines(tmp_path: Path, corpus: Path) -> None:
+    flags = ["--vocab-size", "340", "--domain-weights"]
+    script = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+    command = [sys.executable, str(script), "--input", "-", "--output-prefix", f"{tmp_path}/a"]
+    lines = gzip.decompress(corpus.read_bytes())
+    subprocess.run([*command, *flags, "stdin=1"], input=lines, check=True)
+    assert train("--input", corpus, "--output-prefix", tmp_path / "b", *flags, "c=1") == 0
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_a_few_bad_lines_are_left_out_and_told(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(gzip.decompress(corpus.read_bytes()) + b"no json\n")
+    flags = ["--output-prefix", tmp_path / "t", "--vocab-size", 340]
+    assert train("--input", path, *flags) == 2
+    assert "c.jsonl, line 201: Expecting value" in capfd.readouterr().err
+    assert train("--input", path, *flags, "--max-bad-fraction", 0.01) == 0
+    assert "left out 1 bad lines; the first is" in capfd.readouterr().err
+    without = Path(f"{tmp_path}/t.model").read_bytes()
+    assert train("--input", corpus, *flags) == 0
+    assert Path(f"{tmp_path}/t.model").read_bytes() == without
 
 
 @pytest.mark.parametrize("tool", ["train_tokenizer", "preprocess_data"])

@@ -1,0 +1,181 @@
+"""Finds documents that are exact copies of earlier ones, among more than memory holds.
+
+A document is known by a hash of 16 bytes: among 10^10 documents, two different ones share it with
+a probability of 10^-19. The hashes go to files by their first bits, so that copies meet in the same
+file, and each file is sorted on its own. What stays in memory is a bit per document (125 MB for
+10^9) and a bounded piece of one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+HASH_BYTES = 16
+# The order of the two halves is of no meaning, only that equal hashes have equal halves.
+_ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
+# Sorting takes the entries themselves, their two keys and an order of them.
+_BYTES_PER_SORTED_ENTRY = 3 * _ENTRY.itemsize
+
+
+def hash_documents(
+    tokens: NDArray[Any], lengths: NDArray[np.integer[Any]], key: bytes = b""
+) -> NDArray[np.uint8]:
+    """Hashes the bytes of each document's tokens.
+
+    Args:
+        tokens: [tokens] of the documents, one after the other.
+        lengths: [documents] tokens of each.
+        key: at most 64 bytes; another key gives other hashes.
+
+    Returns:
+        uint8 [documents, 16].
+    """
+    view = memoryview(np.ascontiguousarray(tokens).view(np.uint8))
+    ends = np.cumsum(lengths, dtype=np.int64) * tokens.itemsize
+    digests = bytearray()
+    start = 0
+    for end in ends.tolist():
+        digests += hashlib.blake2b(view[start:end], digest_size=HASH_BYTES, key=key).digest()
+        start = end
+    return np.frombuffer(digests, np.uint8).reshape(-1, HASH_BYTES)
+
+
+class Bitmap:
+    """A bit per document, all unset at first.
+
+    Args:
+        size: number of documents.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._bytes = np.zeros(-(-size // 8), np.uint8)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def set(self, positions: NDArray[np.int64]) -> None:
+        """Sets the bits at these positions."""
+        bits = np.left_shift(1, positions & 7).astype(np.uint8)
+        np.bitwise_or.at(self._bytes, positions >> 3, bits)
+
+    def count(self) -> int:
+        """How many are set."""
+        return int(np.bitwise_count(self._bytes).sum(dtype=np.int64))
+
+    def slice(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Those of the documents `start` up to `stop`, bool [stop - start]."""
+        first = start // 8
+        bits = np.unpackbits(self._bytes[first : -(-stop // 8)], bitorder="little")
+        return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
+
+
+class DuplicateFinder:
+    """Collects the hashes of documents and tells which are copies; a context manager.
+
+    It needs 24 bytes of disk per document until the context is left.
+
+    Args:
+        directory: where to put its files, which are its own; it exists.
+        buckets: number of files, at most 65,536. All of them are open at the same time.
+        memory_bytes: about how much to sort at a time.
+
+    Attributes:
+        total: number of documents added.
+    """
+
+    def __init__(self, directory: Path, buckets: int = 256, memory_bytes: int = 512 << 20) -> None:
+        self._buckets = buckets
+        self._sorted_entries = max(1, memory_bytes // _BYTES_PER_SORTED_ENTRY)
+        self._directory = directory
+        self._files: dict[int, BinaryIO] = {}
+        self.total = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Removes its files."""
+        for file in self._files.values():
+            file.close()
+            os.unlink(file.name)
+
+    def add(self, hashes: NDArray[np.uint8]) -> None:
+        """Adds the next documents, in the order in which the first of several copies is kept.
+
+        Args:
+            hashes: uint8 [documents, 16], as `hash_documents` returns.
+        """
+        halves = np.ascontiguousarray(hashes).view("<u8")
+        entries = np.empty(len(hashes), _ENTRY)
+        entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
+        entries["position"] = np.arange(self.total, self.total + len(hashes))
+        buckets = (entries["high"] >> np.uint64(48)) * np.uint64(self._buckets) >> np.uint64(16)
+        order = np.argsort(buckets, kind="stable")  # within a bucket they stay in order
+        ends = np.searchsorted(buckets[order], np.arange(self._buckets), side="right")
+        entries = entries[order]
+        start = 0
+        for bucket, end in enumerate(ends.tolist()):
+            if end > start:
+                self._file(bucket).write(entries[start:end].tobytes())
+            start = end
+        self.total += len(hashes)
+
+    def duplicates(self) -> Bitmap:
+        """Finds the documents that have the hash of an earlier one; nothing is added afterwards.
+
+        Returns:
+            A bit per document, by its place in the order of `add`.
+        """
+        found = Bitmap(self.total)
+        for file in self._files.values():
+            file.close()
+            entries = os.path.getsize(file.name) // _ENTRY.itemsize
+            parts = -(-entries // self._sorted_entries)
+            for part in range(parts):
+                self._find(file.name, part, parts, found)
+        return found
+
+    def _file(self, bucket: int) -> BinaryIO:
+        if bucket not in self._files:
+            self._files[bucket] = (self._directory / f"hashes-{bucket:05}").open("wb")
+        return self._files[bucket]
+
+    def _find(self, path: str, part: int, parts: int, found: Bitmap) -> None:
+        """Finds the copies among one part of a bucket's hashes, by what is left on division."""
+        firsts = [np.empty(0, _ENTRY)]
+        for entries in _read(path, self._sorted_entries):
+            mine = entries[entries["low"] % np.uint64(parts) == part]
+            # Here already, so that a page that a crawl met a billion times takes no memory.
+            firsts.append(_without_copies(mine, found))
+        _without_copies(np.concatenate(firsts), found)
+
+
+def _read(path: str, count: int) -> Iterator[NDArray[Any]]:
+    with open(path, "rb") as file:
+        while block := file.read(count * _ENTRY.itemsize):
+            yield np.frombuffer(block, _ENTRY)
+
+
+def _without_copies(entries: NDArray[Any], found: Bitmap) -> NDArray[Any]:
+    """Sets the bits of all but the first of equal hashes; returns the firsts, in their order."""
+    high, low = entries["high"], entries["low"]
+    order = np.lexsort((low, high))  # stable: of equal ones, the earliest comes first
+    high, low = high[order], low[order]
+    copy = np.zeros(len(entries), np.bool_)
+    copy[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    found.set(entries["position"][copy])
+    return entries[~copy]

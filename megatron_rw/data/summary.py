@@ -1,0 +1,116 @@
+"""What preprocess_data says: how far it is, what is bad, and what it made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.parts import Counts, Rejects
+
+_SECONDS = 5.0
+
+
+class Progress:
+    """A line on stderr every few seconds.
+
+    Args:
+        total_bytes: of the inputs as stored, finished work included; 0 if nobody knows.
+        done_bytes: of finished work.
+    """
+
+    def __init__(self, total_bytes: int, done_bytes: int) -> None:
+        self._total_bytes = total_bytes
+        self._before = self._done_bytes = done_bytes
+        self._records = self._text_bytes = 0
+        self._started = self._reported = time.monotonic()
+
+    def add(self, stored_bytes: int, records: int, text_bytes: int) -> None:
+        """Counts a task that is done, and prints a line if it is time to."""
+        self._done_bytes += stored_bytes
+        self._records += records
+        self._text_bytes += text_bytes
+        now = time.monotonic()
+        if now - self._reported >= _SECONDS:
+            self._reported = now
+            say(self._line(now - self._started))
+
+    def _line(self, seconds: float) -> str:
+        megabytes = self._text_bytes / 1e6
+        line = (
+            f"{self._records:,} documents, {megabytes:,.1f} MB of text, "
+            f"{megabytes / seconds:.1f} MB/s"
+        )
+        if self._total_bytes and self._done_bytes > self._before:
+            left = self._total_bytes - self._done_bytes
+            remaining = seconds * left / (self._done_bytes - self._before)
+            share = min(1.0, self._done_bytes / self._total_bytes)
+            line += f", {share:.0%}, {duration(remaining)} left"
+        return line
+
+
+def check_bad_fraction(rejects: Rejects, records: int, allowed: float, where: str) -> None:
+    """Sees that not too many lines are rejected.
+
+    Args:
+        rejects: the rejected lines.
+        records: the number of lines that were taken, or may yet be.
+        allowed: `--max-bad-fraction`.
+        where: where all rejected lines are listed.
+
+    Raises:
+        InputError: there are too many; the message shows the first of each kind.
+    """
+    lines = rejects.total + records
+    if rejects.total <= allowed * lines:
+        return
+    worst = sorted(rejects.counts, key=lambda kind: -rejects.counts[kind])
+    examples = "".join(
+        f"\n  {rejects.counts[kind]:,} x {kind}; {path}, line {line}: {reason}"
+        for kind in worst
+        for path, line, reason in rejects.examples[kind][:1]
+    )
+    raise InputError(
+        f"{rejects.total:,} of {lines:,} lines are bad, more than --max-bad-fraction {allowed:g} "
+        f"allows; correct them, or allow more and repeat the call, which goes on from what is "
+        f"done. All of them are in {where}{examples}"
+    )
+
+
+def table(counts: Mapping[str, Counts], rejects: Rejects, duplicates: int, seconds: float) -> str:
+    """What was made, a line per domain and one for all; rejected lines by kind below."""
+    total = Counts()
+    for count in counts.values():
+        total.add(count)
+    width = max(len("domain"), *map(len, counts))
+    lines = [
+        f"{'domain':<{width}} {'documents':>12} {'tokens':>15} {'bytes/token':>11} {'share':>7}"
+    ]
+    for name, count in [*counts.items(), ("all", total)]:
+        lines.append(
+            f"{name:<{width}} {count.documents:>12,} {count.tokens:>15,} "
+            f"{count.text_bytes / count.tokens:>11.2f} {count.tokens / total.tokens:>7.1%}"
+        )
+    if rejects.total:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
+        lines.append(f"rejected: {rejects.total:,} lines ({kinds}), listed in rejects.jsonl")
+    if duplicates:
+        lines.append(f"duplicates left out: {duplicates:,}")
+    speed = total.text_bytes / 1e6 / seconds
+    lines.append(f"{total.text_bytes / 1e6:,.1f} MB in {duration(seconds)}, {speed:.1f} MB/s")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def say(message: str) -> None:
+    """Prints a line about the work itself."""
+    print(f"preprocess_data: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""Worker processes: as many as there are cores to run them on, gone when their parent is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from pathlib import Path
+
+from megatron_rw.data.command import InputError
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def available_cores() -> int:
+    """How many cores this process may keep busy: its affinity, or a container's quota if less."""
+    cores = len(os.sched_getaffinity(0))
+    if _QUOTA.is_file():
+        quota, period = _QUOTA.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def run_unordered[Task, Result](
+    function: Callable[[Task], Result], tasks: Iterator[Task], workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Runs a function over tasks in processes and yields what is done, whatever came first.
+
+    Only a few tasks more than there are workers are taken at a time.
+
+    Args:
+        function: what each worker has; it need not be picklable.
+        tasks: what it is called with; these are sent, so they are.
+        workers: number of processes; with one, none is started.
+
+    Raises:
+        InputError: a worker process was killed; what the function raises is passed on.
+    """
+    if workers == 1:
+        for task in tasks:
+            yield task, function(task)
+        return
+    # fork, because what the function holds and the seconds of importing torch are then shared; the
+    # pool starts all of its processes at the first submit, before it starts a thread.
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _start_worker, (function,)
+    )
+    running: dict[Future[Result], Task] = {}
+    try:
+        for task in tasks:
+            running[pool.submit(_call, task)] = task
+            if len(running) >= workers + 2 + workers // 4:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker process was killed, most likely for lack of memory; use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finished[Task, Result](running: dict[Future[Result], Task]) -> Iterator[tuple[Task, Result]]:
+    for future in wait(running, return_when=FIRST_COMPLETED).done:
+        yield running.pop(future), future.result()
+
+
+_function: Callable[..., object]
+
+
+def _start_worker(function: Callable[..., object]) -> None:
+    global _function
+    _function = function
+    # Ctrl-C reaches the whole process group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when the parent is gone, even by SIGKILL; the pool itself would hang."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _call(task: object) -> object:
+    return _function(task)

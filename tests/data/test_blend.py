@@ -1,0 +1,134 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.blend import blend_text, blend_weights
+from megatron_rw.data.command import InputError
+from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed import PairWriter
+from megatron_rw.data.output import check_output_dir, publish
+
+TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
+COUNTS = st.dictionaries(st.text("abc", min_size=1), st.integers(1, 10**13), min_size=1, max_size=6)
+
+
+def records(counts: dict[str, int]) -> dict[str, DomainRecord]:
+    return {
+        name: DomainRecord(f"{name}_text_document", count * 7 % 1000 + 1, count, 5)
+        for name, count in counts.items()
+    }
+
+
+@settings(deadline=None)
+@given(counts=COUNTS, temperature=st.floats(0.1, 1000) | st.just(math.inf))
+def test_weights_are_in_proportion_to_counts(counts: dict[str, int], temperature: float) -> None:
+    weights = blend_weights(records(counts), "tokens", temperature)
+    assert list(weights) == list(counts)
+    assert math.fsum(weights.values()) == pytest.approx(1)
+    largest = max(counts, key=lambda name: counts[name])
+    for name, count in counts.items():
+        ratio = (count / counts[largest]) ** (1 / temperature)
+        assert weights[name] / weights[largest] == pytest.approx(ratio, rel=1e-9)
+
+
+def test_documents_are_counted_on_request() -> None:
+    there = records({"a": 10, "b": 40})
+    assert blend_weights(there, "documents") == pytest.approx({"a": 71 / 352, "b": 281 / 352})
+
+
+def test_given_weights_are_normalized_in_the_order_of_the_domains() -> None:
+    weights = blend_weights(records({"a": 1, "b": 1}), given={"b": 3, "a": 1})
+    assert list(weights.items()) == [("a", 0.25), ("b", 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": 1, "b": 1, "wki": 1}, "given for 'wki', which is no domain; the domains are a, b"),
+        ({"a": 1}, "no weight is given for the domain 'b'"),
+        ({"a": 1, "b": 0}, "the domain 'b' is given the weight 0; give one above 0"),
+        ({"a": 1, "b": math.nan}, "the domain 'b' is given the weight nan"),
+        ({"a": math.inf, "b": 1}, "the domain 'a' is given the weight inf"),
+    ],
+)
+def test_a_bad_weight_is_named(given: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        blend_weights(records({"a": 1, "b": 1}), given=given)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, math.nan])
+def test_a_temperature_is_above_0(temperature: float) -> None:
+    with pytest.raises(InputError, match="the temperature of the blend is"):
+        blend_weights(records({"a": 1}), temperature=temperature)
+
+
+def test_a_weight_too_small_for_a_float_is_an_error() -> None:
+    with pytest.raises(InputError, match="leaves the domain 'b' a weight of 0; give a higher one"):
+        blend_weights(records({"a": 10**9, "b": 1}), temperature=0.01)
+
+
+def test_nothing_to_count_is_an_error() -> None:
+    with pytest.raises(InputError, match="the domain 'b' has no tokens to weigh it by"):
+        blend_weights(records({"a": 1, "b": 0}))
+
+
+def test_a_blend_is_weights_and_paths() -> None:
+    text = blend_text({"a": 1 / 3, "b": 2 / 3}, {"a": Path("/d/a_x"), "b": Path("/d/b_x")})
+    assert text == "0.333333 /d/a_x\n0.666667 /d/b_x\n"
+
+
+def put(output_dir: Path, scratch: Path, names: str, tokenizer: TokenizerRecord | None) -> None:
+    scratch.mkdir()
+    for name in names:
+        with PairWriter(scratch / f"{name}_text_document", np.uint16) as writer:
+            writer.write_tokens(np.array([len(names)], np.uint16))
+            writer.add_documents(np.array([1]))
+            writer.finalize()
+    there = records(dict.fromkeys(names, 1))
+    publish(scratch, output_dir, there, blend_weights(there), tokenizer)
+
+
+def test_finished_datasets_replace_those_that_were_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").touch()
+    for turn, names in enumerate(("abc", "bd")):
+        assert check_output_dir(out, overwrite=turn > 0) == out
+        put(out, tmp_path / str(turn), names, TOKENIZER)
+        assert sorted(path.name for path in out.iterdir()) == sorted(
+            ["blend.txt", "domains.json", "mine.txt"]
+            + [f"{name}_text_document.{kind}" for name in names for kind in ("bin", "idx")]
+        )
+        loaded = DomainsFile.load(out / "domains.json")
+        assert loaded == DomainsFile(TOKENIZER, records(dict.fromkeys(names, 1)))
+        assert (out / "b_text_document.bin").read_bytes() == bytes([len(names), 0])
+        assert list(tmp_path.joinpath(str(turn)).iterdir()) == []
+    assert (
+        out / "blend.txt"
+    ).read_text() == f"0.5 {out}/b_text_document\n0.5 {out}/d_text_document\n"
+
+
+def test_without_a_tokenizer_there_is_no_domains_file(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    put(tmp_path / "out", tmp_path / "0", "a", None)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a_text_document.bin", "a_text_document.idx", "blend.txt",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"holds datasets already \(blend\.txt\); give another"):
+        check_output_dir(tmp_path / "out", overwrite=False)
+
+
+def test_a_broken_domains_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "domains.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        put(tmp_path, tmp_path / "0", "a", TOKENIZER)
+    assert (tmp_path / "domains.json").read_text() == "{"
+
+
+def test_a_path_with_white_space_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Megatron splits blend\.txt at white space"):
+        check_output_dir(tmp_path / "a b", overwrite=True)

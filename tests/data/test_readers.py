@@ -1,0 +1,259 @@
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backports import zstd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.chunks import Reading, tasks
+from megatron_rw.data.command import InputError
+from megatron_rw.data.readers import documents, read
+from megatron_rw.data.records import BYTE_ORDER_MARK, Raw
+from megatron_rw.data.sources import Source, find_sources
+
+# Lines short and long, blank, and with whatever ends one.
+LINES = st.lists(
+    st.one_of(
+        st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"x")),
+        st.sampled_from([b"", b"  ", b"\r", b"a" * 30, b"b" * 31, b"c" * 32, b"d" * 200]),
+    ),
+    max_size=14,
+)
+LIMIT = 30
+ANY_FILE = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def reading(chunk_bytes: int = 1 << 20, limit: int = LIMIT, **changes: Any) -> Reading:
+    usual: dict[str, Any] = {"columns": ("text",), "whole_files": False}
+    return Reading(chunk_bytes=chunk_bytes, max_line_bytes=limit, **{**usual, **changes})
+
+
+def write(path: Path, content: bytes) -> Source:
+    if path.suffix == ".gz":
+        content = gzip.compress(content[: len(content) // 2]) + gzip.compress(
+            content[len(content) // 2 :]
+        )
+    if path.suffix == ".zst":
+        content = zstd.compress(content)
+    path.write_bytes(content)
+    return find_sources([str(path)])[0]
+
+
+def expected(content: bytes) -> list[Raw]:
+    """What a file of lines holds, in the plainest way."""
+    raws = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        bare = line.rstrip(b"\r")
+        if len(bare) > LIMIT:
+            raws.append((number, bare[:LIMIT], True))
+            continue
+        if number == 1:
+            bare = bare.removeprefix(BYTE_ORDER_MARK)
+        if bare.strip():
+            raws.append((number, bare, False))
+    return raws
+
+
+def seen(raws: Iterable[Raw]) -> list[Any]:
+    return [
+        (raw.line, raw.content[:LIMIT] if isinstance(raw.content, bytes) else None, raw.size > 0)
+        for raw in raws
+    ]
+
+
+@ANY_FILE
+@given(
+    lines=LINES,
+    ended=st.booleans(),
+    mark=st.booleans(),
+    suffix=st.sampled_from([".jsonl", ".txt", ".jsonl.gz", ".jsonl.zst"]),
+    chunk_bytes=st.integers(1, 90),
+    workers=st.sampled_from([1, 4]),
+)
+def test_chunks_hold_every_line_once(
+    tmp_path: Path,
+    lines: list[bytes],
+    ended: bool,
+    mark: bool,
+    suffix: str,
+    chunk_bytes: int,
+    workers: int,
+) -> None:
+    content = (BYTE_ORDER_MARK if mark else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
+    source = write(tmp_path / f"in{suffix}", content)
+    how = reading(chunk_bytes)
+    work = sorted(tasks([source], how, workers, lambda _: frozenset()), key=lambda t: t.number)
+    found = []
+    before, last = 0, []
+    for task in work:
+        for number, chunk in enumerate(read(task, how), start=max(0, task.number)):
+            assert chunk.number == number
+            found += [(before + line, *rest) for line, *rest in seen(chunk.documents)]
+            before += chunk.lines
+            last.append(chunk.last)
+    assert found == expected(content)
+    assert last == [False] * (len(last) - 1) + [True]
+    assert seen(documents(source, how)) == found
+
+
+@ANY_FILE
+@given(
+    lines=LINES,
+    chunk_bytes=st.integers(1, 90),
+    suffix=st.sampled_from([".jsonl", ".jsonl.gz"]),
+    workers=st.sampled_from([1, 4]),
+    finished=st.sets(st.integers(0, 8)),
+)
+def test_what_is_finished_is_not_handed_out_again(
+    tmp_path: Path,
+    lines: list[bytes],
+    chunk_bytes: int,
+    suffix: str,
+    workers: int,
+    finished: set[int],
+) -> None:
+    source = write(tmp_path / f"in{suffix}", b"\n".join(lines))
+    work = list(tasks([source], reading(chunk_bytes), workers, lambda _: frozenset(finished)))
+    for task in work:
+        assert (
+            task.finished == finished
+            if task.number < 0
+            else task.number not in finished or (task.last)
+        )
+    assert list(tasks([source], reading(chunk_bytes), workers, lambda _: None)) == []
+
+
+def test_a_file_is_one_document_or_a_document_a_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.txt", BYTE_ORDER_MARK + b"one\r\n\ntwo\n")
+    assert [raw.content for raw in documents(source, reading())] == [b"one", b"two"]
+    whole = reading(whole_files=True)
+    assert [raw.content for raw in documents(source, whole)] == [b"one\r\n\ntwo\n"]
+    long = write(tmp_path / "long.txt.gz", b"one\n" * 20)
+    assert [raw.size for raw in documents(long, whole)] == [80]
+    assert list(documents(write(tmp_path / "blank.txt", b" \n\n"), whole)) == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@ANY_FILE
+@given(
+    elements=st.lists(
+        st.dictionaries(st.sampled_from(["text", "a"]), JSON, min_size=1)
+        | st.integers()
+        | st.just({}),
+        max_size=8,
+    ),
+    array=st.booleans(),
+    indent=st.sampled_from([None, 2]),
+    chunk_bytes=st.integers(1, 20),
+)
+def test_json_is_an_array_or_a_sequence(
+    tmp_path: Path, elements: list[Any], array: bool, indent: int | None, chunk_bytes: int
+) -> None:
+    texts = [json.dumps(element, indent=indent) for element in elements]
+    content = f"[{','.join(texts)}]" if array else "\n".join(texts)
+    source = write(tmp_path / "in.json", content.encode())
+    found = list(documents(source, reading(chunk_bytes, limit=1 << 20)))
+    assert [raw.line for raw in found] == list(range(1, len(elements) + 1))
+    for raw, element in zip(found, elements, strict=True):
+        content_ = raw.content if isinstance(raw.content, dict) else json.loads(raw.content)
+        assert content_ == element
+
+
+def test_a_json_element_is_not_held_whatever_its_size(tmp_path: Path) -> None:
+    content = json.dumps([{"text": "a"}, {"text": "b" * 400_000}]).encode()
+    source = write(tmp_path / "in.json.gz", content)
+    message = "element 2 is longer than --max-line-bytes 1000; split the document"
+    found = documents(source, reading(limit=1000))
+    assert next(found).content == {"text": "a"}
+    with pytest.raises(InputError, match=message):
+        next(found)
+
+
+@ANY_FILE
+@given(
+    texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20) | st.none(), max_size=20),
+    row_group=st.integers(1, 7),
+    chunk_bytes=st.integers(1, 400),
+)
+def test_parquet_rows_are_documents(
+    tmp_path: Path, texts: list[str | None], row_group: int, chunk_bytes: int
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "in.parquet"
+    table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+    pq.write_table(table, path, row_group_size=row_group)
+    found = list(documents(find_sources([str(path)])[0], reading(chunk_bytes)))
+    assert [(raw.line, raw.content) for raw in found] == [
+        (row, {"text": text}) for row, text in enumerate(texts, start=1)
+    ]
+
+
+def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
+    source = find_sources([str(tmp_path / "in.parquet")])[0]
+    with pytest.raises(InputError, match=r"in\.parquet: no column 'text'; it has: body"):
+        list(documents(source, reading()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}\n" * 9999)[:-12],
+            r"damaged gzip data after line \d+ \(C",
+        ),
+        ("a.jsonl.gz", b"{}\n", r"damaged gzip data after line 0 \(Not a gzipped file"),
+        ("a.jsonl.zst", zstd.compress(b"{}\n" * 9999)[:-5], r"damaged zstd data after line \d+ \("),
+        ("a.jsonl.zst", b"{}\n", r"damaged zstd data after line 0 \("),
+        ("a.json", b'[{"text": "a"}, {"te', r"damaged json data after line 1 \("),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"damaged json data after line 1 \("),
+        ("a.json", b'{"text": "\xff"}', r"damaged json data after line 0 \("),
+        ("a.parquet", b"PAR1 no", r"damaged parquet data after line 0 \("),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        list(documents(find_sources([str(path)])[0], reading()))
+    assert str(error.value).startswith(f"{path}: ")
+
+
+@settings(ANY_FILE, max_examples=200)
+@given(
+    content=st.binary(max_size=300),
+    name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.txt"]),
+    head=st.sampled_from(
+        [b"", gzip.compress(b"{}\n")[:14], zstd.compress(b"{}")[:6], b"PAR1", b"["]
+    ),
+    whole=st.booleans(),
+)
+def test_random_bytes_are_read_or_refused(
+    tmp_path: Path, content: bytes, name: str, head: bytes, whole: bool
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(head + content)
+    try:
+        found = list(documents(find_sources([str(path)])[0], reading(20, whole_files=whole)))
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ")  # noqa: PT017
+    else:
+        assert all(raw.line > 0 for raw in found)
