@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.data import blend, domains
+from megatron_rw.data import domains
+from megatron_rw.data.blend import blend_weights
 from megatron_rw.data.chunks import Reading, chunk_size, tasks
 from megatron_rw.data.command import InputError, exit_status
 from megatron_rw.data.encoding import Encoder, Encoding, check_domain
 from megatron_rw.data.joining import REJECTS_FILE, Joined, dataset_name, join, write_rejects
+from megatron_rw.data.output import check_output_dir, publish
 from megatron_rw.data.parts import Rejects, Store
 from megatron_rw.data.preprocess_flags import parse
 from megatron_rw.data.sentences import sentence_splitter
@@ -54,16 +56,20 @@ def _run(args: argparse.Namespace) -> None:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
     started = time.monotonic()
     sources = shard_of(find_sources(args.input), args.shard)
-    output_dir = _check_output_dir(args.output_dir, args.overwrite)
+    output_dir = check_output_dir(args.output_dir, args.overwrite)
+    if len(args.json_keys) > 1:
+        for key in args.json_keys:
+            check_output_dir(args.output_dir / key, args.overwrite)
     reading, encoding = _plan(args, sources, output_dir)
     flags = tokenizer_flags(args)
     tokenizer = load_tokenizer(flags)
     if args.append_eod:
-        encoding = dataclasses.replace(encoding, eod=end_of_document_id(tokenizer, flags.model))
+        eod = end_of_document_id(tokenizer, flags.model or flags.type)
+        encoding = dataclasses.replace(encoding, eod=eod)
     record = domains.TokenizerRecord(
         type=flags.type,
-        model=flags.model,
-        sha256=fingerprint(flags.model),
+        model=flags.model or "",
+        sha256=fingerprint(flags.model) if flags.model else "",
         vocab_size=tokenizer.vocab_size,
     )
     settings = _settings(args, reading, record)
@@ -95,8 +101,7 @@ def _plan(
                 "of --json-keys, or convert it to .jsonl"
             )
     if args.domain_key is None:
-        for source in sources:
-            _domain_of(source, args)
+        _check_given_weights({_domain_of(source, args) for source in sources}, args)
     reading = Reading(
         chunk_bytes=earlier_chunk_bytes(output_dir) or chunk_size(sources),
         max_line_bytes=args.max_line_bytes,
@@ -126,6 +131,16 @@ def _domain_of(source: Source, args: argparse.Namespace) -> str:
     return check_domain(name, f"{source.path}: rename it, or give --domain-by or --domain")
 
 
+def _check_given_weights(names: set[str], args: argparse.Namespace) -> None:
+    """Refuses now what would be refused when all is tokenized."""
+    given = dict(args.blend_weights or ())
+    if given and given.keys() != names:
+        raise InputError(
+            f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
+            f"{', '.join(sorted(names))}; give each of them one"
+        )
+
+
 def _settings(
     args: argparse.Namespace, reading: Reading, record: domains.TokenizerRecord
 ) -> dict[str, Any]:
@@ -152,23 +167,6 @@ def _settings(
             )
         },
     }
-
-
-def _check_output_dir(output_dir: Path, overwrite: bool) -> Path:
-    """Returns the absolute output directory, if datasets may be put there."""
-    absolute = output_dir.absolute()
-    if any(character.isspace() for character in str(absolute)):
-        raise InputError(
-            f"--output-dir {absolute}: Megatron splits {blend.FILE_NAME} at white space; "
-            "give a path without any"
-        )
-    held = [absolute / domains.FILE_NAME, *absolute.glob(f"*/{domains.FILE_NAME}")]
-    if any(path.exists() for path in held) and not overwrite:
-        raise InputError(
-            f"--output-dir {output_dir}: holds datasets already; give another directory, or "
-            "--overwrite to replace them"
-        )
-    return absolute
 
 
 def _encode(
@@ -253,9 +251,9 @@ def _join(
             for (of_key, domain), counts in joined.counts.items()
             if of_key == key
         }
-        weights = blend.blend_weights(records, args.blend_by, args.blend_temperature, given)
+        weights = blend_weights(records, args.blend_by, args.blend_temperature, given)
         output.mkdir(exist_ok=True)
-        blend.publish(directory, output, domains.DomainsFile(record, records), weights)
+        publish(directory, output, records, weights, record)
     return joined
 
 

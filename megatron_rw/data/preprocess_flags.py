@@ -40,10 +40,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--split-sentences and --max-document-tokens cannot be combined")
     if len(set(args.json_keys)) < len(args.json_keys):
         parser.error("--json-keys: a field is given twice")
-    if args.blend_by == "given" and not args.blend_weights:
-        parser.error("--blend-by given needs --blend-weights")
-    if args.blend_weights:
-        args.blend_by = "given"
     return args
 
 
@@ -146,7 +142,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--blend-by",
-        choices=["tokens", "documents", "given"],
+        choices=["tokens", "documents"],
         default="tokens",
         help="what weights of domains in blend.txt are in proportion to (tokens)",
     )
@@ -162,7 +158,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         type=_weight,
         metavar="DOMAIN=W",
-        help="give the weight of every domain",
+        help="instead, the weight of every domain",
     )
     group.add_argument(
         "--workers",

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 from megatron_rw.data.command import InputError
 
@@ -72,10 +73,10 @@ def _finished[Task, Result](running: dict[Future[Result], Task]) -> Iterator[tup
         yield running.pop(future), future.result()
 
 
-_function: Callable[..., object]
+_function: Callable[..., Any]
 
 
-def _start_worker(function: Callable[..., object]) -> None:
+def _start_worker(function: Callable[..., Any]) -> None:
     global _function
     _function = function
     # Ctrl-C reaches the whole process group; the parent alone answers it.
@@ -91,5 +92,5 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _call(task: object) -> object:
+def _call(task: Any) -> Any:
     return _function(task)

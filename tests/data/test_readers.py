@@ -45,7 +45,7 @@ def write(path: Path, content: bytes) -> Source:
     return find_sources([str(path)])[0]
 
 
-def expected(content: bytes) -> list[Raw]:
+def expected(content: bytes) -> list[tuple[int, bytes, bool]]:
     """What a file of lines holds, in the plainest way."""
     raws = []
     for number, line in enumerate(content.split(b"\n"), start=1):
