@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         table(
             {domain: joined.counts[name] for name, domain in names.items()},
             joined.rejects,
-            sum(joined.duplicates.values()),
+            joined.duplicates,
             time.monotonic() - started,
         )
     )
