@@ -1,45 +1,53 @@
-"""Trains a SentencePiece tokenizer on JSON-lines text.
+"""Trains a SentencePiece tokenizer on text, sampled evenly or by weight over domains.
 
-The model keeps every character: no Unicode normalisation, no folding of white space, no dummy
-prefix, and bytes for characters outside the vocabulary, so that code decodes to itself. The one
-exception is U+2581, SentencePiece's own mark for the space: it decodes to a space.
-
-Newlines, tabs and other control characters are byte tokens and never part of a longer piece: the
-text is trained line by line, and SentencePiece reserves the tab.
-
-Token ids: 0 `<unk>`, 1 `<s>`, 2 `</s>` (Megatron's end of document), 3 `<pad>`, 4-259 the bytes,
-then the learnt pieces. Padding has an id of its own because core's GPTDataset takes the loss off
-every label that equals it; were it the end of document, documents would never learn to end. These
-four are control symbols: no text encodes to them.
+The same inputs and flags give the same bytes. Memory is bounded by `--max-bytes`, and so is what
+is read (`spread_reading`). What the model keeps of a text, and its fixed token ids, stand in
+`sentencepiece_training`.
 """
 
 import argparse
-import io
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_rw.data.command import InputError, exit_status
-from megatron_rw.data.jsonl import check_inputs, read_texts
+from megatron_rw.data.command import exit_status
+from megatron_rw.data.domain_sampling import (
+    READ_PER_KEPT,
+    draw_sample,
+    parse_weights,
+    plan_reading,
+)
+from megatron_rw.data.sentencepiece_training import (
+    check_special_tokens,
+    train,
+    vocabulary_listing,
+)
+from megatron_rw.data.sources import READS, STANDARD_INPUT, Source, find_sources
+from megatron_rw.data.spread_reading import DocumentReader, how_to_read
 
-UNK_ID, BOS_ID, EOD_ID, PAD_ID = range(4)
-
-# Characters that no piece may hold: line ends and other control characters, which the .vocab file
-# could not show; the tab and U+2585, for which SentencePiece would drop the whole line; U+2581, its
-# mark for the space.
-_NOT_IN_PIECES = re.compile("[\x00-\x1f\u2581\u2585]+")
-# SentencePiece drops lines of more than 4192 bytes; 1000 characters are never more than 4000.
-_MAX_CHARACTERS = 1000
+_LEAST_BYTES = 10_000
+_DIVISIBLE_BY = 128  # Megatron's default
 
 _EXAMPLE = """\
 example:
   python tools/train_tokenizer.py --input corpus/*.jsonl.gz --output-prefix tokenizer/bpe8k \\
-      --vocab-size 8192
+      --vocab-size 8192 --domain-key domain --domain-weights wiki=0.5 code=0.3 math=0.2 \\
+      --special-tokens '<|im_start|>' '<|im_end|>'
   writes tokenizer/bpe8k.model, for --tokenizer-type SentencePieceTokenizer
   --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
 """
+
+
+def _domain_by_file(source: Source) -> str:
+    return "stdin" if source.path == STANDARD_INPUT else source.name.split(".")[0]
+
+
+def _domain_by_directory(source: Source) -> str:
+    return "stdin" if source.path == STANDARD_INPUT else source.folder
+
+
+_DOMAIN_BY = {"file": _domain_by_file, "directory": _domain_by_directory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train_tokenizer.py",
-        description="Train a SentencePiece tokenizer on JSON-lines text. The same inputs and "
+        description="Train a SentencePiece tokenizer on text. The same inputs and "
         "flags give the same bytes.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,13 +67,24 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         nargs="+",
-        type=Path,
         required=True,
-        metavar="FILE",
-        help=".jsonl or .jsonl.gz files",
+        metavar="PATH",
+        help="files, directories, patterns, URLs that fsspec opens, or - for JSON lines on "
+        f"standard input; {READS} are read",
     )
     parser.add_argument(
-        "--json-key", default="text", metavar="KEY", help="field that holds the text (text)"
+        "--json-key",
+        default="text",
+        metavar="KEY",
+        help="field or column that holds the text (text)",
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.001,
+        metavar="F",
+        help="end with an error if more than this share of the lines read are no documents "
+        "(0.001); those that are not are left out",
     )
     parser.add_argument(
         "--output-prefix",
@@ -73,20 +92,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PREFIX",
         help="writes PREFIX.model and PREFIX.vocab, replacing what is there",
     )
-    parser.add_argument(
-        "--vocab-size", type=int, default=32000, metavar="N", help="number of token ids (32000)"
-    )
-    parser.add_argument(
-        "--model-type", choices=["bpe", "unigram"], default="bpe", help="algorithm (bpe)"
-    )
-    parser.add_argument(
-        "--max-bytes",
-        type=int,
-        default=500_000_000,
-        metavar="N",
-        help="UTF-8 bytes of text to train on (500000000); if the inputs hold more, each gives "
-        "the same amount, spread over its whole length, and one too small for that gives all",
-    )
+    _add_sample_flags(parser)
+    _add_vocabulary_flags(parser)
     parser.add_argument(
         "--threads",
         type=int,
@@ -96,145 +103,157 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "the machine",
     )
     args = parser.parse_args(argv)
-    for flag in ("vocab_size", "max_bytes", "threads"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    for flag, least in {
+        "vocab_size": 1,
+        "max_bytes": _LEAST_BYTES,
+        "threads": 1,
+        "make_vocab_size_divisible_by": 1,
+        "tensor_model_parallel_size": 1,
+    }.items():
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    if not 0 <= args.max_bad_fraction <= 1:
+        parser.error("--max-bad-fraction must be from 0 to 1")
     return args
+
+
+def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sample")
+    group.add_argument(
+        "--max-bytes",
+        type=int,
+        default=500_000_000,
+        metavar="N",
+        help="UTF-8 bytes of text to train on (500000000), spread over the whole of the inputs; "
+        f"about {READ_PER_KEPT} times as much is read at most, except of a compressed file, "
+        "which is read to its end",
+    )
+    domain = group.add_mutually_exclusive_group()
+    domain.add_argument(
+        "--domain-key", metavar="KEY", help="field or column that holds the document's domain"
+    )
+    domain.add_argument(
+        "--domain-by",
+        choices=list(_DOMAIN_BY),
+        default="file",
+        help="without --domain-key, the domain is the file's name up to the first dot (file), or "
+        "the name of the directory that it is in",
+    )
+    shares = group.add_mutually_exclusive_group()
+    shares.add_argument(
+        "--sample",
+        choices=["even", "proportional"],
+        default="even",
+        help="the same amount of each domain (even), or of each its share of the inputs",
+    )
+    shares.add_argument(
+        "--domain-weights",
+        nargs="+",
+        metavar="DOMAIN=WEIGHT",
+        help="or by weight; they need not add up to one, every domain must have one, and 0 leaves "
+        "it out. Of a domain with less than its share all is taken, and the others share the rest",
+    )
+
+
+def _add_vocabulary_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("vocabulary")
+    group.add_argument(
+        "--vocab-size", type=int, default=32000, metavar="N", help="number of token ids (32000)"
+    )
+    group.add_argument(
+        "--model-type", choices=["bpe", "unigram"], default="bpe", help="algorithm (bpe)"
+    )
+    group.add_argument(
+        "--special-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="each is one id, from 4 on, wherever it stands in a text, as the marks of a chat "
+        "template must be; clean them out of text in which they should mean nothing",
+    )
+    group.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        metavar="N",
+        help="round --vocab-size up to what Megatron pads it to for this anyway, so that pieces "
+        "take the place of padding",
+    )
+    group.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help=f"the same, with Megatron's flag of this name (its default: {_DIVISIBLE_BY})",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    check_inputs(args.input)
+    check_special_tokens(args.special_tokens)
+    weights = None if args.sample == "proportional" else parse_weights(args.domain_weights or [])
+    vocab_size = _vocab_size(args)
+    sources = find_sources(args.input)
+    columns = [args.json_key, *([args.domain_key] if args.domain_key else [])]
+    reading = how_to_read(columns, READ_PER_KEPT * args.max_bytes)
+    domain_of = None if args.domain_key else _DOMAIN_BY[args.domain_by]
+    parts = plan_reading(sources, reading, domain_of, weights, args.max_bytes)
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
 
-    sizes = [sum(map(_size, _sentences(path, args.json_key))) for path in args.input]
-    budgets = even_budgets(sizes, args.max_bytes)
-    _say(
-        f"training {args.model_type}, {args.vocab_size} pieces, on {sum(budgets) / 1e6:.1f} MB "
-        f"of {sum(sizes) / 1e6:.1f} MB of text in {len(sizes)} files"
+    reader = DocumentReader(reading, args.json_key, args.domain_key, args.max_bad_fraction)
+    sample = draw_sample(parts, reader, domain_of, weights, args.max_bytes)
+    kept = sample.kept()
+    _report_sample(sample.seen, kept, all(part.fraction == 1 for part in parts))
+    if reader.bad:
+        _say(f"left out {reader.bad:,} bad lines; the first is {reader.first_bad}")
+    text_bytes = sum(kept.values())
+    _say(f"training {args.model_type}, {vocab_size} pieces, on {text_bytes / 1e6:.1f} MB of text")
+    model = train(
+        sample.take(), text_bytes, vocab_size, args.model_type, args.special_tokens, args.threads
     )
-    sample = (
-        sentence
-        for path, size, budget in zip(args.input, sizes, budgets, strict=True)
-        for sentence in spread_sample(_sentences(path, args.json_key), size, budget)
-    )
-    model = _train(sample, args.vocab_size, args.model_type, args.threads)
 
-    _write(Path(f"{prefix}.vocab"), _vocabulary_listing(model).encode())
+    _write(Path(f"{prefix}.vocab"), vocabulary_listing(model).encode())
     _write(Path(f"{prefix}.model"), model)
     _say(f"wrote {prefix}.model and {prefix}.vocab in {time.monotonic() - started:.1f} s")
+    _say(_padding(vocab_size, args))
 
 
-def even_budgets(sizes: Sequence[int], total: int) -> list[int]:
-    """Divides a budget over the inputs as evenly as their sizes allow.
-
-    Every input gets the same amount; one that is smaller gives all it has, and the others share
-    what it leaves.
-
-    Args:
-        sizes: What each input holds, in bytes.
-        total: What may be taken from all of them together, in bytes.
-
-    Returns:
-        What to take from each, at most its size.
-    """
-    budgets = [0] * len(sizes)
-    left = total
-    smallest_first = sorted(range(len(sizes)), key=sizes.__getitem__)
-    for rank, index in enumerate(smallest_first):
-        budgets[index] = min(sizes[index], left // (len(sizes) - rank))
-        left -= budgets[index]
-    return budgets
+def _vocab_size(args: argparse.Namespace) -> int:
+    if args.tensor_model_parallel_size is None and args.make_vocab_size_divisible_by is None:
+        return int(args.vocab_size)
+    return padded_vocab_size(args.vocab_size, *_multiples(args))
 
 
-def spread_sample(sentences: Iterator[str], size: int, budget: int) -> Iterator[str]:
-    """Takes about `budget` of `size` bytes, spread evenly over the whole, without chance.
-
-    A sentence is taken whenever the sample has fallen behind its share of what has gone by. Its
-    own length plays no part in that, so long ones are not avoided; the last may go over budget.
-
-    Args:
-        sentences: All sentences.
-        size: Their UTF-8 bytes together.
-        budget: Bytes to take, at most `size`.
-    """
-    seen = taken = 0
-    for sentence in sentences:
-        length = _size(sentence)
-        seen += length
-        if taken * size < budget * seen:
-            taken += length
-            yield sentence
-
-
-def _sentences(path: Path, key: str) -> Iterator[str]:
-    """Yields the pieces of text that SentencePiece is to see as lines."""
-    for text in read_texts([path], key):
-        for line in _NOT_IN_PIECES.split(text):
-            for start in range(0, len(line), _MAX_CHARACTERS):
-                yield line[start : start + _MAX_CHARACTERS]
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _train(sentences: Iterator[str], vocab_size: int, model_type: str, threads: int) -> bytes:
-    """Returns the bytes of the trained model."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences,
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            num_threads=threads,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            byte_fallback=True,
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOD_ID,
-            pad_id=PAD_ID,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise InputError(_explain(str(error), vocab_size)) from error
-    return model.getvalue()
-
-
-def _explain(message: str, vocab_size: int) -> str:
-    """Turns SentencePiece's message into one that names our flag and the remedy."""
-    if "!sentences_.empty()" in message:
-        return "--input: no text to train on"
-    if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"--vocab-size {vocab_size} is too small: the 260 fixed tokens and the characters "
-            f"of this text alone are {too_small[1]}; give more than that"
-        )
-    if too_large := re.search(r"size too high .*<= (\d+)", message):
-        return (
-            f"--vocab-size {vocab_size} is too large for so little text: give at most "
-            f"{too_large[1]}, or more text"
-        )
-    return f"SentencePiece could not train: {message}"
-
-
-def _vocabulary_listing(model: bytes) -> str:
-    """Returns SentencePiece's `.vocab` format: a line of piece, tab and score for each id."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return "".join(
-        f"{processor.id_to_piece(id_)}\t{processor.get_score(id_):g}\n"
-        for id_ in range(processor.get_piece_size())
+def _multiples(args: argparse.Namespace) -> tuple[int, int]:
+    return (
+        args.make_vocab_size_divisible_by or _DIVISIBLE_BY,
+        args.tensor_model_parallel_size or 1,
     )
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Returns the rows that Megatron gives the embedding of a vocabulary of this size."""
+    multiple = divisible_by * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def _padding(vocab_size: int, args: argparse.Namespace) -> str:
+    divisible_by, tensor_parallel = _multiples(args)
+    padded = padded_vocab_size(vocab_size, divisible_by, tensor_parallel)
+    return (
+        f"Megatron pads {vocab_size} token ids to {padded} at --make-vocab-size-divisible-by "
+        f"{divisible_by} --tensor-model-parallel-size {tensor_parallel}: "
+        f"{padded - vocab_size} rows unused"
+    )
+
+
+def _report_sample(seen: Mapping[str, int], kept: Mapping[str, int], everything: bool) -> None:
+    total = sum(kept.values())
+    scope = "all there is" if everything else "a part of the inputs"
+    _say(f"read {sum(seen.values()) / 1e6:.1f} MB of text, {scope}; of it are trained on")
+    for domain, size in kept.items():
+        every = ", all that was read" if size == seen[domain] else ""
+        _say(f"  {domain}: {size / 1e6:.1f} MB, {size / total:.1%}{every}")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rw.data import train_tokenizer
+from tests.data.conftest import make_texts, write_jsonl
 from tests.kernels import emulation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +117,33 @@ def test_tune(tmp_path: Path) -> None:
     found = record(output)
     assert set(found["best"]) == {"forward", "backward", "probabilities"}
     assert found["in_use"]["forward_threads"] in (128, 256, 512, 1024)
+
+
+def test_preprocess(tmp_path: Path) -> None:
+    # Megatron-LM's script is in no package: what it makes of the same text is compared by hand.
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_jsonl(corpus / "c.jsonl.gz", [{"text": text} for text in make_texts(200, 0)])
+    prefix = tmp_path / "bpe"
+    train = ["--input", f"{corpus}/c.jsonl.gz", "--output-prefix", str(prefix)]
+    assert train_tokenizer.main([*train, "--vocab-size", "340"]) == 0
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "preprocess.py",
+        *["--corpus", str(corpus), "--megabytes", "0.2", "--tokenizer-model", f"{prefix}.model"],
+        *["--workers", "1", "2", "--rounds", "1", "--output", str(output)],
+    )
+    assert run.returncode == 0, run.stderr
+    found = record(output)
+    assert 200_000 <= found["text_bytes"] < 201_000
+    assert found["documents"] > 200  # the corpus is repeated
+    assert not found["outputs_identical"]  # nothing was compared
+    assert "/" not in found["command"].replace("benchmarks/preprocess.py", "")
+    for workers in ("1", "2"):
+        rates = found["workers"][workers]
+        assert 1 < rates["ours"]["median_peak_mib"] < 10_000
+        assert 0 < rates["throughput, ours over bare tokenizer"] < 1
+    assert "ours" in run.stdout
 
 
 def test_end_to_end() -> None:

@@ -1,18 +1,24 @@
+import argparse
+import gzip
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
+from megatron_rw.data.sentencepiece_training import EOD_ID, PAD_ID
 from megatron_rw.data.tokenizer import TokenizerFlags, build_core_tokenizer
-from megatron_rw.data.train_tokenizer import even_budgets, spread_sample
+from megatron_rw.data.train_tokenizer import padded_vocab_size
 from tests.data.conftest import make_texts, write_jsonl
 
 # U+2581 is SentencePiece's mark for the space, and the one character that does not survive.
@@ -50,8 +56,8 @@ def test_no_text_makes_a_special_token(model: str, text: str) -> None:
 def test_megatron_sees_the_special_tokens(model: str) -> None:
     tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     assert tokenizer.vocab_size == 400
-    assert tokenizer.eod == train_tokenizer.EOD_ID == 2
-    assert tokenizer.pad == train_tokenizer.PAD_ID == 3
+    assert tokenizer.eod == EOD_ID == 2
+    assert tokenizer.pad == PAD_ID == 3
     assert tokenizer.tokenize("\n\t") == [4 + ord("\n"), 4 + ord("\t")]
 
 
@@ -63,7 +69,7 @@ def test_megatron_keeps_the_loss_on_the_end_of_document(model: str, tmp_path: Pa
 
     builder = IndexedDatasetBuilder(f"{tmp_path}/d.bin", dtype=np.uint16)
     for _ in range(20):
-        builder.add_document(np.array([50, 51, 52, train_tokenizer.EOD_ID]), [4])
+        builder.add_document(np.array([50, 51, 52, EOD_ID]), [4])
     builder.finalize(f"{tmp_path}/d.idx")
     config = GPTDatasetConfig(
         random_seed=1,
@@ -77,7 +83,7 @@ def test_megatron_keeps_the_loss_on_the_end_of_document(model: str, tmp_path: Pa
     )
     data = IndexedDataset(f"{tmp_path}/d")
     sample = GPTDataset(data, None, np.arange(20), 4, Split.train, config)[0]
-    assert (sample["labels"] == train_tokenizer.EOD_ID).sum() == 4
+    assert (sample["labels"] == EOD_ID).sum() == 4
     assert sample["loss_mask"].all()
 
 
@@ -110,45 +116,159 @@ def test_json_key_chooses_the_text(tmp_path: Path, corpus: Path) -> None:
     assert Path(f"{prefix}.model").read_bytes() != of_text
 
 
-def test_a_big_input_does_not_crowd_out_a_small_one(tmp_path: Path) -> None:
-    big = write_jsonl(tmp_path / "big.jsonl", [{"text": "abcdefgh " * 50}] * 400)
-    small = write_jsonl(tmp_path / "small.jsonl", [{"text": "zyxwvuts " * 50}] * 10)
+@pytest.fixture
+def two_alphabets(tmp_path: Path) -> list[Path]:
+    """Two domains, by file name and by field, of 400 and 50 documents that share no letter."""
+    big = [{"text": "abcdefgh " * 50, "domain": "b"}] * 400
+    small = [{"text": "zyxwvuts " * 50, "domain": "s"}] * 50
+    return [
+        write_jsonl(tmp_path / "big.1.jsonl", big[:200]),
+        write_jsonl(tmp_path / "big.2.jsonl.gz", big[200:]),
+        write_jsonl(tmp_path / "small.jsonl", small),
+    ]
 
-    def pieces(max_bytes: int) -> str:
-        flags = ("--vocab-size", 290, "--max-bytes", max_bytes, "--output-prefix", tmp_path / "t")
-        assert train("--input", big, small, *flags) == 0
-        return (tmp_path / "t.vocab").read_text()
 
+def shares(capfd: pytest.CaptureFixture[str], *flags: object) -> dict[str, float]:
+    """Trains, and returns the percentages of the domains that it tells of."""
+    capfd.readouterr()
+    assert train("--vocab-size", 285, *flags) == 0
+    found = re.findall(r"^train_tokenizer:   (\S+): .* MB, (\S+)%", capfd.readouterr().err, re.M)
+    return {domain: float(share) for domain, share in found}
+
+
+def test_domains_give_the_same_or_their_weight_or_their_share(
+    tmp_path: Path, two_alphabets: list[Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--input", *two_alphabets, "--output-prefix", tmp_path / "t", "--max-bytes", 30_000]
+
+    def close(big: float) -> object:
+        return pytest.approx({"big": big, "small": 100 - big}, abs=5)
+
+    assert shares(capfd, *flags) == close(50)
     # Merges come in order of frequency: with equal shares both alphabets get theirs.
-    assert "zyx" in pieces(9000) or "xwv" in pieces(9000)
-    assert "zyx" not in pieces(10**9) or "xwv" not in pieces(10**9)
+    listing = (tmp_path / "t.vocab").read_text()
+    assert re.search("^[a-h]{2,}\t", listing, re.M)
+    assert re.search("^[s-z]{2,}\t", listing, re.M)
+    assert shares(capfd, *flags, "--domain-weights", "big=1", "small=4") == close(20)
+    assert shares(capfd, *flags, "--sample", "proportional") == pytest.approx(
+        {"big": 89, "small": 11}, abs=10
+    )
+    assert shares(capfd, *flags, "--domain-weights", "big=0", "small=4") == {"small": 100}
+    by_field = shares(capfd, *flags, "--domain-key", "domain", "--domain-weights", "b=4", "s=1")
+    assert by_field == pytest.approx({"b": 80, "s": 20}, abs=5)
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1), st.integers(1, 20000))
-def test_even_budgets(sizes: list[int], total: int) -> None:
-    budgets = even_budgets(sizes, total)
-    assert all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
-    assert sum(budgets) == min(total, sum(sizes))
-    capped = [b for b, size in zip(budgets, sizes, strict=True) if b < size]
-    if capped:
-        assert min(capped) >= max(budgets) - 1  # no input gives more than one that is cut short
+@pytest.mark.parametrize("by_field", [[], ["--domain-key", "domain"]])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["{big}=1"], "--domain-weights: none for domain '{small}' of "),
+        (["{big}=1", "{small}=1", "x=0"], "--domain-weights: no domain 'x' in --input, which has"),
+        (["{big}=1", "{big}=2"], "--domain-weights {big}=2: {big} is given twice"),
+        (["{big}=1", "{small}"], "--domain-weights {small}: give DOMAIN=WEIGHT"),
+        (["{big}=-1"], "--domain-weights {big}=-1: give DOMAIN=WEIGHT"),
+        (["{big}=nan"], "--domain-weights {big}=nan: give DOMAIN=WEIGHT"),
+        (["{big}=0", "{small}=0"], "--domain-weights: all are 0"),
+    ],
+)
+def test_wrong_weights_are_an_error(
+    tmp_path: Path,
+    two_alphabets: list[Path],
+    capfd: pytest.CaptureFixture[str],
+    by_field: list[str],
+    weights: list[str],
+    message: str,
+) -> None:
+    names = {"big": "b", "small": "s"} if by_field else {"big": "big", "small": "small"}
+    given = [weight.format(**names) for weight in weights]
+    flags = ["--input", *two_alphabets, "--output-prefix", tmp_path / "t", *by_field]
+    assert train(*flags, "--domain-weights", *given) == 2
+    assert message.format(**names) in capfd.readouterr().err
+    assert not list(tmp_path.glob("t.*"))
 
 
-@given(st.lists(st.text(max_size=30)), st.floats(0, 1))
-def test_spread_sample(sentences: list[str], fraction: float) -> None:
-    sizes = [len(sentence.encode()) for sentence in sentences]
-    budget = int(sum(sizes) * fraction)
-    sample = list(spread_sample(iter(sentences), sum(sizes), budget))
-    taken = sum(len(sentence.encode()) for sentence in sample)
-    assert budget <= taken + max(sizes, default=0)
-    assert taken <= budget + max(sizes, default=0)
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_a_special_token_is_one_id_wherever_it_stands(
+    tmp_path: Path, corpus: Path, model_type: str
+) -> None:
+    special = ["<|im_start|>", "<|im_end|>", "a,b", '"q"', "é"]
+    assert train(
+        "--input", corpus, "--output-prefix", tmp_path / "t", "--vocab-size", 340,
+        "--model-type", model_type, "--special-tokens", *special,
+    ) == 0  # fmt: skip
+    model = f"{tmp_path}/t.model"
+    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    assert tokenizer.vocab_size == 340
+    for id_, token in enumerate(special, start=4):
+        assert tokenizer.tokenize(token) == [id_]
+        assert tokenizer.tokenize(f"the{token}model {token}\n").count(id_) == 2
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    text = "<|im_start|>user\n  é a,b<|im_end|> <s>"
+    assert processor.decode(processor.encode(text)) == text
+    assert min(processor.encode("<unk><s></s><pad>")) >= 4
 
 
-def test_spread_sample_takes_from_the_whole_length() -> None:
-    sentences = [f"{number:04}" for number in range(1000)]
-    sample = list(spread_sample(iter(sentences), 4000, 400))
-    assert sample == sentences[0::10]
-    assert list(spread_sample(iter(sentences), 4000, 4000)) == sentences
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([""], "--special-tokens '': it is empty"),
+        (["<|a b|>"], "--special-tokens '<|a b|>': white space"),
+        (["<|a\u2581|>"], "white space and control characters"),
+        (["</s>"], "--special-tokens '</s>': every model has it already"),
+        (["<0x0A>"], "--special-tokens '<0x0A>': every model has it already"),
+        (["<x>", "<x>"], "--special-tokens '<x>': it is given twice"),
+    ],
+)
+def test_what_cannot_be_a_special_token_is_an_error(
+    tmp_path: Path,
+    corpus: Path,
+    capfd: pytest.CaptureFixture[str],
+    tokens: list[str],
+    message: str,
+) -> None:
+    flags = ["--input", corpus, "--output-prefix", tmp_path / "t", "--special-tokens"]
+    assert train(*flags, *tokens) == 2
+    assert message in capfd.readouterr().err
+
+
+@given(st.integers(1, 300_000), st.integers(1, 512), st.integers(1, 64))
+def test_padding_is_megatrons(vocab_size: int, divisible_by: int, tensor_parallel: int) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+
+    args = argparse.Namespace(
+        make_vocab_size_divisible_by=divisible_by,
+        tensor_model_parallel_size=tensor_parallel,
+        rank=1,
+    )
+    ours = padded_vocab_size(vocab_size, divisible_by, tensor_parallel)
+    assert ours == vocab_size_with_padding(vocab_size, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "padding"),
+    [
+        ([], 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
+        (["--tensor-model-parallel-size", 3], 384, "--tensor-model-parallel-size 3: 0 rows"),
+        (
+            ["--make-vocab-size-divisible-by", 40, "--tensor-model-parallel-size", 3],
+            360,
+            "pads 360 token ids to 360 at --make-vocab-size-divisible-by 40",
+        ),
+    ],
+)
+def test_a_vocabulary_takes_the_place_of_padding(
+    tmp_path: Path,
+    corpus: Path,
+    capfd: pytest.CaptureFixture[str],
+    flags: list[object],
+    size: int,
+    padding: str,
+) -> None:
+    prefix = tmp_path / "t"
+    assert train("--input", corpus, "--output-prefix", prefix, "--vocab-size", 340, *flags) == 0
+    assert padding in capfd.readouterr().err
+    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    assert processor.get_piece_size() == size
 
 
 @pytest.mark.parametrize(
@@ -158,7 +278,7 @@ def test_spread_sample_takes_from_the_whole_length() -> None:
         ('{"text": "a b"}', ["--vocab-size", "9999"], "--vocab-size 9999 is too large"),
         ('{"text": "\\n\\t\\n"}', [], "--input: no text to train on"),
         ('{"text": ""}', [], "c.jsonl, line 1: field 'text' (--json-key) is empty"),
-        ('{"txt": "a b"}', [], "c.jsonl, line 1: no field 'text' (--json-key); the line has: txt"),
+        ('{"txt": "a b"}', [], "c.jsonl, line 1: no field 'text' (--json-key); it has: txt"),
     ],
 )
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -188,9 +308,53 @@ def test_a_missing_or_foreign_input_is_an_error(
 ) -> None:
     assert train("--input", tmp_path / "no.jsonl", "--output-prefix", tmp_path / "t") == 2
     assert "no.jsonl: no such file" in capsys.readouterr().err
-    (tmp_path / "c.parquet").write_text("x")
-    assert train("--input", tmp_path / "c.parquet", "--output-prefix", tmp_path / "t") == 2
-    assert "only .jsonl and .jsonl.gz are read" in capsys.readouterr().err
+    (tmp_path / "c.csv").write_text("x")
+    assert train("--input", tmp_path / "c.csv", "--output-prefix", tmp_path / "t") == 2
+    assert "c.csv: only .jsonl, .json, .txt" in capsys.readouterr().err
+
+
+def test_any_format_gives_the_same(tmp_path: Path) -> None:
+    texts = make_texts(200, 1)
+    for folder in ("lines", "rows", "plain"):
+        (tmp_path / folder / "d").mkdir(parents=True)
+    write_jsonl(tmp_path / "lines" / "d" / "c.jsonl.gz", [{"text": text} for text in texts])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "rows" / "d" / "c.parquet", row_group_size=7
+    )
+    for number, text in enumerate(texts):
+        (tmp_path / "plain" / "d" / f"{number:03}.txt").write_text(text)
+    models = set()
+    for folder in ("lines", "rows", "plain"):
+        flags = ("--vocab-size", 340, "--max-bytes", 20_000, "--domain-by", "directory")
+        prefix = tmp_path / folder / "t"
+        assert train("--input", tmp_path / folder / "d", "--output-prefix", prefix, *flags) == 0
+        models.add(Path(f"{prefix}.model").read_bytes())
+    assert len(models) == 1
+
+
+def test_standard_input_is_json_lines(tmp_path: Path, corpus: Path) -> None:
+    flags = ["--vocab-size", "340", "--domain-weights"]
+    script = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
+    command = [sys.executable, str(script), "--input", "-", "--output-prefix", f"{tmp_path}/a"]
+    lines = gzip.decompress(corpus.read_bytes())
+    subprocess.run([*command, *flags, "stdin=1"], input=lines, check=True)
+    assert train("--input", corpus, "--output-prefix", tmp_path / "b", *flags, "c=1") == 0
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_a_few_bad_lines_are_left_out_and_told(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(gzip.decompress(corpus.read_bytes()) + b"no json\n")
+    flags = ["--output-prefix", tmp_path / "t", "--vocab-size", 340]
+    assert train("--input", path, *flags) == 2
+    assert "c.jsonl, line 201: Expecting value" in capfd.readouterr().err
+    assert train("--input", path, *flags, "--max-bad-fraction", 0.01) == 0
+    assert "left out 1 bad lines; the first is" in capfd.readouterr().err
+    without = Path(f"{tmp_path}/t.model").read_bytes()
+    assert train("--input", corpus, *flags) == 0
+    assert Path(f"{tmp_path}/t.model").read_bytes() == without
 
 
 @pytest.mark.parametrize("tool", ["train_tokenizer", "preprocess_data"])

@@ -1,0 +1,216 @@
+import dataclasses
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.chunks import Reading
+from megatron_rw.data.command import InputError
+from megatron_rw.data.domain_sampling import draw_sample, plan_reading
+from megatron_rw.data.sampling import Sample, divide
+from megatron_rw.data.sources import find_sources
+from megatron_rw.data.spread_reading import DocumentReader, Part, how_to_read, plan, volume
+from tests.data.conftest import write_jsonl
+
+LINE = "x" * 1000  # a passage of its own
+
+
+def fill(sample: Sample, domain: str, lines: int, fraction: float = 1.0) -> None:
+    for number in range(lines):
+        sample.add(domain, iter([f"{number:06} {LINE[7:]}"]), fraction)
+
+
+def numbers(sample: Sample) -> list[int]:
+    return [int(line[:6]) for line in sample.take()]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.floats(0.01, 100)), min_size=1),
+    st.integers(1, 20000),
+)
+def test_divide(parts: list[tuple[int, float]], total: int) -> None:
+    sizes, weights = [part[0] for part in parts], [part[1] for part in parts]
+    budgets = divide(sizes, weights, total)
+    assert all(0 <= budget <= size for budget, size in zip(budgets, sizes, strict=True))
+    assert min(total, sum(sizes)) - len(sizes) <= sum(budgets) <= total
+    cut = [(b + 1) / w for b, size, w in zip(budgets, sizes, weights, strict=True) if b < size]
+    # None gives more for its weight than one that is cut short, but for what is rounded down.
+    for budget, weight in zip(budgets, weights, strict=True):
+        assert budget <= min(cut, default=float("inf")) * weight * (1 + 1e-9) + len(sizes)
+
+
+def test_a_sample_has_its_shares_whatever_comes_first() -> None:
+    for order in (["big", "small", "tiny"], ["tiny", "small", "big"]):
+        sizes = {"big": 500, "small": 50, "tiny": 5}
+        sample = Sample(100_000, {"big": 3.0, "small": 1.0, "tiny": 1.0})
+        for domain in order:
+            fill(sample, domain, sizes[domain])
+        kept = sample.kept()
+        assert kept["tiny"] == 5000  # less than its share, so all of it
+        assert kept["big"] / kept["small"] == pytest.approx(3, rel=0.08)
+        assert 98_000 < sum(kept.values()) <= 100_000
+        assert list(kept) == order
+
+
+def test_without_weights_a_sample_has_the_shares_of_the_whole() -> None:
+    sample = Sample(300_000, None)
+    fill(sample, "big", 2000)
+    fill(sample, "small", 1000)
+    kept = sample.kept()
+    assert kept["small"] / sum(kept.values()) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_a_sample_is_spread_over_the_whole_and_in_order() -> None:
+    sample = Sample(500_000, {})
+    fill(sample, "d", 5000)
+    found = numbers(sample)
+    assert found == sorted(found)
+    assert len(found) == 500
+    tenths = Counter(number // 500 for number in found)
+    assert sorted(tenths) == list(range(10))
+    assert max(tenths.values()) < 80  # 50 each, plus four standard deviations
+
+
+def test_a_part_read_in_ten_stands_for_ten() -> None:
+    sample = Sample(200_000, None)
+    fill(sample, "read whole", 2000)
+    fill(sample, "read in part", 200, fraction=0.1)
+    kept = sample.kept()
+    assert kept["read in part"] / sum(kept.values()) == pytest.approx(1 / 2, abs=0.12)
+
+
+def test_a_sample_never_holds_more_than_its_limit() -> None:
+    sample = Sample(20_000, {})
+    for number in range(300):
+        fill(sample, f"d{number % 7}", 1)
+        assert sum(sample.kept().values()) <= 20_000
+    assert sum(sample.kept().values()) > 18_000
+
+
+@given(st.lists(st.integers(0, 3000), max_size=60), st.integers(0, 50_000))
+def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> None:
+    def kept(limit: int) -> Counter[str]:
+        sample = Sample(limit, {})
+        for number, size in enumerate(sizes):
+            sample.add("d", iter([f"{number} " + "é" * size]))
+        lines = Counter(sample.take())
+        assert sum(len(line.encode()) for line in lines) <= limit
+        return lines
+
+    assert kept(limit) <= kept(2 * limit)
+    assert sum(kept(10**6).values()) == len(sizes)
+
+
+def read_texts(parts: list[Part], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
+    reader = DocumentReader(reading, "text", None, max_bad_fraction)
+    texts = [text for part in parts for _, text in reader.documents(part)]
+    reader.finish()
+    return texts
+
+
+def reading_of(chunk_bytes: int) -> Reading:
+    return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 100))
+@example([3, 3, 3, 3], len('{"text": "0 ééé"}\n'.encode()))
+def test_chunks_hold_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int
+) -> None:
+    texts = [f"{number} " + "é" * length for number, length in enumerate(lengths)]
+    path = tmp_path_factory.mktemp("w") / "c.jsonl"
+    write_jsonl(path, [{"text": text} for text in texts])
+    reading = reading_of(chunk)
+    parts = plan(find_sources([str(path)]), reading, 10**9)
+    assert len(parts) == -(-path.stat().st_size // chunk)
+    assert read_texts(parts, reading) == texts
+
+
+@pytest.mark.parametrize("bad", [0, 40, 99])
+@pytest.mark.parametrize("chunk", [230, 1000, 10_000])
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+def test_a_bad_line_has_its_number_in_the_file(
+    tmp_path: Path, bad: int, chunk: int, name: str
+) -> None:
+    lines = [f'{{"text": "{number:010}"}}\n' for number in range(100)]  # of 23 bytes
+    lines[10] = " " * 22 + "\n"
+    lines[bad] = '{"txt": "0123456789"}\n'.replace("}", " }")
+    content = "".join(lines).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    reading = reading_of(chunk)
+    parts = plan(find_sources([str(path)]), reading, 10**9)
+    with pytest.raises(InputError, match=rf"{name}, line {bad + 1}: no field 'text' .*; 1 of "):
+        read_texts(parts, reading)
+    reader = DocumentReader(reading, "text", None, 0.02)
+    assert sum(1 for part in parts for _ in reader.documents(part)) == 98
+    reader.finish()
+    assert reader.bad == 1
+
+
+def test_most_lines_bad_is_an_error_before_all_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"txt": "x"}] * 20_000)
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}] * 20_000)
+    reading = how_to_read(["text"], 0)
+    parts = plan(find_sources([str(tmp_path)]), reading, 10**9)
+    reader = DocumentReader(reading, "text", None, 0.6)
+    with pytest.raises(InputError, match="20,000 of 20,000 lines read are bad"):
+        list(reader.documents(parts[0]))
+
+
+def test_of_large_inputs_parts_are_read_spread_over_the_whole(tmp_path: Path) -> None:
+    records = [{"text": f"{number:06}" + "x" * 81} for number in range(2000)]  # 100 bytes a line
+    write_jsonl(tmp_path / "c.jsonl", records)
+    reading = reading_of(1000)
+    parts = plan(find_sources([str(tmp_path)]), reading, 20_000)
+    assert [part.fraction for part in parts] == [0.1] * 20
+    found = [int(text[:6]) for text in read_texts(parts, reading)]
+    assert len(found) == 200
+    assert set(Counter(number // 200 for number in found).values()) == {20}
+
+
+def test_of_many_compressed_files_some_are_read_whole(tmp_path: Path) -> None:
+    for number in range(20):
+        write_jsonl(tmp_path / f"{number:02}.jsonl.gz", [{"text": str(number)}] * 50)
+    sources = find_sources([str(tmp_path)])
+    reading = how_to_read(["text"], 0)
+    total = sum(map(volume, sources))
+    assert [part.task.source for part in plan(sources, reading, total)] == sources
+    some = plan(sources, reading, total // 5)
+    assert [(part.task.number, part.fraction) for part in some] == [(-1, 0.2)] * 4
+    places = [sources.index(part.task.source) for part in some]
+    assert places == [2, 7, 12, 17]
+    assert len(plan(sources, reading, 1)) == 1
+
+
+def test_row_groups_of_parquet_are_entered_anywhere(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"{number:06}" for number in range(2000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=100)
+    sources = find_sources([str(tmp_path)])
+    reading = reading_of(1)
+    parts = plan(sources, reading, sources[0].size // 4)
+    assert [part.fraction for part in parts] == [0.2] * 4
+    assert len(read_texts(parts, reading)) == 400
+
+
+def test_reading_stops_short_of_a_large_domain_and_not_of_a_small_one(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "big.jsonl", [{"text": "abc " * 250}] * 1500)
+    write_jsonl(tmp_path / "small.jsonl", [{"text": "xyz " * 250}] * 40)
+    sources = find_sources([str(tmp_path)])
+    reading = reading_of(10_000)
+    parts = plan_reading(sources, reading, lambda source: source.name, {}, 20_000)
+    read = {source.name: 0 for source in sources}
+    for part in parts:
+        read[part.task.source.name] += 10_000
+    assert read["small.jsonl"] >= sources[1].size
+    assert 100_000 < read["big.jsonl"] < 400_000
+    reader = DocumentReader(reading, "text", None, 0)
+    kept = draw_sample(parts, reader, lambda source: source.name, {}, 20_000).kept()
+    assert kept["big.jsonl"] == pytest.approx(10_000, abs=1100)
+    assert kept["small.jsonl"] == pytest.approx(10_000, abs=1100)
