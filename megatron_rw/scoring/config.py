@@ -107,8 +107,8 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[ScoreConfig, lis
         default=1 << 22,
         metavar="N",
         help="tokens that are scored, written and recorded together (4194304): what a killed run "
-        "computes again. Below some 20 x --seq-length x --micro-batch-size for each data-parallel "
-        "rank, ranks wait for each other",
+        "computes again. Give some 20 x --seq-length x --micro-batch-size for each data-parallel "
+        "rank; with less, ranks wait for each other",
     )
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="draw the histograms (needs matplotlib)"

@@ -14,6 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.utils import print_rank_0
 
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
@@ -26,6 +27,7 @@ from megatron_rw.training.embeddings import embedding_ranks
 from megatron_rw.training.hooks import use_shipped_dataset_helpers
 
 _PROGRESS_SECONDS = 10.0
+_FEW_MICRO_BATCHES = 10
 
 
 def run(
@@ -61,6 +63,7 @@ def run(
     assert job is not None
     folder = ScoreFolder(config.score_dir)
     if done is not None:
+        _warn_of_small_blocks(args, plan)
         scorer = Scorer(args, _load(args), plan, progress)
         _score(scorer, folder, plan, job, done, progress)
     if writes():
@@ -76,6 +79,16 @@ def run(
     dist.barrier()
     # Left to the interpreter's own end, threads of gloo have been seen to abort the process.
     dist.destroy_process_group()
+
+
+def _warn_of_small_blocks(args: Namespace, plan: Plan) -> None:
+    """Ranks share a block's micro-batches, and wait where there are few to share."""
+    each = plan.block_tokens / (plan.micro_batch_size * plan.seq_length * args.data_parallel_size)
+    if args.data_parallel_size > 1 and each < _FEW_MICRO_BATCHES:
+        print_rank_0(
+            f"WARNING: --block-tokens {plan.block_tokens} gives each data-parallel rank some "
+            f"{each:.1f} micro-batches at a time: with few, ranks wait for each other"
+        )
 
 
 def _load(args: Namespace) -> list[Any]:
