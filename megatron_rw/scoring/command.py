@@ -58,6 +58,7 @@ def main() -> None:
 
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience.watchdog import Progress
+    from megatron_rw.reweighting import ConfigError
     from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
     from megatron_rw.scoring.folder import ScoreFolder
     from megatron_rw.scoring.job import run
@@ -71,11 +72,11 @@ def main() -> None:
             config, flags = split_flags(argv, __doc__)
             args = scoring_arguments(config, flags, device)
             plan = plan_of(config, args)
-            if args.rank == 0:
-                job = describe(args, plan)
-                done = ScoreFolder(config.score_dir).begin(job)
+        if args.rank == 0:
+            job = describe(args, plan)
+            done = ScoreFolder(config.score_dir).begin(job)
         explaining(run, args, progress)(args, config, plan, job, done, progress)
-    except (InputError, OSError) as error:
+    except (InputError, ConfigError, OSError) as error:
         _refuse(error)
 
 

@@ -8,6 +8,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -285,4 +286,6 @@ def _iteration(args: Namespace) -> int | str | None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
     return value if isinstance(value, str | int | float | None) else str(value)

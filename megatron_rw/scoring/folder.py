@@ -109,7 +109,9 @@ class ScoreFolder:
                 if self.partial(dataset, kind).exists():
                     self.partial(dataset, kind).replace(self.array(dataset, kind))
         replace(self.path / SCORES, _text({**job, **found}))
-        (self.path / PROGRESS).unlink()
+        # With what runs have left that died while writing it.
+        for path in self.path.glob(f"{PROGRESS}*"):
+            path.unlink()
 
     def summary(self) -> dict[str, Any]:
         """What `finish` has written."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
 from argparse import Namespace
-from contextlib import ExitStack
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.data.command import InputError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.scoring import summary
@@ -49,8 +51,7 @@ def run(
         progress: told how far the rank is.
 
     Raises:
-        InputError: of a dataset, during the run.
-        OSError: the folder cannot be written to.
+        InputError: a dataset, or where the scores go, is not as it should be.
     """
     use_shipped_dataset_helpers()
     with Meeting(args.distributed_timeout_minutes):
@@ -115,7 +116,7 @@ def _score(
     datasets = {name: plan.blocks(facts["path"]) for name, facts in job["datasets"].items()}
     report = _Report(sum(map(len, datasets.values())), sum(done.values()))
     for name, blocks in datasets.items():
-        with ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             writer: BlockWriter | None = None
             for number in range(done[name], len(blocks)):
                 block = blocks[number]
@@ -123,10 +124,23 @@ def _score(
                 losses = scorer.score(job["datasets"][name]["path"], block)
                 if losses is not None:
                     writer = writer or stack.enter_context(BlockWriter(folder, name))
-                    writer.write(block, losses)
-                    done[name] = number + 1
-                    folder.record(job, done)
+                    with _naming(folder):
+                        writer.write(block, losses)
+                        done[name] = number + 1
+                        folder.record(job, done)
                 report.add(block.tokens, speaks=losses is not None)
+
+
+@contextlib.contextmanager
+def _naming(folder: ScoreFolder) -> Iterator[None]:
+    """Say of a failed write where it was, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--score-dir {folder.path}: cannot be written to ({error.strerror}); mend that and "
+            "start again with the same flags, what is there is kept"
+        ) from error
 
 
 class _Report:

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rw.data.command import InputError
 from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed import Index, PairWriter
 from megatron_rw.reweighting import ConfigError
 from megatron_rw.scoring.config import expanded, split_flags
 from megatron_rw.scoring.folder import ARRAYS
+from megatron_rw.scoring.plan import MicroBatch
+from megatron_rw.scoring.scorer import to_samples
 from tests.corpus import EOD, VOCAB_SIZE
 from tests.program import Run, kill_when, read_checkpoint, run_program
 from tests.scoring import llama
@@ -65,7 +68,8 @@ def run_scoring(
     """Score the data; flags given here win."""
     given = ["--data-path", str(data), "--load", str(checkpoints), "--score-dir", str(out)]
     rows = ["--seq-length", str(SEQ), "--max-position-embeddings", str(SEQ)]
-    sizes = ["--micro-batch-size", "2", "--block-tokens", "400"]
+    # Dropout is of training alone.
+    sizes = "--micro-batch-size 2 --block-tokens 400 --hidden-dropout 0.3".split()
     how |= {"module": "megatron_rw.scoring.command", "metrics": False}
     return run_program(log, *TOKENIZER, *given, *rows, *sizes, *flags, **how)
 
@@ -224,6 +228,17 @@ def test_refusals(whole: tuple[Path, str], score: Score, tmp_path: Path, data: P
         [line] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
         assert wanted in line
     assert not out.exists()
+
+
+def test_a_micro_batch_is_what_a_loader_would_give() -> None:
+    rows = np.array([[1, 0, 3], [4, 2, 4], [0, 0, 0]])
+    drawn = to_samples("some", np.arange(10, 20), MicroBatch(5, rows), vocab_size=20)
+    assert drawn["tokens"].tolist() == [[11, 12, 13, 0, 0], [14, 15, 16, 17, 0], [0] * 5]
+    assert drawn["labels"].tolist() == [[12, 13, 14, 0, 0], [15, 16, 17, 18, 0], [0] * 5]
+    assert drawn["loss_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0] * 5]
+    assert drawn["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 3
+    with pytest.raises(InputError, match=r"some.bin: holds token id 18, but the model's"):
+        to_samples("some", np.arange(10, 20), MicroBatch(5, rows), vocab_size=18)
 
 
 def test_flags(tmp_path: Path, data: Path) -> None:
