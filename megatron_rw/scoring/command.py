@@ -4,8 +4,9 @@ r"""Losses of a checkpoint on every token and every document of Megatron dataset
         --load checkpoints/reference --data-path data/train --score-dir scores
 
 The model's flags are those of pretrain_gpt_rw.py, which a job's can be given as they are, or
---use-checkpoint-args; any tensor, pipeline and expert parallelism, the rest is data parallel. The
-folder of --score-dir then holds, for every dataset NAME.bin/.idx:
+--use-checkpoint-args; any tensor, pipeline and expert parallelism, the rest is data parallel
+(context parallelism is refused). The folder of --score-dir, which all hosts must share, then holds
+for every dataset NAME.bin/.idx:
 
   NAME.token_losses.npy     float32, value i is the loss of token i of NAME.bin: -ln p of it, in
                             nats, given the tokens before it in its document. NaN for the first

@@ -3,6 +3,10 @@
 All of it follows from the index and the flags, and nothing from the number of ranks. Every
 micro-batch of a run therefore has the same rows and the same shape wherever it is computed, which
 makes the losses the same to the last bit.
+
+A row is of one document. Several in a row would need a mask between them, which not every
+attention of Megatron takes as it is; rows of several lengths cost less than padding and are exact
+with all of them.
 """
 
 from __future__ import annotations

@@ -123,7 +123,6 @@ class Scorer:
             for (start, skipped, made), row in zip(places.tolist(), rows, strict=True):
                 # Each token is of one row: adding to 0 also makes one zero of both.
                 block[start + 1 + skipped : start + 1 + made] += row[skipped:made]
-        self._collected.clear()
         if mpu.get_data_parallel_world_size() == 1:
             return block
         # All but one add 0 to a token, so that the sum is exact.
