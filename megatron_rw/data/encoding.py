@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.chunks import Reading, Task
 from megatron_rw.data.command import InputError
-from megatron_rw.data.parts import Counts, Group, Part, Rejects, Store
+from megatron_rw.data.parts import Counts, Group, Part, Rejects, Store, checksum
 from megatron_rw.data.readers import Chunk, read
 from megatron_rw.data.records import BadRecordError, Raw, Reject, parse, text_field
 from megatron_rw.data.sources import Source
@@ -169,14 +168,12 @@ class _PartBuilder:
 
     def finish(self, path: Path, chunk: Chunk) -> Part:
         self._tokenize()
-        if self._rejected_file is not None:
-            self._rejected_file.close()
         with path.with_suffix(".bin").open("wb") as file:
             for group in self._groups.values():
                 for ids in group.ids:
                     file.write(ids.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        if self._rejected_file is not None:
+            self._rejected_file.close()
         encoding, groups = self._encoding, self._groups.values()
         part = Part(
             lines=chunk.lines,
@@ -187,6 +184,7 @@ class _PartBuilder:
                 for (key, domain), group in self._groups.items()
             ],
             last=chunk.last,
+            checksum=checksum(path),
             lengths=_joined(group.lengths for group in groups),
             splits=_joined(group.splits for group in groups) if encoding.splitter else None,
             origins=_joined(group.origins for group in groups) if encoding.hashed else None,

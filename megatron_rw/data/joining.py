@@ -28,12 +28,12 @@ class Joined:
     Attributes:
         counts: of each dataset, by key and domain; domains in order of appearance.
         rejects: the lines that were left out, counted from the start of their file.
-        duplicates: documents that were left out, of each dataset.
+        duplicates: documents that were left out.
     """
 
     counts: dict[tuple[int, str], Counts] = field(default_factory=dict)
     rejects: Rejects = field(default_factory=Rejects)
-    duplicates: dict[tuple[int, str], int] = field(default_factory=dict)
+    duplicates: int = 0
 
 
 def join(
@@ -69,19 +69,21 @@ def join(
             with path.with_suffix(".bin").open("rb") as tokens:
                 for group, documents in _groups(part, dtype):
                     name = (group.key, group.domain)
+                    kept = _kept(documents, keep)
+                    joined.duplicates += len(kept) - int(kept.sum())
+                    if not kept.any():
+                        continue  # of a domain with nothing of its own there is no dataset
                     if name not in writers:
                         writers[name] = stack.enter_context(
                             PairWriter(directories[group.key] / dataset_name(group.domain), dtype)
                         )
                         joined.counts[name] = Counts()
-                    written = _append(writers[name], tokens, documents, keep)
-                    left_out = group.counts.documents - written.documents
+                    written = _append(writers[name], tokens, documents, kept)
                     # The largest token id stays that of all documents, copies included.
                     written.max_token_id = group.counts.max_token_id
                     if keep is None:
                         written.text_bytes = group.counts.text_bytes
                     joined.counts[name].add(written)
-                    joined.duplicates[name] = joined.duplicates.get(name, 0) + left_out
         for writer in writers.values():
             writer.finalize()
     joined.rejects = write_rejects(sources, store, rejects)
@@ -187,14 +189,18 @@ def _groups(part: Part, dtype: type[Any]) -> Iterator[tuple[Group, _Documents]]:
         offset += group.counts.tokens * itemsize
 
 
+def _kept(documents: _Documents, keep: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Which of the documents are of lines to be kept."""
+    if keep is None or documents.origins is None:
+        return np.ones(len(documents.splits), np.bool_)
+    return keep[documents.origins]
+
+
 def _append(
-    writer: PairWriter, tokens: BinaryIO, documents: _Documents, keep: NDArray[np.bool_] | None
+    writer: PairWriter, tokens: BinaryIO, documents: _Documents, kept: NDArray[np.bool_]
 ) -> Counts:
-    """Appends the documents of the lines to be kept; returns what they are."""
+    """Appends some of the documents; returns what they are."""
     lengths, splits = documents.lengths, documents.splits
-    kept = np.ones(len(splits), bool)
-    if keep is not None and documents.origins is not None:
-        kept = keep[documents.origins]
     sequence_kept = np.repeat(kept, splits)
     ends = documents.offset + np.cumsum(lengths, dtype=np.int64) * documents.itemsize
     # Runs of sequences that are kept, as positions where it changes.

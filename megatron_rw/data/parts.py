@@ -3,12 +3,16 @@
 A part is up to three files in the folder of its source, named by the chunk's number: `.bin`, token
 ids, one domain after the other; `.rejects`, a line of JSON for each rejected line; and `.npz`, the
 index and the counts, which is written last and makes the part complete.
+
+Nothing is forced onto the disk here, as that would cost more than what is lost when the power is:
+what an interrupted call left behind is compared with its checksums before it is used.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +25,7 @@ from megatron_rw.data.records import Reject
 from megatron_rw.data.sources import Source
 
 _EXAMPLES = 3
+_BLOCK = 1 << 20
 
 
 @dataclass
@@ -106,6 +111,7 @@ class Part:
         rejects: those that were not; their lines count from the start of the chunk.
         groups: its documents.
         last: whether the chunk is its source's last one.
+        checksum: of the other files, see `checksum`.
         lengths: int32 [sequences], tokens of each, group by group.
         splits: int32 [documents], sequences of each; None if each has one.
         origins: int32 [documents], which of the taken lines each is from; None unless hashed.
@@ -118,6 +124,7 @@ class Part:
     rejects: Rejects
     groups: list[Group]
     last: bool
+    checksum: int
     lengths: NDArray[np.int32]
     splits: NDArray[np.int32] | None
     origins: NDArray[np.int32] | None
@@ -132,6 +139,7 @@ class Part:
             "rejects": asdict(self.rejects),
             "groups": [asdict(group) for group in self.groups],
             "last": self.last,
+            "checksum": self.checksum,
         }
         arrays: dict[str, Any] = {
             "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
@@ -143,8 +151,6 @@ class Part:
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
 
     @classmethod
@@ -169,12 +175,29 @@ class Part:
                     for group in head["groups"]
                 ],
                 last=head["last"],
+                checksum=head["checksum"],
                 lengths=arrays["lengths"],
                 splits=arrays.get("splits"),
                 origins=arrays.get("origins"),
                 text_bytes=arrays.get("text_bytes"),
                 hashes=arrays.get("hashes"),
             )
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of the files beside a part's index: the token ids, and the rejected lines if any.
+
+    Raises:
+        OSError: the token ids cannot be read.
+    """
+    crc = 0
+    for suffix in (".bin", ".rejects"):
+        file = path.with_suffix(suffix)
+        if suffix == ".bin" or file.exists():
+            with file.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    crc = zlib.crc32(block, crc)
+    return crc
 
 
 class Store:
@@ -194,6 +217,16 @@ class Store:
     def path(self, source: Source, number: int) -> Path:
         """The index of a part; its other files differ in the suffix."""
         return self.folder(source) / f"{number:06d}.npz"
+
+    def drop_damaged(self, source: Source) -> None:
+        """Removes parts that the power failed upon; their chunks are then done again."""
+        for path in self.folder(source).glob("*.npz"):
+            try:
+                whole = Part.load(path).checksum == checksum(path)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                whole = False
+            if not whole:
+                path.unlink()
 
     def finished(self, source: Source) -> tuple[frozenset[int], bool]:
         """The numbers of a source's parts, and whether these are all."""

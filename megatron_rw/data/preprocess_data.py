@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         table(
             {domain: joined.counts[name] for name, domain in names.items()},
             joined.rejects,
-            sum(joined.duplicates.values()),
+            joined.duplicates,
             time.monotonic() - started,
         )
     )
@@ -180,6 +180,7 @@ def _encode(
         if source.path == STANDARD_INPUT:
             shutil.rmtree(store.folder(source), ignore_errors=True)  # it cannot be read again
         store.folder(source).mkdir(exist_ok=True)
+        store.drop_damaged(source)
         numbers, whole = store.finished(source)
         finished[source] = None if whole else numbers
         done_bytes += source.size if whole else 0

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
-from megatron.training import global_vars
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
     gpt_config_from_args,
@@ -22,8 +17,9 @@ from megatron.training.argument_utils import (
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.reweighting import ConfigError
-from megatron_rw.training.arguments import parse_args, resolve_annotations
+from megatron_rw.training.arguments import resolve_annotations
 from megatron_rw.training.datasets import Domains
+from megatron_rw.training.tool_arguments import ToolParser, parse_job_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +51,6 @@ class PreflightConfig:
     """Model FLOPs utilisation assumed for estimates of time, from 0 to 1. It was not measured."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def split_flags(argv: Sequence[str], description: str) -> tuple[PreflightConfig, list[str]]:
     """Take the preflight's own flags from a command line.
 
@@ -73,7 +64,7 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[PreflightConfig,
     Raises:
         ConfigError: one cannot be.
     """
-    parser = _Parser(
+    parser = ToolParser(
         prog="preflight.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,7 +98,7 @@ def job_arguments(flags: Sequence[str], device: Device) -> Namespace:
     Raises:
         ConfigError, AssertionError, ValueError, OSError: what the job would refuse.
     """
-    args = _parsed(flags, device)
+    args = parse_job_flags(flags, device)
     pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     Domains(args)
     return args
@@ -125,20 +116,4 @@ def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
     # Megatron's default, which ours gives up where Transformer Engine is not installed.
-    return _parsed(["--transformer-impl", "transformer_engine", *flags], "cuda")
-
-
-def _parsed(flags: Sequence[str], device: Device) -> Namespace:
-    # They are set up while arguments are parsed; a preflight is no run to be logged.
-    for writer in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):
-        setattr(global_vars, writer, lambda args: None)
-    sys.argv = [sys.argv[0], *flags]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            return parse_args(device)
-    finally:
-        # But for the list of all arguments.
-        for line in said.getvalue().splitlines():
-            if line.startswith(("WARNING", "> ")):
-                print(line, flush=True)
+    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda")

@@ -18,36 +18,33 @@ from megatron_rw.observability.stragglers import ForwardTimes
 from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
-from megatron_rw.training.loss import PretrainLoss
+from megatron_rw.training.loss import LossResult, PretrainLoss
 
 _stimer = StragglerDetector()
 
 
-class ForwardStep:
+class ForwardPass:
     """Draw a micro-batch, run the model, and bind the loss to the batch's mask and domains.
 
     Args:
         args: validated.
         read_batch: draws micro-batches.
-        loss: computes the loss on the last pipeline stage.
+        loss: of a batch and its token losses, on the last pipeline stage; see `PretrainLoss`.
         progress: told how far the rank is.
         times: takes the time of training's forward passes.
-        guard: runs the passes of a step.
     """
 
     def __init__(
         self,
         args: Namespace,
         read_batch: BatchReader,
-        loss: PretrainLoss,
+        loss: Callable[..., LossResult],
         progress: Progress,
-        times: ForwardTimes | None,
-        guard: StepGuard,
+        times: ForwardTimes | None = None,
     ) -> None:
         self._args = args
-        self._guard = guard
         self._read_batch = read_batch
-        self._loss = loss
+        self._batch_loss = loss
         self._progress = progress
         self._times = times
         self._model_options: dict[str, Any] = {}
@@ -91,7 +88,7 @@ class ForwardStep:
         if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
             # A packed micro-batch is one row of several samples.
             announce_mask(batch.labels, batch.loss_mask)
-        loss = functools.partial(self._loss, batch, model=model, training=model.training)
+        loss = functools.partial(self._batch_loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         options = self._model_options | {"labels": batch.labels, "loss_mask": batch.loss_mask}
         with _stimer:
@@ -99,6 +96,32 @@ class ForwardStep:
                 assert self._args.overlap_moe_expert_parallel_comm
                 return model.build_schedule_plan(*inputs, **options), loss
             return model(*inputs, **options, packed_seq_params=batch.packed), loss
+
+
+class ForwardStep(ForwardPass):
+    """The forward pass of training.
+
+    Args:
+        args: validated.
+        read_batch: draws micro-batches.
+        loss: computes the loss on the last pipeline stage.
+        progress: told how far the rank is.
+        times: takes the time of training's forward passes.
+        guard: runs the passes of a step.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        read_batch: BatchReader,
+        loss: PretrainLoss,
+        progress: Progress,
+        times: ForwardTimes | None,
+        guard: StepGuard,
+    ) -> None:
+        super().__init__(args, read_batch, loss, progress, times)
+        self._loss = loss
+        self._guard = guard
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Run a training step: see `integrations.schedule.SteppedForward`."""

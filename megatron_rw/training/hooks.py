@@ -91,7 +91,7 @@ class Hooks:
             SaveGuard(self._args, self._reporter.saved).install()
             writer.install(self._args.device)
         atomic_index.install()
-        _use_shipped_dataset_helpers()
+        use_shipped_dataset_helpers()
         _let_fp32_shards_load()
 
     @staticmethod
@@ -257,7 +257,7 @@ def _data_parallel_group() -> Any:
     return mpu.get_data_parallel_group(with_context_parallel=True)
 
 
-def _use_shipped_dataset_helpers() -> None:
+def use_shipped_dataset_helpers() -> None:
     """Keep Megatron from compiling its dataset helpers: the wheel brings them, but no Makefile."""
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         dataset_utils.compile_helpers = lambda: None

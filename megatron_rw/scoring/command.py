@@ -1,0 +1,90 @@
+r"""Losses of a checkpoint on every token and every document of Megatron datasets.
+
+    torchrun --nproc-per-node 8 tools/score_dataset.py <the model's flags> \
+        --load checkpoints/reference --data-path data/train --score-dir scores
+
+The model's flags are those of pretrain_gpt_rw.py, which a job's can be given as they are, or
+--use-checkpoint-args; any tensor, pipeline and expert parallelism, the rest is data parallel
+(context parallelism is refused). The folder of --score-dir, which all hosts must share, then holds
+for every dataset NAME.bin/.idx:
+
+  NAME.token_losses.npy     float32, value i is the loss of token i of NAME.bin: -ln p of it, in
+                            nats, given the tokens before it in its document. NaN for the first
+                            token of a document, which nothing predicts.
+  NAME.document_losses.npy  float32, value k is the mean over the tokens of document k of
+                            NAME.idx, summed in fp64; NaN where there is none. (Documents are
+                            what GPTDataset takes for them: the sequences of the index.)
+  NAME.document_tokens.npy  int32, how many tokens that mean is over.
+  scores.json               checkpoint, model, datasets with their fingerprints, and figures and
+                            a histogram of each domain, which are also printed.
+
+All arrays open with numpy.load(path, mmap_mode="r"). A training sample is made of pieces of
+documents, whose places in the .bin its dataset knows: the losses of the same places, averaged
+over the sample's loss mask, are its reference loss, however samples are packed and shuffled. The
+reference sees one document at a time, and no tokens of the document that is before it in a sample.
+
+Each document begins a row of its own. One longer than --seq-length goes on in further rows, whose
+first tokens have little context: --score-stride gives them more, for more work. Rows are padded,
+to --seq-length halved as often as they fit, and micro-batches hold --micro-batch-size x
+--seq-length tokens in every case.
+
+A run that was killed goes on from the last block that is on the disk when it is started again
+with the same flags, on any number of data-parallel ranks: the bytes are the same, as every
+micro-batch has the same rows and shape whatever computes it. Another tensor-parallel size or
+--micro-batch-size, or other hardware, changes the last bits of the losses.
+Experts with a capacity (--moe-expert-capacity-factor) make a loss depend on the other rows.
+
+--save, --split, --global-batch-size and other flags on steps and checkpoints are ignored.
+It was run on the CPU over gloo; not on GPUs yet. One process writes: 4 bytes a token.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from megatron_rw.data.command import InputError
+from megatron_rw.platform import DeviceError, select_device
+from megatron_rw.platform.launch import LaunchError, prepare_process
+
+
+def main() -> None:
+    """Run the tool."""
+    argv = sys.argv[1:]
+    try:
+        prepare_process()
+        device = select_device(argv)
+    except (LaunchError, DeviceError) as error:
+        _refuse(error)
+
+    from megatron_rw.observability.memory import explaining
+    from megatron_rw.resilience.watchdog import Progress
+    from megatron_rw.reweighting import ConfigError
+    from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
+    from megatron_rw.scoring.folder import ScoreFolder
+    from megatron_rw.scoring.job import run
+    from megatron_rw.training.arguments import one_message
+
+    job: dict[str, Any] | None = None
+    done: dict[str, int] | None = None
+    progress = Progress()
+    try:
+        with one_message():
+            config, flags = split_flags(argv, __doc__)
+            args = scoring_arguments(config, flags, device)
+            plan = plan_of(config, args)
+        if args.rank == 0:
+            job = describe(args, plan)
+            done = ScoreFolder(config.score_dir).begin(job)
+        explaining(run, args, progress)(args, config, plan, job, done, progress)
+    except (InputError, ConfigError, OSError) as error:
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What is scored together: documents in blocks, windows of documents in rows of a micro-batch.
+
+All of it follows from the index and the flags, and nothing from the number of ranks. Every
+micro-batch of a run therefore has the same rows and the same shape wherever it is computed, which
+makes the losses the same to the last bit.
+
+A row is of one document. Several in a row would need a mask between them, which not every
+attention of Megatron takes as it is; rows of several lengths cost less than padding and are exact
+with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.indexed import Index, bin_path
+
+# Shorter rows than this are not worth a shape of their own.
+SHORTEST_ROW = 64
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive documents that are scored, written and recorded together.
+
+    Attributes:
+        first: index of its first document.
+        lengths: int64 [documents], tokens of each.
+        start: place of its first token among those of the `.bin`.
+        tokens: how many it has.
+    """
+
+    first: int
+    lengths: NDArray[np.int64]
+    start: int
+    tokens: int
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """int64 [documents], the first token of each, counted from the block's."""
+        return np.cumsum(self.lengths) - self.lengths
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one shape.
+
+    Attributes:
+        length: tokens of a row, padding included.
+        rows: int64 [rows, 3]: where the row's first token is, counted from the block's; how many
+            of its predictions do not count, because the row before has made them with more
+            context; how many it makes. A row that makes none is padding.
+    """
+
+    length: int
+    rows: NDArray[np.int64]
+
+    def empty(self) -> MicroBatch:
+        """One of the same shape, all padding."""
+        return MicroBatch(self.length, np.zeros_like(self.rows))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How documents are cut into rows, and rows are put together.
+
+    Attributes:
+        seq_length: the most tokens of a row.
+        stride: from one row of a document to the next; the tokens between it and `seq_length` are
+            read again as context.
+        micro_batch_size: rows of `seq_length` in a micro-batch; of shorter rows as many more.
+        row_lengths: which lengths rows are padded to, descending, `seq_length` first.
+        block_tokens: a block begins with the first document at or after each multiple of it.
+    """
+
+    seq_length: int
+    stride: int
+    micro_batch_size: int
+    row_lengths: Sequence[int]
+    block_tokens: int
+
+    def blocks(self, prefix: str) -> Blocks:
+        """The blocks of a dataset.
+
+        Args:
+            prefix: path without `.bin` and `.idx`.
+
+        Raises:
+            InputError: see `Index.open`.
+        """
+        return Blocks(prefix, Index.open(prefix), self.block_tokens)
+
+    def micro_batches(self, lengths: NDArray[np.int64]) -> list[MicroBatch]:
+        """The micro-batches of a block, the longest rows first.
+
+        Args:
+            lengths: [documents] tokens of each.
+        """
+        rows = _rows(lengths, self.seq_length, self.stride)
+        predictions, batches, longer = rows[:, 2], [], np.zeros(len(rows), bool)
+        for length, shorter in zip(self.row_lengths, [*self.row_lengths[1:], 0], strict=True):
+            fit = rows[~longer & (predictions > shorter)]
+            longer |= predictions > shorter
+            size = self.micro_batch_size * (self.seq_length // length)
+            for at in range(0, len(fit), size):
+                part = np.zeros((size, 3), np.int64)
+                part[: len(fit[at : at + size])] = fit[at : at + size]
+                batches.append(MicroBatch(length, part))
+        return batches
+
+
+class Blocks:
+    """The blocks of one dataset.
+
+    Args:
+        prefix: its path without `.bin` and `.idx`.
+        index: of it.
+        block_tokens: see `Plan`.
+
+    Raises:
+        InputError: it has no tokens.
+
+    Attributes:
+        tokens: of the whole `.bin`.
+        documents: sequences of the index: what GPTDataset takes for documents.
+    """
+
+    def __init__(self, prefix: str, index: Index, block_tokens: int) -> None:
+        self._prefix, self._index = prefix, index
+        self._itemsize = index.dtype.itemsize
+        self.tokens = bin_path(prefix).stat().st_size // self._itemsize
+        self.documents = len(index.lengths)
+        if self.tokens == 0:
+            raise InputError(f"{bin_path(prefix)}: holds no tokens; leave the dataset out")
+        marks = np.arange(0, self.tokens, block_tokens, dtype=np.int64) * self._itemsize
+        # A document longer than a block leaves the next marks without one of their own.
+        firsts = np.unique(np.searchsorted(index.offsets, marks))
+        self._bounds = np.append(firsts[firsts < self.documents], self.documents)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, number: int) -> Block:
+        """One block.
+
+        Raises:
+            InputError: its documents do not lie one after the other in the `.bin`.
+        """
+        first, last = int(self._bounds[number]), int(self._bounds[number + 1])
+        lengths = np.asarray(self._index.lengths[first:last], np.int64)
+        offsets = np.asarray(self._index.offsets[first:last])
+        ends = np.cumsum(lengths)
+        if not np.array_equal(offsets - offsets[0], (ends - lengths) * self._itemsize):
+            raise InputError(
+                f"{self._prefix}.idx: documents {first} to {last - 1} do not lie one after the "
+                "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
+            )
+        return Block(first, lengths, int(offsets[0]) // self._itemsize, int(ends[-1]))
+
+
+def row_lengths(seq_length: int, divisor: int) -> list[int]:
+    """The lengths that rows are padded to: `seq_length`, halved as long as it can be.
+
+    Args:
+        seq_length: the longest.
+        divisor: every length is a multiple of it.
+    """
+    lengths = [seq_length]
+    while lengths[-1] % (2 * divisor) == 0 and lengths[-1] // 2 >= SHORTEST_ROW:
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def _rows(lengths: NDArray[np.int64], seq_length: int, stride: int) -> NDArray[np.int64]:
+    """The rows of a block's documents, in order; see `MicroBatch.rows`."""
+    predictions = np.maximum(lengths - 1, 0)
+    # Of a document that fits there is one row, of a document without predictions none.
+    counts = np.maximum(0, predictions - seq_length + stride - 1) // stride + (predictions > 0)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.cumsum(lengths) - lengths
+    return np.stack(
+        [
+            starts[document] + number * stride,
+            np.where(number == 0, 0, seq_length - stride),
+            np.minimum(seq_length, predictions[document] - number * stride),
+        ],
+        axis=1,
+    )
+
+
+def share(micro_batches: Sequence[MicroBatch], rank: int, ranks: int) -> Sequence[MicroBatch]:
+    """What one of the data-parallel ranks computes: a stretch, so that it has few shapes."""
+    each = -(-len(micro_batches) // ranks)
+    return micro_batches[rank * each : (rank + 1) * each]

@@ -1,0 +1,182 @@
+"""The model over the rows of a block: token losses, gathered on the rank that writes."""
+
+from __future__ import annotations
+
+import itertools
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.indexed import Index, bin_path
+from megatron_rw.integrations.groups import device, has_loss
+from megatron_rw.integrations.schedule import run_forward_only
+from megatron_rw.resilience.watchdog import Progress
+from megatron_rw.scoring.plan import Block, MicroBatch, Plan, share
+from megatron_rw.training.batch import Batch, BatchReader
+from megatron_rw.training.datasets import PLACE_KEY
+from megatron_rw.training.forward_step import ForwardPass
+from megatron_rw.training.loss import LossResult
+
+
+class Scorer:
+    """Scores the blocks of datasets, on all ranks together.
+
+    Args:
+        args: validated.
+        model: its chunks on this rank, with the weights to score with.
+        plan: how blocks are cut into rows.
+        progress: told how far the rank is.
+    """
+
+    def __init__(self, args: Namespace, model: list[Any], plan: Plan, progress: Progress) -> None:
+        self._args, self._model, self._plan, self._progress = args, model, plan, progress
+        self._passes: dict[int, ForwardPass] = {}
+        self._collected: list[tuple[Tensor, Tensor]] = []
+        for chunk in model:
+            chunk.eval()
+
+    def score(self, prefix: str, block: Block) -> NDArray[np.float32] | None:
+        """Score a block. Collective over all ranks.
+
+        Args:
+            prefix: of its dataset.
+            block: of it.
+
+        Returns:
+            On the rank that writes (`writes`) the loss of each of the block's tokens in nats, 0
+            where there is none; None elsewhere.
+
+        Raises:
+            InputError: a token id is beyond the model's vocabulary.
+        """
+        args = self._args
+        tokens = np.memmap(bin_path(prefix), dtype=Index.open(prefix).dtype, mode="r")
+        ids = tokens[block.start : block.start + block.tokens]
+        ranks = mpu.get_data_parallel_world_size()
+        batches = self._plan.micro_batches(block.lengths)
+        mine = list(share(batches, mpu.get_data_parallel_rank(), ranks))
+        if args.expert_model_parallel_size > 1:
+            # Experts are spread over these ranks, which therefore make the same calls.
+            missing = -(-len(batches) // ranks) - len(mine)
+            mine += [batches[0].empty()] * missing if batches else []
+        self._collected.clear()
+        for length, group in itertools.groupby(mine, key=lambda batch: batch.length):
+            self._forward(prefix, ids, length, list(group))
+        return self._gather(block.tokens)
+
+    def _forward(
+        self, prefix: str, ids: NDArray[Any], length: int, batches: list[MicroBatch]
+    ) -> None:
+        """One call of the schedule, on micro-batches of one shape."""
+        args = self._args
+        chunks = len(self._model)
+        if chunks > 1:
+            # Interleaved stages take as many micro-batches at a time as there are stages.
+            batches += [batches[0].empty()] * (-len(batches) % args.pipeline_model_parallel_size)
+        iterators = [
+            (to_samples(prefix, ids, batch, args.padded_vocab_size) for batch in batches)
+            for _ in range(chunks)
+        ]
+        call = {
+            "forward_step_func": self._pass(length, len(batches[0].rows)),
+            "data_iterator": iterators if chunks > 1 else iterators[0],
+            "model": self._model,
+            "num_microbatches": len(batches),
+            "seq_length": length,
+            "micro_batch_size": len(batches[0].rows),
+        }
+        run_forward_only(get_forward_backward_func(), call)
+
+    def _pass(self, length: int, rows: int) -> ForwardPass:
+        if length not in self._passes:
+            shaped = {"seq_length": length, "eval_micro_batch_size": rows}
+            args = Namespace(**(vars(self._args) | shaped))
+            self._passes[length] = ForwardPass(
+                args, BatchReader(args, num_domains=1), self._collect, self._progress
+            )
+        return self._passes[length]
+
+    def _collect(
+        self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
+    ) -> LossResult:
+        """In the place of a loss: keep the losses on the device, where nothing waits for them."""
+        if batch.places is not None:
+            self._collected.append((batch.places, token_losses.float()))
+        nothing = torch.zeros((), device=token_losses.device)
+        return nothing, nothing.int(), {}
+
+    def _gather(self, tokens: int) -> NDArray[np.float32] | None:
+        self._progress.then("gathering the losses of a block")
+        if not has_loss() or mpu.get_tensor_model_parallel_rank() != 0:
+            return None
+        block = np.zeros(tokens, np.float32)
+        for places, losses in self._collected:
+            rows = losses.cpu().numpy()
+            for (start, skipped, made), row in zip(places.tolist(), rows, strict=True):
+                # Each token is of one row: adding to 0 also makes one zero of both.
+                block[start + 1 + skipped : start + 1 + made] += row[skipped:made]
+        if mpu.get_data_parallel_world_size() == 1:
+            return block
+        # All but one add 0 to a token, so that the sum is exact.
+        total = torch.from_numpy(block).to(device())
+        group = mpu.get_data_parallel_group()
+        dist.reduce(total, dst=dist.get_global_rank(group, 0), group=group)
+        return total.cpu().numpy() if writes() else None
+
+
+def writes() -> bool:
+    """Whether this rank gets the losses: one of the job does."""
+    return (
+        has_loss()
+        and mpu.get_tensor_model_parallel_rank() == 0
+        and mpu.get_data_parallel_rank() == 0
+    )
+
+
+def to_samples(
+    prefix: str, ids: NDArray[Any], batch: MicroBatch, vocab_size: int
+) -> dict[str, Tensor]:
+    """A micro-batch as the data loader would give it.
+
+    Args:
+        prefix: of the dataset, for the message.
+        ids: [tokens] of the block.
+        batch: its rows.
+        vocab_size: of the model.
+
+    Returns:
+        `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
+        the rows themselves, [rows, 3] int64, in the place of the samples' places.
+
+    Raises:
+        InputError: a token id is beyond the vocabulary.
+    """
+    shape = (len(batch.rows), batch.length)
+    tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.float32)
+    for row, (start, skipped, made) in enumerate(batch.rows):
+        tokens[row, :made] = ids[start : start + made]
+        labels[row, :made] = ids[start + 1 : start + 1 + made]
+        mask[row, skipped:made] = 1.0
+    largest = max(int(tokens.max()), int(labels.max()))
+    if largest >= vocab_size:
+        raise InputError(
+            f"{bin_path(prefix)}: holds token id {largest}, but the model's vocabulary has "
+            f"{vocab_size} entries; the data was made with another tokenizer"
+        )
+    positions = np.broadcast_to(np.arange(batch.length), shape).copy()
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "labels": torch.from_numpy(labels),
+        "loss_mask": torch.from_numpy(mask),
+        "position_ids": torch.from_numpy(positions),
+        PLACE_KEY: torch.from_numpy(batch.rows),
+    }

@@ -1,0 +1,133 @@
+"""The losses of documents by domain: figures, a table, a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rw.scoring.folder import ScoreFolder
+
+# Nats per token; the last bin has all that is above.
+BIN_WIDTH, BINS = 0.1, 200
+# Bins of the picture to a line of the table.
+_COARSE = 5
+_CHUNK = 1 << 22
+
+
+def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of each domain, from the arrays of documents, in bounded memory.
+
+    Args:
+        folder: with complete arrays, named or not yet.
+        datasets: of the job; `domain` of each.
+
+    Returns:
+        By domain: `documents`; `tokens` that have a loss; `loss`, their mean (None of none);
+        `without_loss`, documents of fewer than two tokens; `not_finite`, documents whose loss is
+        not; `histogram`, numbers of the other documents by loss in bins of `BIN_WIDTH`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    sums: dict[str, float] = {}
+    for dataset, facts in datasets.items():
+        domain = facts["domain"]
+        entry = found.setdefault(
+            domain,
+            {"documents": 0, "tokens": 0, "loss": None, "without_loss": 0, "not_finite": 0}
+            | {"histogram": [0] * (BINS + 1)},
+        )
+        losses, tokens = (
+            _open(folder, dataset, kind) for kind in ("document_losses", "document_tokens")
+        )
+        for at in range(0, len(losses), _CHUNK):
+            part = np.asarray(losses[at : at + _CHUNK], np.float64)
+            counts = np.asarray(tokens[at : at + _CHUNK], np.int64)
+            scored = counts > 0
+            finite = scored & np.isfinite(part)
+            bins = np.minimum(part[finite] / BIN_WIDTH, BINS).astype(np.int64)
+            entry["documents"] += len(part)
+            entry["tokens"] += int(counts[finite].sum())
+            entry["without_loss"] += int((~scored).sum())
+            entry["not_finite"] += int((scored & ~finite).sum())
+            entry["histogram"] = (
+                np.array(entry["histogram"]) + np.bincount(bins, minlength=BINS + 1)
+            ).tolist()
+            sums[domain] = sums.get(domain, 0.0) + float((part[finite] * counts[finite]).sum())
+    for domain, entry in found.items():
+        if entry["tokens"]:
+            entry["loss"] = sums[domain] / entry["tokens"]
+    return found
+
+
+def _open(folder: ScoreFolder, dataset: str, kind: str) -> NDArray[Any]:
+    path = folder.array(dataset, kind)
+    array: NDArray[Any] = np.load(
+        path if path.exists() else folder.partial(dataset, kind), mmap_mode="r"
+    )
+    return array
+
+
+def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The figures and the histograms as lines of text."""
+    width = max(len(name) for name in [*domains, "domain"])
+    lines = [
+        f"{'domain':<{width}}  {'documents':>13}  {'tokens':>17}  {'nats/token':>10}  "
+        f"{'without':>9}  {'not finite':>10}"
+    ]
+    for name, entry in domains.items():
+        loss = "-" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        lines.append(
+            f"{name:<{width}}  {entry['documents']:>13,}  {entry['tokens']:>17,}  {loss:>10}  "
+            f"{entry['without_loss']:>9,}  {entry['not_finite']:>10,}"
+        )
+    columns = {name: _coarse(entry["histogram"]) for name, entry in domains.items()}
+    filled = [
+        i for i in range(len(_coarse([0] * (BINS + 1)))) if any(c[i] for c in columns.values())
+    ]
+    if not filled:
+        return lines
+    cell = {name: max(len(name), 7) for name in columns}
+    lines += ["", "documents by loss in nats per token, % of the domain"]
+    lines.append(f"{'loss':<11}" + "".join(f"  {name:>{cell[name]}}" for name in columns))
+    step = BIN_WIDTH * _COARSE
+    for i in range(filled[0], filled[-1] + 1):
+        above = i * _COARSE >= BINS
+        label = f"{i * step:.1f}-" if above else f"{i * step:.1f}-{(i + 1) * step:.1f}"
+        shares = (
+            f"  {100 * column[i] / max(1, sum(column)):>{cell[name]}.2f}"
+            for name, column in columns.items()
+        )
+        lines.append(f"{label:<11}" + "".join(shares))
+    return lines
+
+
+def _coarse(histogram: list[int]) -> list[int]:
+    return [sum(histogram[i : i + _COARSE]) for i in range(0, BINS, _COARSE)] + [histogram[BINS]]
+
+
+def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write the histograms as a picture; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    edges = BIN_WIDTH * np.arange(BINS + 2)
+    largest = 1
+    for name, entry in domains.items():
+        counts = np.array(entry["histogram"])
+        if counts.sum():
+            largest = max(largest, int(np.flatnonzero(counts)[-1]) + 1)
+            density = counts / counts.sum() / BIN_WIDTH
+            mean = math.nan if entry["loss"] is None else entry["loss"]
+            axes.stairs(density, edges, label=f"{name} (mean over tokens {mean:.2f})")
+    axes.set_xlim(0, edges[largest])
+    axes.set_xlabel("document loss, nats per token")
+    axes.set_ylabel("share of documents per nat")
+    axes.legend()
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(path)

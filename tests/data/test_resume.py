@@ -1,0 +1,194 @@
+"""What an interrupted preprocess_data leaves behind, and what the next call makes of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rw.data import chunks, domains
+from megatron_rw.data.encoding import Encoder
+from megatron_rw.data.output import publish
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.test_preprocess_data import datasets, files, preprocess
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two files of some twenty chunks each."""
+    monkeypatch.setattr(chunks, "_SMALLEST", 300)
+    monkeypatch.setattr(chunks, "_LARGEST", 300)
+    records = [{"text": text} for text in make_texts(60, 5)]
+    return [
+        write_jsonl(tmp_path / "a.jsonl", records[:30]),
+        write_jsonl(tmp_path / "b.jsonl.gz", records[30:]),
+    ]
+
+
+@pytest.fixture
+def interrupted(
+    tmp_path: Path, inputs: list[Path], model: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[object, ...]:
+    """The flags of a call into `out` that was interrupted after some parts."""
+    flags = (
+        "--input", *inputs, "--output-dir", tmp_path / "out", "--tokenizer-model", model,
+        "--workers", 1,
+    )  # fmt: skip
+    encode = Encoder._encode
+    calls = []
+
+    def interrupt(encoder: Encoder, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > 25:
+            raise KeyboardInterrupt
+        return encode(encoder, *args)
+
+    with monkeypatch.context() as context:
+        context.setattr(Encoder, "_encode", interrupt)
+        assert preprocess(*flags) == 130
+    assert not list((tmp_path / "out").glob("*_document.*"))
+    return flags
+
+
+def parts(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.glob(".preprocess_data/*/*.npz")}
+
+
+def whole(tmp_path: Path, flags: tuple[object, ...]) -> dict[str, bytes]:
+    position = flags.index("--output-dir")
+    again = (*flags[: position + 1], tmp_path / "undisturbed", *flags[position + 2 :])
+    assert preprocess(*again) == 0
+    return datasets(tmp_path / "undisturbed")
+
+
+def test_it_goes_on_from_its_parts(
+    tmp_path: Path, interrupted: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = parts(tmp_path / "out")
+    assert len(before) == 25
+    kept: dict[Path, int] = {}
+
+    def look(*args: Any) -> None:
+        kept.update(parts(tmp_path / "out"))
+        publish(*args)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("megatron_rw.data.preprocess_data.publish", look)
+        assert preprocess(*interrupted) == 0
+    assert len(kept) > 30
+    assert {path: kept[path] for path in before} == before
+    assert "going on from" in capsys.readouterr().err
+    assert datasets(tmp_path / "out") == whole(tmp_path, interrupted)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_file_that_was_replaced_is_read_again(
+    tmp_path: Path, inputs: list[Path], interrupted: tuple[object, ...]
+) -> None:
+    write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
+    assert preprocess(*interrupted) == 0
+    assert datasets(tmp_path / "out") == whole(tmp_path, interrupted)
+
+
+@pytest.mark.parametrize("damage", ["bin", "npz", "gone"])
+def test_a_part_that_the_power_failed_upon_is_made_again(
+    tmp_path: Path, interrupted: tuple[object, ...], damage: str
+) -> None:
+    path = sorted(parts(tmp_path / "out"))[3]
+    victim = path if damage == "npz" else path.with_suffix(".bin")
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(bytes(victim.stat().st_size))
+    assert preprocess(*interrupted) == 0
+    assert datasets(tmp_path / "out") == whole(tmp_path, interrupted)
+
+
+def test_another_call_is_refused_until_it_is_dropped(
+    tmp_path: Path, interrupted: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preprocess(*interrupted, "--append-eod") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --output-dir {tmp_path / 'out'}: holds unfinished work of")
+    assert "--append-eod is true now and was false; repeat that call, or --overwrite" in error
+    assert preprocess(*interrupted, "--append-eod", "--overwrite") == 0
+    flags = (*interrupted, "--append-eod")
+    assert datasets(tmp_path / "out") == whole(tmp_path, flags)
+
+
+def start(inputs: list[Path], out: Path, model: str, workers: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            sys.executable, "tools/preprocess_data.py", "--input", *map(str, inputs),
+            "--output-dir", str(out), "--tokenizer-model", model, "--workers", str(workers),
+        ],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    texts = make_texts(4000, 8)
+    return write_jsonl(tmp_path / "large.jsonl", [{"text": text} for text in texts * 2])
+
+
+def await_part(out: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not parts(out):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_nobody(
+    tmp_path: Path, large: Path, model: str
+) -> None:
+    import psutil
+
+    out = tmp_path / "out"
+    process = start([large], out, model, 2)
+    await_part(out)
+    os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert b"a worker process was killed, most likely for lack of memory; use fewer" in error
+
+    process = start([large], out, model, 2)
+    deadline = time.monotonic() + 60
+    while not (workers := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert preprocess("--input", large, "--output-dir", out, "--tokenizer-model", model) == 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+    assert start([large], out, model, 2).wait(timeout=120) == 0
+    assert preprocess(
+        "--input", large, "--output-dir", tmp_path / "whole", "--tokenizer-model", model,
+        "--workers", 1,
+    ) == 0  # fmt: skip
+    assert datasets(out) == datasets(tmp_path / "whole")
+
+
+def test_shards_are_consecutive_files(tmp_path: Path, model: str) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        texts = make_texts(5 + 10 * (number % 3), number)
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", [{"text": text} for text in texts])
+    usual = (
+        "--input", tmp_path / "in", "--tokenizer-model", model, "--workers", 1, "--domain", "all"
+    )  # fmt: skip
+    assert preprocess(*usual, "--output-dir", tmp_path / "whole") == 0
+    joined = b""
+    for shard in range(3):
+        out = tmp_path / f"shard{shard}"
+        assert preprocess(*usual, "--output-dir", out, "--shard", f"{shard}/3") == 0
+        joined += files(out)["all_text_document.bin"]
+        assert domains.DomainsFile.load(out / "domains.json").domains["all"].documents
+    assert joined == files(tmp_path / "whole")["all_text_document.bin"]

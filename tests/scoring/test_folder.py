@@ -1,0 +1,126 @@
+"""What is written: arrays, who may write them, and the figures of domains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rw.data.command import InputError
+from megatron_rw.scoring.folder import ARRAYS, BlockWriter, ScoreFolder, document_means
+from megatron_rw.scoring.plan import Block
+from megatron_rw.scoring.summary import draw, summarise, table
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    dataset = {"path": "/d/a", "domain": "web", "documents": 4, "tokens": 10}
+    return {"checkpoint": {"iteration": 3}, "datasets": {"a": dataset}} | changes
+
+
+def block() -> Block:
+    return Block(first=0, lengths=np.array([1, 4, 0, 5]), start=0, tokens=10)
+
+
+def filled(path: Path) -> ScoreFolder:
+    folder = ScoreFolder(path)
+    folder.begin(job())
+    with BlockWriter(folder, "a") as writer:
+        writer.write(block(), np.linspace(0, 2.25, 10, dtype=np.float32))
+    folder.record(job(), {"a": 1})
+    return folder
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_means_are_those_of_each_document(lengths: list[int]) -> None:
+    losses = np.random.default_rng(0).random(sum(lengths)).astype(np.float32)
+    losses[-1:] = np.inf
+    means, tokens = document_means(Block(0, np.array(lengths), 0, sum(lengths)), losses)
+    for part, mean, count in zip(
+        np.split(losses, np.cumsum(lengths)[:-1]), means, tokens, strict=True
+    ):
+        assert count == max(0, len(part) - 1)
+        wanted = np.float32(part[1:].mean(dtype=np.float64)) if count else np.float32(np.nan)
+        np.testing.assert_allclose(mean, wanted, rtol=1e-7)
+
+
+def test_names_are_final_only_in_the_end(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    assert not list(tmp_path.glob("*.npy"))
+    assert folder.begin(job()) == {"a": 1}
+    folder.finish(job(), {"domains": summarise(folder, job()["datasets"])})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["scores.json", *(f"a.{kind}.npy" for kind in ARRAYS)]
+    )
+    assert folder.begin(job()) is None
+    losses = np.load(tmp_path / "a.token_losses.npy", mmap_mode="r")
+    nan = np.nan
+    np.testing.assert_array_equal(losses, [nan, nan, 0.5, 0.75, 1, nan, 1.5, 1.75, 2, 2.25])
+    means = np.load(tmp_path / "a.document_losses.npy")
+    np.testing.assert_array_equal(means, [nan, 0.75, nan, 1.875])
+
+
+def test_killed_between_two_names(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    folder.partial("a", "token_losses").replace(folder.array("a", "token_losses"))
+    assert folder.begin(job()) == {"a": 1}
+    folder.finish(job(), {"domains": summarise(folder, job()["datasets"])})
+    assert folder.begin(job()) is None
+
+
+def test_another_job_is_refused(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    other = job(checkpoint={"iteration": 4})
+    wanted = r"progress.json is of another job: checkpoint.iteration 3 there, 4 here. Give another"
+    with pytest.raises(InputError, match=wanted):
+        folder.begin(other)
+    folder.finish(job(), {"domains": {}})
+    with pytest.raises(InputError, match=r"scores.json is of another job: checkpoint.iteration"):
+        folder.begin(other)
+
+
+def test_a_missing_array_is_refused(tmp_path: Path) -> None:
+    folder = filled(tmp_path)
+    folder.partial("a", "document_losses").unlink()
+    with pytest.raises(InputError, match=r"document_losses.npy.partial is missing"):
+        folder.begin(job())
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path)
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(InputError, match=r"progress.json: not JSON"):
+        ScoreFolder(tmp_path).begin(job())
+
+
+def test_domains(tmp_path: Path) -> None:
+    datasets = {
+        name: {"domain": domain, "documents": 3, "tokens": 9}
+        for name, domain in (("a", "web"), ("b", "code"), ("c", "web"))
+    }
+    folder = ScoreFolder(tmp_path)
+    folder.begin({"datasets": datasets})
+    for name, losses in (("a", 0.25), ("b", 3.33), ("c", 50.0)):
+        values = np.full(9, losses, np.float32)
+        if name == "b":
+            values[1] = np.nan
+        with BlockWriter(folder, name) as writer:
+            writer.write(Block(0, np.array([3, 1, 5]), 0, 9), values)
+    domains = json.loads(json.dumps(summarise(folder, datasets)))
+    web, code = domains["web"], domains["code"]
+    assert (web["documents"], web["tokens"], web["without_loss"]) == (6, 12, 2)
+    assert (code["tokens"], code["not_finite"], web["not_finite"]) == (4, 1, 0)
+    assert web["loss"] == pytest.approx((0.25 + 50) / 2)
+    assert {i: n for i, n in enumerate(web["histogram"]) if n} == {2: 2, 200: 2}
+    assert {i: n for i, n in enumerate(code["histogram"]) if n} == {33: 1}
+    lines = table(domains)
+    assert lines[5].split() == ["loss", "web", "code"]
+    assert lines[6].split() == ["0.0-0.5", "50.00", "0.00"]
+    assert lines[6 + 6].split() == ["3.0-3.5", "0.00", "100.00"]
+    assert lines[-1].split() == ["20.0-", "50.00", "0.00"]
+    draw(domains, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")

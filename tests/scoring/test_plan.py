@@ -1,0 +1,97 @@
+"""Every prediction is in one row of one block, whatever the lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.indexed import Index, PairWriter, idx_path
+from megatron_rw.scoring.plan import Blocks, Plan, row_lengths, share
+
+LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=20).filter(any)
+
+
+def plan(stride: int, micro_batch_size: int = 2) -> Plan:
+    return Plan(256, stride, micro_batch_size, row_lengths(256, 1), 500)
+
+
+def write(prefix: Path, lengths: list[int]) -> None:
+    with PairWriter(prefix, np.uint16) as writer:
+        writer.write_tokens(np.arange(sum(lengths)).astype(np.uint16))
+        writer.add_documents(np.array(lengths))
+        writer.finalize()
+
+
+@given(lengths=LENGTHS, stride=st.sampled_from([1, 100, 255, 256]), size=st.integers(1, 3))
+def test_each_prediction_is_made_once(lengths: list[int], stride: int, size: int) -> None:
+    ends = np.cumsum(lengths)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    context = np.full(sum(lengths), -1)
+    for batch in plan(stride, size).micro_batches(np.array(lengths, np.int64)):
+        assert len(batch.rows) * batch.length == size * 256
+        for start, skipped, made in batch.rows.tolist():
+            if made == 0:
+                continue
+            assert batch.length == 64 or made > batch.length // 2, "a shorter row would do"
+            assert made <= batch.length
+            predicted = np.arange(start + 1 + skipped, start + 1 + made)
+            assert len(predicted) > 0
+            assert (document[predicted] == document[start]).all()
+            assert (context[predicted] == -1).all(), "twice"
+            context[predicted] = predicted - start
+    starts = ends - lengths
+    for start, length in zip(starts, lengths, strict=True):
+        seen = context[start : start + length]
+        assert (seen[:1] == -1).all()
+        before = np.arange(1, length)
+        assert (seen[1:] >= np.minimum(before, 256 - stride + 1)).all(), "too little context"
+        assert (seen[1:257] == before[:256]).all()
+
+
+@given(lengths=LENGTHS, block_tokens=st.integers(1, 3000))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_are_the_dataset(lengths: list[int], block_tokens: int, tmp_path: Path) -> None:
+    prefix = tmp_path / "some"
+    write(prefix, lengths)
+    blocks = Blocks(str(prefix), Index.open(prefix), block_tokens)
+    assert (blocks.documents, blocks.tokens) == (len(lengths), sum(lengths))
+    parts = [blocks[number] for number in range(len(blocks))]
+    assert [n for part in parts for n in part.lengths.tolist()] == lengths
+    token = document = 0
+    for part in parts:
+        assert (part.first, part.start) == (document, token)
+        assert part.tokens == part.lengths.sum()
+        assert part.tokens < block_tokens + max(lengths)
+        token, document = token + part.tokens, document + len(part.lengths)
+
+
+def test_an_index_with_gaps_is_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "gaps"
+    write(prefix, [5, 5, 5])
+    content = bytearray(idx_path(prefix).read_bytes())
+    # The offset of the second document, after the header and three lengths.
+    at = 34 + 3 * 4 + 8
+    content[at : at + 8] = (12).to_bytes(8, "little")
+    idx_path(prefix).write_bytes(content)
+    blocks = Blocks(str(prefix), Index.open(prefix), 1000)
+    with pytest.raises(InputError, match=r"gaps.idx: documents 0 to 2 do not lie one after"):
+        blocks[0]
+
+
+def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "empty", [0, 0])
+    with pytest.raises(InputError, match="holds no tokens"):
+        plan(256).blocks(str(tmp_path / "empty"))
+
+
+@given(count=st.integers(0, 20), ranks=st.integers(1, 7))
+def test_ranks_share_all(count: int, ranks: int) -> None:
+    batches = plan(256, 1).micro_batches(np.full(count, 200))
+    shares = [share(batches, rank, ranks) for rank in range(ranks)]
+    assert [id(b) for part in shares for b in part] == [id(b) for b in batches]
+    assert max(map(len, shares)) <= -(-count // ranks)

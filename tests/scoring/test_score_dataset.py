@@ -1,0 +1,257 @@
+"""tools/score_dataset.py on checkpoints of the real program, against a model in plain torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed import Index, PairWriter
+from megatron_rw.reweighting import ConfigError
+from megatron_rw.scoring.config import expanded, split_flags
+from megatron_rw.scoring.folder import ARRAYS
+from megatron_rw.scoring.plan import MicroBatch
+from megatron_rw.scoring.scorer import to_samples
+from tests.corpus import EOD, VOCAB_SIZE
+from tests.program import Run, kill_when, read_checkpoint, run_program
+from tests.scoring import llama
+
+SEQ = 128
+NAMES = ("easy_text_document", "noise_text_document")
+TOKENIZER = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE)]
+LENGTHS = [2, 1, 64, 65, 66, 128, 129, 130, 300, 0, 20, 33, 257, 0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents about as long as rows are, and empty ones, with a domains.json."""
+    folder = tmp_path_factory.mktemp("scored")
+    rng = np.random.default_rng(1)
+    for name in NAMES:
+        with PairWriter(folder / name, np.uint16) as writer:
+            lengths = rng.permutation(LENGTHS)
+            for length in lengths:
+                ids = rng.integers(0, EOD if name.startswith("noise") else 8, length)
+                writer.write_tokens(ids.astype(np.uint16))
+            writer.add_documents(lengths)
+            writer.finalize()
+    domains = {
+        name[:5].rstrip("_"): DomainRecord(name, len(LENGTHS), sum(LENGTHS), EOD) for name in NAMES
+    }
+    tokenizer = TokenizerRecord("NullTokenizer", "none", "0" * 64, VOCAB_SIZE)
+    DomainsFile(tokenizer, domains).save(folder / "domains.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    save = ["--save", str(folder / "checkpoints"), "--save-interval", "20", "--no-save-optim"]
+    flags = [*data_flags, "--train-iters", "20", "--micro-batch-size", "8"]
+    return run_program(folder, *flags, *save).check().directory / "checkpoints"
+
+
+Score = Callable[..., Run]
+
+
+def run_scoring(
+    log: Path, data: Path, checkpoints: Path, out: Path, *flags: str, **how: Any
+) -> Run:
+    """Score the data; flags given here win."""
+    given = ["--data-path", str(data), "--load", str(checkpoints), "--score-dir", str(out)]
+    rows = ["--seq-length", str(SEQ), "--max-position-embeddings", str(SEQ)]
+    # Dropout is of training alone.
+    sizes = "--micro-batch-size 2 --block-tokens 400 --hidden-dropout 0.3".split()
+    how |= {"module": "megatron_rw.scoring.command", "metrics": False}
+    return run_program(log, *TOKENIZER, *given, *rows, *sizes, *flags, **how)
+
+
+@pytest.fixture
+def score(tmp_path: Path, data: Path, checkpoints: Path) -> Score:
+    return functools.partial(run_scoring, tmp_path / "log", data, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, data: Path, checkpoints: Path
+) -> tuple[Path, str]:
+    """Scores of one process, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = run_scoring(folder / "log", data, checkpoints, folder / "scores").check()
+    return folder / "scores", run.output[0]
+
+
+def arrays(out: Path) -> dict[str, bytes]:
+    """All that the arrays hold, headers included."""
+    files = {path.name: path.read_bytes() for path in sorted(out.glob("*.npy"))}
+    assert len(files) == len(NAMES) * len(ARRAYS)
+    return files
+
+
+def reference(data: Path, checkpoints: Path, name: str, stride: int) -> np.ndarray:
+    """The losses that `token_losses` should hold, from each document by itself."""
+    weights = read_checkpoint(checkpoints / "iter_0000020")
+    index, ids = Index.open(data / name), np.fromfile(data / f"{name}.bin", np.uint16)
+    wanted = np.full(len(ids), np.nan, np.float32)
+    for offset, length in zip(index.offsets // 2, index.lengths, strict=True):
+        document = torch.from_numpy(ids[offset : offset + length].astype(np.int64))
+        for start in range(0, max(1, length - 1 - (SEQ - stride)), stride):
+            row = document[start : start + SEQ + 1]
+            if len(row) > 1:
+                skipped = SEQ - stride if start else 0
+                made = llama.losses(weights, row)[skipped:]
+                first = offset + start + 1 + skipped
+                wanted[first : first + len(made)] = made.numpy()
+    return wanted
+
+
+@pytest.mark.parametrize("stride", [SEQ, 48])
+def test_scores_are_those_of_another_model_implementation(
+    stride: int, whole: tuple[Path, str], score: Score, tmp_path: Path, data: Path,
+    checkpoints: Path,
+) -> None:  # fmt: skip
+    out = whole[0]
+    if stride != SEQ:
+        out = tmp_path / "scores"
+        score(out, "--score-stride", str(stride)).check()
+    for name in NAMES:
+        losses = np.load(out / f"{name}.token_losses.npy", mmap_mode="r")
+        wanted = reference(data, checkpoints, name, stride)
+        assert np.isfinite(wanted).sum() == sum(max(0, n - 1) for n in LENGTHS)
+        np.testing.assert_allclose(losses, wanted, atol=1e-5, rtol=0)
+
+
+def test_documents_are_the_means_of_their_tokens(whole: tuple[Path, str], data: Path) -> None:
+    for name in NAMES:
+        losses, means, counts = (np.load(whole[0] / f"{name}.{kind}.npy") for kind in ARRAYS)
+        index = Index.open(data / name)
+        for k, (offset, length) in enumerate(zip(index.offsets // 2, index.lengths, strict=True)):
+            own = losses[offset + 1 : offset + length].astype(np.float64)
+            assert counts[k] == len(own) == max(0, length - 1)
+            wanted = own.mean() if len(own) else np.nan
+            np.testing.assert_allclose(means[k], wanted, rtol=1e-6)
+
+
+def test_what_is_recorded_and_printed(whole: tuple[Path, str], checkpoints: Path) -> None:
+    found = json.loads((whole[0] / "scores.json").read_text())
+    assert found["checkpoint"] == {"path": str(checkpoints), "iteration": 20}
+    assert found["model"]["num_layers"] == 4
+    assert len(found["datasets"][NAMES[0]]["fingerprint"]) == 16
+    means = [np.load(whole[0] / f"{name}.token_losses.npy") for name in NAMES]
+    for domain, losses in zip(("easy", "noise"), means, strict=True):
+        assert found["domains"][domain]["loss"] == pytest.approx(np.nanmean(losses), rel=1e-5)
+        assert f"{np.nanmean(losses):.4f}" in whole[1]
+    assert "documents by loss in nats per token" in whole[1]
+
+
+LAYOUTS = {
+    "tp2": "--tensor-model-parallel-size 2",
+    "pp2-fused": "--pipeline-model-parallel-size 2 --fused-linear-cross-entropy",
+    "pp2-vpp2": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_another_layout_is_close(
+    layout: str, whole: tuple[Path, str], score: Score, tmp_path: Path
+) -> None:
+    score(tmp_path / "scores", *LAYOUTS[layout].split(), processes=2).check()
+    arrays(tmp_path / "scores")
+    for name in NAMES:
+        mine, other = (
+            np.load(out / f"{name}.token_losses.npy") for out in (whole[0], tmp_path / "scores")
+        )
+        np.testing.assert_allclose(mine, other, atol=1e-5, rtol=0)
+
+
+def test_killed_and_resumed_on_more_ranks_is_bitwise_the_same(
+    whole: tuple[Path, str], score: Score, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores"
+
+    def done() -> int:
+        path = out / "progress.json"
+        return sum(json.loads(path.read_text())["blocks"].values()) if path.exists() else 0
+
+    killed = score(out, disturb=kill_when(lambda: done() >= 2))
+    assert killed.status == [-9]
+    assert not list(out.glob("*.npy")), "it was complete before it was killed"
+    before = done()
+    assert before >= 2
+    partial = out / f"{NAMES[0]}.token_losses.npy.partial"
+    # What is there is not computed again: a mark put into the first block stays.
+    content = bytearray(partial.read_bytes())
+    content[132:136] = np.float32(77).tobytes()
+    partial.write_bytes(content)
+    score(out, processes=2).check()
+    files = arrays(out)
+    marked = bytearray(files[f"{NAMES[0]}.token_losses.npy"])
+    assert marked[132:136] == np.float32(77).tobytes()
+    marked[132:136] = arrays(whole[0])[f"{NAMES[0]}.token_losses.npy"][132:136]
+    assert files | {f"{NAMES[0]}.token_losses.npy": bytes(marked)} == arrays(whole[0])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*files, "scores.json"])
+
+
+def test_two_ranks_are_bitwise_one(whole: tuple[Path, str], score: Score, tmp_path: Path) -> None:
+    score(tmp_path / "scores", processes=2).check()
+    assert arrays(tmp_path / "scores") == arrays(whole[0])
+    scores = [json.loads((o / "scores.json").read_text()) for o in (whole[0], tmp_path / "scores")]
+    assert scores[0] == scores[1]
+
+
+def test_refusals(whole: tuple[Path, str], score: Score, tmp_path: Path, data: Path) -> None:
+    (tmp_path / "none").mkdir()
+    with PairWriter(tmp_path / "other", np.uint16) as writer:
+        writer.write_tokens(np.array([5, 99], np.uint16))
+        writer.add_documents(np.array([2]))
+        writer.finalize()
+    out = tmp_path / "scores"
+    for flags, wanted in (
+        (["--load", str(tmp_path / "none")], "none holds no checkpoint."),
+        (["--data-path", str(tmp_path / "other")], "other holds token id 99, but the model's"),
+        (["--score-stride", "129"], "--score-stride 129 would leave tokens out"),
+        (["--num-layers", "2"], "is a checkpoint of another model: --num-layers 4 there, 2 here"),
+        (
+            ["--score-dir", str(whole[0]), "--micro-batch-size", "4"],
+            "rows.micro_batch_size 2 there",
+        ),
+    ):
+        run = score(out, *flags)
+        assert run.status == [2], run.all_output
+        [line] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
+        assert wanted in line
+    assert not out.exists()
+
+
+def test_a_micro_batch_is_what_a_loader_would_give() -> None:
+    rows = np.array([[1, 0, 3], [4, 2, 4], [0, 0, 0]])
+    drawn = to_samples("some", np.arange(10, 20), MicroBatch(5, rows), vocab_size=20)
+    assert drawn["tokens"].tolist() == [[11, 12, 13, 0, 0], [14, 15, 16, 17, 0], [0] * 5]
+    assert drawn["labels"].tolist() == [[12, 13, 14, 0, 0], [15, 16, 17, 18, 0], [0] * 5]
+    assert drawn["loss_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0] * 5]
+    assert drawn["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 3
+    with pytest.raises(InputError, match=r"some.bin: holds token id 18, but the model's"):
+        to_samples("some", np.arange(10, 20), MicroBatch(5, rows), vocab_size=18)
+
+
+def test_flags(tmp_path: Path, data: Path) -> None:
+    prefixes = [str(data / name) for name in NAMES]
+    assert expanded([str(data)]) == prefixes
+    assert expanded(["0.3", str(data), "0.7", "x/y"]) == [*prefixes, "x/y"]
+    with pytest.raises(ConfigError, match=r"a folder without a domains.json"):
+        expanded([str(tmp_path)])
+    of_a_job = "--save there --async-save --split 98,1,1 --global-batch-size 7 --lr 1".split()
+    _, flags = split_flags(["--load", "c", "--score-dir", "s", *of_a_job], "")
+    assert flags[:4] == ["--lr", "1", "--load", "c"]
+    assert not {"--save", "--async-save", "--global-batch-size", "98,1,1"} & set(flags)
+    for given, missing in (("--load", "--score-dir"), ("--score-dir", "--load")):
+        with pytest.raises(ConfigError, match=f"{missing} DIR is missing"):
+            split_flags([given, "somewhere"], "")
