@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import shutil
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.data.domains import FILE_NAME
 from megatron_rw.data.indexed import PairWriter
 from megatron_rw.data.work import FOLDER
 
@@ -77,7 +77,7 @@ def set_trap(point: str, trap: Trap) -> None:
     elif point == "join":
         PairWriter.add_documents = _after(PairWriter.add_documents, trap)  # type: ignore[method-assign]
     else:
-        shutil.rmtree = _one_by_one(shutil.rmtree, trap)
+        _trap_removal(trap)
 
 
 def _after(function: Callable[..., None], trap: Trap) -> Callable[..., None]:
@@ -88,15 +88,25 @@ def _after(function: Callable[..., None], trap: Trap) -> Callable[..., None]:
     return both
 
 
-def _one_by_one(remove: Any, trap: Trap) -> Any:
-    def removed(path: Path, **options: Any) -> None:
-        if Path(path).name == FOLDER:
-            for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
-                trap.reached()
-                file.unlink()
-        remove(path, **options)
+def _trap_removal(trap: Trap) -> None:
+    """Has it reached at every file that is removed once a list of datasets has its final name."""
+    rename, unlink = Path.replace, os.unlink
+    main = os.getpid()
+    done = False
 
-    return removed
+    def final(path: Path, target: Any) -> Path:
+        nonlocal done
+        renamed = rename(path, target)
+        done = done or renamed.name == FILE_NAME
+        return renamed
+
+    def removed(path: Any, *, dir_fd: int | None = None) -> None:
+        if done and os.getpid() == main:
+            trap.reached()
+        unlink(path, dir_fd=dir_fd)
+
+    Path.replace = final  # type: ignore[method-assign, assignment]
+    os.unlink = removed
 
 
 def log_parts(log: Path) -> None:
