@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     record = domains.TokenizerRecord(
         type=flags.type,
         model=model,
-        sha256=fingerprint(model),
+        sha256=fingerprint(flags.model),
         vocab_size=tokenizer.vocab_size,
     )
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
-from megatron_rw.data.tokenizer import TokenizerFlags, build_core_tokenizer
+from megatron_rw.data.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.train_tokenizer import even_budgets, spread_sample
 from tests.data.conftest import make_texts, write_jsonl
 
