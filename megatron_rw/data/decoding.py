@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -14,45 +15,50 @@ from megatron_rw.data.command import InputError
 from megatron_rw.data.documents import DatasetReader
 from megatron_rw.data.domains import TokenizerRecord
 from megatron_rw.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from megatron_rw.data.tokenizer_flags import BYTE_LEVEL, TokenizerFlags, tokenizer_flags
 from megatron_rw.platform.quiet import silence
 
 _CONTEXT = 40
 
 
-@cache  # of the many domains of a directory, which one tokenizer made
-def tokenizer_of(
-    tokenizer_type: str | None, model: str | None, record: TokenizerRecord | None
-) -> Tokenizer:
+def tokenizer_of(args: Namespace, record: TokenizerRecord | None) -> Tokenizer:
     """Loads the tokenizer that flags name, or else the one that made the dataset.
 
     Says so on stderr if it is not the one that made the dataset.
 
     Args:
-        tokenizer_type: `--tokenizer-type`, if given.
-        model: `--tokenizer-model`, if given.
+        args: of a command line that `add_tokenizer_flags` prepared; without a type and a model
+            they are those of the record.
         record: What `domains.json` says of the dataset's tokenizer, if there is one.
 
     Raises:
         InputError: None is named, or it is not there.
     """
-    if model is None and record is None:
+    named = args.tokenizer_model is not None or args.tokenizer_type == BYTE_LEVEL
+    if not named and record is None:
         raise InputError(
             "no domains.json tells which tokenizer made this dataset; give --tokenizer-model"
         )
-    if record is not None:
-        if model is None and not Path(record.model).exists():
+    kind = args.tokenizer_type or (record.type if record else None) or "SentencePieceTokenizer"
+    model = args.tokenizer_model
+    if not named and record is not None and kind != BYTE_LEVEL:
+        model = record.model
+        if not Path(model).exists():
             raise InputError(
-                f"{record.model}, the tokenizer that domains.json names, is not there; give "
+                f"{model}, the tokenizer that domains.json names, is not there; give "
                 "--tokenizer-model"
             )
-        model = model or record.model
-        tokenizer_type = tokenizer_type or record.type
-    assert model is not None
+    chosen = {**vars(args), "tokenizer_type": kind, "tokenizer_model": model}
+    return _load(tokenizer_flags(Namespace(**chosen)), record)
+
+
+@cache  # of the many domains of a directory, which one tokenizer made
+def _load(flags: TokenizerFlags, record: TokenizerRecord | None) -> Tokenizer:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
-    tokenizer = load_tokenizer(tokenizer_type or "SentencePieceTokenizer", model)
-    if record is not None and (digest := fingerprint(model)) != record.sha256:
+    tokenizer = load_tokenizer(flags)
+    if record is not None and (digest := fingerprint(flags.model)) != record.sha256:
         print(
-            f"warning: {model} is not the tokenizer that made this dataset: its sha256 is "
+            f"warning: {flags.model} is not the tokenizer that made this dataset: its sha256 is "
             f"{digest}, and domains.json says {record.sha256}",
             file=sys.stderr,
         )
@@ -70,7 +76,7 @@ def decode(tokenizer: Tokenizer, ids: NDArray[Any]) -> str:
             f"a token id is {int(ids.max())}, and the tokenizer has {tokenizer.vocab_size}; give "
             "the --tokenizer-model that made this dataset"
         )
-    return str(cast(Any, tokenizer).detokenize(ids.tolist()))
+    return tokenizer.detokenize(ids.tolist())
 
 
 def find(reader: DatasetReader, text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:

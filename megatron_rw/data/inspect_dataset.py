@@ -21,7 +21,7 @@ from megatron_rw.data.documents import DatasetReader
 from megatron_rw.data.indexed import bin_path, idx_path
 from megatron_rw.data.inspection import Report, inspect
 from megatron_rw.data.lengths import check_picture, draw
-from megatron_rw.data.tokenizer import LIBRARIES
+from megatron_rw.data.tokenizer_flags import BYTE_LEVEL, add_tokenizer_flags
 
 _EXAMPLE = """\
 examples:
@@ -89,13 +89,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ids", action="store_true", help="with --document: print its token ids instead"
     )
-    parser.add_argument(
-        "--tokenizer-type",
-        choices=sorted(LIBRARIES),
-        metavar="TYPE",
-        help="as in Megatron; without the two, the tokenizer that domains.json names",
-    )
-    parser.add_argument("--tokenizer-model", metavar="PATH", help="as in Megatron")
+    add_tokenizer_flags(parser)
+    # Without a type and a model they are those that domains.json names.
+    parser.set_defaults(tokenizer_type=None)
     args = parser.parse_args(argv)
     report = args.document is None and args.find is None and not args.checksum and not args.verify
     if (args.check or args.picture) and not report:
@@ -170,9 +166,9 @@ def _inspect(prefix: Path, args: argparse.Namespace) -> Report:
     record = _record(prefix)
     vocab_size = eod = None
     if args.check:
-        here = record is not None and Path(record.model).exists()
-        if args.tokenizer_model or here:
-            tokenizer = tokenizer_of(args.tokenizer_type, args.tokenizer_model, record)
+        here = record is not None and (record.type == BYTE_LEVEL or Path(record.model).exists())
+        if args.tokenizer_model or args.tokenizer_type == BYTE_LEVEL or here:
+            tokenizer = tokenizer_of(args, record)
             vocab_size = tokenizer.vocab_size
             eod = tokenizer.eod if tokenizer.eod is not None and tokenizer.eod >= 0 else None
     return inspect(prefix, args.check, vocab_size, eod)
@@ -225,7 +221,7 @@ def _print_document(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
         ids = reader.document(args.document)
     text = None
     if not args.ids:
-        tokenizer = tokenizer_of(args.tokenizer_type, args.tokenizer_model, _record(prefix))
+        tokenizer = tokenizer_of(args, _record(prefix))
         text = decode(tokenizer, ids)
     if args.json:
         content = {"prefix": str(prefix), "document": args.document, "ids": ids.tolist()}
@@ -236,7 +232,7 @@ def _print_document(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
 
 def _print_found(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
     for prefix in prefixes:
-        tokenizer = tokenizer_of(args.tokenizer_type, args.tokenizer_model, _record(prefix))
+        tokenizer = tokenizer_of(args, _record(prefix))
         with DatasetReader(prefix) as reader:
             for number, count, context in find(reader, args.find, tokenizer):
                 if args.json:

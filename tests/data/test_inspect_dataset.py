@@ -22,6 +22,7 @@ from megatron_rw.data.integrity import fingerprint
 from megatron_rw.data.lengths import Lengths
 from megatron_rw.data.tokenizer import fingerprint as sha256
 from megatron_rw.data.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
 from tests.data.datasets import TOKENIZER, Document, record, write_dataset, write_directory
 
@@ -29,7 +30,7 @@ EOD = 2
 
 
 def inspect(*flags: object) -> int:
-    decoding.tokenizer_of.cache_clear()
+    decoding._load.cache_clear()
     return inspect_dataset.main([str(flag) for flag in flags])
 
 
@@ -46,9 +47,9 @@ def texts() -> list[str]:
 @pytest.fixture
 def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
     """A directory of two domains, of 20 and 10 texts; every third has no end-of-document token."""
-    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
+    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     documents: list[Document] = [
-        [[*tokenizer.tokenize(text), *([EOD] if number % 3 else [])]]
+        [[*tokenizer.encode_batch([text])[0].tolist(), *([EOD] if number % 3 else [])]]
         for number, text in enumerate(texts)
     ]
     made_by = TokenizerRecord("SentencePieceTokenizer", model, sha256(model), tokenizer.vocab_size)
@@ -231,11 +232,11 @@ def test_a_picture_without_matplotlib_has_a_remedy(
 def test_a_document_is_decoded(
     corpus: Path, texts: list[str], model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer: Any = load_tokenizer("SentencePieceTokenizer", model)
+    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
     for name, number, text in (("a", 0, texts[0]), ("a", 19, texts[19]), ("b", 4, texts[24])):
         prefix = corpus / f"{name}_text_document"
         assert inspect(prefix, "--document", number) == 0
-        ids = tokenizer.tokenize(text)
+        ids = tokenizer.encode_batch([text])[0].tolist()
         assert capsys.readouterr().out == tokenizer.detokenize(ids) + "\n"
         assert inspect(prefix, "--document", number, "--ids", "--json") == 0
         found = json.loads(capsys.readouterr().out)
@@ -246,8 +247,8 @@ def test_a_document_is_decoded(
 def test_the_text_of_a_document_in_several_sequences(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
-    ids = tokenizer.tokenize("the model reads a batch of text")
+    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    ids = tokenizer.encode_batch(["the model reads a batch of text"])[0].tolist()
     prefix = write_dataset(tmp_path / "a", [[[5]], [ids[:3], ids[3:]], [[6]]])
     assert inspect(prefix, "--document", 1, "--tokenizer-model", model) == 0
     assert capsys.readouterr().out == "the model reads a batch of text\n"
@@ -321,8 +322,10 @@ def test_documents_that_contain_a_text_are_listed(
     text: str,
 ) -> None:
     monkeypatch.setattr(blocks, "_DOCUMENTS", 7)
-    tokenizer: Any = load_tokenizer("SentencePieceTokenizer", model)
-    decoded = [tokenizer.detokenize(tokenizer.tokenize(original)) for original in texts]
+    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    decoded = [
+        tokenizer.detokenize(tokenizer.encode_batch([original])[0].tolist()) for original in texts
+    ]
     expected = [
         (str(corpus / f"{'a' if i < 20 else 'b'}_text_document"), i % 20, document.count(text))
         for i, document in enumerate(decoded)
