@@ -112,6 +112,28 @@ class DatasetReader:
             raise InputError(f"{bin_path(self.prefix)}: was cut off while it was read; try again")
         return ids
 
+    def document(self, number: int) -> NDArray[Any]:
+        """Reads the tokens of one document.
+
+        Args:
+            number: from 0.
+        """
+        first, last = self.index.bounds[number : number + 2].tolist()
+        lengths = self.index.lengths[first:last]
+        count = int(lengths.sum(dtype=np.int64))
+        offset = int(self.index.offsets[first]) if count else 0
+        tokens = np.array([count])
+        return self.read(
+            Block(
+                number,
+                np.array([last - first]),
+                lengths,
+                tokens,
+                offset,
+                count * self.dtype.itemsize,
+            )
+        )
+
     def copy(self, block: Block, writer: PairWriter) -> None:
         """Appends the documents of a block to a dataset of the same dtype, inside the kernel."""
         writer.copy_tokens(self._file, block.offset, block.size)

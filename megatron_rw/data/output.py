@@ -19,7 +19,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
         overwrite: Whether datasets that it holds may be replaced.
 
     Raises:
-        InputError: If they may not.
+        InputError: If they may not, or their `domains.json` is malformed.
     """
     absolute = output_dir.absolute()
     if any(character.isspace() for character in str(absolute)):
@@ -33,6 +33,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
             f"--output-dir {output_dir}: holds datasets already ({there[0]}); give another "
             "directory, or --overwrite to replace them"
         )
+    _listed_files(absolute / domains.FILE_NAME)  # a malformed one is told of before the work
     return absolute
 
 
@@ -53,12 +54,9 @@ def publish(
         records: Domain to what is in it.
         weights: Domain to its weight in the blend.
         tokenizer: What made the token ids; None, if it is not known, writes no `domains.json`.
-
-    Raises:
-        InputError: If the `domains.json` of datasets to be replaced is malformed.
     """
     manifest, blend = output_dir / domains.FILE_NAME, output_dir / BLEND_FILE
-    stale = _listed_files(manifest) if manifest.exists() else set()
+    stale = _listed_files(manifest)
     manifest.unlink(missing_ok=True)
     blend.unlink(missing_ok=True)
     for file in sorted(scratch.iterdir()):
@@ -76,6 +74,8 @@ def publish(
 
 
 def _listed_files(manifest: Path) -> set[str]:
+    if not manifest.exists():
+        return set()
     try:
         listed = domains.DomainsFile.load(manifest).domains.values()
     except ValueError as error:

@@ -32,12 +32,8 @@ from megatron_rw.data.sentences import sentence_splitter
 from megatron_rw.data.shards import shard_of
 from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
 from megatron_rw.data.summary import Progress, check_bad_fraction, say, table
-from megatron_rw.data.tokenizer import (
-    end_of_document_id,
-    fingerprint,
-    load_tokenizer,
-    tokenizer_flags,
-)
+from megatron_rw.data.tokenizer import end_of_document_id, fingerprint, load_tokenizer
+from megatron_rw.data.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.work import earlier_chunk_bytes, work_folder
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.platform.quiet import silence
@@ -68,8 +64,8 @@ def _run(args: argparse.Namespace) -> None:
         encoding = dataclasses.replace(encoding, eod=eod)
     record = domains.TokenizerRecord(
         type=flags.type,
-        model=flags.model or "",
-        sha256=fingerprint(flags.model) if flags.model else "",
+        model=flags.model or flags.type,
+        sha256=fingerprint(flags.model),
         vocab_size=tokenizer.vocab_size,
     )
     settings = _settings(args, reading, record)

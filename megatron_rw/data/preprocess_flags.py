@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_rw.data.records import MAX_LINE_BYTES
 from megatron_rw.data.shards import Shard
 from megatron_rw.data.sources import READS
-from megatron_rw.data.tokenizer import add_tokenizer_flags
+from megatron_rw.data.tokenizer_flags import add_tokenizer_flags
 from megatron_rw.data.workers import available_cores
 
 _EXAMPLE = """\

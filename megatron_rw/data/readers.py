@@ -175,9 +175,7 @@ def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]
     if not first:  # which ijson takes for a file that is cut off
         yield Chunk(0, iter(()), last=True)
         return
-    elements = ijson.items(
-        guarded, "item" if first == b"[" else "", multiple_values=True, use_float=True
-    )
+    elements = ijson.items(guarded, "item" if first == b"[" else "", multiple_values=True)
     number = 0
     while not guarded.ended:
         chunk = Chunk(number, iter(()))

@@ -96,6 +96,7 @@ def test_loss_path(tmp_path: Path) -> None:
     assert variants["torch, linupper"]["operators"] > variants["torch, none"]["operators"]
 
 
+@pytest.mark.long
 def test_loss_path_of_the_emulated_kernels(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     run = benchmark("loss_path.py", "--device", "cpu", "--emulated", "--output", str(output))
@@ -146,6 +147,7 @@ def test_preprocess(tmp_path: Path) -> None:
     assert "ours" in run.stdout
 
 
+@pytest.mark.long
 def test_end_to_end() -> None:
     run = benchmark("end_to_end.py", "--tiny", "--blocks", "2")
     assert run.returncode == 0, run.stderr

@@ -124,9 +124,8 @@ def test_without_a_tokenizer_there_is_no_domains_file(tmp_path: Path) -> None:
 
 def test_a_broken_domains_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "domains.json").write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
-        put(tmp_path, tmp_path / "0", "a", TOKENIZER)
-    assert (tmp_path / "domains.json").read_text() == "{"
+    with pytest.raises(InputError, match=r"domains\.json: not JSON"):
+        check_output_dir(tmp_path, overwrite=True)
 
 
 def test_a_path_with_white_space_is_refused(tmp_path: Path) -> None:

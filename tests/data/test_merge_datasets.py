@@ -140,7 +140,7 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
 
 def test_nothing_of_torch_or_megatron_is_imported() -> None:
     program = (
-        "import sys; from megatron_rw.data import merge_datasets;"
+        "import sys; from megatron_rw.data import merge_datasets, split_dataset, inspect_dataset;"
         "print([name for name in ('torch', 'megatron') if name in sys.modules])"
     )
     done = subprocess.run(

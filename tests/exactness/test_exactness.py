@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
 FUSED_TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6}
+LONG = {"TP2", "TP2 SP", "DP2 TP2 distopt overlap"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,13 @@ def relative_error(ranks: list[worker.Sums], key: tuple[str, str], step: int) ->
     return math.sqrt(error / size)
 
 
-@pytest.mark.parametrize("layout_name", cases.LAYOUTS)
+@pytest.mark.parametrize(
+    "layout_name",
+    [
+        pytest.param(name, marks=pytest.mark.long) if name in LONG else name
+        for name in cases.LAYOUTS
+    ],
+)
 def test_gradient_is_the_single_process_oracles(
     layout_name: str,
     wanted: dict[tuple[str, str], list[oracle.Parameters]],

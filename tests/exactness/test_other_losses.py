@@ -49,7 +49,9 @@ def added(directory: Path, flags: list[str]) -> Gradient:
     return {name: with_them[name].double() - without[name].double() for name in without}
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["", "per-token"])
+@pytest.mark.parametrize(
+    "per_token", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "per-token"]
+)
 def test_other_losses_keep_their_gradient(
     per_token: bool, tmp_path: Path, data_flags: list[str]
 ) -> None:

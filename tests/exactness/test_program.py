@@ -23,7 +23,11 @@ FLAGS = (
     "--save-interval 1000 --save-wgrads-interval 1 --finetune --no-load-optim --no-load-rng "
     "--reweight-strategy linupper --reweight-temperature 0.4"
 ).split()
-SCOPES = ("microbatch", "global", "deferred")
+SCOPES = (
+    pytest.param("microbatch", marks=pytest.mark.long),
+    pytest.param("global", marks=pytest.mark.long),
+    "deferred",
+)
 # The scope global scores with our cross-entropy in any case.
 LAYOUTS = {
     "tp2-pp2": (

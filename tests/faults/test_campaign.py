@@ -8,11 +8,11 @@ from tests.faults.campaign import Campaign, Fault, faults
 from tests.faults.points import POINTS
 
 MORE = [
+    Fault("asynchronous", "writer", 20, (1,)),
     Fault("asynchronous", "backward", 17, (1,)),
     Fault("distributed optimizer", "write", 40, (0, 1)),
 ]
 TRIALS = [
-    Fault("asynchronous", "writer", 20, (1,)),
     # Megatron alone ends at these two with status 0 and without a word, or never starts again.
     Fault("asynchronous", "tracker", 3, (0,)),
     Fault("distributed optimizer", "data index", 3, (0,)),

@@ -32,7 +32,11 @@ from tests.kernels.resources import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ARCHITECTURES = ["80", "90a", "100"]
+ARCHITECTURES = [
+    pytest.param("80", marks=pytest.mark.long),
+    pytest.param("90a", marks=pytest.mark.long),
+    "100",
+]
 OPTIONS = CrossEntropyOptions(z_loss=1e-2, label_smoothing=0.1, softcap=5.0)
 
 
@@ -58,6 +62,7 @@ def test_kernels_compile_without_spills(
     assert all(0 < kernel.registers <= 64 for kernel in kernels)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sanitizers", [("address", "undefined"), ("thread",)], ids=" ".join)
 def test_sanitizers_find_nothing(sanitizers: tuple[str, ...]) -> None:
     program = emulation.exercise(*sanitizers)
@@ -121,8 +126,15 @@ def test_operator_of_the_whole_loss_passes_torchs_own_check(name: str, masked: b
     torch.library.opcheck(torch.ops.megatron_rw.cross_entropy.default, (*arguments, name))
 
 
-@pytest.mark.parametrize("name", ["torch", "cuda"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "name"),
+    [
+        ("aot_eager", "torch"),
+        ("aot_eager", "cuda"),
+        pytest.param("inductor", "torch", marks=pytest.mark.long),
+        ("inductor", "cuda"),
+    ],
+)
 def test_loss_and_weights_compile_to_one_graph(name: Any, compiler: str) -> None:
     leaf, target, mask = inputs(8, 4, 90)
     leaf.requires_grad_()
@@ -216,6 +228,7 @@ print(torch._C._dispatch_has_kernel_for_dispatch_key("megatron_rw_cuda::weigh", 
     return result.stdout.strip() == "True"
 
 
+@pytest.mark.long
 def test_built_at_first_use_and_kept(
     bare: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +249,7 @@ def test_built_at_first_use_and_kept(
     assert sorted(path.suffix for path in bare.iterdir()) == [".lock", ".so"]
 
 
+@pytest.mark.long
 def test_built_with_the_package(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     variables = os.environ | {"MEGATRON_RW_BUILD_CUDA": "1"}

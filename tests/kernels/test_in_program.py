@@ -45,8 +45,15 @@ def test_fused_cross_entropy_trains_as_cores(tmp_path: Path, data_flags: list[st
     assert steps["fused"][-1]["grad_norm"] != steps["megatron"][-1]["grad_norm"]
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-@pytest.mark.parametrize("fused", ["--cross-entropy-impl fused", "--fused-linear-cross-entropy"])
+@pytest.mark.parametrize(
+    ("fused", "name"),
+    [
+        pytest.param("--cross-entropy-impl fused", "triton", marks=pytest.mark.long),
+        ("--cross-entropy-impl fused", "cuda"),
+        ("--fused-linear-cross-entropy", "triton"),
+        pytest.param("--fused-linear-cross-entropy", "cuda", marks=pytest.mark.long),
+    ],
+)
 def test_other_kernels_train_as_torchs(
     fused: str, name: str, tmp_path: Path, data_flags: list[str]
 ) -> None:

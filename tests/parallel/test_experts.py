@@ -32,7 +32,7 @@ def train(directory: Path, flags: list[str]) -> Run:
     return run_program(directory, *flags, *EXPERTS, *TRAIN, *save, processes=2).check()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["global", pytest.param("deferred", marks=pytest.mark.long)])
 def test_experts_over_two_ranks_give_the_same_as_on_each(
     scope: str, tmp_path: Path, data_flags: list[str]
 ) -> None:

@@ -33,19 +33,23 @@ SCOPES = {
     "deferred": ["--reweight-scope", "deferred", "--reweight-moment-decay", "0.5"],
 }
 RUNS = [
-    *[("microbatch", layout) for layout in (
-        "tp2", "pp2", "tp2-pp2", "dp2", "dp2-distopt", "dp2-tp2-distopt-overlap", "pp2-vpp2",
-        "dp4-per-token",
-    )],
+    pytest.param("microbatch", "tp2", marks=pytest.mark.long),
+    pytest.param("microbatch", "pp2", marks=pytest.mark.long),
+    ("microbatch", "tp2-pp2"),
+    pytest.param("microbatch", "dp2", marks=pytest.mark.long),
+    pytest.param("microbatch", "dp2-distopt", marks=pytest.mark.long),
+    pytest.param("microbatch", "dp2-tp2-distopt-overlap", marks=pytest.mark.long),
+    ("microbatch", "pp2-vpp2"),
+    ("microbatch", "dp4-per-token"),
     ("global", "pp2-vpp2"),
     ("global", "dp2-tp2-distopt-overlap"),
     ("global", "dp2-pp2-vpp2-overlap"),
     ("deferred", "dp2-tp2-distopt-overlap"),
     ("deferred", "dp2-pp2-vpp2-overlap"),
     ("microbatch", "tp2-fused"),
-    ("deferred", "dp2-tp2-distopt-overlap-fused"),
-    ("global", "dp2-pp2-vpp2-overlap-fused"),
-]  # fmt: skip
+    pytest.param("deferred", "dp2-tp2-distopt-overlap-fused", marks=pytest.mark.long),
+    pytest.param("global", "dp2-pp2-vpp2-overlap-fused", marks=pytest.mark.long),
+]
 
 COMMON = (
     f"--train-iters {STEPS} --global-batch-size {BATCH} --adam-eps 1e-2 "

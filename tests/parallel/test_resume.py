@@ -40,7 +40,9 @@ DEFERRED = " --reweight-scope deferred --reweight-moment-decay 0.5"
 
 
 @pytest.mark.parametrize(
-    "extra", ["", DISTRIBUTED + DEFERRED], ids=["", "distributed-optimizer-deferred"]
+    "extra",
+    ["", pytest.param(DISTRIBUTED + DEFERRED, marks=pytest.mark.long)],
+    ids=["", "distributed-optimizer-deferred"],
 )
 def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
     extra: str, tmp_path: Path, data_flags: list[str]
@@ -84,9 +86,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize(
-    ("saved", "resumed"), [("tp2-pp2", "tp1-pp1"), ("tp1-pp1", "tp2-pp2"), ("ep4", "ep2")]
+    ("saved", "resumed", "distributed_optimizer"),
+    [
+        pytest.param("tp2-pp2", "tp1-pp1", False, marks=pytest.mark.long),
+        ("tp2-pp2", "tp1-pp1", True),
+        pytest.param("tp1-pp1", "tp2-pp2", False, marks=pytest.mark.long),
+        pytest.param("tp1-pp1", "tp2-pp2", True, marks=pytest.mark.long),
+        pytest.param("ep4", "ep2", False, marks=pytest.mark.long),
+        ("ep4", "ep2", True),
+    ],
 )
 def test_checkpoint_resumes_in_another_layout(
     saved: str, resumed: str, distributed_optimizer: bool, tmp_path: Path, data_flags: list[str]

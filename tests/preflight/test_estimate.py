@@ -22,7 +22,12 @@ RUN = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --save-interva
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--use-distributed-optimizer"], ["--no-save-optim"], ["--bf16"]],
+    [
+        pytest.param([], marks=pytest.mark.long),
+        pytest.param(["--use-distributed-optimizer"], marks=pytest.mark.long),
+        pytest.param(["--no-save-optim"], marks=pytest.mark.long),
+        ["--bf16"],
+    ],
     ids=["fp32", "distributed-optimizer", "weights-alone", "bf16"],
 )
 def test_memory_and_checkpoint_are_those_of_a_run(extra: list[str], tmp_path: Path) -> None:

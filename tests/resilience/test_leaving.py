@@ -33,7 +33,7 @@ def train(directory: Path, data_flags: list[str], *flags: str, **how: object) ->
     ("number", "ranks"),
     [
         (signal.SIGTERM, (0, 1)),
-        (signal.SIGUSR1, (1,)),
+        pytest.param(signal.SIGUSR1, (1,), marks=pytest.mark.long),
         pytest.param(signal.SIGINT, (0,), marks=pytest.mark.long),
     ],
 )
@@ -57,7 +57,11 @@ def test_signal_lets_the_run_finish_its_step_save_and_say_that_it_is_unfinished(
     ("number", "how"),
     [
         (signal.SIGUSR1, ""),
-        (signal.SIGTERM, "--async-save --async-strategy mcore --use-persistent-ckpt-worker"),
+        pytest.param(
+            signal.SIGTERM,
+            "--async-save --async-strategy mcore --use-persistent-ckpt-worker",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_signal_to_every_process_as_slurm_sends_it(

@@ -119,8 +119,8 @@ def test_megatrons_rerun_machine_decides_where_it_is_on(
 @pytest.mark.parametrize(
     ("layout", "what", "flags"),
     [
-        ("one process", "activations", ""),
-        ("DP2", "loss", f"{OVERLAP} --clip-grad 0"),
+        pytest.param("one process", "activations", "", marks=pytest.mark.long),
+        pytest.param("DP2", "loss", f"{OVERLAP} --clip-grad 0", marks=pytest.mark.long),
         pytest.param("TP2", "activations", "--reweight-scope global", marks=pytest.mark.long),
         pytest.param("PP2", "loss", "", marks=pytest.mark.long),
         ("DP2", "gradient", ""),
@@ -147,7 +147,9 @@ def test_skipped_step_is_one_that_megatron_skips(
 @pytest.mark.parametrize(
     ("layout", "what", "flags"),
     [
-        ("one process", "loss", f"--reweight-strategy none {DROPOUT}"),
+        pytest.param(
+            "one process", "loss", f"--reweight-strategy none {DROPOUT}", marks=pytest.mark.long
+        ),
         ("DP2", "activations", f"{OVERLAP} {DROPOUT}"),
         pytest.param(
             "DP2",
@@ -158,7 +160,12 @@ def test_skipped_step_is_one_that_megatron_skips(
         pytest.param(
             "TP2", "activations", f"--reweight-scope deferred {DROPOUT}", marks=pytest.mark.long
         ),
-        ("PP2", "activations", "--reweight-scope global --num-virtual-stages-per-pipeline-rank 2"),
+        pytest.param(
+            "PP2",
+            "activations",
+            "--reweight-scope global --num-virtual-stages-per-pipeline-rank 2",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_dropped_sample_leaves_no_trace(
@@ -211,7 +218,7 @@ def test_step_without_a_good_sample_is_skipped(tmp_path: Path, data_flags: list[
     assert [record["dropped_samples"] for record in run.train_metrics()] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("what", ["large", "activations"])
+@pytest.mark.parametrize("what", [pytest.param("large", marks=pytest.mark.long), "activations"])
 def test_spikes_are_written_and_change_nothing(
     what: str, tmp_path: Path, data_flags: list[str]
 ) -> None:

@@ -37,7 +37,7 @@ def iterations(directory: Path) -> list[int]:
     return [checkpoint.iteration for checkpoint in folder.checkpoints()]
 
 
-@pytest.mark.parametrize("how", [[], ASYNC], ids=HOW)
+@pytest.mark.parametrize("how", [pytest.param([], marks=pytest.mark.long), ASYNC], ids=HOW)
 def test_checkpoint_that_cannot_be_written_stops_the_run(
     how: list[str], tmp_path: Path, data_flags: list[str]
 ) -> None:

@@ -1,0 +1,184 @@
+"""However a text is cut, its ids are those of the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data.huggingface_tokenizer import safe_to_cut
+from megatron_rw.data.segments import after_a_word, separates_words, split
+from megatron_rw.data.tokenizer import Tokenizer
+from tests.data.conftest import make_texts
+from tests.data.tokenizers import (
+    LLAMA3,
+    SENTENCEPIECE,
+    UNCUT,
+    huggingface_of,
+    save_tiktoken,
+    sentencepiece_of,
+    tiktoken_of,
+    train_huggingface,
+    train_sentencepiece,
+)
+
+WHOLE = 1 << 40
+NASTY = (
+    *(" ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u2581", " \u2581 ", "\u3000", "\xa0", "\u2028"),
+    *(
+        "the",
+        " model",
+        "a b",
+        "x",
+        "I'll",
+        "'s",
+        " 'LL ",
+        "1234567",
+        " 12 ",
+        "_",
+        "://",
+        "def f(x):",
+    ),
+    *("日本", "é", "e\u0301", " \u0301", "\ufb01", "😀", "👩\u200d💻", "\U0001d400", "ŉ", "\u200b"),
+    *("<s>", "</s>", " <tool> ", "<unk>", "☯", "z" * 30, "ab" * 20, "\x00"),
+)
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(NASTY),
+        st.sampled_from(make_texts(1, 5)[0].split(" ")),
+        st.text(st.characters(codec="utf-8"), max_size=4),
+    ),
+    max_size=25,
+).map("".join)
+SIZES = st.integers(1, 40)
+Sized = Callable[[int], Tokenizer]
+
+
+def check_cutting(tokenizer_of: Sized, text: str, size: int) -> None:
+    whole = tokenizer_of(WHOLE).encode_batch([text])[0]
+    cut = tokenizer_of(size).encode_batch([text, "b", text])
+    assert cut[0].tolist() == whole.tolist() == cut[2].tolist()
+    assert cut[0].dtype == whole.dtype
+
+
+@pytest.fixture(scope="module", params=SENTENCEPIECE)
+def sized_sentencepiece(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Sized:
+    path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
+    model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
+    of_size = {size: sentencepiece_of(model, size) for size in (*range(1, 41), WHOLE)}
+    assert (of_size[1]._cuts is None) == (request.param in UNCUT)
+    return of_size.__getitem__
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS, SIZES)
+@example("the  model \u2581 reads \u2581the a b x the ", 1)
+@example("日本日本 日本", 1)
+@example("ends in a space ", 1)
+def test_sentencepiece(sized_sentencepiece: Sized, text: str, size: int) -> None:
+    check_cutting(sized_sentencepiece, text, size)
+
+
+@pytest.fixture(scope="module", params=["llama3", "gpt2", "with bos"])
+def sized_huggingface(request: pytest.FixtureRequest) -> Sized:
+    pattern = None if request.param == "gpt2" else LLAMA3
+    tokenizer = train_huggingface(pattern=pattern, bos=request.param == "with bos")
+    of_size = {size: huggingface_of(tokenizer, size) for size in (*range(1, 41), WHOLE)}
+    assert of_size[1]._cuts
+    return of_size.__getitem__
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS, SIZES)
+@example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
+def test_huggingface(sized_huggingface: Sized, text: str, size: int) -> None:
+    check_cutting(sized_huggingface, text, size)
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def sized_tiktoken(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Sized:
+    import dataclasses
+
+    flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
+    flags = dataclasses.replace(flags, tiktoken_pattern=request.param)
+    of_size = {size: tiktoken_of(flags, size) for size in (*range(1, 41), WHOLE)}
+    assert of_size[1]._cuts
+    return of_size.__getitem__
+
+
+@settings(deadline=None, max_examples=150)
+@given(TEXTS, SIZES)
+@example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
+def test_tiktoken(sized_tiktoken: Sized, text: str, size: int) -> None:
+    check_cutting(sized_tiktoken, text, size)
+
+
+@given(TEXTS, SIZES)
+def test_split_loses_nothing(text: str, size: int) -> None:
+    segments = split(text, after_a_word, size)
+    assert "".join(segments) == text
+    assert all(len(segment) >= size for segment in segments[:-1])
+
+
+def test_a_text_without_a_cut_stays_whole() -> None:
+    assert split("z" * 100, after_a_word, 10) == ["z" * 100]
+
+
+def added_token(**properties: object) -> dict[str, object]:
+    usual = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": 3, "single_word": False, "special": True} | usual | properties
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
+    last = BYTE_LEVEL | {"use_regex": use_regex}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]}}
+
+
+@pytest.mark.parametrize(
+    ("change", "safe"),
+    [
+        ({}, True),
+        (sequence(SPLIT), True),
+        (sequence({"type": "Digits", "individual_digits": True}, use_regex=True), True),
+        ({"normalizer": {"type": "NFC"}}, True),
+        ({"added_tokens": [added_token(lstrip=True, rstrip=True)]}, True),
+        (sequence(), False),
+        (sequence(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
+        (sequence(SPLIT | {"pattern": {"String": " "}}), False),
+        (sequence(SPLIT | {"behavior": "MergedWithNext"}), False),
+        (sequence(SPLIT, {"type": "Metaspace"}), False),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, False),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, False),
+        ({"pre_tokenizer": None}, False),
+        ({"normalizer": {"type": "Lowercase"}}, False),
+        ({"model": {"type": "Unigram"}}, False),
+        ({"model": {"type": "BPE", "dropout": 0.1}}, False),
+        ({"added_tokens": [added_token(content="a b")]}, False),
+        ({"added_tokens": [added_token(content="tool", rstrip=True)]}, False),
+    ],
+)
+def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> None:
+    definition = {
+        "normalizer": None,
+        "pre_tokenizer": BYTE_LEVEL | {"use_regex": True},
+        "model": {"type": "BPE", "dropout": None},
+        "added_tokens": [added_token()],
+    }
+    assert safe_to_cut(definition | change) is safe
+
+
+def test_core_patterns_are_known() -> None:
+    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
+
+    assert separates_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V1)
+    assert separates_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V2)
+    assert not separates_words(r"\s+|\S+")

@@ -1,0 +1,280 @@
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from megatron_rw.data import documents as blocks
+from megatron_rw.data import held_out, split_dataset
+from megatron_rw.data.domains import DomainRecord, DomainsFile
+from megatron_rw.data.held_out import HeldOut, Share, choose
+from tests.data.datasets import (
+    TOKENIZER,
+    Document,
+    files,
+    read_dataset,
+    record,
+    write_dataset,
+    write_directory,
+)
+
+IN_TEMPORARY = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+# Few tokens, so that copies are many, within a domain and between domains.
+DOCUMENT = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=2)
+DOMAINS = st.dictionaries(
+    st.sampled_from("ab"), st.lists(DOCUMENT, min_size=3, max_size=25), min_size=1
+)
+FLAGS = st.sampled_from(
+    [
+        "--valid-fraction 0.3",
+        "--valid-documents 2 --test-documents 3",
+        "--valid-fraction 0.2 --test-fraction 0.3",
+        "--valid-fraction 0.2 --test-documents 1",
+        "--valid-documents 1 --test-fraction 0.3",
+        "--test-documents 2",
+    ]
+)
+SETS = ("train", "valid", "test")
+
+
+def split(source: Path, output: Path, flags: str) -> int:
+    return split_dataset.main(["--input", str(source), "--output-dir", str(output), *flags.split()])
+
+
+def content(document: Document) -> tuple[int, ...]:
+    return tuple(token for sequence in document for token in sequence)
+
+
+def contents(documents: Iterable[Document]) -> set[tuple[int, ...]]:
+    return {content(document) for document in documents}
+
+
+def read_sets(output: Path) -> dict[str, dict[str, list[Document]]]:
+    return {
+        name: {
+            domain: read_dataset(output / name / entry.prefix)
+            for domain, entry in DomainsFile.load(output / name / "domains.json").domains.items()
+        }
+        for name in SETS
+        if (output / name).exists()
+    }
+
+
+@IN_TEMPORARY
+@given(domains=DOMAINS, flags=FLAGS, block_documents=st.integers(1, 9), hashes=st.integers(1, 9))
+def test_sets_share_no_document_and_together_are_everything(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    domains: dict[str, list[Document]],
+    flags: str,
+    block_documents: int,
+    hashes: int,
+) -> None:
+    monkeypatch.setattr(blocks, "_DOCUMENTS", block_documents)
+    monkeypatch.setattr(held_out, "_HASHES", hashes)
+    tmp_path = tmp_path_factory.mktemp("split")
+    assume(split(write_directory(tmp_path / "in", domains), tmp_path / "out", flags) == 0)
+    sets = read_sets(tmp_path / "out")
+    assert list(sets) == ["train", *(name for name in SETS[1:] if f"--{name}" in flags)]
+
+    seen = [contents(d for ds in per_domain.values() for d in ds) for per_domain in sets.values()]
+    assert sum(map(len, seen)) == len(set().union(*seen))
+    for domain, documents in domains.items():
+        together = [str(d) for per_domain in sets.values() for d in per_domain[domain]]
+        assert Counter(together) == Counter(map(str, documents))
+    for name, per_domain in sets.items():
+        for domain, documents in per_domain.items():  # a selection, in the order that they had
+            chosen = contents(documents)
+            assert documents == [d for d in domains[domain] if content(d) in chosen]
+        write_directory(tmp_path / "expected" / name, per_domain)
+        assert files(tmp_path / "out" / name) == files(tmp_path / "expected" / name)
+        assert [line.split()[1] for line in blend(tmp_path / "out" / name)] == [
+            f"{tmp_path}/out/{name}/{domain}_text_document" for domain in domains
+        ]
+
+
+def blend(directory: Path) -> list[str]:
+    return (directory / "blend.txt").read_text().splitlines()
+
+
+def distinct(count: int, first: int = 0) -> list[Document]:
+    return [[[number % 4096, number // 4096]] for number in range(first, first + count)]
+
+
+@IN_TEMPORARY
+@given(order=st.randoms(use_true_random=False), flags=FLAGS, cut=st.integers(10, 50))
+def test_neither_order_nor_sharding_matters(
+    tmp_path_factory: pytest.TempPathFactory, order: random.Random, flags: str, cut: int
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("split")
+    documents = distinct(60)
+    write_directory(tmp_path / "in", {"a": documents})
+    assert split(tmp_path / "in", tmp_path / "out", flags) == 0
+    whole = {name: contents(ds["a"]) for name, ds in read_sets(tmp_path / "out").items()}
+    order.shuffle(documents)
+    write_directory(tmp_path / "shuffled", {"a": documents})
+    assert split(tmp_path / "shuffled", tmp_path / "again", flags) == 0
+    assert {n: contents(ds["a"]) for n, ds in read_sets(tmp_path / "again").items()} == whole
+    if "documents" in flags:
+        return  # a number of documents is a number of each input
+    for shard in (documents[:cut], documents[cut:]):
+        write_dataset(tmp_path / "shard_text_document", shard)
+        DomainsFile(TOKENIZER, {"shard": record("shard", shard)}).save(tmp_path / "domains.json")
+        if split(tmp_path / "shard_text_document", tmp_path / "part", f"{flags} --overwrite") == 0:
+            for name, ds in read_sets(tmp_path / "part").items():
+                assert contents(ds["shard"]) == contents(shard) & whole[name]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_fractions_and_numbers_are_about_right(tmp_path: Path, seed: int) -> None:
+    count = 20_000
+    write_directory(tmp_path / "in", {"a": distinct(count), "b": distinct(count, count)})
+    for number, (flags, expected) in enumerate(
+        {
+            "--valid-fraction 0.1 --test-fraction 0.02": (0.1 * count, 0.02 * count),
+            "--valid-documents 300 --test-documents 50": (300, 50),
+            "--valid-documents 300 --test-fraction 0.02": (300, 0.02 * count),
+            "--valid-fraction 0.1 --test-documents 50": (0.1 * count, 50),
+        }.items()
+    ):
+        output = tmp_path / str(number)
+        assert split(tmp_path / "in", output, f"{flags} --seed {seed}") == 0
+        sets = read_sets(output)
+        for name, wanted in zip(SETS[1:], expected, strict=True):
+            exact = f"--{name}-documents" in flags
+            # Five standard deviations of a binomial count.
+            margin = 0 if exact else 5 * (wanted * (1 - wanted / count)) ** 0.5
+            for documents in sets[name].values():
+                assert abs(len(documents) - wanted) <= margin
+
+
+def test_another_seed_chooses_others(tmp_path: Path) -> None:
+    write_directory(tmp_path / "in", {"a": distinct(500)})
+    chosen = []
+    for seed in (1, 1, 2):
+        assert (
+            split(tmp_path / "in", tmp_path / "out", f"--valid-documents 50 --seed {seed} --ov")
+            == 0
+        )
+        chosen.append(contents(read_sets(tmp_path / "out")["valid"]["a"]))
+    assert chosen[0] == chosen[1]
+    assert len(chosen[0] & chosen[2]) < 25
+
+
+HASH = st.integers(0, 12) | st.integers((1 << 64) - 3, (1 << 64) - 1)
+
+
+@IN_TEMPORARY
+@given(hashes=st.lists(HASH, min_size=1, max_size=40), count=st.integers(1, 20))
+def test_the_smallest_hashes_are_taken_with_all_their_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hashes: list[int], count: int
+) -> None:
+    monkeypatch.setattr(held_out, "_HASHES", 3)
+    np.array(hashes, np.uint64).tofile(tmp_path / "hashes")
+    limit = sorted(hashes)[min(count, len(hashes)) - 1]
+    assume(limit < max(hashes))
+    chosen = choose({"a": tmp_path / "hashes"}, Share(documents=count), None)
+    sets = chosen.sets(np.array(hashes, np.uint64))
+    assert (sets == 1).tolist() == [value <= limit for value in hashes]
+
+
+def test_fractions_are_of_the_two_ends_of_the_range() -> None:
+    ends = np.array([0, 2**62 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    assert HeldOut(below=2**62, last=2**63).sets(ends).tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_a_bare_dataset_is_split_without_a_domains_file(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "plain", distinct(100), np.int32)
+    assert split(tmp_path / "plain", tmp_path / "out", "--valid-documents 7") == 0
+    parts = [read_dataset(tmp_path / "out" / name / "plain") for name in ("train", "valid")]
+    assert [len(documents) for documents in parts] == [93, 7]
+    assert sorted(path.name for path in (tmp_path / "out" / "valid").iterdir()) == [
+        "blend.txt", "plain.bin", "plain.idx",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--valid-documents 9", "the domain 'b', of 5 documents, would have none in train; hold"),
+        ("--valid-fraction 1e-9", "the domain 'a', of 50 documents, would have none in valid; "),
+        ("--valid-documents 4 --test-documents 1", "'b', of 5 documents, would have none in train"),
+    ],
+)
+def test_an_empty_set_is_an_error_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    write_directory(tmp_path / "in", {"a": distinct(50), "b": distinct(5, 50)})
+    assert split(tmp_path / "in", tmp_path / "out", flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "hold something out"),
+        ("--valid-fraction 1", "--valid-fraction must be between 0 and 1"),
+        ("--test-fraction nan", "--test-fraction must be between 0 and 1"),
+        ("--valid-fraction 0.5 --test-fraction 0.5", "leave nothing to train on"),
+        ("--test-documents 0", "--test-documents must be at least 1"),
+        ("--test-documents 1 --test-fraction 0.1", "not allowed with argument --test-documents"),
+        ("--test-documents 1 --seed -1", "--seed must be from 0"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        split(Path("in"), Path("out"), flags)
+    assert message in capsys.readouterr().err
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "domains.json").unlink(), "in: has no domains.json; give a directory"),
+        (lambda d: (d / "domains.json").write_text("{"), "in/domains.json: not JSON"),
+        (lambda d: cut(d / "a_text_document.bin"), "a_text_document.bin is cut off: it has"),
+        (
+            lambda d: DomainsFile(TOKENIZER, {"x": DomainRecord("x", 1, 1, 1)}).save(
+                d / "domains.json"
+            ),
+            "in/x.idx: no such file",
+        ),
+    ],
+)
+def test_a_bad_input_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
+) -> None:
+    spoil(write_directory(tmp_path / "in", {"a": distinct(50)}))
+    assert split(tmp_path / "in", tmp_path / "out", "--valid-documents 2") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_replaced_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_directory(tmp_path / "train", {"a": distinct(50)})
+    assert split(tmp_path / "train", tmp_path, "--valid-documents 2") == 2
+    assert "holds datasets already (domains.json)" in capsys.readouterr().err
+    assert split(tmp_path / "train", tmp_path, "--valid-documents 2 --overwrite") == 2
+    assert "--input would be replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]

@@ -1,0 +1,292 @@
+"""The tools' tokenizers give what the training program's give for the same flags."""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rw.data.command import InputError
+from megatron_rw.data.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.huggingface_tokenizer import is_self_contained
+from megatron_rw.data.tokenizer import (
+    TokenizerFlags,
+    add_tokenizer_flags,
+    end_of_document_id,
+    fingerprint,
+    load_tokenizer,
+    tokenizer_flags,
+)
+from tests.data.conftest import make_texts
+from tests.data.tokenizers import (
+    SENTENCEPIECE,
+    save_huggingface,
+    save_tiktoken,
+    train_huggingface,
+    train_sentencepiece,
+)
+
+TEXTS = [
+    *make_texts(5, 3),
+    "\n\n".join(make_texts(40, 4)),
+    *("", " ", "  leading and trailing  ", "\x01\x00\x7f", "<s> a</s><pad> <|x y|>b", "☯ 日本 ☯"),
+]
+
+
+def from_training(flags: list[str]) -> Any:
+    """The tokenizer that the training program builds from its command line."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.config import TokenizerConfig
+
+    parser = argparse.ArgumentParser()
+    ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
+    args = parser.parse_args(flags)
+    args.pad_vocab_size = False
+    return build_tokenizer(args)
+
+
+def check_same(flags: TokenizerFlags) -> None:
+    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
+    encoded = ours.encode_batch(TEXTS)
+    assert [ids.tolist() for ids in encoded] == [core.tokenize(text) for text in TEXTS]
+    assert {ids.dtype for ids in encoded} == {np.dtype(np.uint16)}
+    assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod)
+    assert ours.detokenize(encoded[0].tolist()) == core.detokenize(encoded[0].tolist())
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+def test_sentencepiece_is_megatrons(tmp_path: Path, kind: str) -> None:
+    model = train_sentencepiece(tmp_path / "m.model", **SENTENCEPIECE[kind])
+    flags = TokenizerFlags("SentencePieceTokenizer", model)
+    check_same(flags)
+    check_same(replace(flags, sentencepiece_ignore_extra_whitespaces=False))
+
+
+@pytest.mark.parametrize("type_", ["GPTSentencePieceTokenizer", "Llama2Tokenizer"])
+def test_sentencepiece_under_its_other_names(model: str, type_: str) -> None:
+    check_same(TokenizerFlags(type_, model))
+
+
+def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import SPECIAL_TOKENS
+
+    flags = save_tiktoken(tmp_path / "vocab.json")
+    check_same(flags)
+    check_same(replace(flags, tiktoken_pattern="v1"))
+    check_same(replace(flags, special_tokens=(*SPECIAL_TOKENS, "<|x y|>")))
+    assert flags.vocab_size is not None
+    check_same(replace(flags, vocab_size=flags.vocab_size - 9, tiktoken_num_special_tokens=11))
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_huggingface_is_the_library(tmp_path: Path, include: bool) -> None:
+    tokenizer = train_huggingface(bos=True)
+    directory = save_huggingface(tokenizer, tmp_path / "hf", eos_token="</s>")
+    flags = TokenizerFlags("HuggingFaceTokenizer", directory, hf_include_special_tokens=include)
+    ours = load_tokenizer(flags)
+    assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == [
+        tokenizer.encode(text, add_special_tokens=include).ids for text in TEXTS
+    ]
+    assert (ours.vocab_size, ours.eod) == (400, 1)
+    assert ours.detokenize([0, *tokenizer.encode("naïve", add_special_tokens=False).ids]) == (
+        "<s>naïve"
+    )
+
+
+def test_huggingface_adds_the_special_tokens_of_the_flag(tmp_path: Path) -> None:
+    directory = save_huggingface(train_huggingface(), tmp_path / "hf", eos_token="</s>")
+    ours = load_tokenizer(
+        TokenizerFlags("HuggingFaceTokenizer", directory, special_tokens=("<|x y|>", "</s>"))
+    )
+    assert (ours.vocab_size, ours.eod) == (401, 1)
+    assert ours.encode_batch(["</s><|x y|>"])[0].tolist() == [1, 400]
+
+
+ADDED = {
+    "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [None, ("<|x y|>", "<pad>")])
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "self_contained"),
+    [
+        ({"eos_token": "</s>", "bos_token": "<s>"}, True),
+        ({"sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>"}, True),
+        ({"eos_token": {"content": "</s>", **ADDED, "__type": "AddedToken"}}, True),
+        ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED}}}, True),
+        ({"additional_special_tokens": ["<pad>", "</s>"]}, True),
+        ({}, True),
+        ({"eos_token": "<|new|>", "additional_special_tokens": ["the model"]}, False),
+        ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED, "lstrip": True}}}, False),
+        ({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}, False),
+        ({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}, False),
+    ],
+)
+def test_huggingface_is_megatrons(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    self_contained: bool,
+    include: bool,
+    extra: tuple[str, ...] | None,
+) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = train_huggingface(bos=True)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9, pad_token="<pad>")
+    directory = save_huggingface(tokenizer, tmp_path / "hf", **settings)
+    assert is_self_contained(Path(directory)) is self_contained
+    check_same(
+        TokenizerFlags(
+            "HuggingFaceTokenizer",
+            directory,
+            special_tokens=extra,
+            hf_include_special_tokens=include,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'),
+        ("tokenizer_config.json", '{"eos_token": "<|new|>"}'),
+        ("tokenizer_config.json", '{"add_bos_token": true}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": "</s>"}}}'),
+        ("special_tokens_map.json", '{"additional_special_tokens": ["<|new|>"]}'),
+        ("config.json", '{"model_type": "llama"}'),
+        ("added_tokens.json", '{"<|new|>": 400}'),
+        ("tokenizer.json", None),
+    ],
+)
+def test_what_only_transformers_can_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
+) -> None:
+    directory = Path(save_huggingface(train_huggingface(), tmp_path / "hf"))
+    flags = TokenizerFlags("HuggingFaceTokenizer", str(directory))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
+    load_tokenizer(flags)
+    (directory / name).unlink() if content is None else (directory / name).write_text(content)
+    with pytest.raises(InputError, match=r"read .*/hf, needs a package .*: pip install tra"):
+        load_tokenizer(flags)
+
+
+def test_a_model_that_is_no_directory(tmp_path: Path) -> None:
+    directory = save_huggingface(train_huggingface(), tmp_path / "hf")
+    flags = TokenizerFlags("HuggingFaceTokenizer", f"{directory}/tokenizer.json")
+    with pytest.raises(InputError, match=rf"give the directory .*: {directory}$"):
+        load_tokenizer(flags)
+
+
+@pytest.mark.parametrize("type_", ["HuggingFaceTokenizer", "TikTokenizer", "Llama2Tokenizer"])
+def test_a_damaged_model(tmp_path: Path, type_: str) -> None:
+    path = tmp_path if type_ == "HuggingFaceTokenizer" else tmp_path / "vocab.json"
+    for name in ("vocab.json", "tokenizer.json"):
+        (tmp_path / name).write_text("[")
+    with pytest.raises(InputError, match=f"^--tokenizer-model {path}: cannot be loaded as "):
+        load_tokenizer(TokenizerFlags(type_, str(path)))
+
+
+def test_bytes_are_what_the_training_program_is_told() -> None:
+    flags = TokenizerFlags("ByteLevelTokenizer")
+    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
+    assert flags.training_flags() == [
+        "--tokenizer-type", "NullTokenizer", "--vocab-size", "257",
+    ]  # fmt: skip
+    assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod) == (257, 256)
+    assert core.pad < 0  # so that no byte is padding
+    text = "\x00\x01 naïve 日本 \U0010ffff"
+    ids = ours.encode_batch([text, ""])
+    assert ids[0].tolist() == list(text.encode())
+    assert ids[0].dtype == np.uint16
+    assert ids[1].size == 0
+    assert ours.detokenize([*ids[0].tolist(), 256]) == text
+    assert end_of_document_id(ours, "bytes") == 256
+    assert fingerprint(None) == hashlib.sha256(b"").hexdigest()
+
+
+def parse(*flags: str) -> TokenizerFlags:
+    parser = argparse.ArgumentParser()
+    add_tokenizer_flags(parser)
+    return tokenizer_flags(parser.parse_args(flags))
+
+
+def test_the_flags_are_megatrons() -> None:
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.config import TokenizerConfig
+
+    ours, theirs = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_tokenizer_flags(ours)
+    ArgumentGroupFactory(TokenizerConfig).build_group(theirs, "tokenizer")
+    every = [
+        "--tokenizer-type", "TikTokenizer", "--tokenizer-model", "m", "--vocab-size", "9",
+        "--tokenizer-special-tokens", "a", "b", "--tiktoken-pattern", "v1",
+        "--tiktoken-num-special-tokens", "7", "--tokenizer-hf-no-include-special-tokens",
+        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
+    ]  # fmt: skip
+    for line in (["--tokenizer-type", "Llama2Tokenizer"], every):
+        given = vars(ours.parse_args(line))
+        assert given == {name: vars(theirs.parse_args(line))[name] for name in given}
+    flags = parse(*every)
+    assert flags == TokenizerFlags(
+        "TikTokenizer", "m", 9, ("a", "b"), "v1", 7,
+        sentencepiece_ignore_extra_whitespaces=False, hf_include_special_tokens=False,
+    )  # fmt: skip
+    assert parse(*flags.training_flags()) == flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokenizer-type", "TikTokenizer"], "TikTokenizer needs a --tokenizer-model"),
+        (
+            ["--tokenizer-type", "ByteLevelTokenizer", "--tokenizer-model", "m"],
+            "ByteLevelTokenizer has no model; leave --tokenizer-model out",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse(*flags)
+
+
+def test_no_end_of_document(tmp_path: Path) -> None:
+    directory = save_huggingface(train_huggingface(), tmp_path / "hf")
+    tokenizer = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    with pytest.raises(InputError, match=f"the tokenizer {directory} has no end-of-document"):
+        end_of_document_id(tokenizer, directory)
+
+
+_COUNT_THREADS = """
+import os, sys
+from megatron_rw.data.tokenizer import TokenizerFlags, load_tokenizer
+tokenizer = load_tokenizer(TokenizerFlags(*sys.argv[1:]))
+before = len(os.listdir("/proc/self/task"))
+tokenizer.encode_batch(["the model reads a batch of text " * 2000] * 20)
+print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_encoding_starts_no_thread(tmp_path: Path) -> None:
+    directory = save_huggingface(train_huggingface(), tmp_path / "hf")
+    counts = subprocess.run(
+        [sys.executable, "-c", _COUNT_THREADS, "HuggingFaceTokenizer", directory],
+        env=os.environ | {"RAYON_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "true"},
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert counts[0] == counts[1]
+
+
+def test_core_tokenizer_is_the_training_programs(model: str) -> None:
+    flags = TokenizerFlags("SentencePieceTokenizer", model)
+    ours, theirs = build_core_tokenizer(flags), from_training(flags.training_flags())
+    assert ours.unique_identifiers == theirs.unique_identifiers

@@ -1,0 +1,140 @@
+"""Tiny tokenizers of every kind, trained on made-up text."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from megatron_rw.data.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.huggingface_tokenizer import HuggingFaceTokenizer
+from megatron_rw.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_rw.data.tiktoken_tokenizer import TikTokenizer
+from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from tests.data.conftest import make_texts
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NUM_SPECIAL_TOKENS = 20
+
+# As Llama 2, but for the size; each model below differs in the settings that it names.
+LLAMA2: dict[str, Any] = {
+    "model_type": "bpe",
+    "vocab_size": 420,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": True,
+    "byte_fallback": True,
+}
+SENTENCEPIECE: dict[str, dict[str, Any]] = {
+    "llama2": {},
+    "gemma": {"add_dummy_prefix": False, "allow_whitespace_only_pieces": True},
+    "no bytes": {"byte_fallback": False, "add_dummy_prefix": False, "vocab_size": 300},
+    "symbols": {"user_defined_symbols": ["a b", "x\u2581", "<tool>"], "add_dummy_prefix": False},
+    "phrases": {"split_by_whitespace": False},
+    # These must not be cut.
+    "unigram": {"model_type": "unigram", "vocab_size": 340},
+    "nfkc": {"normalization_rule_name": "nmt_nfkc"},
+    "folds spaces": {"remove_extra_whitespaces": True},
+    "suffix": {"treat_whitespace_as_suffix": True},
+}
+UNCUT = ("unigram", "nfkc", "folds spaces", "suffix")
+
+
+def train_sentencepiece(path: Path, **settings: Any) -> str:
+    """Returns the path of a model that is `LLAMA2` but for these settings."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in make_texts(100, 0) for line in text.split("\n")),
+        model_writer=model,
+        minloglevel=2,
+        **LLAMA2 | settings,
+    )
+    path.write_bytes(model.getvalue())
+    return str(path)
+
+
+def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
+    """The tokenizer of a model with a chosen segment size."""
+    core = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    return SentencePieceTokenizer(core, segment_characters)
+
+
+def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tokenizer:
+    """A byte-level BPE; without a pattern it cuts words as GPT-2."""
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = byte_level
+    if pattern is not None:
+        words = pre_tokenizers.Split(Regex(pattern), "isolated", False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_texts(100, 0), trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    return tokenizer
+
+
+def huggingface_of(
+    tokenizer: Tokenizer, segment_characters: int, include_special_tokens: bool = True
+) -> HuggingFaceTokenizer:
+    """A tokenizer with a chosen segment size."""
+    return HuggingFaceTokenizer(tokenizer, 1, include_special_tokens, segment_characters)
+
+
+def save_huggingface(tokenizer: Tokenizer, directory: Path, **settings: Any) -> str:
+    """Writes a Hugging Face directory and returns its path."""
+    directory.mkdir()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(directory)
+
+
+def save_tiktoken(path: Path) -> TokenizerFlags:
+    """Writes a vocabulary in core's format and returns the flags that load it."""
+    definition = json.loads(train_huggingface().to_str())
+    to_byte = dict(zip(_byte_characters(), range(256), strict=True))
+    merged = ["".join(pair) for pair in definition["model"]["merges"]]
+    tokens = [bytes([value]) for value in range(256)]
+    tokens += dict.fromkeys(bytes(to_byte[character] for character in word) for word in merged)
+    content = [
+        {
+            "rank": rank,
+            "token_bytes": base64.b64encode(token).decode(),
+            "token_str": token.decode(errors="replace"),
+        }
+        for rank, token in enumerate(tokens)
+    ]
+    path.write_text(json.dumps(content))
+    return TokenizerFlags(
+        "TikTokenizer",
+        str(path),
+        vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
+        tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
+    )
+
+
+def tiktoken_of(flags: TokenizerFlags, segment_characters: int) -> TikTokenizer:
+    """The tokenizer of a vocabulary with a chosen segment size."""
+    return TikTokenizer(build_core_tokenizer(flags), segment_characters)
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [value for value in range(256) if value not in visible]
+    return [chr(value if value in visible else 256 + hidden.index(value)) for value in range(256)]
