@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,8 +32,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_rw.data.domains import FILE_NAME, DomainsFile
 from megatron_rw.data.work import FOLDER
+from tests.data.compared import differences, incomplete
 from tests.data.killed import POINTS
 from tests.data.killed_corpus import write_inputs
 
@@ -46,7 +47,7 @@ VARIANTS = {
     "one field": [],
     "two fields": ["--json-keys", "text", "title"],
 }
-WORKERS = 2
+WORKERS, LOG = 2, "parts.log"
 # What a repeated call says if the one before was killed when all but its own end was done.
 COMPLETE = "holds datasets already"
 # How long a call may take at most, and processes that are left to notice; and how often it may
@@ -62,7 +63,7 @@ class Kill:
         variant: of the call.
         point: `any time`, `parts` or one of `killed.POINTS`.
         count: how often the point is passed before; parts there; of any time, thousandths of the
-            time that the undisturbed call takes.
+            time that the undisturbed call works, once it has imported everything.
         who: is killed.
     """
 
@@ -81,9 +82,7 @@ def kills(seed: int, points: int) -> Iterator[Kill]:
     rng = random.Random(seed)
     for point in itertools.islice(itertools.cycle(COUNTS), points):
         who = rng.choice(WHO if point in WITH_WORKERS else ("group", "parent"))
-        # Before a fifth of the time it only imports.
-        least = 200 if point == "any time" else 0
-        yield Kill(rng.choice(list(VARIANTS)), point, rng.randrange(least, COUNTS[point]), who)
+        yield Kill(rng.choice(list(VARIANTS)), point, rng.randrange(COUNTS[point]), who)
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,14 @@ class Ended:
     """How a call ended.
 
     Attributes:
-        status: of its process, negative if killed.
-        seconds: it took.
+        status: of its process, negative if killed; None if it took too long.
+        seconds: it worked, imports left out.
         error: what it wrote to stderr.
         left: processes of its own that were still there so many seconds after.
         made: parts that were completed.
     """
 
-    status: int
+    status: int | None
     seconds: float
     error: str
     left: int
@@ -130,6 +129,10 @@ class Campaign:
         reached = ended.status != 0
         attempts, reused, redone = 1, 0, 0
         while True:
+            if ended.status is None:
+                return (
+                    f"HUNG: attempt {attempts} took over {PATIENCE_S:.0f} s: {ended.error[-300:]}"
+                )
             if ended.left:
                 return f"STRAY: {ended.left} processes {NOTICE_S:.0f} s after"
             if problem := incomplete(expected, self._output):
@@ -165,7 +168,7 @@ class Campaign:
         return self._expected[variant]
 
     def _call(self, kill: Kill, undisturbed_s: float) -> Ended:
-        log, errors = self._folder / "parts.log", self._folder / "stderr"
+        log, errors = self._folder / LOG, self._folder / "stderr"
         log.write_text("")
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -180,7 +183,6 @@ class Campaign:
             *("--append-eod", "--dedup", "exact", "--max-bad-fraction", "0.1"),
             *("--workers", str(WORKERS), *VARIANTS[kill.variant]),
         ]
-        start = time.monotonic()
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 command,
@@ -190,13 +192,15 @@ class Campaign:
                 stderr=stderr,
                 start_new_session=True,
             )
-        try:
-            self._disturb(process, kill, undisturbed_s)
-            status = process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return Ended(1, PATIENCE_S, "HUNG: " + errors.read_text(), 0, [])
+        watch = threading.Timer(PATIENCE_S, os.killpg, (process.pid, signal.SIGKILL))
+        watch.start()
+        while not (self._output / FOLDER).exists() and process.poll() is None:
+            time.sleep(0.005)
+        start = time.monotonic()
+        self._disturb(process, kill, undisturbed_s)
+        process.wait()
+        status = None if watch.finished.is_set() else process.returncode
+        watch.cancel()
         seconds = time.monotonic() - start
         left = _wait_for_the_rest(process.pid)
         return Ended(status, seconds, errors.read_text(), left, log.read_text().split("\n")[:-1])
@@ -210,7 +214,7 @@ class Campaign:
             except subprocess.TimeoutExpired:
                 pass
         elif kill.point == "parts":
-            while len(list(self._output.rglob("*.npz"))) <= kill.count:
+            while len((self._folder / LOG).read_text().splitlines()) <= kill.count:
                 if process.poll() is not None:
                     return
                 time.sleep(0.002)
@@ -220,7 +224,7 @@ class Campaign:
             os.killpg(process.pid, signal.SIGKILL)
         elif kill.who == "parent":
             process.kill()
-        elif workers := psutil.Process(process.pid).children():
+        elif workers := _workers(process):
             random.Random(kill.count).choice(workers).kill()
 
 
@@ -228,33 +232,14 @@ class Campaign:
 COMPRESSED = 2
 
 
-def incomplete(expected: Path, found: Path) -> str | None:
-    """What is wrong with the files of a directory that have their final names, if anything is."""
-    for path in sorted(found.rglob("*")):
-        relative = path.relative_to(found)
-        if path.suffix in (".bin", ".idx") and FOLDER not in relative.parts:
-            if path.read_bytes() != (expected / relative).read_bytes():
-                return f"{relative} is not that of the undisturbed run"
-        elif path.name == FILE_NAME:
-            for record in DomainsFile.load(path).domains.values():
-                for suffix in (".bin", ".idx"):
-                    if not path.with_name(record.prefix + suffix).exists():
-                        return f"{relative} lists {record.prefix}{suffix}, which is not there"
-    return None
-
-
-def differences(expected: Path, found: Path) -> str | None:
-    """The first file that is in one directory alone, or not the same; hidden ones included."""
-    names = [
-        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        for folder in (expected, found)
-    ]
-    for name in sorted(names[0] ^ names[1]):
-        return f"{name} is {'missing' if name in names[0] else 'left behind'}"
-    for name in sorted(names[0]):
-        if (expected / name).read_bytes() != (found / name).read_bytes():
-            return f"{name} differs"
-    return None
+def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Those of a call, once it has all of them; none if it ends before."""
+    while process.poll() is None:
+        workers = psutil.Process(process.pid).children()
+        if len(workers) == WORKERS:  # fewer may be what an import starts for a moment
+            return workers
+        time.sleep(0.01)
+    return []
 
 
 def _wait_for_the_rest(group: int) -> int:
