@@ -1,0 +1,305 @@
+"""Kill tools/preprocess_data.py at random points, repeat the call, compare with an undisturbed one.
+
+    python -m tests.data.preprocess_campaign --points 30 --seed 0
+
+Every trial sends SIGKILL to all processes of the tool, to one worker or to the parent alone: at any
+time; when so many parts are there; when a worker has a part that has no name yet; between pieces of
+the joined datasets; before or after a rename to a final name; or while finished work is removed.
+Then the same command is repeated until it succeeds. Whatever has its final name must be
+complete at any time; in the end all files must be those of the undisturbed run, byte for byte, and
+no other; no process may be left; and no part that was there may be made again, but for the last of
+a compressed file, which tells how many there are. Prints a line a trial and the count. Exit status
+1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_rw.data.domains import FILE_NAME, DomainsFile
+from megatron_rw.data.work import FOLDER
+from tests.data.killed import POINTS
+from tests.data.killed_corpus import write_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+WHO = ("group", "worker", "parent")
+# Where the tool is when workers are at work, and where it is alone.
+WITH_WORKERS = ("any time", "parts", "part")
+# How far `count` may go for the point to be there still, with 12 MB and either variant.
+COUNTS = {"any time": 1000, "parts": 12, "part": 4, "join": 14, "rename": 18, "cleanup": 25}
+VARIANTS = {
+    "one field": [],
+    "two fields": ["--json-keys", "text", "title"],
+}
+WORKERS = 2
+# What a repeated call says if the one before was killed when all but its own end was done.
+COMPLETE = "holds datasets already"
+# How long a call may take at most, and processes that are left to notice; and how often it may
+# have to be repeated.
+PATIENCE_S, NOTICE_S, ATTEMPTS = 120.0, 20.0, 3
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What happens to a call.
+
+    Attributes:
+        variant: of the call.
+        point: `any time`, `parts` or one of `killed.POINTS`.
+        count: how often the point is passed before; parts there; of any time, thousandths of the
+            time that the undisturbed call takes.
+        who: is killed.
+    """
+
+    variant: str
+    point: str
+    count: int
+    who: str
+
+    def __str__(self) -> str:
+        """For the table."""
+        return f"{self.variant:11}{self.point:9}{self.count:>4}  {self.who:6}"
+
+
+def kills(seed: int, points: int) -> Iterator[Kill]:
+    """Random ones: every kind of point in turn."""
+    rng = random.Random(seed)
+    for point in itertools.islice(itertools.cycle(COUNTS), points):
+        who = rng.choice(WHO if point in WITH_WORKERS else ("group", "parent"))
+        # Before a fifth of the time it only imports.
+        least = 200 if point == "any time" else 0
+        yield Kill(rng.choice(list(VARIANTS)), point, rng.randrange(least, COUNTS[point]), who)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended.
+
+    Attributes:
+        status: of its process, negative if killed.
+        seconds: it took.
+        error: what it wrote to stderr.
+        left: processes of its own that were still there so many seconds after.
+        made: parts that were completed.
+    """
+
+    status: int
+    seconds: float
+    error: str
+    left: int
+    made: list[str]
+
+
+class Campaign:
+    """Runs trials.
+
+    Args:
+        folder: for everything.
+        model: of the tokenizer.
+        megabytes: of text.
+    """
+
+    def __init__(self, folder: Path, model: str, megabytes: float) -> None:
+        self._folder = folder
+        self._model = model
+        self._inputs = folder / "inputs"
+        self._output = folder / "output"  # the same for all, as blend.txt names it
+        write_inputs(self._inputs, megabytes)
+        self._expected: dict[str, tuple[Path, float]] = {}
+
+    def trial(self, kill: Kill) -> str:
+        """What came of it: `ok` and how, or what went wrong."""
+        expected, seconds = self.undisturbed(kill.variant)
+        shutil.rmtree(self._output, ignore_errors=True)
+        ended = self._call(kill, seconds)
+        reached = ended.status != 0
+        attempts, reused, redone = 1, 0, 0
+        while True:
+            if ended.left:
+                return f"STRAY: {ended.left} processes {NOTICE_S:.0f} s after"
+            if problem := incomplete(expected, self._output):
+                return f"INCOMPLETE after attempt {attempts}: {problem}"
+            if ended.status == 0 or (attempts > 1 and COMPLETE in ended.error):
+                break
+            if attempts > ATTEMPTS:
+                return f"LOST: status {ended.status}: {ended.error[-1000:]}"
+            attempts += 1
+            there = set(map(str, self._output.rglob("*.npz")))
+            ended = self._call(Kill(kill.variant, "none", 0, ""), seconds)
+            again = there & set(ended.made)
+            reused += len(there - again)
+            redone += len(again)
+            if len(again) > COMPRESSED:
+                return f"REDONE: {len(again)} of {len(there)} parts that were there"
+        if problem := differences(expected, self._output):
+            return f"WRONG: {problem}; status {ended.status} {ended.error[-300:].strip()}"
+        if not reached:
+            return "ok, not reached"
+        return f"ok, {attempts} attempts, {reused} parts reused, {redone} made again"
+
+    def undisturbed(self, variant: str) -> tuple[Path, float]:
+        """The files of a call that nobody disturbs, and the seconds that it takes."""
+        if variant not in self._expected:
+            shutil.rmtree(self._output, ignore_errors=True)
+            ended = self._call(Kill(variant, "none", 0, ""), PATIENCE_S)
+            if ended.status != 0:
+                raise SystemExit(f"error: undisturbed, status {ended.status}:\n{ended.error}")
+            kept = self._folder / f"expected {variant}"
+            self._output.rename(kept)
+            self._expected[variant] = (kept, ended.seconds)
+        return self._expected[variant]
+
+    def _call(self, kill: Kill, undisturbed_s: float) -> Ended:
+        log, errors = self._folder / "parts.log", self._folder / "stderr"
+        log.write_text("")
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PARTS_LOG": str(log),
+        }
+        if kill.point in POINTS:
+            environment["KILL"] = json.dumps(asdict(kill))
+        command = [
+            *(sys.executable, "-m", "tests.data.killed", "--input", str(self._inputs)),
+            *("--output-dir", str(self._output), "--tokenizer-model", self._model),
+            *("--append-eod", "--dedup", "exact", "--max-bad-fraction", "0.1"),
+            *("--workers", str(WORKERS), *VARIANTS[kill.variant]),
+        ]
+        start = time.monotonic()
+        with errors.open("wb") as stderr:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        try:
+            self._disturb(process, kill, undisturbed_s)
+            status = process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Ended(1, PATIENCE_S, "HUNG: " + errors.read_text(), 0, [])
+        seconds = time.monotonic() - start
+        left = _wait_for_the_rest(process.pid)
+        return Ended(status, seconds, errors.read_text(), left, log.read_text().split("\n")[:-1])
+
+    def _disturb(self, process: subprocess.Popen[bytes], kill: Kill, undisturbed_s: float) -> None:
+        """Kills from without, at the points that need nothing within."""
+        if kill.point == "any time":
+            try:
+                process.wait(kill.count / 1000 * undisturbed_s)
+                return
+            except subprocess.TimeoutExpired:
+                pass
+        elif kill.point == "parts":
+            while len(list(self._output.rglob("*.npz"))) <= kill.count:
+                if process.poll() is not None:
+                    return
+                time.sleep(0.002)
+        else:
+            return
+        if kill.who == "group":
+            os.killpg(process.pid, signal.SIGKILL)
+        elif kill.who == "parent":
+            process.kill()
+        elif workers := psutil.Process(process.pid).children():
+            random.Random(kill.count).choice(workers).kill()
+
+
+# Of the files that `write_inputs` makes.
+COMPRESSED = 2
+
+
+def incomplete(expected: Path, found: Path) -> str | None:
+    """What is wrong with the files of a directory that have their final names, if anything is."""
+    for path in sorted(found.rglob("*")):
+        relative = path.relative_to(found)
+        if path.suffix in (".bin", ".idx") and FOLDER not in relative.parts:
+            if path.read_bytes() != (expected / relative).read_bytes():
+                return f"{relative} is not that of the undisturbed run"
+        elif path.name == FILE_NAME:
+            for record in DomainsFile.load(path).domains.values():
+                for suffix in (".bin", ".idx"):
+                    if not path.with_name(record.prefix + suffix).exists():
+                        return f"{relative} lists {record.prefix}{suffix}, which is not there"
+    return None
+
+
+def differences(expected: Path, found: Path) -> str | None:
+    """The first file that is in one directory alone, or not the same; hidden ones included."""
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (expected, found)
+    ]
+    for name in sorted(names[0] ^ names[1]):
+        return f"{name} is {'missing' if name in names[0] else 'left behind'}"
+    for name in sorted(names[0]):
+        if (expected / name).read_bytes() != (found / name).read_bytes():
+            return f"{name} differs"
+    return None
+
+
+def _wait_for_the_rest(group: int) -> int:
+    """Waits until no process of a group is left; returns how many still are after a while."""
+    deadline = time.monotonic() + NOTICE_S
+    while True:
+        left = [process for process in psutil.process_iter() if _group(process.pid) == group]
+        if not left:
+            return 0
+        if time.monotonic() > deadline:
+            os.killpg(group, signal.SIGKILL)
+            return len(left)
+        time.sleep(0.02)
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
+
+
+def main() -> int:
+    """Run the campaign, print a line a trial."""
+    from tests.data.killed_corpus import train_model
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--megabytes", type=float, default=12.0, help="of text")
+    parser.add_argument("--only", type=int, help="the number of one trial")
+    options = parser.parse_args()
+    failed = done = 0
+    with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
+        campaign = Campaign(Path(name), train_model(Path(name)), options.megabytes)
+        for number, kill in enumerate(kills(options.seed, options.points)):
+            if options.only is not None and number != options.only:
+                continue
+            outcome = campaign.trial(kill)
+            print(f"{number:3}  {kill}  {outcome}", flush=True)
+            done += 1
+            failed += not outcome.startswith("ok")
+    print(f"{done} trials with seed {options.seed}: {done - failed} ok, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""A few trials of the campaign; `python -m tests.data.preprocess_campaign` runs many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.datasets import write_directory
+from tests.data.killed import POINTS
+from tests.data.preprocess_campaign import (
+    COUNTS,
+    WITH_WORKERS,
+    Campaign,
+    Kill,
+    differences,
+    incomplete,
+    kills,
+)
+
+# As many parts as files: the text is less than a chunk in each.
+MEGABYTES = 1.0
+TRIALS = [
+    Kill("one field", "parts", 1, "parent"),
+    Kill("one field", "rename", 9, "group"),
+]
+MORE = [Kill("one field", "part", 1, "worker"), Kill("one field", "join", 2, "group")]
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory, model: str) -> Campaign:
+    return Campaign(tmp_path_factory.mktemp("campaign"), model, MEGABYTES)
+
+
+@pytest.mark.parametrize(
+    "kill", [*TRIALS, *(pytest.param(kill, marks=pytest.mark.long) for kill in MORE)], ids=str
+)
+def test_repeating_the_call_completes_it(kill: Kill, campaign: Campaign) -> None:
+    outcome = campaign.trial(kill)
+    assert outcome.startswith("ok, 2 attempts"), outcome
+    reused = int(outcome.split(", ")[2].split()[0])
+    assert reused >= (3 if kill.point in ("join", "rename") else 1), outcome
+
+
+def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
+    chosen = list(kills(0, 60))
+    assert chosen == list(kills(0, 60))
+    assert {kill.point for kill in chosen} == set(COUNTS) == {"any time", "parts", *POINTS}
+    assert {kill.who for kill in chosen if kill.point in WITH_WORKERS} == {
+        "group", "worker", "parent",
+    }  # fmt: skip
+
+
+def test_what_is_wrong_is_noticed(tmp_path: Path) -> None:
+    expected, found = tmp_path / "expected", tmp_path / "found"
+    for folder in (expected, found):
+        write_directory(folder, {"code": [[[1, 2]], [[3]]]})
+    assert differences(expected, found) is incomplete(expected, found) is None
+
+    (found / ".preprocess_data").mkdir()
+    unfinished = found / ".preprocess_data" / "code_text_document.bin"
+    unfinished.write_bytes(b"")
+    assert incomplete(expected, found) is None
+    left = differences(expected, found)
+    assert left == ".preprocess_data/code_text_document.bin is left behind"
+    unfinished.unlink()
+
+    index = found / "code_text_document.idx"
+    index.write_bytes(index.read_bytes()[:-1] + b"?")
+    assert differences(expected, found) == "code_text_document.idx differs"
+    assert incomplete(expected, found) == (
+        "code_text_document.idx is not that of the undisturbed run"
+    )
+    index.unlink()
+    assert differences(expected, found) == "code_text_document.idx is missing"
+    assert incomplete(expected, found) == (
+        "domains.json lists code_text_document.idx, which is not there"
+    )
