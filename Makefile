@@ -6,16 +6,17 @@ STAMP := $(VENV)/.installed
 # Processes that share the tests, a file at a time.
 TEST_WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-long mutants faults network slurm clean-root lint bench-step-time \
-	bench-kernels bench-save-stall gpu clean
+.PHONY: help setup quickstart test test-long mutants faults network slurm clean-root lint kill-preprocess \
+	bench-step-time bench-kernels bench-save-stall gpu clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run all tests"
-	@echo "make test-long    more layouts and faults of what make test tests"
+	@echo "make test-long    more layouts and faults of what make test tests, builds by nvcc, sanitizers"
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
+	@echo "make kill-preprocess  kill the data tool at random points and compare what it makes"
 	@echo "make network      cut the link between two ranks, in network namespaces (root, three minutes)"
 	@echo "make slurm        examples/slurm in a real SLURM on this machine (root, Debian, nine minutes)"
 	@echo "make clean-root   the Dockerfile's cpu target in a clean Debian (root, 8 GB, 25 minutes)"
@@ -52,6 +53,9 @@ mutants: setup
 
 faults: setup
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.faults.campaign
+
+kill-preprocess: setup
+	$(PY) -m tests.data.preprocess_campaign --points 36 --seed 0
 
 network: setup
 	$(PY) -W ignore -m tests.faults.network

@@ -119,7 +119,7 @@ def test_megatrons_rerun_machine_decides_where_it_is_on(
 @pytest.mark.parametrize(
     ("layout", "what", "flags"),
     [
-        pytest.param("one process", "activations", "", marks=pytest.mark.long),
+        ("one process", "activations", ""),
         pytest.param("DP2", "loss", f"{OVERLAP} --clip-grad 0", marks=pytest.mark.long),
         pytest.param("TP2", "activations", "--reweight-scope global", marks=pytest.mark.long),
         pytest.param("PP2", "loss", "", marks=pytest.mark.long),

@@ -1,0 +1,148 @@
+"""What becomes of documents, with a tokenizer whose ids can be read off the text."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from megatron_rw.data.chunks import Reading, tasks
+from megatron_rw.data.command import InputError
+from megatron_rw.data.encoding import Encoder, Encoding
+from megatron_rw.data.joining import join
+from megatron_rw.data.parts import Store
+from megatron_rw.data.sentences import sentence_splitter
+from megatron_rw.data.shards import Shard, shard_of
+from megatron_rw.data.sources import Source, find_sources
+from megatron_rw.data.tokenizer import optimal_dtype
+from megatron_rw.data.workers import run_unordered
+from tests.data.conftest import write_jsonl
+
+EOD = 0
+
+
+class FakeTokenizer:
+    """Makes a token of each number in a text."""
+
+    eod = EOD
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        dtype = optimal_dtype(self.vocab_size)
+        return [
+            np.array([int(word) for word in text.split() if word.isdecimal()], dtype)
+            for text in texts
+        ]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+def made_of(
+    texts: list[str], directory: Path, vocab_size: int = 1000, **changes: Any
+) -> list[list[list[int]]]:
+    """The documents that come of some texts, each a list of sequences, as core reads them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    sources = find_sources([str(write_jsonl(directory / "in.jsonl", [{"text": t} for t in texts]))])
+    reading = Reading(1 << 20, 1 << 20, ("text",), whole_files=True)
+    usual: dict[str, Any] = {
+        "keys": ("text",), "domain_key": None, "domain_of": lambda _: "d", "eod": None,
+        "max_document_tokens": None, "splitter": None, "hashed": False,
+    }  # fmt: skip
+    store = Store(directory)
+    encoder = Encoder(FakeTokenizer(vocab_size), reading, Encoding(**{**usual, **changes}), store)
+    store.folder(sources[0]).mkdir(exist_ok=True)
+    for task in tasks(sources, reading, 1, lambda _: frozenset()):
+        encoder(task)
+    out = directory / "joined"
+    out.mkdir(exist_ok=True)
+    join(sources, store, [out], encoder.dtype, False, directory / "rejects.jsonl")
+    dataset = IndexedDataset(str(out / "d_text_document"))
+    assert dataset.index.dtype == encoder.dtype
+    bounds = dataset.document_indices.tolist()
+    return [
+        [dataset[sequence].tolist() for sequence in range(start, end)]
+        for start, end in itertools.pairwise(bounds)
+    ]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])
+def test_the_vocabulary_chooses_the_dtype(
+    tmp_path: Path, vocab_size: int, dtype: type[Any]
+) -> None:
+    assert optimal_dtype(vocab_size) is dtype
+    largest = vocab_size - 1
+    assert made_of([f"1 {largest}"], tmp_path, vocab_size) == [[[1, largest]]]
+
+
+def test_text_that_makes_no_token_is_rejected(tmp_path: Path) -> None:
+    assert made_of(["1", "none", "2"], tmp_path) == [[[1]], [[2]]]
+    assert '"line": 2, "kind": "no tokens"' in (tmp_path / "rejects.jsonl").read_text()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1),
+    limit=st.integers(2, 7),
+    eod=st.sampled_from([None, EOD]),
+)
+def test_long_documents_are_cut_and_lose_nothing(
+    tmp_path: Path, documents: list[list[int]], limit: int, eod: int | None
+) -> None:
+    texts = [" ".join(map(str, document)) for document in documents]
+    room = limit - (eod is not None)
+    expected = [
+        [document[start : start + room] + ([EOD] if eod is not None else [])]
+        for document in documents
+        for start in range(0, len(document), room)
+    ]
+    assert made_of(texts, tmp_path, max_document_tokens=limit, eod=eod) == expected
+
+
+def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
+    split = sentence_splitter("en")
+    text = "We saw 1 of Mr. 2.  It was 3!\n\nno number here. 4 5"
+    assert "".join(split(text)) == text
+    assert made_of([text.replace("2.", "2 ."), "6"], tmp_path, splitter=split, eod=EOD) == [
+        [[1, 2], [4, 5, EOD]],
+        [[6, EOD]],
+    ]  # "3!" is no number to this tokenizer
+
+
+def fail(task: int) -> int:
+    if task == 3:
+        raise InputError("three")
+    return task * 10
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_come_with_their_tasks_and_errors_are_passed_on(workers: int) -> None:
+    done = dict(run_unordered(lambda task: task * 10, iter(range(30)), workers))
+    assert done == {task: task * 10 for task in range(30)}
+    with pytest.raises(InputError, match="three"):
+        list(run_unordered(fail, iter(range(30)), workers))
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=30), count=st.integers(1, 12))
+def test_shards_hold_every_file_once_and_none_is_empty(sizes: list[int], count: int) -> None:
+    sources = [Source(f"{i}.jsonl", "jsonl", None, size, "") for i, size in enumerate(sizes)]
+    if count > len(sizes):
+        with pytest.raises(InputError, match=f"there are {len(sizes)} files"):
+            shard_of(sources, Shard(0, count))
+        return
+    shards = [shard_of(sources, Shard(index, count)) for index in range(count)]
+    assert all(shards)
+    assert [source for shard in shards for source in shard] == sources
+
+
+def test_shards_of_equal_files_are_equal() -> None:
+    sources = [Source(f"{i}.jsonl", "jsonl", None, 10, "") for i in range(24)]
+    assert [len(shard_of(sources, Shard(i, 8))) for i in range(8)] == [3] * 8
