@@ -23,10 +23,11 @@ from megatron_rw.data.core_tokenizer import (
     require_package,
 )
 from megatron_rw.data.segments import (
+    GPT2_WORDS,
     SEGMENT_CHARACTERS,
-    after_a_word,
+    NextCut,
+    cuts_between_words,
     encode_segments,
-    separates_words,
     split,
 )
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
@@ -49,7 +50,7 @@ _OTHER_FILES = ("config.json", "added_tokens.json")
 class HuggingFaceTokenizer:
     """Encodes with a `tokenizers.Tokenizer`, into arrays.
 
-    Long texts are cut where that is safe (see `safe_to_cut`); other tokenizers see every text
+    Long texts are cut where that is safe (see `safe_cuts`); other tokenizers see every text
     whole, whose working memory is then some hundred bytes per character.
 
     Args:
@@ -77,18 +78,18 @@ class HuggingFaceTokenizer:
         self._dtype = optimal_dtype(self.vocab_size)
         self._include_special_tokens = include_special_tokens
         self._segment_characters = segment_characters
-        self._cuts = safe_to_cut(json.loads(tokenizer.to_str()))
+        self._next_cut = safe_cuts(json.loads(tokenizer.to_str()))
         around: tuple[list[int], list[int]] = ([], [])
-        if self._cuts and include_special_tokens:
+        if self._next_cut and include_special_tokens:
             around = _special_tokens_around(tokenizer)
         self._before, self._after = (np.array(ids, self._dtype) for ids in around)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        if not self._cuts:
+        if self._next_cut is None:
             whole = [[text] for text in texts]
             return encode_segments(whole, self._encode_whole, self._dtype)
-        segments = [split(text, after_a_word, self._segment_characters) for text in texts]
+        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
         encoded = encode_segments(segments, self._encode, self._dtype)
         if not self._before.size and not self._after.size:
             return encoded
@@ -206,38 +207,33 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return with_special.ids[: inner[0]], with_special.ids[inner[-1] + 1 :]
 
 
-def safe_to_cut(definition: dict[str, Any]) -> bool:
-    """Whether `segments.after_a_word` may cut texts for a tokenizer.
+def safe_cuts(definition: dict[str, Any]) -> NextCut | None:
+    """Returns where texts may be cut for a tokenizer, None for nowhere.
 
-    It may if the tokenizer looks for tokens in one word at a time, by a pattern that is known to
-    end a word there; if no added token reaches over white space; and if normalization, NFC at
-    most, joins nothing to white space.
+    It looks for tokens in one word at a time if it is byte-level BPE over a known pattern of words;
+    no added token may reach over white space, and normalization, NFC at most, joins nothing to it.
 
     Args:
         definition: The content of its tokenizer.json.
     """
     normalizer, words, model = (definition[key] for key in ("normalizer", "pre_tokenizer", "model"))
     if normalizer is not None and normalizer["type"] != "NFC":
-        return False
+        return None
     if model.get("type") != "BPE" or model.get("dropout") or words is None:
-        return False
+        return None
+    if any(map(_reaches_over_white_space, definition["added_tokens"])):
+        return None
     *first, last = words["pretokenizers"] if words["type"] == "Sequence" else [words]
-    # After bytes have become characters, a space is a letter to the patterns.
-    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
-        return False
-    split_before = [step for step in first if step["type"] == "Split"]
-    if not all(map(_separates_words, split_before)) or not (split_before or last["use_regex"]):
-        return False
-    if any(step["type"] not in ("Split", "Digits") for step in first):
-        return False
-    return not any(map(_reaches_over_white_space, definition["added_tokens"]))
-
-
-def _separates_words(step: dict[str, Any]) -> bool:
-    pattern = step["pattern"].get("Regex")
-    return step["behavior"] == "Isolated" and not step["invert"] and separates_words(pattern)
+    # Digits only cuts words further.
+    first = [step for step in first if step["type"] != "Digits"]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(first) > 1:
+        return None
+    if not first:
+        return cuts_between_words(GPT2_WORDS) if last["use_regex"] else None
+    if first[0]["type"] != "Split" or first[0]["behavior"] != "Isolated" or first[0]["invert"]:
+        return None
+    return cuts_between_words(first[0]["pattern"].get("Regex"))
 
 
 def _reaches_over_white_space(token: dict[str, Any]) -> bool:
-    content = token["content"]
-    return any(map(str.isspace, content)) or (token["rstrip"] and content[-1:].isalnum())
+    return token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"]))

@@ -34,7 +34,13 @@ from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
 from megatron_rw.data.summary import Progress, check_bad_fraction, say, table
 from megatron_rw.data.tokenizer import end_of_document_id, fingerprint, load_tokenizer
 from megatron_rw.data.tokenizer_flags import tokenizer_flags
-from megatron_rw.data.work import earlier_chunk_bytes, work_folder
+from megatron_rw.data.work import (
+    earlier_chunk_bytes,
+    is_published,
+    is_unfinished,
+    set_published,
+    work_folder,
+)
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.platform.quiet import silence
 
@@ -52,10 +58,13 @@ def _run(args: argparse.Namespace) -> None:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
     started = time.monotonic()
     sources = shard_of(find_sources(args.input), args.shard)
-    output_dir = check_output_dir(args.output_dir, args.overwrite)
+    # What an interrupted call has published is in nobody's way: it is this one's, or else
+    # work_folder refuses.
+    may_replace = args.overwrite or is_unfinished(args.output_dir)
+    output_dir = check_output_dir(args.output_dir, may_replace)
     if len(args.json_keys) > 1:
         for key in args.json_keys:
-            check_output_dir(args.output_dir / key, args.overwrite)
+            check_output_dir(args.output_dir / key, may_replace)
     reading, encoding = _plan(args, sources, output_dir)
     flags = tokenizer_flags(args)
     tokenizer = load_tokenizer(flags)
@@ -70,10 +79,14 @@ def _run(args: argparse.Namespace) -> None:
     )
     settings = _settings(args, reading, record)
     with work_folder(output_dir, settings, args.overwrite) as folder:
+        if is_published(folder, sources):
+            say("everything was in its place already")
+            return
         store = Store(folder)
         encoder = Encoder(tokenizer, reading, encoding, store)
         _encode(args, sources, encoder, folder)
         joined = _join(args, sources, encoder, folder, output_dir, record)
+        set_published(folder, sources)
     names = {(key, domain): domain for key, domain in joined.counts if key == 0}
     print(
         table(

@@ -138,7 +138,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the datasets that --output-dir holds, and drop unfinished work there",
+        help="replace the datasets that --output-dir holds, and drop the unfinished work of "
+        "another call there",
     )
     group.add_argument(
         "--blend-by",

@@ -8,6 +8,7 @@ token crosses the cut and that nothing on one side changes the other.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import batched, chain, islice
 from typing import Any
 
@@ -22,11 +23,10 @@ SEGMENT_CHARACTERS = 500
 # Segments that are encoded at a time; bounds what the libraries hold beside the ids.
 _GROUP = 1000
 
-# How byte-level tokenizers cut text into words before any token is looked for. None matches an
-# ASCII letter or digit followed by white space, and none looks back.
-_WORDS = (
-    # GPT-2
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+# How byte-level tokenizers find words, before any token is looked for; GPT-2's is built into the
+# `tokenizers` library. None looks back, and none matches white space with something on both sides.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LATER_WORDS = (
     # cl100k, Llama 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -46,15 +46,19 @@ _WORDS = (
     # core's tiktoken "v1"
     r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
 )
-_AFTER_A_WORD = re.compile(r"(?<=[A-Za-z0-9])[ \t\r\n]")
+# White space after something always starts a match of GPT-2's pattern.
+_GPT2_CUT = re.compile(r"(?<=\S)[ \t\r\n]")
+# In the later patterns line ends may belong to the punctuation before them, with a slash after
+# them, but are matched all together: the last one ends a match.
+_LATER_CUT = re.compile(r"(?<=\S)[ \t]|(?<=[\r\n])(?=[^\s/])")
 
 
-def split(text: str, next_cut: NextCut, size: int, dropped: int = 0) -> list[str]:
+def split(text: str, next_cut: NextCut | None, size: int, dropped: int = 0) -> list[str]:
     """Cuts a text.
 
     Args:
         text: The text.
-        next_cut: Where it may be cut.
+        next_cut: Where it may be cut; None for nowhere.
         size: Characters of a segment, at least; it then goes on up to the next cut.
         dropped: Characters to leave out after every cut, for which the tokenizer puts something of
             its own at the start of a segment.
@@ -62,6 +66,8 @@ def split(text: str, next_cut: NextCut, size: int, dropped: int = 0) -> list[str
     Returns:
         The segments, at least one.
     """
+    if next_cut is None:
+        return [text]
     segments = []
     start = 0
     while len(text) - start > size:
@@ -99,12 +105,20 @@ def encode_segments(
     ]
 
 
-def separates_words(pattern: str) -> bool:
-    """Whether `after_a_word` never cuts what this pattern of a byte-level tokenizer matches."""
-    return pattern in _WORDS
+def cuts_between_words(pattern: str | None) -> NextCut | None:
+    """Returns where texts may be cut for a byte-level tokenizer, None if that is not known.
+
+    Its tokens stay within words, so a place where a word ends whatever follows, and where the next
+    one starts whatever came before, is safe.
+
+    Args:
+        pattern: The regular expression that matches its words.
+    """
+    if pattern == GPT2_WORDS:
+        return partial(_next_match, _GPT2_CUT)
+    return partial(_next_match, _LATER_CUT) if pattern in LATER_WORDS else None
 
 
-def after_a_word(text: str, start: int) -> int:
-    """Is the `NextCut` between an ASCII letter or digit and white space."""
-    found = _AFTER_A_WORD.search(text, start)
+def _next_match(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.search(text, start)
     return found.start() if found else len(text)

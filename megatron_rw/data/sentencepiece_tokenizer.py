@@ -31,15 +31,13 @@ class SentencePieceTokenizer:
         self._dtype = optimal_dtype(self.vocab_size)
         self._processor = core._tokenizer.tokenizer
         self._segment_characters = segment_characters
-        self._cuts = safe_cuts(self._processor.serialized_model_proto())
+        self._next_cut, self._dropped = safe_cuts(self._processor.serialized_model_proto())
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        if self._cuts is None:
-            segments = [[text] for text in texts]
-        else:
-            next_cut, dropped = self._cuts
-            segments = [split(text, next_cut, self._segment_characters, dropped) for text in texts]
+        segments = [
+            split(text, self._next_cut, self._segment_characters, self._dropped) for text in texts
+        ]
         encode = partial(self._processor.encode, return_type="numpy", num_threads=1)
         return encode_segments(segments, encode, self._dtype)
 
@@ -57,7 +55,7 @@ def load_sentencepiece(flags: TokenizerFlags) -> SentencePieceTokenizer | CoreTo
     return SentencePieceTokenizer(core)
 
 
-def safe_cuts(model: bytes) -> tuple[NextCut, int] | None:
+def safe_cuts(model: bytes) -> tuple[NextCut | None, int]:
     """Returns where texts may be cut for a model, and how many characters to drop after a cut.
 
     Byte-pair encoding only ever joins neighbours into a piece of the vocabulary. So a place between
@@ -89,7 +87,7 @@ def safe_cuts(model: bytes) -> tuple[NextCut, int] | None:
         or not normalizer.escape_whitespaces
         or trainer.treat_whitespace_as_suffix
     ):
-        return None
+        return None, 0
     pieces = [
         piece.piece
         for piece in proto.pieces

@@ -1,6 +1,7 @@
 """tiktoken vocabularies, encoded in segments where that changes nothing."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from numpy.typing import NDArray
@@ -8,9 +9,8 @@ from numpy.typing import NDArray
 from megatron_rw.data.core_tokenizer import build_core_tokenizer, optimal_dtype, require_package
 from megatron_rw.data.segments import (
     SEGMENT_CHARACTERS,
-    after_a_word,
+    cuts_between_words,
     encode_segments,
-    separates_words,
     split,
 )
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
@@ -33,14 +33,14 @@ class TikTokenizer:
         self._dtype = optimal_dtype(self.vocab_size)
         self._encoding = core._tokenizer.tokenizer
         self._segment_characters = segment_characters
-        self._cuts = separates_words(self._encoding._pat_str) and not any(
-            any(map(str.isspace, token)) for token in self._encoding.special_tokens_set
-        )
+        special = self._encoding.special_tokens_set
+        self._next_cut = None
+        if not any(map(str.isspace, chain.from_iterable(special))):
+            self._next_cut = cuts_between_words(self._encoding._pat_str)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        size = self._segment_characters
-        segments = [split(text, after_a_word, size) if self._cuts else [text] for text in texts]
+        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
         return encode_segments(segments, self._encode, self._dtype)
 
     def _encode(self, segments: list[str]) -> list[NDArray[Any]]:

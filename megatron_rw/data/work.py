@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_rw.data.command import InputError
+from megatron_rw.data.sources import Source
 
 FOLDER = ".preprocess_data"
 _SETTINGS = "settings.json"
+_PUBLISHED = "published"
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
     Args:
         output_dir: where it is, under a hidden name.
         settings: everything that decides what is in it, by the flag's name; values of JSON.
-        restart: whether to drop what is there.
+        restart: whether to drop what is there if it was made with other settings.
 
     Yields:
         The folder. It stays if the body raises or the process dies, and is removed otherwise.
@@ -41,40 +44,74 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
                 f"--output-dir {output_dir}: another process is writing there; wait for it, or "
                 "give another directory"
             ) from error
-        if restart:
+        if restart and _held_settings(folder) not in (None, dict(settings)):
             shutil.rmtree(folder)
             folder.mkdir()
-        _check_settings(folder / _SETTINGS, settings)
+        _check_settings(folder, settings)
         yield folder
-        shutil.rmtree(folder)
+        _remove(folder)
         (output_dir / f"{FOLDER}.lock").unlink()
+
+
+def is_unfinished(output_dir: Path) -> bool:
+    """Whether a call was interrupted there; what has a final name is then its own."""
+    return (output_dir / FOLDER).exists()
+
+
+def set_published(folder: Path, sources: Sequence[Source]) -> None:
+    """Notes that everything has its final name, and only the folder is still to be removed."""
+    (folder / _PUBLISHED).write_text(_digest(sources))
+
+
+def is_published(folder: Path, sources: Sequence[Source]) -> bool:
+    """Whether everything that is made of these sources, as they are now, has its final name."""
+    path = folder / _PUBLISHED
+    return path.exists() and path.read_text() == _digest(sources)
+
+
+def _digest(sources: Sequence[Source]) -> str:
+    return hashlib.sha256("".join(source.key for source in sources).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder such that a call that dies in between can still be repeated."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _PUBLISHED:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def earlier_chunk_bytes(output_dir: Path) -> int | None:
     """The `chunk_bytes` of the unfinished work, as it may have been begun with fewer inputs."""
-    path = output_dir / FOLDER / _SETTINGS
-    if not path.is_file():
-        return None
-    return int(json.loads(path.read_text("utf-8"))["chunk_bytes"])
+    held = _held_settings(output_dir / FOLDER)
+    return None if held is None else int(held["chunk_bytes"])
 
 
-def differences(mine: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, as `name a here, b there`."""
+def _held_settings(folder: Path) -> dict[str, Any] | None:
+    path = folder / _SETTINGS
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _differences(mine: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, as `name is a now and was b`."""
     return [
         f"{name} is {json.dumps(mine.get(name))} now and was {json.dumps(others.get(name))}"
-        for name in mine.keys() | others.keys()
+        for name in sorted(mine.keys() | others.keys())
         if mine.get(name) != others.get(name)
     ]
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    if path.is_file():
-        if different := differences(settings, json.loads(path.read_text("utf-8"))):
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    held = _held_settings(folder)
+    if held is not None:
+        if different := _differences(settings, held):
             raise InputError(
-                f"--output-dir {path.parent.parent}: holds unfinished work of another call: "
-                f"{'; '.join(sorted(different))}; repeat that call, or --overwrite to drop it"
+                f"--output-dir {folder.parent}: holds unfinished work of another call: "
+                f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
             )
         return
-    partial = path.with_suffix(".partial")
+    partial = folder / f"{_SETTINGS}.partial"
     partial.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
-    partial.replace(path)
+    partial.replace(folder / _SETTINGS)

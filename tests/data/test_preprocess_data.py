@@ -51,7 +51,7 @@ def read_back(prefix: Path | str) -> tuple[Any, list[list[int]]]:
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def datasets(directory: Path) -> dict[str, bytes]:
@@ -480,17 +480,13 @@ def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
     bad = tmp_path / "first.jsonl"
     bad.write_bytes(GOOD + b"{")
     assert preprocess("--input", bad, *usual, "--overwrite") == 2
-    assert {name: files_of(out)[name] for name in before} == before
+    assert {name: files(out)[name] for name in before} == before
 
     assert preprocess("--input", corpus[0], *usual, "--overwrite", "--append-eod") == 0
     assert sorted(files(out)) == [
         "blend.txt", "domains.json", "first_text_document.bin", "first_text_document.idx",
     ]  # fmt: skip
     assert files(out)["first_text_document.bin"] != before["first_text_document.bin"]
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
 def test_standard_input_is_json_lines(

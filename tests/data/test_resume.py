@@ -120,6 +120,36 @@ def test_another_call_is_refused_until_it_is_dropped(
     assert datasets(tmp_path / "out") == whole(tmp_path, flags)
 
 
+def test_a_call_that_replaces_goes_on_too(
+    tmp_path: Path, interrupted: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preprocess(*interrupted, "--overwrite") == 0
+    assert "going on from" in capsys.readouterr().err
+
+
+def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(
+    tmp_path: Path,
+    inputs: list[Path],
+    interrupted: tuple[object, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("megatron_rw.data.work._remove", interrupt)
+        assert preprocess(*interrupted) == 130
+        made = datasets(tmp_path / "out")
+        assert made
+        assert preprocess(*interrupted) == 130
+        assert "everything was in its place already" in capsys.readouterr().err
+        assert datasets(tmp_path / "out") == made
+    write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
+    assert preprocess(*interrupted) == 0
+    assert datasets(tmp_path / "out") == whole(tmp_path, interrupted) != made
+
+
 def start(inputs: list[Path], out: Path, model: str, workers: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.huggingface_tokenizer import safe_to_cut
-from megatron_rw.data.segments import after_a_word, separates_words, split
+from megatron_rw.data.huggingface_tokenizer import safe_cuts
+from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, cuts_between_words, split
 from megatron_rw.data.tokenizer import Tokenizer
 from tests.data.conftest import make_texts
 from tests.data.tokenizers import (
@@ -69,11 +71,11 @@ def sized_sentencepiece(
     path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
     model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
     of_size = {size: sentencepiece_of(model, size) for size in (*range(1, 41), WHOLE)}
-    assert (of_size[1]._cuts is None) == (request.param in UNCUT)
+    assert (of_size[1]._next_cut is None) == (request.param in UNCUT)
     return of_size.__getitem__
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("the  model \u2581 reads \u2581the a b x the ", 1)
 @example("日本日本 日本", 1)
@@ -82,20 +84,32 @@ def test_sentencepiece(sized_sentencepiece: Sized, text: str, size: int) -> None
     check_cutting(sized_sentencepiece, text, size)
 
 
-@pytest.fixture(scope="module", params=["llama3", "gpt2", "with bos"])
+@pytest.fixture(scope="module", params=[None, *LATER_WORDS])
 def sized_huggingface(request: pytest.FixtureRequest) -> Sized:
-    pattern = None if request.param == "gpt2" else LLAMA3
-    tokenizer = train_huggingface(pattern=pattern, bos=request.param == "with bos")
+    tokenizer = train_huggingface(pattern=request.param, bos=request.param == LLAMA3)
     of_size = {size: huggingface_of(tokenizer, size) for size in (*range(1, 41), WHOLE)}
-    assert of_size[1]._cuts
+    assert of_size[1]._next_cut is not None
     return of_size.__getitem__
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
 def test_huggingface(sized_huggingface: Sized, text: str, size: int) -> None:
     check_cutting(sized_huggingface, text, size)
+
+
+@pytest.mark.parametrize("pattern", [GPT2_WORDS, *LATER_WORDS])
+@settings(deadline=None, max_examples=200)
+@given(TEXTS, SIZES)
+@example("a\n\nb.\n\n//c \n \n/d.\n \n\n e\t\tf  g\r\nh 'll it's 1 2\n3", 1)
+def test_words(pattern: str, text: str, size: int) -> None:
+    """Whatever the vocabulary: a cut leaves every word whole and makes no other words."""
+    words = Split(Regex(pattern), "isolated", False).pre_tokenize_str
+    segments = split(text, cuts_between_words(pattern), size)
+    assert [word for word, _ in words(text)] == [
+        word for segment in segments for word, _ in words(segment)
+    ]
 
 
 @pytest.fixture(scope="module", params=["v1", "v2"])
@@ -107,26 +121,27 @@ def sized_tiktoken(
     flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
     flags = dataclasses.replace(flags, tiktoken_pattern=request.param)
     of_size = {size: tiktoken_of(flags, size) for size in (*range(1, 41), WHOLE)}
-    assert of_size[1]._cuts
+    assert of_size[1]._next_cut is not None
     return of_size.__getitem__
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
 def test_tiktoken(sized_tiktoken: Sized, text: str, size: int) -> None:
     check_cutting(sized_tiktoken, text, size)
 
 
-@given(TEXTS, SIZES)
-def test_split_loses_nothing(text: str, size: int) -> None:
-    segments = split(text, after_a_word, size)
+@given(TEXTS, SIZES, st.sampled_from([GPT2_WORDS, LLAMA3]))
+def test_split_loses_nothing(text: str, size: int, pattern: str) -> None:
+    segments = split(text, cuts_between_words(pattern), size)
     assert "".join(segments) == text
     assert all(len(segment) >= size for segment in segments[:-1])
 
 
-def test_a_text_without_a_cut_stays_whole() -> None:
-    assert split("z" * 100, after_a_word, 10) == ["z" * 100]
+@pytest.mark.parametrize("pattern", [GPT2_WORDS, LLAMA3, None])
+def test_a_text_without_a_cut_stays_whole(pattern: str | None) -> None:
+    assert split("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
 
 
 def added_token(**properties: object) -> dict[str, object]:
@@ -150,7 +165,6 @@ def sequence(*steps: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
         (sequence(SPLIT), True),
         (sequence({"type": "Digits", "individual_digits": True}, use_regex=True), True),
         ({"normalizer": {"type": "NFC"}}, True),
-        ({"added_tokens": [added_token(lstrip=True, rstrip=True)]}, True),
         (sequence(), False),
         (sequence(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
         (sequence(SPLIT | {"pattern": {"String": " "}}), False),
@@ -163,7 +177,8 @@ def sequence(*steps: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
         ({"model": {"type": "Unigram"}}, False),
         ({"model": {"type": "BPE", "dropout": 0.1}}, False),
         ({"added_tokens": [added_token(content="a b")]}, False),
-        ({"added_tokens": [added_token(content="tool", rstrip=True)]}, False),
+        ({"added_tokens": [added_token(lstrip=True)]}, False),
+        ({"added_tokens": [added_token(rstrip=True)]}, False),
     ],
 )
 def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> None:
@@ -173,12 +188,12 @@ def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> Non
         "model": {"type": "BPE", "dropout": None},
         "added_tokens": [added_token()],
     }
-    assert safe_to_cut(definition | change) is safe
+    assert (safe_cuts(definition | change) is not None) is safe
 
 
 def test_core_patterns_are_known() -> None:
     from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
 
-    assert separates_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V1)
-    assert separates_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V2)
-    assert not separates_words(r"\s+|\S+")
+    assert cuts_between_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V1) is not None
+    assert cuts_between_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V2) is not None
+    assert cuts_between_words(r"\s+|\S+") is None

@@ -35,6 +35,7 @@ from tests.data.tokenizers import (
 TEXTS = [
     *make_texts(5, 3),
     "\n\n".join(make_texts(40, 4)),
+    "<|x y|>b" * 200,
     *("", " ", "  leading and trailing  ", "\x01\x00\x7f", "<s> a</s><pad> <|x y|>b", "☯ 日本 ☯"),
 ]
 
@@ -88,7 +89,11 @@ def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
 @pytest.mark.parametrize("include", [True, False])
 def test_huggingface_is_the_library(tmp_path: Path, include: bool) -> None:
     tokenizer = train_huggingface(bos=True)
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=9, pad_token="<pad>")
     directory = save_huggingface(tokenizer, tmp_path / "hf", eos_token="</s>")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     flags = TokenizerFlags("HuggingFaceTokenizer", directory, hf_include_special_tokens=include)
     ours = load_tokenizer(flags)
     assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == [
