@@ -279,7 +279,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="the number of one trial")
     options = parser.parse_args()
     failed = done = 0
-    with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
+    with tempfile.TemporaryDirectory(prefix="preprocess-campaign-") as name:
         campaign = Campaign(Path(name), train_model(Path(name)), options.megabytes)
         for number, kill in enumerate(kills(options.seed, options.points)):
             if options.only is not None and number != options.only:
