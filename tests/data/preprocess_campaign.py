@@ -32,7 +32,6 @@ from pathlib import Path
 
 import psutil
 
-from megatron_rw.data.work import FOLDER
 from tests.data.compared import differences, incomplete
 from tests.data.killed import POINTS
 from tests.data.killed_corpus import write_inputs
@@ -63,7 +62,7 @@ class Kill:
         variant: of the call.
         point: `any time`, `parts` or one of `killed.POINTS`.
         count: how often the point is passed before; parts there; of any time, thousandths of the
-            time that the undisturbed call works, once it has imported everything.
+            time that the undisturbed call takes from when it has all workers.
         who: is killed.
     """
 
@@ -91,7 +90,7 @@ class Ended:
 
     Attributes:
         status: of its process, negative if killed; None if it took too long.
-        seconds: it worked, imports left out.
+        seconds: it took from when it had all workers.
         error: what it wrote to stderr.
         left: processes of its own that were still there so many seconds after.
         made: parts that were completed.
@@ -194,10 +193,9 @@ class Campaign:
             )
         watch = threading.Timer(PATIENCE_S, os.killpg, (process.pid, signal.SIGKILL))
         watch.start()
-        while not (self._output / FOLDER).exists() and process.poll() is None:
-            time.sleep(0.005)
+        workers = _workers(process)
         start = time.monotonic()
-        self._disturb(process, kill, undisturbed_s)
+        self._disturb(process, workers, kill, undisturbed_s)
         process.wait()
         status = None if watch.finished.is_set() else process.returncode
         watch.cancel()
@@ -205,7 +203,13 @@ class Campaign:
         left = _wait_for_the_rest(process.pid)
         return Ended(status, seconds, errors.read_text(), left, log.read_text().split("\n")[:-1])
 
-    def _disturb(self, process: subprocess.Popen[bytes], kill: Kill, undisturbed_s: float) -> None:
+    def _disturb(
+        self,
+        process: subprocess.Popen[bytes],
+        workers: list[psutil.Process],
+        kill: Kill,
+        undisturbed_s: float,
+    ) -> None:
         """Kills from without, at the points that need nothing within."""
         if kill.point == "any time":
             try:
@@ -224,8 +228,10 @@ class Campaign:
             os.killpg(process.pid, signal.SIGKILL)
         elif kill.who == "parent":
             process.kill()
-        elif workers := _workers(process):
-            random.Random(kill.count).choice(workers).kill()
+        else:
+            worker = random.Random(kill.count).choice(workers)
+            if worker.is_running():
+                worker.kill()
 
 
 # Of the files that `write_inputs` makes.
@@ -238,7 +244,7 @@ def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
         workers = psutil.Process(process.pid).children()
         if len(workers) == WORKERS:  # fewer may be what an import starts for a moment
             return workers
-        time.sleep(0.01)
+        time.sleep(0.02)
     return []
 
 
@@ -273,7 +279,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="the number of one trial")
     options = parser.parse_args()
     failed = done = 0
-    with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
+    with tempfile.TemporaryDirectory(prefix="preprocess-campaign-") as name:
         campaign = Campaign(Path(name), train_model(Path(name)), options.megabytes)
         for number, kill in enumerate(kills(options.seed, options.points)):
             if options.only is not None and number != options.only:
