@@ -98,9 +98,15 @@ class HuggingFaceTokenizer:
     def _encode(
         self, segments: list[str], include_special_tokens: bool = False
     ) -> list[NDArray[Any]]:
-        encodings = self._tokenizer.encode_batch_fast(
-            segments, add_special_tokens=include_special_tokens
-        )
+        try:
+            encodings = self._tokenizer.encode_batch_fast(
+                segments, add_special_tokens=include_special_tokens
+            )
+        except BaseException as error:
+            # A panic in Rust; its class has no public name and is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizers library failed: {error}") from error
         return [np.array(encoding.ids, self._dtype) for encoding in encodings]
 
     def _encode_whole(self, texts: list[str]) -> list[NDArray[Any]]:

@@ -61,6 +61,10 @@ class Tokenizer(Protocol):
         """Returns the ids of each text, `[tokens]` of `optimal_dtype(vocab_size)`.
 
         Empty for a text that has no token, as the empty one.
+
+        Raises:
+            ValueError: If the library cannot encode one of them, as ten million spaces in a row
+                for which its regular expressions need too many steps.
         """
 
     def detokenize(self, ids: Sequence[int]) -> str:

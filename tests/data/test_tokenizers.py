@@ -271,6 +271,14 @@ def test_no_end_of_document(tmp_path: Path) -> None:
         end_of_document_id(tokenizer, directory)
 
 
+def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
+    tokenizer = train_huggingface(pattern="(a+)+b")
+    directory = save_huggingface(tokenizer, tmp_path / "hf")
+    ours = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    with pytest.raises(ValueError, match="tokenizers library failed: Onig: Regex search error"):
+        ours.encode_batch(["a" * 100])
+
+
 _COUNT_THREADS = """
 import os, sys
 from megatron_rw.data.tokenizer import TokenizerFlags, load_tokenizer
