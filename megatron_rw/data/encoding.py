@@ -220,7 +220,16 @@ class _PartBuilder:
         split = self._encoding.splitter or (lambda text: [text])
         sequences = [[split(text) for text in texts] for _, _, texts in waiting]
         flat = [sequence for texts in sequences for text in texts for sequence in text]
-        encoded = iter(self._tokenizer.encode_batch(flat))
+        try:
+            encoded = iter(self._tokenizer.encode_batch(flat))
+        except ValueError as error:
+            if len(waiting) == 1:
+                self._reject(waiting[0][0], BadRecordError("tokenizer failed", str(error)))
+                return
+            for document in waiting:  # which of them it is, only each by itself can tell
+                self._waiting = [document]
+                self._tokenize()
+            return
         for (raw, domain, texts), pieces in zip(waiting, sequences, strict=True):
             by_key = [[next(encoded) for _ in text] for text in pieces]
             by_key = [[ids for ids in text if len(ids)] for text in by_key]

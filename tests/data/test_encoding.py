@@ -1,6 +1,7 @@
 """What becomes of documents, with a tokenizer whose ids can be read off the text."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class FakeTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         dtype = optimal_dtype(self.vocab_size)
+        if any("fail" in text for text in texts):
+            raise ValueError("too many steps")
         return [
             np.array([int(word) for word in text.split() if word.isdecimal()], dtype)
             for text in texts
@@ -86,6 +89,14 @@ def test_the_vocabulary_chooses_the_dtype(
 def test_text_that_makes_no_token_is_rejected(tmp_path: Path) -> None:
     assert made_of(["1", "none", "2"], tmp_path) == [[[1]], [[2]]]
     assert '"line": 2, "kind": "no tokens"' in (tmp_path / "rejects.jsonl").read_text()
+
+
+def test_text_that_the_tokenizer_gives_up_on_is_rejected(tmp_path: Path) -> None:
+    assert made_of(["1", "fail", "2", "fail", "3"], tmp_path) == [[[1]], [[2]], [[3]]]
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").open()]
+    assert [(reject["line"], reject["kind"], reject["reason"]) for reject in rejects] == [
+        (2, "tokenizer failed", "too many steps"), (4, "tokenizer failed", "too many steps"),
+    ]  # fmt: skip
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
