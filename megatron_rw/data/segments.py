@@ -21,7 +21,7 @@ NextCut = Callable[[str, int], int]
 # The fastest of 300 to 16,000 for SentencePiece and Hugging Face together, by little.
 SEGMENT_CHARACTERS = 1000
 # Segments that are encoded at a time; bounds what the libraries hold beside the ids.
-_GROUP = 1000
+_GROUP = 100
 
 # How byte-level tokenizers find words, before any token is looked for; GPT-2's is built into the
 # `tokenizers` library. None looks back, and none matches white space with something on both sides.

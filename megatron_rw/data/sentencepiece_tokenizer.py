@@ -18,7 +18,7 @@ class SentencePieceTokenizer:
     """Encodes with the processor of core's class, into arrays.
 
     Long texts are cut where `safe_cuts` says; a model for which it says None sees every text whole,
-    whose working memory is then some hundred bytes per character.
+    whose working memory is then about 45 bytes per character.
 
     Args:
         core: A `MegatronTokenizerText` over core's SentencePieceTokenizer, without `legacy`.

@@ -13,7 +13,7 @@ from megatron_rw.data.huggingface_tokenizer import safe_cuts
 from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, cuts_between_words, split
 from megatron_rw.data.tokenizer import Tokenizer
 from tests.data.conftest import make_texts
-from tests.data.tokenizers import (
+from tests.data.tiny_tokenizers import (
     LLAMA3,
     SENTENCEPIECE,
     UNCUT,

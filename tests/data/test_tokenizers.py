@@ -24,7 +24,7 @@ from megatron_rw.data.tokenizer import (
     tokenizer_flags,
 )
 from tests.data.conftest import make_texts
-from tests.data.tokenizers import (
+from tests.data.tiny_tokenizers import (
     SENTENCEPIECE,
     save_huggingface,
     save_tiktoken,
