@@ -84,7 +84,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         type=_at_least(1),
         default=MAX_LINE_BYTES,
         metavar="N",
-        help="longer lines are rejected without being held in memory (%(default)s)",
+        help="longer lines are rejected, and no more than this of one is held (%(default)s)",
     )
     group.add_argument(
         "--max-bad-fraction",
