@@ -19,11 +19,12 @@ from tests.data.preprocess_campaign import (
 
 # As many parts as files: the text is less than a chunk in each.
 MEGABYTES = 1.0
-TRIALS = [
+TRIALS = [Kill("one field", "rename", 9, "group")]
+MORE = [
     Kill("one field", "parts", 1, "parent"),
-    Kill("one field", "rename", 9, "group"),
+    Kill("one field", "part", 1, "worker"),
+    Kill("one field", "join", 2, "group"),
 ]
-MORE = [Kill("one field", "part", 1, "worker"), Kill("one field", "join", 2, "group")]
 
 
 @pytest.fixture(scope="module")
