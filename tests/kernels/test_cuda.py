@@ -132,7 +132,7 @@ def test_operator_of_the_whole_loss_passes_torchs_own_check(name: str, masked: b
         ("aot_eager", "torch"),
         ("aot_eager", "cuda"),
         pytest.param("inductor", "torch", marks=pytest.mark.long),
-        ("inductor", "cuda"),
+        pytest.param("inductor", "cuda", marks=pytest.mark.long),
     ],
 )
 def test_loss_and_weights_compile_to_one_graph(name: Any, compiler: str) -> None:
