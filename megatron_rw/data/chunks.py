@@ -149,8 +149,7 @@ def _fed(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Tas
             except damage_errors(source) as error:
                 raise damage(source, lines.total, error) from error
             position = stored.tell() if stored.seekable() else 0
-            # The last one is handed out again, as only it can tell how many there are.
-            if number not in done or lines.ended:
+            if number not in done:
                 yield Task(
                     source,
                     number,

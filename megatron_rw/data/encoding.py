@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.chunks import Reading, Task
 from megatron_rw.data.command import InputError
+from megatron_rw.data.dedup import HASH_BYTES
 from megatron_rw.data.parts import Counts, Group, Part, Rejects, Store, checksum
 from megatron_rw.data.readers import Chunk, read
 from megatron_rw.data.records import BadRecordError, Raw, Reject, parse, text_field
@@ -22,7 +23,6 @@ from megatron_rw.data.tokenizer import Tokenizer, optimal_dtype
 
 # Enough for a tokenizer's batch to cost nothing beside the tokenizing, and little memory.
 _BATCH_CHARACTERS = 1 << 18
-_HASH_BYTES = 16
 
 Splitter = Callable[[str], list[str]]
 
@@ -112,8 +112,7 @@ class Encoder:
             if chunk.number in task.finished:
                 for _ in chunk.documents:
                     pass
-                if not chunk.last:
-                    continue
+                continue
             part = self._encode(task.source, chunk)
             records += part.records
             text_bytes += sum(group.counts.text_bytes for group in part.groups)
@@ -194,7 +193,7 @@ class _PartBuilder:
                 else None
             ),
             hashes=(
-                np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, _HASH_BYTES)
+                np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, HASH_BYTES)
                 if encoding.hashed
                 else None
             ),
@@ -284,7 +283,7 @@ def _cut(sequences: list[NDArray[Any]], limit: int) -> Iterator[list[NDArray[Any
 
 
 def _hash(texts: list[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+    digest = hashlib.blake2b(digest_size=HASH_BYTES)
     for text in texts:
         content = text.encode()
         digest.update(len(content).to_bytes(8, "little") + content)

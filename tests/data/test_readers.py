@@ -121,11 +121,7 @@ def test_what_is_finished_is_not_handed_out_again(
     source = write(tmp_path / f"in{suffix}", b"\n".join(lines))
     work = list(tasks([source], reading(chunk_bytes), workers, lambda _: frozenset(finished)))
     for task in work:
-        assert (
-            task.finished == finished
-            if task.number < 0
-            else task.number not in finished or (task.last)
-        )
+        assert task.finished == finished if task.number < 0 else task.number not in finished
     assert list(tasks([source], reading(chunk_bytes), workers, lambda _: None)) == []
 
 

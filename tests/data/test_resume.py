@@ -1,5 +1,6 @@
 """What an interrupted preprocess_data leaves behind, and what the next call makes of it."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from megatron_rw.data import chunks, domains
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.output import publish
+from megatron_rw.data.work import FOLDER
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_preprocess_data import datasets, files, preprocess
 
@@ -108,6 +110,36 @@ def test_a_part_that_the_power_failed_upon_is_made_again(
     assert datasets(tmp_path / "out") == whole(tmp_path, interrupted)
 
 
+def test_the_last_part_of_a_compressed_file_is_kept_when_an_earlier_one_is_gone(
+    tmp_path: Path, inputs: list[Path], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (
+        "--input", inputs[1], "--output-dir", tmp_path / "out", "--tokenizer-model", model,
+        "--workers", 1,
+    )  # fmt: skip
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("megatron_rw.data.preprocess_data._join", interrupt)
+        assert preprocess(*flags) == 130
+    made = sorted(parts(tmp_path / "out"))
+    made[2].unlink()
+    before = parts(tmp_path / "out")
+    kept: dict[Path, int] = {}
+
+    def look(*args: Any) -> None:
+        kept.update(parts(tmp_path / "out"))
+        publish(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr("megatron_rw.data.preprocess_data.publish", look)
+        assert preprocess(*flags) == 0
+    assert {path: kept[path] for path in before} == before
+    assert datasets(tmp_path / "out") == whole(tmp_path, flags)
+
+
 def test_another_call_is_refused_until_it_is_dropped(
     tmp_path: Path, interrupted: tuple[object, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +180,16 @@ def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(
     write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
     assert preprocess(*interrupted) == 0
     assert datasets(tmp_path / "out") == whole(tmp_path, interrupted) != made
+
+
+def test_two_calls_do_not_write_into_one_directory(
+    tmp_path: Path, interrupted: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "out" / f"{FOLDER}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert preprocess(*interrupted) == 2
+    assert "another process is writing there; wait for it, or give" in capsys.readouterr().err
+    assert preprocess(*interrupted) == 0
 
 
 def start(inputs: list[Path], out: Path, model: str, workers: int) -> subprocess.Popen[bytes]:
@@ -192,7 +234,6 @@ def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_nobody(
     while not (workers := psutil.Process(process.pid).children()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert preprocess("--input", large, "--output-dir", out, "--tokenizer-model", model) == 2
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(workers, timeout=30)
