@@ -31,7 +31,7 @@ from megatron_rw.data.preprocess_flags import parse
 from megatron_rw.data.sentences import sentence_splitter
 from megatron_rw.data.shards import shard_of
 from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.summary import Progress, check_bad_fraction, say, table
+from megatron_rw.data.summary import Progress, say, table, too_many_bad
 from megatron_rw.data.tokenizer import end_of_document_id, fingerprint, load_tokenizer
 from megatron_rw.data.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.work import (
@@ -132,12 +132,10 @@ def _plan(
 def _domain_of(source: Source, args: argparse.Namespace) -> str:
     if args.domain is not None:
         return check_domain(args.domain, "--domain")
-    if source.path == STANDARD_INPUT:
-        return "stdin"
+    where = f"{source.path}: rename it, or give --domain-by or --domain"
     if args.domain_by == "directory":
-        return check_domain(source.folder, f"{source.path} (--domain-by directory)")
-    name = source.name.split(".")[0]
-    return check_domain(name, f"{source.path}: rename it, or give --domain-by or --domain")
+        where = f"{source.path} (--domain-by directory)"
+    return check_domain(source.domain(args.domain_by), where)
 
 
 def _check_given_weights(names: set[str], args: argparse.Namespace) -> None:
@@ -220,7 +218,7 @@ def _check(
     if rejects.total > args.max_bad_fraction * (rejects.total + records):
         path = store.directory / REJECTS_FILE
         listed = write_rejects(sources, store, path)
-        check_bad_fraction(listed, records, args.max_bad_fraction, str(path))
+        raise too_many_bad(listed, records, args.max_bad_fraction, path)
 
 
 def _join(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_rw.data.records import MAX_LINE_BYTES
 from megatron_rw.data.shards import Shard
-from megatron_rw.data.sources import READS
+from megatron_rw.data.sources import add_domain_flags, add_source_flags
 from megatron_rw.data.tokenizer_flags import add_tokenizer_flags
 from megatron_rw.data.workers import available_cores
 
@@ -44,14 +44,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=f"files, directories, patterns, URLs that fsspec opens, or - for JSON lines on "
-        f"standard input; {READS} are read",
-    )
+    add_source_flags(group)
     group.add_argument(
         "--json-keys",
         "--json-key",
@@ -62,16 +55,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "its own in --output-dir",
     )
     domain = group.add_mutually_exclusive_group()
-    domain.add_argument(
-        "--domain-key", metavar="KEY", help="field or column that holds the document's domain"
-    )
-    domain.add_argument(
-        "--domain-by",
-        choices=["file", "directory"],
-        default="file",
-        help="without --domain-key, the domain is the file's name up to the first dot (file), or "
-        "the name of the directory that it is in",
-    )
+    add_domain_flags(domain)
     domain.add_argument("--domain", metavar="NAME", help="one domain for all")
     group.add_argument(
         "--txt-documents",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import gzip
 import hashlib
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, get_args
 
 from megatron_rw.data.command import InputError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 STANDARD_INPUT = "-"
 Format = Literal["jsonl", "json", "parquet", "txt"]
 Compression = Literal["gzip", "zstd"]
+DomainBy = Literal["file", "directory"]
 
 _FORMATS: dict[str, Format] = {
     ".jsonl": "jsonl",
@@ -62,11 +64,43 @@ class Source:
         """Name of the folder that it is in, empty if the path tells none."""
         return self.path.rpartition("/")[0].rpartition("/")[2]
 
+    def domain(self, by: DomainBy) -> str:
+        """The domain of its documents where no field holds it, as `--domain-by` says."""
+        if self.path == STANDARD_INPUT:
+            return "stdin"
+        return self.folder if by == "directory" else self.name.split(".")[0]
+
     @property
     def key(self) -> str:
         """A name of 32 hexadecimal digits for this version of this file."""
         identity = "\0".join((self.path, str(self.size), self.version))
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+
+
+def add_source_flags(group: argparse._ActionsContainer) -> None:
+    """Adds `--input` to a tool's command line."""
+    group.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, directories, patterns, URLs that fsspec opens, or - for JSON lines on "
+        f"standard input; {READS} are read",
+    )
+
+
+def add_domain_flags(group: argparse._ActionsContainer) -> None:
+    """Adds `--domain-key` and `--domain-by` to a tool's command line."""
+    group.add_argument(
+        "--domain-key", metavar="KEY", help="field or column that holds the document's domain"
+    )
+    group.add_argument(
+        "--domain-by",
+        choices=list(get_args(DomainBy)),
+        default="file",
+        help="without --domain-key, the domain is the file's name up to the first dot (file), or "
+        "the name of the directory that it is in",
+    )
 
 
 def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:

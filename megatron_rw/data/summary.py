@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from megatron_rw.data.command import InputError
 from megatron_rw.data.parts import Counts, Rejects
@@ -50,31 +51,25 @@ class Progress:
         return line
 
 
-def check_bad_fraction(rejects: Rejects, records: int, allowed: float, where: str) -> None:
-    """Sees that not too many lines are rejected.
+def too_many_bad(rejects: Rejects, records: int, allowed: float, listed: Path) -> InputError:
+    """The error of more rejected lines than allowed; it shows the first of each kind.
 
     Args:
         rejects: the rejected lines.
         records: the number of lines that were taken, or may yet be.
         allowed: `--max-bad-fraction`.
-        where: where all rejected lines are listed.
-
-    Raises:
-        InputError: there are too many; the message shows the first of each kind.
+        listed: where all rejected lines are.
     """
-    lines = rejects.total + records
-    if rejects.total <= allowed * lines:
-        return
     worst = sorted(rejects.counts, key=lambda kind: -rejects.counts[kind])
     examples = "".join(
         f"\n  {rejects.counts[kind]:,} x {kind}; {path}, line {line}: {reason}"
         for kind in worst
         for path, line, reason in rejects.examples[kind][:1]
     )
-    raise InputError(
-        f"{rejects.total:,} of {lines:,} lines are bad, more than --max-bad-fraction {allowed:g} "
-        f"allows; correct them, or allow more and repeat the call, which goes on from what is "
-        f"done. All of them are in {where}{examples}"
+    return InputError(
+        f"{rejects.total:,} of {rejects.total + records:,} lines are bad, more than "
+        f"--max-bad-fraction {allowed:g} allows; correct them, or allow more and repeat the call, "
+        f"which goes on from what is done. All of them are in {listed}{examples}"
     )
 
 

@@ -23,7 +23,7 @@ from megatron_rw.data.sentencepiece_training import (
     train,
     vocabulary_listing,
 )
-from megatron_rw.data.sources import READS, STANDARD_INPUT, Source, find_sources
+from megatron_rw.data.sources import add_domain_flags, add_source_flags, find_sources
 from megatron_rw.data.spread_reading import DocumentReader, how_to_read
 
 _LEAST_BYTES = 10_000
@@ -37,17 +37,6 @@ example:
   writes tokenizer/bpe8k.model, for --tokenizer-type SentencePieceTokenizer
   --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
 """
-
-
-def _domain_by_file(source: Source) -> str:
-    return "stdin" if source.path == STANDARD_INPUT else source.name.split(".")[0]
-
-
-def _domain_by_directory(source: Source) -> str:
-    return "stdin" if source.path == STANDARD_INPUT else source.folder
-
-
-_DOMAIN_BY = {"file": _domain_by_file, "directory": _domain_by_directory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,14 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="files, directories, patterns, URLs that fsspec opens, or - for JSON lines on "
-        f"standard input; {READS} are read",
-    )
+    add_source_flags(parser)
     parser.add_argument(
         "--json-key",
         default="text",
@@ -129,17 +111,7 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
         f"about {READ_PER_KEPT} times as much is read at most, except of a compressed file, "
         "which is read to its end",
     )
-    domain = group.add_mutually_exclusive_group()
-    domain.add_argument(
-        "--domain-key", metavar="KEY", help="field or column that holds the document's domain"
-    )
-    domain.add_argument(
-        "--domain-by",
-        choices=list(_DOMAIN_BY),
-        default="file",
-        help="without --domain-key, the domain is the file's name up to the first dot (file), or "
-        "the name of the directory that it is in",
-    )
+    add_domain_flags(group.add_mutually_exclusive_group())
     shares = group.add_mutually_exclusive_group()
     shares.add_argument(
         "--sample",
@@ -195,7 +167,7 @@ def _run(args: argparse.Namespace) -> None:
     sources = find_sources(args.input)
     columns = [args.json_key, *([args.domain_key] if args.domain_key else [])]
     reading = how_to_read(columns, READ_PER_KEPT * args.max_bytes)
-    domain_of = None if args.domain_key else _DOMAIN_BY[args.domain_by]
+    domain_of = None if args.domain_key else lambda source: source.domain(args.domain_by)
     parts = plan_reading(sources, reading, domain_of, weights, args.max_bytes)
     prefix = Path(args.output_prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
