@@ -8,7 +8,8 @@ core's class is asked, and what it made is used in the same way.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,12 @@ from megatron_rw.data.core_tokenizer import (
 from megatron_rw.data.segments import (
     GPT2_WORDS,
     SEGMENT_CHARACTERS,
-    NextCut,
     cuts_between_words,
     encode_segments,
     split,
 )
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.words import WordEncoder, byte_level_words
 
 # What `transformers` loads from tokenizer.json as it stands.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -50,8 +51,8 @@ _OTHER_FILES = ("config.json", "added_tokens.json")
 class HuggingFaceTokenizer:
     """Encodes with a `tokenizers.Tokenizer`, into arrays.
 
-    Long texts are cut where that is safe (see `safe_cuts`); other tokenizers see every text
-    whole, whose working memory is then 90 to 170 bytes per character.
+    Texts are cut into words or segments where that is safe (see `known_words`); other tokenizers
+    see every text whole, whose working memory is then 90 to 170 bytes per character.
 
     Args:
         tokenizer: The Rust tokenizer; its truncation and padding are switched off.
@@ -78,7 +79,17 @@ class HuggingFaceTokenizer:
         self._dtype = optimal_dtype(self.vocab_size)
         self._include_special_tokens = include_special_tokens
         self._segment_characters = segment_characters
-        self._next_cut = safe_cuts(json.loads(tokenizer.to_str()))
+        definition = json.loads(tokenizer.to_str())
+        pattern = known_words(definition)
+        self._next_cut = cuts_between_words(pattern)
+        self._words: WordEncoder | None = None
+        added = definition["added_tokens"]
+        words = byte_level_words(pattern, [token["content"] for token in added])
+        # Whether a token of the kind single_word is one depends on the character before it.
+        if self._next_cut and words and not any(token["single_word"] for token in added):
+            self._words = WordEncoder(
+                words, self._next_cut, self._encode_word, self._encode_segments, self._dtype
+            )
         around: tuple[list[int], list[int]] = ([], [])
         if self._next_cut and include_special_tokens:
             around = _special_tokens_around(tokenizer)
@@ -89,25 +100,27 @@ class HuggingFaceTokenizer:
         if self._next_cut is None:
             whole = [[text] for text in texts]
             return encode_segments(whole, self._encode_whole, self._dtype)
-        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
-        encoded = encode_segments(segments, self._encode, self._dtype)
+        encode = self._words.encode_batch if self._words else self._encode_segments
+        encoded = encode(texts)
         if not self._before.size and not self._after.size:
             return encoded
         return [np.concatenate((self._before, ids, self._after)) for ids in encoded]
 
-    def _encode(
-        self, segments: list[str], include_special_tokens: bool = False
-    ) -> list[NDArray[Any]]:
-        try:
+    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
+        return encode_segments(segments, self._encode, self._dtype)
+
+    def _encode(self, texts: list[str], include_special_tokens: bool = False) -> list[NDArray[Any]]:
+        with _panics_as_errors():
             encodings = self._tokenizer.encode_batch_fast(
-                segments, add_special_tokens=include_special_tokens
+                texts, add_special_tokens=include_special_tokens
             )
-        except BaseException as error:
-            # A panic in Rust; its class has no public name and is no Exception.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(f"the tokenizers library failed: {error}") from error
         return [np.array(encoding.ids, self._dtype) for encoding in encodings]
+
+    def _encode_word(self, word: str) -> list[int]:
+        with _panics_as_errors():
+            ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
+        return ids
 
     def _encode_whole(self, texts: list[str]) -> list[NDArray[Any]]:
         return self._encode(texts, self._include_special_tokens)
@@ -115,6 +128,17 @@ class HuggingFaceTokenizer:
     def detokenize(self, ids: Sequence[int]) -> str:
         """See `tokenizer.Tokenizer`; special tokens are shown."""
         return str(self._tokenizer.decode([int(id_) for id_ in ids], skip_special_tokens=False))
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Turns a panic in Rust into a ValueError; its class has no public name and is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library failed: {error}") from error
 
 
 def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokenizer:
@@ -213,8 +237,8 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return with_special.ids[: inner[0]], with_special.ids[inner[-1] + 1 :]
 
 
-def safe_cuts(definition: dict[str, Any]) -> NextCut | None:
-    """Returns where texts may be cut for a tokenizer, None for nowhere.
+def known_words(definition: dict[str, Any]) -> str | None:
+    """Returns the pattern of a tokenizer's words if its texts may be cut between them.
 
     It looks for tokens in one word at a time if it is byte-level BPE over a known pattern of words;
     no added token may reach over white space, and normalization, NFC at most, joins nothing to it.
@@ -235,10 +259,11 @@ def safe_cuts(definition: dict[str, Any]) -> NextCut | None:
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(first) > 1:
         return None
     if not first:
-        return cuts_between_words(GPT2_WORDS) if last["use_regex"] else None
+        return GPT2_WORDS if last["use_regex"] else None
     if first[0]["type"] != "Split" or first[0]["behavior"] != "Isolated" or first[0]["invert"]:
         return None
-    return cuts_between_words(first[0]["pattern"].get("Regex"))
+    pattern: str | None = first[0]["pattern"].get("Regex")
+    return pattern if cuts_between_words(pattern) else None
 
 
 def _reaches_over_white_space(token: dict[str, Any]) -> bool:

@@ -53,15 +53,13 @@ _GPT2_CUT = re.compile(r"(?<=\S)[ \t\r\n]")
 _LATER_CUT = re.compile(r"(?<=\S)[ \t]|(?<=[\r\n])(?=[^\s/])")
 
 
-def split(text: str, next_cut: NextCut | None, size: int, dropped: int = 0) -> list[str]:
+def split(text: str, next_cut: NextCut | None, size: int) -> list[str]:
     """Cuts a text.
 
     Args:
         text: The text.
         next_cut: Where it may be cut; None for nowhere.
         size: Characters of a segment, at least; it then goes on up to the next cut.
-        dropped: Characters to leave out after every cut, for which the tokenizer puts something of
-            its own at the start of a segment.
 
     Returns:
         The segments, at least one.
@@ -75,7 +73,7 @@ def split(text: str, next_cut: NextCut | None, size: int, dropped: int = 0) -> l
         if cut == len(text):
             break
         segments.append(text[start:cut])
-        start = cut + dropped
+        start = cut
     segments.append(text[start:])
     return segments
 

@@ -1,8 +1,10 @@
-"""SentencePiece models, encoded in segments where that changes nothing."""
+"""SentencePiece models, encoded in words or segments where that changes nothing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
+from re import Pattern
 from typing import Any
 
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_rw.data.core_tokenizer import CoreTokenizer, build_core_tokenizer, optimal_dtype
 from megatron_rw.data.segments import SEGMENT_CHARACTERS, NextCut, encode_segments, split
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.words import WordEncoder, sentencepiece_words
 
 _SPACE = "\u2581"  # what SentencePiece turns spaces into
 
@@ -17,8 +20,8 @@ _SPACE = "\u2581"  # what SentencePiece turns spaces into
 class SentencePieceTokenizer:
     """Encodes with the processor of core's class, into arrays.
 
-    Long texts are cut where `safe_cuts` says; a model for which it says None sees every text whole,
-    whose working memory is then about 45 bytes per character.
+    Texts are cut where `cutting` says; a model for which it says None sees every text whole, whose
+    working memory is then about 45 bytes per character.
 
     Args:
         core: A `MegatronTokenizerText` over core's SentencePieceTokenizer, without `legacy`.
@@ -26,19 +29,41 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, core: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
+        from sentencepiece import SentencePieceProcessor
+
         self.vocab_size: int = core.vocab_size
         self.eod: int | None = core.eod
         self._dtype = optimal_dtype(self.vocab_size)
         self._processor = core._tokenizer.tokenizer
         self._segment_characters = segment_characters
-        self._next_cut, self._dropped = safe_cuts(self._processor.serialized_model_proto())
+        cutting = cutting_of(self._processor.serialized_model_proto())
+        self._encoder, self._prefix = self._processor, ""
+        self._next_cut: NextCut | None = None
+        self._words: WordEncoder | None = None
+        if cutting is None:
+            return
+        self._next_cut = cutting.next_cut
+        if cutting.unprefixed is not None:
+            self._encoder = SentencePieceProcessor(model_proto=cutting.unprefixed)
+            self._prefix = " "
+        if cutting.words is not None:
+            self._words = WordEncoder(
+                cutting.words,
+                cutting.next_cut,
+                self._encoder.encode,
+                self._encode_segments,
+                self._dtype,
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        segments = [
-            split(text, self._next_cut, self._segment_characters, self._dropped) for text in texts
-        ]
-        encode = partial(self._processor.encode, return_type="numpy", num_threads=1)
+        if self._prefix:
+            texts = [text and self._prefix + text for text in texts]
+        return self._words.encode_batch(texts) if self._words else self._encode_segments(texts)
+
+    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
+        encode = partial(self._encoder.encode, return_type="numpy", num_threads=1)
         return encode_segments(segments, encode, self._dtype)
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -55,17 +80,31 @@ def load_sentencepiece(flags: TokenizerFlags) -> SentencePieceTokenizer | CoreTo
     return SentencePieceTokenizer(core)
 
 
-def safe_cuts(model: bytes) -> tuple[NextCut | None, int]:
-    """Returns where texts may be cut for a model, and how many characters to drop after a cut.
+@dataclass(frozen=True)
+class Cutting:
+    """How texts may be cut for a model.
+
+    Attributes:
+        next_cut: Where they may be cut.
+        words: Matches words between which they may be cut; None if that is not worth it.
+        unprefixed: For a model that puts a space of its own before every text: the bytes of a model
+            that does not and is the same otherwise. The spaces are then the caller's to put.
+    """
+
+    next_cut: NextCut
+    words: Pattern[str] | None
+    unprefixed: bytes | None
+
+
+def cutting_of(model: bytes) -> Cutting | None:
+    """Returns how texts may be cut for a model; None for not at all.
 
     Byte-pair encoding only ever joins neighbours into a piece of the vocabulary. So a place between
     two characters that are neighbours in no piece stays a border of tokens, and what is joined on
     one side of it has no influence on the other. Before a space after a word that holds for nearly
-    every model; with bytes for unknown characters, for most pairs of rare characters as well. A
-    model that starts every text with a space of its own does so for every segment, so there the
-    space after the cut is dropped.
+    every model; with bytes for unknown characters, for most pairs of rare characters as well.
 
-    None, for no cut at all:
+    Not to be cut:
 
     - Unigram models add up scores in single precision from the start of the text, so what was
       before can change how a tie is rounded.
@@ -87,7 +126,7 @@ def safe_cuts(model: bytes) -> tuple[NextCut | None, int]:
         or not normalizer.escape_whitespaces
         or trainer.treat_whitespace_as_suffix
     ):
-        return None, 0
+        return None
     pieces = [
         piece.piece
         for piece in proto.pieces
@@ -100,14 +139,18 @@ def safe_cuts(model: bytes) -> tuple[NextCut | None, int]:
         for before, after in product(*map(_spellings, pair))
     )
     # Without bytes, unknown characters in a row are one unknown token, which a cut would double.
-    known = None
-    if not trainer.byte_fallback:
+    known = words = None
+    if trainer.byte_fallback:
+        words = sentencepiece_words([piece.replace(_SPACE, " ") for piece in pieces], _SPACE)
+    else:
         known = frozenset(
             spelling for piece in pieces if len(piece) == 1 for spelling in _spellings(piece)
         )
+    unprefixed = None
     if normalizer.add_dummy_prefix:
-        return partial(_before_a_space, inside, known), 1
-    return partial(_between, inside, known), 0
+        normalizer.add_dummy_prefix = False
+        unprefixed = proto.SerializeToString()
+    return Cutting(partial(_next_cut, inside, known), words, unprefixed)
 
 
 def _spellings(character: str) -> str:
@@ -115,20 +158,8 @@ def _spellings(character: str) -> str:
     return f" {_SPACE}" if character in (" ", _SPACE) else character
 
 
-def _between(inside: frozenset[str], known: frozenset[str] | None, text: str, start: int) -> int:
+def _next_cut(inside: frozenset[str], known: frozenset[str] | None, text: str, start: int) -> int:
     for cut in range(start, len(text)):
         if text[cut - 1 : cut + 1] not in inside and (known is None or text[cut] in known):
             return cut
-    return len(text)
-
-
-def _before_a_space(
-    inside: frozenset[str], known: frozenset[str] | None, text: str, start: int
-) -> int:
-    last = len(text) - 1  # an empty segment would not get the model's own space
-    cut = text.find(" ", start, last)
-    while cut >= 0:
-        if text[cut - 1 : cut + 1] not in inside and (known is None or " " in known):
-            return cut
-        cut = text.find(" ", cut + 1, last)
     return len(text)

@@ -1,6 +1,7 @@
-"""tiktoken vocabularies, encoded in segments where that changes nothing."""
+"""tiktoken vocabularies, encoded in words or segments where that changes nothing."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_rw.data.segments import (
     split,
 )
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.words import WordEncoder, byte_level_words
 
 
 class TikTokenizer:
@@ -35,11 +37,21 @@ class TikTokenizer:
         self._segment_characters = segment_characters
         special = self._encoding.special_tokens_set
         self._next_cut = None
+        self._words: WordEncoder | None = None
         if not any(map(str.isspace, chain.from_iterable(special))):
             self._next_cut = cuts_between_words(self._encoding._pat_str)
+        words = byte_level_words(self._encoding._pat_str, special)
+        if self._next_cut is not None and words is not None:
+            encode_word = partial(self._encoding.encode, allowed_special="all")
+            self._words = WordEncoder(
+                words, self._next_cut, encode_word, self._encode_segments, self._dtype
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
+        return self._words.encode_batch(texts) if self._words else self._encode_segments(texts)
+
+    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
         return encode_segments(segments, self._encode, self._dtype)
 

@@ -1,19 +1,23 @@
 """However a text is cut, its ids are those of the whole."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex
+from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.huggingface_tokenizer import safe_cuts
+from megatron_rw.data.huggingface_tokenizer import known_words
 from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, cuts_between_words, split
-from megatron_rw.data.tokenizer import Tokenizer
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
+    IN_WORDS,
     LLAMA3,
     SENTENCEPIECE,
     UNCUT,
@@ -25,7 +29,6 @@ from tests.data.tiny_tokenizers import (
     train_sentencepiece,
 )
 
-WHOLE = 1 << 40
 NASTY = (
     *(" ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u2581", " \u2581 ", "\u3000", "\xa0", "\u2028"),
     *(
@@ -54,49 +57,23 @@ TEXTS = st.lists(
     max_size=25,
 ).map("".join)
 SIZES = st.integers(1, 40)
-Sized = Callable[[int], Tokenizer]
 
 
-def check_cutting(tokenizer_of: Sized, text: str, size: int) -> None:
-    whole = tokenizer_of(WHOLE).encode_batch([text])[0]
-    cut = tokenizer_of(size).encode_batch([text, "b", text])
-    assert cut[0].tolist() == whole.tolist() == cut[2].tolist()
-    assert cut[0].dtype == whole.dtype
+@dataclass(frozen=True)
+class Cut:
+    """A tokenizer for every size of segments, and its library's ids of a whole text."""
+
+    of_size: dict[int, Any]
+    whole: Callable[[str], list[int]]
 
 
-@pytest.fixture(scope="module", params=SENTENCEPIECE)
-def sized_sentencepiece(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Sized:
-    path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
-    model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
-    of_size = {size: sentencepiece_of(model, size) for size in (*range(1, 41), WHOLE)}
-    assert (of_size[1]._next_cut is None) == (request.param in UNCUT)
-    return of_size.__getitem__
-
-
-@settings(deadline=None)
-@given(TEXTS, SIZES)
-@example("the  model \u2581 reads \u2581the a b x the ", 1)
-@example("日本日本 日本", 1)
-@example("ends in a space ", 1)
-def test_sentencepiece(sized_sentencepiece: Sized, text: str, size: int) -> None:
-    check_cutting(sized_sentencepiece, text, size)
-
-
-@pytest.fixture(scope="module", params=[None, *LATER_WORDS])
-def sized_huggingface(request: pytest.FixtureRequest) -> Sized:
-    tokenizer = train_huggingface(pattern=request.param, bos=request.param == LLAMA3)
-    of_size = {size: huggingface_of(tokenizer, size) for size in (*range(1, 41), WHOLE)}
-    assert of_size[1]._next_cut is not None
-    return of_size.__getitem__
-
-
-@settings(deadline=None)
-@given(TEXTS, SIZES)
-@example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
-def test_huggingface(sized_huggingface: Sized, text: str, size: int) -> None:
-    check_cutting(sized_huggingface, text, size)
+def check_cutting(cut: Cut, text: str, size: int) -> None:
+    whole = cut.whole(text)
+    tokenizer = cut.of_size[size]
+    for encode in (tokenizer.encode_batch, tokenizer._encode_segments):
+        encoded = encode([text, "b", text])
+        assert encoded[0].tolist() == whole == encoded[2].tolist()
+        assert encoded[0].dtype == np.uint16
 
 
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, *LATER_WORDS])
@@ -112,24 +89,82 @@ def test_words(pattern: str, text: str, size: int) -> None:
     ]
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
-def sized_tiktoken(
+@pytest.fixture(scope="module", params=SENTENCEPIECE)
+def cut_sentencepiece(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Sized:
-    import dataclasses
+) -> Cut:
+    path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
+    model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
+    of_size = {size: sentencepiece_of(model, size) for size in range(1, 41)}
+    assert (of_size[1]._next_cut is None) == (request.param in UNCUT)
+    assert (of_size[1]._words is not None) == (request.param in IN_WORDS)
+    return Cut(of_size, of_size[1]._processor.encode)
 
-    flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
-    flags = dataclasses.replace(flags, tiktoken_pattern=request.param)
-    of_size = {size: tiktoken_of(flags, size) for size in (*range(1, 41), WHOLE)}
-    assert of_size[1]._next_cut is not None
-    return of_size.__getitem__
+
+@settings(deadline=None)
+@given(TEXTS, SIZES)
+@example("the  model \u2581 reads \u2581the a b x the ", 1)
+@example("日本日本 日本", 1)
+@example("ends in a space ", 1)
+@example("<|tool_1|>x<|tool_1|>_1|>2|tool_1|", 1)
+def test_sentencepiece(cut_sentencepiece: Cut, text: str, size: int) -> None:
+    cut = cut_sentencepiece
+    tokenizer = cut.of_size[size]
+    whole = cut.whole(text)
+    assert tokenizer.encode_batch(["b", text])[1].tolist() == whole
+    # Spaces that the model puts before texts are put before they are cut.
+    prefixed = text and tokenizer._prefix + text
+    assert tokenizer._encode_segments([prefixed, "b"])[0].tolist() == whole
+
+
+@pytest.fixture(scope="module", params=[None, *LATER_WORDS])
+def cut_huggingface(request: pytest.FixtureRequest) -> Cut:
+    tokenizer = train_huggingface(pattern=request.param)
+    of_size = {size: huggingface_of(tokenizer, size) for size in range(1, 41)}
+    assert of_size[1]._words is not None
+    return Cut(of_size, lambda text: tokenizer.encode(text).ids)
 
 
 @settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
-def test_tiktoken(sized_tiktoken: Sized, text: str, size: int) -> None:
-    check_cutting(sized_tiktoken, text, size)
+@example("x<s>y</s>z<pad>1<pad", 1)
+def test_huggingface(cut_huggingface: Cut, text: str, size: int) -> None:
+    check_cutting(cut_huggingface, text, size)
+
+
+def test_special_tokens_stand_around_the_text(tmp_path: Path) -> None:
+    tokenizer = train_huggingface(bos=True)
+    text = "the model reads"
+    assert huggingface_of(tokenizer, 5).encode_batch([text])[0].tolist() == (
+        tokenizer.encode(text).ids
+    )
+
+
+def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_words() -> None:
+    tokenizer = train_huggingface()
+    tokenizer.add_tokens([AddedToken("tool", single_word=True)])
+    ours = huggingface_of(tokenizer, 5)
+    assert ours._words is None
+    for text in ("1tool", "tool", "a tool is", "tool1"):
+        assert ours.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cut:
+    flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
+    flags = replace(flags, tiktoken_pattern=request.param)
+    of_size = {size: tiktoken_of(flags, size) for size in range(1, 41)}
+    assert of_size[1]._words is not None
+    return Cut(of_size, partial(of_size[1]._encoding.encode, allowed_special="all"))
+
+
+@settings(deadline=None)
+@given(TEXTS, SIZES)
+@example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
+@example("x<s>y</s>z<SPECIAL_12>1<SPECIAL_1", 1)
+def test_tiktoken(cut_tiktoken: Cut, text: str, size: int) -> None:
+    check_cutting(cut_tiktoken, text, size)
 
 
 @given(TEXTS, SIZES, st.sampled_from([GPT2_WORDS, LLAMA3]))
@@ -188,7 +223,7 @@ def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> Non
         "model": {"type": "BPE", "dropout": None},
         "added_tokens": [added_token()],
     }
-    assert (safe_cuts(definition | change) is not None) is safe
+    assert (known_words(definition | change) is not None) is safe
 
 
 def test_core_patterns_are_known() -> None:

@@ -36,7 +36,8 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "gemma": {"add_dummy_prefix": False, "allow_whitespace_only_pieces": True},
     "no bytes": {"byte_fallback": False, "add_dummy_prefix": False, "vocab_size": 300},
     "symbols": {"user_defined_symbols": ["a b", "x\u2581", "<tool>"], "add_dummy_prefix": False},
-    "phrases": {"split_by_whitespace": False},
+    "phrases": {"split_by_whitespace": False, "vocab_size": 1000},
+    "marks": {"split_by_unicode_script": False, "user_defined_symbols": ["<|tool_1|>"]},
     # These must not be cut.
     "unigram": {"model_type": "unigram", "vocab_size": 340},
     "nfkc": {"normalization_rule_name": "nmt_nfkc"},
@@ -44,6 +45,8 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "suffix": {"treat_whitespace_as_suffix": True},
 }
 UNCUT = ("unigram", "nfkc", "folds spaces", "suffix")
+# Where a piece has a space in it, or unknown characters are one token, there are no words.
+IN_WORDS = ("llama2", "gemma", "marks")
 
 
 def train_sentencepiece(path: Path, **settings: Any) -> str:
