@@ -62,7 +62,7 @@ def main() -> int:
         for count in options.workers
     }
     head = about(torch.device("cpu"))
-    head["command"] = _command()
+    head["command"] = command_line("benchmarks/preprocess.py")
     head["versions"] |= _versions(options.python_path)
     result = {
         "benchmark": "text to .bin/.idx, one file of JSON lines",
@@ -240,10 +240,10 @@ def table(workers: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _command() -> str:
+def command_line(script: str) -> str:
     """The command, with names in place of paths, which mean nothing elsewhere."""
     names = [word.rstrip("/").rpartition("/")[2] for word in sys.argv[1:]]
-    return shlex.join(["python", "benchmarks/preprocess.py", *names])
+    return shlex.join(["python", script, *names])
 
 
 def _versions(python_path: Path | None) -> dict[str, str]:

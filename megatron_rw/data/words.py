@@ -7,10 +7,12 @@ are of different classes (letters, digits, others), and before white space. Char
 that would tear a token apart are of no class, and words do not end beside them.
 """
 
+import math
 import re
 import string
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,9 @@ from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, NextCut, split
 _WORDS, _LONGEST = 1 << 16, 64
 # Characters of a text whose words are listed at a time.
 _BLOCK = 1 << 16
-# Where more than this share of the characters is of words that were not seen before, encoding word
-# by word is slower than encoding segments. It is tried again after one batch, three, seven, and
-# then this many: a text of another kind becomes known, and one without recurring words never does.
-_TOO_MANY_NEW, _LONGEST_REST = 0.2, 15
+# Where words cost more than segments, as where few recur, words rest so long that trying them now
+# and then costs a twentieth. Batches of fewer characters tell nothing.
+_REST_PER_LOSS, _LONGEST_REST, _TELLING = 20, 200, 1 << 14
 
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _DIGIT = r"\d"
@@ -55,20 +56,28 @@ class WordEncoder:
         self._encode_texts = encode_texts
         self._dtype = dtype
         self._memory = _Memory(encode_word, np.dtype(dtype).char)
-        self._rest = self._resting = 0
+        self._resting = 0
+        self._texts_cost = 0.0  # seconds a character, when last seen
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]`."""
-        if self._resting:
-            self._resting -= 1
-            return self._encode_texts(texts)
-        self._memory.new_characters = 0
-        encoded = [self._encode(text) for text in texts]
-        if self._memory.new_characters > _TOO_MANY_NEW * sum(map(len, texts)):
-            self._resting = self._rest = min(_LONGEST_REST, 2 * self._rest + 1)
-        else:
-            self._rest = 0
+        resting = self._resting > 0
+        start = process_time()
+        encoded = self._encode_texts(texts) if resting else [self._encode(text) for text in texts]
+        characters = sum(map(len, texts))
+        if characters >= _TELLING:
+            self._judge(resting, (process_time() - start) / characters)
         return encoded
+
+    def _judge(self, resting: bool, cost: float) -> None:
+        if resting:
+            self._texts_cost = cost
+            self._resting -= 1
+        elif self._texts_cost == 0:
+            self._resting = 1
+        elif cost > self._texts_cost:
+            loss = cost / self._texts_cost - 1
+            self._resting = min(_LONGEST_REST, math.ceil(_REST_PER_LOSS * loss))
 
     def _encode(self, text: str) -> NDArray[Any]:
         ids_of, words_of = self._memory.__getitem__, self._words.findall
@@ -88,12 +97,10 @@ class _Memory(dict[str, bytes]):
         self._encode = encode
         self._typecode = typecode
         self._before: dict[str, bytes] = {}
-        self.new_characters = 0
 
     def __missing__(self, word: str) -> bytes:
         ids = self._before.get(word)
         if ids is None:
-            self.new_characters += len(word)
             ids = array(self._typecode, self._encode(word)).tobytes()
         if len(word) <= _LONGEST:
             if len(self) >= _WORDS:

@@ -120,18 +120,23 @@ def test_tune(tmp_path: Path) -> None:
     assert found["in_use"]["forward_threads"] in (128, 256, 512, 1024)
 
 
-def test_preprocess(tmp_path: Path) -> None:
-    # Megatron-LM's script is in no package: what it makes of the same text is compared by hand.
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
+@pytest.fixture(scope="module")
+def corpus_and_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    corpus = tmp_path_factory.mktemp("corpus")
     write_jsonl(corpus / "c.jsonl.gz", [{"text": text} for text in make_texts(200, 0)])
-    prefix = tmp_path / "bpe"
+    prefix = tmp_path_factory.mktemp("model") / "bpe"
     train = ["--input", f"{corpus}/c.jsonl.gz", "--output-prefix", str(prefix)]
     assert train_tokenizer.main([*train, "--vocab-size", "340"]) == 0
+    return str(corpus), f"{prefix}.model"
+
+
+def test_preprocess(corpus_and_model: tuple[str, str], tmp_path: Path) -> None:
+    # Megatron-LM's script is in no package: what it makes of the same text is compared by hand.
+    corpus, model = corpus_and_model
     output = tmp_path / "result.json"
     run = benchmark(
         "preprocess.py",
-        *["--corpus", str(corpus), "--megabytes", "0.2", "--tokenizer-model", f"{prefix}.model"],
+        *["--corpus", corpus, "--megabytes", "0.2", "--tokenizer-model", model],
         *["--workers", "1", "2", "--rounds", "1", "--output", str(output)],
     )
     assert run.returncode == 0, run.stderr
@@ -145,6 +150,22 @@ def test_preprocess(tmp_path: Path) -> None:
         assert 1 < rates["ours"]["median_peak_mib"] < 10_000
         assert 0 < rates["throughput, ours over bare tokenizer"] < 1
     assert "ours" in run.stdout
+
+
+def test_long_document(corpus_and_model: tuple[str, str], tmp_path: Path) -> None:
+    corpus, model = corpus_and_model
+    output = tmp_path / "result.json"
+    run = benchmark(
+        "long_document.py",
+        *["--corpus", corpus, "--megabytes", "2", "--tokenizer-model", model],
+        *["--rounds", "1", "--output", str(output)],
+    )
+    assert run.returncode == 0, run.stderr
+    found = record(output)
+    assert found["characters"] >= 1_900_000
+    (ours,), (whole,) = found["runs"]["ours"], found["runs"]["library, whole"]
+    assert ours["peak_bytes"] < whole["peak_bytes"] / 2
+    assert min(ours["cpu_s"], whole["cpu_s"]) > 0
 
 
 @pytest.mark.long

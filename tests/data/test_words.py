@@ -132,7 +132,6 @@ def test_a_word_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_that_recur_stay_and_others_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words_module, "_WORDS", 4)
-    monkeypatch.setattr(words_module, "_TOO_MANY_NEW", 1.0)
     library = Library()
     tested = encoder(library)
     for number in range(20):
@@ -148,29 +147,61 @@ def test_long_words_are_not_remembered() -> None:
     library = Library()
     tested = encoder(library)
     for _ in range(2):
-        tested._resting = 0
         check(tested, ["a" * 64, "b" * 65])
     assert (library.words.count("a" * 64), library.words.count("b" * 65)) == (1, 2)
 
 
-def test_new_words_make_it_rest_for_longer_and_longer() -> None:
+class Clock:
+    """Tells a time that passes with what the library is asked for: so much a word, and a text."""
+
+    def __init__(self, library: Library, word: float, text: float) -> None:
+        self.library = library
+        self.word, self.text = word, text
+
+    def __call__(self) -> float:
+        return self.word * len(self.library.words) + self.text * self.library.texts
+
+
+@pytest.mark.parametrize(
+    ("cost_of_words", "tries"),
+    [
+        # As cheap as the text, or cheaper: always, but for the one batch that measures the other.
+        (1.0, [0, *range(2, 40)]),
+        (1.125, [0, *range(2, 40, 4)]),
+        (1.53125, [0, 2, 14, 26, 38]),
+        (99.0, [0, 2]),
+    ],
+)
+def test_words_rest_by_what_they_lose(
+    monkeypatch: pytest.MonkeyPatch, cost_of_words: float, tries: list[int]
+) -> None:
+    monkeypatch.setattr(words_module, "_TELLING", 1)
     library = Library()
+    monkeypatch.setattr(words_module, "process_time", Clock(library, cost_of_words / 4, 1.0))
     tested = encoder(library)
-    new = iter(range(10**6))
-    tries = []
-    for batch in range(60):
+    tried = []
+    for batch in range(40):
         before = library.texts
-        check(tested, [" ".join("z" * 20 + chr(0x4E00 + next(new)) for _ in range(5))])
+        new = [chr(0x4E00 + 4 * batch + number) for number in range(4)]
+        check(tested, [" " + " ".join(new)])
         if library.texts == before:
-            tries.append(batch)
-    assert tries == [0, 2, 6, 14, 30, 46]
+            tried.append(batch)
+    assert tried == tries
 
 
-def test_it_goes_on_with_words_that_recur() -> None:
+def test_words_that_recur_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words_module, "_TELLING", 1)
     library = Library()
+    monkeypatch.setattr(words_module, "process_time", Clock(library, 99.0, 1.0))
     tested = encoder(library)
-    check(tested, [" a b c d e"])
-    assert tested._resting == 1
-    for _ in range(9):
+    for _ in range(10):
         check(tested, [" a b c d e"])
     assert library.texts == 1
+
+
+def test_small_batches_tell_nothing() -> None:
+    library = Library()
+    tested = encoder(library)
+    for number in range(100):
+        check(tested, [chr(0x4E00 + number)])
+    assert library.texts == 0
