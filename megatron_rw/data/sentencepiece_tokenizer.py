@@ -20,8 +20,8 @@ _SPACE = "\u2581"  # what SentencePiece turns spaces into
 class SentencePieceTokenizer:
     """Encodes with the processor of core's class, into arrays.
 
-    Texts are cut where `cutting` says; a model for which it says None sees every text whole, whose
-    working memory is then about 45 bytes per character.
+    Texts are cut where `cutting_of` says; a model for which it says None sees every text whole,
+    whose working memory is then about 45 bytes per character.
 
     Args:
         core: A `MegatronTokenizerText` over core's SentencePieceTokenizer, without `legacy`.
