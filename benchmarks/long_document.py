@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ import torch
 
 from benchmarks.bare_tokenizer import encoder_of
 from benchmarks.kernels.record import about, results_file
-from benchmarks.preprocess import TYPES, command_line, write_corpus
+from benchmarks.preprocess import TYPES, command_line, corpus_lines
 from megatron_rw.data.tokenizer import Tokenizer, TokenizerFlags, load_tokenizer
 
 
@@ -47,9 +46,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="(benchmarks/results/long_document_...)")
     options = parser.parse_args()
     cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory(prefix="long-document-") as name:
-        path = Path(name) / "corpus.jsonl"
-        text = "\n\n".join(write_corpus(options.corpus, options.megabytes, path))
+    text = "\n\n".join(text for _, text in corpus_lines(options.corpus, options.megabytes))
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "library, whole": []}
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in range(options.rounds):

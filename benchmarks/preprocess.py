@@ -52,7 +52,11 @@ def main() -> int:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="preprocess-") as name:
         folder = Path(name)
-        documents = write_corpus(options.corpus, options.megabytes, folder / f"{NAME}.jsonl")
+        documents = []
+        with (folder / f"{NAME}.jsonl").open("wb") as file:
+            for line, text in corpus_lines(options.corpus, options.megabytes):
+                file.write(line)
+                documents.append(text)
         text_bytes = sum(len(text.encode()) for text in documents)
         runs = measure(options, folder, documents)
     workers = {
@@ -107,37 +111,32 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def write_corpus(corpus: Sequence[Path], megabytes: float, path: Path) -> list[str]:
-    """Writes documents to a file of JSON lines, from the first again when they run out.
+def corpus_lines(corpus: Sequence[Path], megabytes: float) -> Iterator[tuple[bytes, str]]:
+    """Yields documents, from the first again when they run out.
 
     Args:
         corpus: files, or folders of `.jsonl.gz`.
-        megabytes: UTF-8 bytes of text to write, in millions.
-        path: of the file.
+        megabytes: UTF-8 bytes of text to yield, in millions.
 
-    Returns:
-        Their texts.
+    Yields:
+        The line of JSON of each, and its text.
     """
     files = [
         file
         for place in corpus
         for file in (sorted(place.glob("*.jsonl.gz")) if place.is_dir() else [place])
     ]
-    texts: list[str] = []
-    written = 0
-    with path.open("wb") as target:
-        while written < megabytes * 1e6:
-            before = written
-            for line in _lines(files):
-                text = json.loads(line)["text"]
-                target.write(line)
-                texts.append(text)
-                written += len(text.encode())
-                if written >= megabytes * 1e6:
-                    break
-            if written == before:
-                raise SystemExit("error: --corpus: no text in it")
-    return texts
+    yielded = 0
+    while yielded < megabytes * 1e6:
+        before = yielded
+        for line in _lines(files):
+            text = json.loads(line)["text"]
+            yield line, text
+            yielded += len(text.encode())
+            if yielded >= megabytes * 1e6:
+                return
+        if yielded == before:
+            raise SystemExit("error: --corpus: no text in it")
 
 
 def _lines(files: Sequence[Path]) -> Iterator[bytes]:

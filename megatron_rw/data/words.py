@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, NextCut, split
 
-# Words that are remembered, twice, and the longest one: about 20 MB of English.
+# Words that are remembered, twice, and the longest one: about 16 MB of English.
 _WORDS, _LONGEST = 1 << 16, 64
 # Characters of a text whose words are listed at a time.
 _BLOCK = 1 << 16
