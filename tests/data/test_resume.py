@@ -1,14 +1,13 @@
 """What an interrupted preprocess_data leaves behind, and what the next call makes of it."""
 
 import fcntl
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_rw.data import chunks, domains
@@ -192,59 +191,70 @@ def test_two_calls_do_not_write_into_one_directory(
     assert preprocess(*interrupted) == 0
 
 
-def start(inputs: list[Path], out: Path, model: str, workers: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [
-            sys.executable, "tools/preprocess_data.py", "--input", *map(str, inputs),
-            "--output-dir", str(out), "--tokenizer-model", model, "--workers", str(workers),
-        ],
+# Never ends by itself, so that what is done to it meets it at work however busy the machine is.
+HELD = """
+import signal, sys
+from megatron_rw.data import chunks
+from megatron_rw.data.encoding import Encoder
+from megatron_rw.data.preprocess_data import main
+
+chunks._SMALLEST = chunks._LARGEST = 300
+encode = Encoder._encode
+
+def hold(encoder, source, chunk):
+    while chunk.number >= 3:
+        signal.pause()
+    return encode(encoder, source, chunk)
+
+Encoder._encode = hold
+sys.exit(main())
+"""
+
+
+def start_held(flags: tuple[object, ...]) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A call that stops short of the fourth part of each input, and its two workers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HELD, *map(str, flags)],
         stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    texts = make_texts(4000, 8)
-    return write_jsonl(tmp_path / "large.jsonl", [{"text": text} for text in texts * 2])
-
-
-def await_part(out: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not parts(out):
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        workers = psutil.Process(process.pid).children()
+        if len(workers) == 2:  # one alone may be what an import starts for a moment
+            return process, workers
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_nobody(
-    tmp_path: Path, large: Path, model: str
+    tmp_path: Path, inputs: list[Path], model: str
 ) -> None:
-    import psutil
-
     out = tmp_path / "out"
-    process = start([large], out, model, 2)
-    await_part(out)
-    os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)
+    flags = (
+        "--input", *inputs, "--output-dir", out, "--tokenizer-model", model, "--workers", 2
+    )  # fmt: skip
+    process, workers = start_held(flags)
+    while not parts(out):
+        assert process.poll() is None
+        time.sleep(0.02)
+    workers[0].kill()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert b"a worker process was killed, most likely for lack of memory; use fewer" in error
 
-    process = start([large], out, model, 2)
-    deadline = time.monotonic() + 60
-    while not (workers := psutil.Process(process.pid).children()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    process, workers = start_held(flags)
     process.kill()
-    process.communicate()
     _, alive = psutil.wait_procs(workers, timeout=30)
+    for worker in alive:
+        worker.kill()
+    process.communicate()
     assert not alive
 
-    assert start([large], out, model, 2).wait(timeout=120) == 0
-    assert preprocess(
-        "--input", large, "--output-dir", tmp_path / "whole", "--tokenizer-model", model,
-        "--workers", 1,
-    ) == 0  # fmt: skip
-    assert datasets(out) == datasets(tmp_path / "whole")
+    assert parts(out)
+    assert preprocess(*flags) == 0
+    assert datasets(out) == whole(tmp_path, flags)
 
 
 def test_shards_are_consecutive_files(tmp_path: Path, model: str) -> None:
