@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from megatron_rw.data.core_tokenizer import (
 from megatron_rw.data.segments import (
     GPT2_WORDS,
     SEGMENT_CHARACTERS,
+    SegmentEncoder,
     cuts_between_words,
-    encode_segments,
-    split,
 )
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.words import WordEncoder, byte_level_words
@@ -77,40 +77,35 @@ class HuggingFaceTokenizer:
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.eod = eod
         self._dtype = optimal_dtype(self.vocab_size)
-        self._include_special_tokens = include_special_tokens
-        self._segment_characters = segment_characters
         definition = json.loads(tokenizer.to_str())
         pattern = known_words(definition)
-        self._next_cut = cuts_between_words(pattern)
-        self._words: WordEncoder | None = None
+        next_cut = cuts_between_words(pattern)
+        self._encoder: SegmentEncoder | WordEncoder
+        self._encoder = segments = SegmentEncoder(
+            # The special tokens around a text are none of its segments'.
+            partial(self._encode, next_cut is None and include_special_tokens),
+            next_cut,
+            self._dtype,
+            segment_characters,
+        )
         added = definition["added_tokens"]
         words = byte_level_words(pattern, [token["content"] for token in added])
         # Whether a token of the kind single_word is one depends on the character before it.
-        if self._next_cut and words and not any(token["single_word"] for token in added):
-            self._words = WordEncoder(
-                words, self._next_cut, self._encode_word, self._encode_segments, self._dtype
-            )
+        if next_cut and words and not any(token["single_word"] for token in added):
+            self._encoder = WordEncoder(words, self._encode_word, segments)
         around: tuple[list[int], list[int]] = ([], [])
-        if self._next_cut and include_special_tokens:
+        if next_cut and include_special_tokens:
             around = _special_tokens_around(tokenizer)
         self._before, self._after = (np.array(ids, self._dtype) for ids in around)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        if self._next_cut is None:
-            whole = [[text] for text in texts]
-            return encode_segments(whole, self._encode_whole, self._dtype)
-        encode = self._words.encode_batch if self._words else self._encode_segments
-        encoded = encode(texts)
+        encoded = self._encoder.encode_batch(texts)
         if not self._before.size and not self._after.size:
             return encoded
         return [np.concatenate((self._before, ids, self._after)) for ids in encoded]
 
-    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
-        return encode_segments(segments, self._encode, self._dtype)
-
-    def _encode(self, texts: list[str], include_special_tokens: bool = False) -> list[NDArray[Any]]:
+    def _encode(self, include_special_tokens: bool, texts: list[str]) -> list[NDArray[Any]]:
         with _panics_as_errors():
             encodings = self._tokenizer.encode_batch_fast(
                 texts, add_special_tokens=include_special_tokens
@@ -121,9 +116,6 @@ class HuggingFaceTokenizer:
         with _panics_as_errors():
             ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
         return ids
-
-    def _encode_whole(self, texts: list[str]) -> list[NDArray[Any]]:
-        return self._encode(texts, self._include_special_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """See `tokenizer.Tokenizer`; special tokens are shown."""

@@ -8,6 +8,7 @@ token crosses the cut and that nothing on one side changes the other.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import batched, chain, islice
 from typing import Any
@@ -78,29 +79,33 @@ def split(text: str, next_cut: NextCut | None, size: int) -> list[str]:
     return segments
 
 
-def encode_segments(
-    texts: Sequence[Sequence[str]],
-    encode: Callable[[list[str]], Iterable[NDArray[Any]]],
-    dtype: type[Any],
-) -> list[NDArray[Any]]:
-    """Encodes the segments of texts, a bounded number at a time.
+@dataclass(frozen=True)
+class SegmentEncoder:
+    """Encodes texts in segments, or whole where they may not be cut.
 
-    Args:
-        texts: The segments of each text.
+    Attributes:
         encode: Gives the ids of each of some segments.
-        dtype: Type of the result.
-
-    Returns:
-        The ids of each text, `[tokens]`.
+        next_cut: Where texts may be cut; None for nowhere.
+        dtype: Type of the ids.
+        characters: The least length of a segment.
     """
-    pieces = chain.from_iterable(
-        encode(list(group)) for group in batched(chain.from_iterable(texts), _GROUP)
-    )
-    # Unsafe is what NumPy calls int32 to uint16; every id of the vocabulary fits the dtype.
-    return [
-        np.concatenate(list(islice(pieces, len(segments))), dtype=dtype, casting="unsafe")
-        for segments in texts
-    ]
+
+    encode: Callable[[list[str]], Iterable[NDArray[Any]]]
+    next_cut: NextCut | None
+    dtype: type[Any]
+    characters: int = SEGMENT_CHARACTERS
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """Returns the ids of each text, `[tokens]`."""
+        cut = [split(text, self.next_cut, self.characters) for text in texts]
+        pieces = chain.from_iterable(
+            self.encode(list(group)) for group in batched(chain.from_iterable(cut), _GROUP)
+        )
+        # Unsafe is what NumPy calls int32 to uint16; every id of the vocabulary fits the dtype.
+        return [
+            np.concatenate(list(islice(pieces, len(segments))), dtype=self.dtype, casting="unsafe")
+            for segments in cut
+        ]
 
 
 def cuts_between_words(pattern: str | None) -> NextCut | None:

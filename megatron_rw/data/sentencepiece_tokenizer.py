@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megatron_rw.data.core_tokenizer import CoreTokenizer, build_core_tokenizer, optimal_dtype
-from megatron_rw.data.segments import SEGMENT_CHARACTERS, NextCut, encode_segments, split
+from megatron_rw.data.segments import SEGMENT_CHARACTERS, NextCut, SegmentEncoder
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.words import WordEncoder, sentencepiece_words
 
@@ -33,38 +33,27 @@ class SentencePieceTokenizer:
 
         self.vocab_size: int = core.vocab_size
         self.eod: int | None = core.eod
-        self._dtype = optimal_dtype(self.vocab_size)
         self._processor = core._tokenizer.tokenizer
-        self._segment_characters = segment_characters
         cutting = cutting_of(self._processor.serialized_model_proto())
-        self._encoder, self._prefix = self._processor, ""
-        self._next_cut: NextCut | None = None
-        self._words: WordEncoder | None = None
-        if cutting is None:
-            return
-        self._next_cut = cutting.next_cut
-        if cutting.unprefixed is not None:
-            self._encoder = SentencePieceProcessor(model_proto=cutting.unprefixed)
+        encode, self._prefix = self._processor.encode, ""
+        if cutting and cutting.unprefixed is not None:
+            encode = SentencePieceProcessor(model_proto=cutting.unprefixed).encode
             self._prefix = " "
-        if cutting.words is not None:
-            self._words = WordEncoder(
-                cutting.words,
-                cutting.next_cut,
-                self._encoder.encode,
-                self._encode_segments,
-                self._dtype,
-            )
+        self._encoder: SegmentEncoder | WordEncoder
+        self._encoder = segments = SegmentEncoder(
+            partial(encode, return_type="numpy", num_threads=1),
+            cutting.next_cut if cutting else None,
+            optimal_dtype(self.vocab_size),
+            segment_characters,
+        )
+        if cutting and cutting.words:
+            self._encoder = WordEncoder(cutting.words, encode, segments)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
         if self._prefix:
             texts = [text and self._prefix + text for text in texts]
-        return self._words.encode_batch(texts) if self._words else self._encode_segments(texts)
-
-    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
-        encode = partial(self._encoder.encode, return_type="numpy", num_threads=1)
-        return encode_segments(segments, encode, self._dtype)
+        return self._encoder.encode_batch(texts)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """See `tokenizer.Tokenizer`; control tokens, as the end of document, are left out."""

@@ -8,12 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from megatron_rw.data.core_tokenizer import build_core_tokenizer, optimal_dtype, require_package
-from megatron_rw.data.segments import (
-    SEGMENT_CHARACTERS,
-    cuts_between_words,
-    encode_segments,
-    split,
-)
+from megatron_rw.data.segments import SEGMENT_CHARACTERS, SegmentEncoder, cuts_between_words
 from megatron_rw.data.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.words import WordEncoder, byte_level_words
 
@@ -32,28 +27,23 @@ class TikTokenizer:
     def __init__(self, core: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
         self.vocab_size: int = core.vocab_size
         self.eod: int | None = core.eod
-        self._dtype = optimal_dtype(self.vocab_size)
         self._encoding = core._tokenizer.tokenizer
-        self._segment_characters = segment_characters
         special = self._encoding.special_tokens_set
         self._special_token = re.compile("|".join(map(re.escape, special)))
-        self._next_cut = None
-        self._words: WordEncoder | None = None
+        next_cut = None
         if not any(map(str.isspace, chain.from_iterable(special))):
-            self._next_cut = cuts_between_words(self._encoding._pat_str)
+            next_cut = cuts_between_words(self._encoding._pat_str)
+        self._encoder: SegmentEncoder | WordEncoder
+        self._encoder = segments = SegmentEncoder(
+            self._encode, next_cut, optimal_dtype(self.vocab_size), segment_characters
+        )
         words = byte_level_words(self._encoding._pat_str, special)
-        if self._next_cut is not None and words is not None:
-            self._words = WordEncoder(
-                words, self._next_cut, self._encode_word, self._encode_segments, self._dtype
-            )
+        if next_cut and words:
+            self._encoder = WordEncoder(words, self._encode_word, segments)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
-        return self._words.encode_batch(texts) if self._words else self._encode_segments(texts)
-
-    def _encode_segments(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        segments = [split(text, self._next_cut, self._segment_characters) for text in texts]
-        return encode_segments(segments, self._encode, self._dtype)
+        return self._encoder.encode_batch(texts)
 
     def _encode(self, segments: list[str]) -> list[NDArray[Any]]:
         encode = self._encoding.encode_to_numpy

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, NextCut, split
+from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, SegmentEncoder, split
 
 # Words that are remembered, twice, and the longest one: about 16 MB of English.
 _WORDS, _LONGEST = 1 << 16, 64
@@ -37,33 +37,27 @@ class WordEncoder:
 
     Args:
         words: Matches any text, word by word.
-        next_cut: Where long texts may be cut; words end there.
         encode_word: Gives the ids of one word.
-        encode_texts: Gives the ids of texts in another way.
-        dtype: Type of the ids.
+        segments: The other way, of a tokenizer whose texts may be cut; words end at every cut.
     """
 
     def __init__(
         self,
         words: re.Pattern[str],
-        next_cut: NextCut,
         encode_word: Callable[[str], Sequence[int]],
-        encode_texts: Callable[[Sequence[str]], list[NDArray[Any]]],
-        dtype: type[Any],
+        segments: SegmentEncoder,
     ) -> None:
+        self.segments = segments
         self._words = words
-        self._next_cut = next_cut
-        self._encode_texts = encode_texts
-        self._dtype = dtype
-        self._memory = _Memory(encode_word, np.dtype(dtype).char)
+        self._memory = _Memory(encode_word, np.dtype(segments.dtype).char)
         self._resting = 0
-        self._texts_cost = 0.0  # seconds a character, when last seen
+        self._segments_cost = 0.0  # seconds a character, when last seen
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]`."""
         resting = self._resting > 0
         start = process_time()
-        encoded = self._encode_texts(texts) if resting else [self._encode(text) for text in texts]
+        encoded = self.segments.encode_batch(texts) if resting else list(map(self._encode, texts))
         characters = sum(map(len, texts))
         if characters >= _TELLING:
             self._judge(resting, (process_time() - start) / characters)
@@ -71,19 +65,19 @@ class WordEncoder:
 
     def _judge(self, resting: bool, cost: float) -> None:
         if resting:
-            self._texts_cost = cost
+            self._segments_cost = cost
             self._resting -= 1
-        elif self._texts_cost == 0:
+        elif self._segments_cost == 0:
             self._resting = 1
-        elif cost > self._texts_cost:
-            loss = cost / self._texts_cost - 1
+        elif cost > self._segments_cost:
+            loss = cost / self._segments_cost - 1
             self._resting = min(_LONGEST_REST, math.ceil(_REST_PER_LOSS * loss))
 
     def _encode(self, text: str) -> NDArray[Any]:
         ids_of, words_of = self._memory.__getitem__, self._words.findall
-        blocks = split(text, self._next_cut, _BLOCK)
+        blocks = split(text, self.segments.next_cut, _BLOCK)
         ids = [b"".join(map(ids_of, words_of(block))) for block in blocks]
-        return np.frombuffer(b"".join(ids), self._dtype)
+        return np.frombuffer(b"".join(ids), self.segments.dtype)
 
 
 class _Memory(dict[str, bytes]):

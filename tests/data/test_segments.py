@@ -14,7 +14,14 @@ from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
 from megatron_rw.data.huggingface_tokenizer import known_words
-from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, cuts_between_words, split
+from megatron_rw.data.segments import (
+    GPT2_WORDS,
+    LATER_WORDS,
+    SegmentEncoder,
+    cuts_between_words,
+    split,
+)
+from megatron_rw.data.words import WordEncoder
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
     IN_WORDS,
@@ -67,11 +74,18 @@ class Cut:
     whole: Callable[[str], list[int]]
 
 
+def segments_of(tokenizer: Any) -> SegmentEncoder:
+    """What the tokenizer does where it does not encode in words."""
+    encoder = tokenizer._encoder
+    assert isinstance(encoder, SegmentEncoder | WordEncoder)
+    return encoder.segments if isinstance(encoder, WordEncoder) else encoder
+
+
 def check_cutting(cut: Cut, text: str, size: int) -> None:
     whole = cut.whole(text)
     tokenizer = cut.of_size[size]
-    for encode in (tokenizer.encode_batch, tokenizer._encode_segments):
-        encoded = encode([text, "b", text])
+    for encoder in (tokenizer, segments_of(tokenizer)):
+        encoded = encoder.encode_batch([text, "b", text])
         assert encoded[0].tolist() == whole == encoded[2].tolist()
         assert encoded[0].dtype == np.uint16
 
@@ -96,8 +110,8 @@ def cut_sentencepiece(
     path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
     model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
     of_size = {size: sentencepiece_of(model, size) for size in range(1, 41)}
-    assert (of_size[1]._next_cut is None) == (request.param in UNCUT)
-    assert (of_size[1]._words is not None) == (request.param in IN_WORDS)
+    assert (segments_of(of_size[1]).next_cut is None) == (request.param in UNCUT)
+    assert isinstance(of_size[1]._encoder, WordEncoder) == (request.param in IN_WORDS)
     return Cut(of_size, of_size[1]._processor.encode)
 
 
@@ -114,14 +128,14 @@ def test_sentencepiece(cut_sentencepiece: Cut, text: str, size: int) -> None:
     assert tokenizer.encode_batch(["b", text])[1].tolist() == whole
     # Spaces that the model puts before texts are put before they are cut.
     prefixed = text and tokenizer._prefix + text
-    assert tokenizer._encode_segments([prefixed, "b"])[0].tolist() == whole
+    assert segments_of(tokenizer).encode_batch([prefixed, "b"])[0].tolist() == whole
 
 
 @pytest.fixture(scope="module", params=[None, *LATER_WORDS])
 def cut_huggingface(request: pytest.FixtureRequest) -> Cut:
     tokenizer = train_huggingface(pattern=request.param)
     of_size = {size: huggingface_of(tokenizer, size) for size in range(1, 41)}
-    assert of_size[1]._words is not None
+    assert isinstance(of_size[1]._encoder, WordEncoder)
     return Cut(of_size, lambda text: tokenizer.encode(text).ids)
 
 
@@ -145,7 +159,7 @@ def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_wo
     tokenizer = train_huggingface()
     tokenizer.add_tokens([AddedToken("tool", single_word=True)])
     ours = huggingface_of(tokenizer, 5)
-    assert ours._words is None
+    assert isinstance(ours._encoder, SegmentEncoder)
     for text in ("1tool", "tool", "a tool is", "tool1"):
         assert ours.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
 
@@ -155,7 +169,7 @@ def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
     flags = replace(flags, tiktoken_pattern=request.param)
     of_size = {size: tiktoken_of(flags, size) for size in range(1, 41)}
-    assert of_size[1]._words is not None
+    assert isinstance(of_size[1]._encoder, WordEncoder)
     return Cut(of_size, partial(of_size[1]._encoding.encode, allowed_special="all"))
 
 

@@ -12,7 +12,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 from megatron_rw.data import words as words_module
-from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, cuts_between_words
+from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, SegmentEncoder, cuts_between_words
 from megatron_rw.data.words import WordEncoder, byte_level_words, sentencepiece_words
 from tests.data.test_segments import TEXTS
 
@@ -110,11 +110,8 @@ class Library:
 
 
 def encoder(library: Library) -> WordEncoder:
-    cuts = cuts_between_words(GPT2_WORDS)
-    assert cuts is not None
-    return WordEncoder(
-        byte_level(GPT2_WORDS), cuts, library.encode_word, library.encode_texts, np.int32
-    )
+    segments = SegmentEncoder(library.encode_texts, cuts_between_words(GPT2_WORDS), np.int32)
+    return WordEncoder(byte_level(GPT2_WORDS), library.encode_word, segments)
 
 
 def check(encoder: WordEncoder, texts: Sequence[str]) -> None:
