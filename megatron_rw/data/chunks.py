@@ -57,6 +57,7 @@ class Task:
         line_count: number of lines that those were, blank ones included.
         last: whether this is the source's last chunk; of a whole source its reading will tell.
         stored_bytes: bytes of the source that are done with it, for the progress.
+        skipped_bytes: bytes of the source since the task before that were done already.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class Task:
     line_count: int = 0
     last: bool = False
     stored_bytes: int = 0
+    skipped_bytes: int = 0
 
 
 def chunk_size(sources: Sequence[Source]) -> int:
@@ -131,19 +133,29 @@ def _only_from_start(source: Source, reading: Reading) -> bool:
 
 def _ranges(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
     count = max(1, -(-source.size // reading.chunk_bytes))
+    told = 0
     for number in range(count):
         if number not in done:
             start = number * reading.chunk_bytes
             end = min(start + reading.chunk_bytes, source.size)
-            last = number == count - 1
-            yield Task(source, number, start=start, end=end, last=last, stored_bytes=end - start)
+            yield Task(
+                source,
+                number,
+                start=start,
+                end=end,
+                last=number == count - 1,
+                stored_bytes=end - start,
+                skipped_bytes=start - told,
+            )
+            told = end
 
 
 def _fed(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
     with open_source(source) as (stream, stored):
         lines = LineReader(stream, reading.max_line_bytes)
-        number = told = 0
+        number = position = told = 0
         while not lines.ended:
+            before = position
             try:
                 raws = tuple(lines.until((number + 1) * reading.chunk_bytes))
             except damage_errors(source) as error:
@@ -156,13 +168,17 @@ def _fed(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Tas
                     lines=raws,
                     line_count=lines.lines,
                     last=lines.ended,
-                    stored_bytes=position - told,
+                    stored_bytes=position - before,
+                    skipped_bytes=before - told,
                 )
-            number, told = number + 1, position
+                told = position
+            number += 1
 
 
 def _rows(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
     groups = _row_groups(source, reading)
+    size = source.size // len(groups)
+    told = 0
     for number, (first_row, row_groups) in enumerate(groups):
         if number not in done:
             yield Task(
@@ -171,8 +187,10 @@ def _rows(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Ta
                 start=first_row,
                 row_groups=row_groups,
                 last=number == len(groups) - 1,
-                stored_bytes=source.size // len(groups),
+                stored_bytes=size,
+                skipped_bytes=number * size - told,
             )
+            told = (number + 1) * size
 
 
 def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, ...]]]:

@@ -28,10 +28,11 @@ from megatron_rw.data.joining import REJECTS_FILE, Joined, dataset_name, join, w
 from megatron_rw.data.output import check_output_dir, publish
 from megatron_rw.data.parts import Rejects, Store
 from megatron_rw.data.preprocess_flags import parse
+from megatron_rw.data.progress import Progress
 from megatron_rw.data.sentences import sentence_splitter
 from megatron_rw.data.shards import shard_of
 from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.summary import Progress, say, table, too_many_bad
+from megatron_rw.data.summary import say, table, too_many_bad
 from megatron_rw.data.tokenizer import end_of_document_id, fingerprint, load_tokenizer
 from megatron_rw.data.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.work import (
@@ -196,13 +197,15 @@ def _encode(
             records += part.records
     if records:
         say(f"going on from {records:,} documents that are done")
-    progress = Progress(sum(source.size for source in sources), done_bytes)
+    progress = Progress("preprocess_data", sum(source.size for source in sources))
+    progress.skip(done_bytes)
     work = tasks(sources, encoder.reading, args.workers, finished.__getitem__)
     for task, done in run_unordered(encoder, work, args.workers):
         records += done.records
         rejects.merge(done.rejects)
         _check(args, rejects, max(records, _EARLIEST_VERDICT), sources, store)
-        progress.add(task.stored_bytes, done.records, done.text_bytes)
+        progress.skip(task.skipped_bytes)
+        progress.advance(task.stored_bytes, done.records, done.text_bytes)
     _check(args, rejects, records, sources, store)
     if records == 0:
         raise InputError(f"--input {' '.join(args.input)}: no documents")

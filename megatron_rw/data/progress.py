@@ -1,35 +1,62 @@
-"""What a tool says while it reads for hours."""
+"""What a tool says while it works for hours."""
 
 import sys
-import time
+from time import monotonic
 
 _SECONDS = 5.0
 
 
 class Progress:
-    """A line on stderr every few seconds.
+    """A line on stderr every few seconds: what is done, how fast, and the time that is left.
 
     Args:
-        work: The tool and what it does, as the line begins.
-        total: Bytes to read.
+        work: The tool, and what it does if that is several things; how the line begins.
+        total: Bytes to read, as they are stored; 0 if nobody knows.
     """
 
     def __init__(self, work: str, total: int) -> None:
         self._work = work
         self._total = total
-        self._done = 0
-        self._started = self._reported = time.monotonic()
+        self._before = self._done = 0
+        self._documents = self._text_bytes = 0
+        self._started = self._reported = monotonic()
 
-    def advance(self, size: int) -> None:
-        """Counts bytes that have been read, and prints the line if it is time to."""
+    def skip(self, size: int) -> None:
+        """Counts bytes that an earlier call has read: they are done, and tell nothing of speed."""
+        self._before += size
         self._done += size
-        now = time.monotonic()
-        if now - self._reported < _SECONDS:
-            return
-        self._reported = now
-        print(
-            f"{self._work}: {self._done / 1e9:,.1f} of {self._total / 1e9:,.1f} GB, "
-            f"{self._done / 1e6 / (now - self._started):,.0f} MB/s",
-            file=sys.stderr,
-            flush=True,
-        )
+
+    def advance(self, size: int, documents: int = 0, text_bytes: int | None = None) -> None:
+        """Counts what has been read, and prints the line if it is time to.
+
+        Args:
+            size: Bytes as they are stored.
+            documents: Documents in them, where they are counted.
+            text_bytes: Bytes that they stand for, if not themselves.
+        """
+        self._done += size
+        self._documents += documents
+        self._text_bytes += size if text_bytes is None else text_bytes
+        now = monotonic()
+        if now - self._reported >= _SECONDS:
+            self._reported = now
+            print(self._line(now - self._started), file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        megabytes = self._text_bytes / 1e6
+        parts = [f"{self._documents:,} documents"] if self._documents else []
+        parts += [f"{megabytes:,.1f} MB", f"{megabytes / seconds:,.1f} MB/s"]
+        if self._total and self._done > self._before:
+            share = min(1.0, self._done / self._total)
+            remaining = seconds * (self._total - self._done) / (self._done - self._before)
+            parts += [f"{share:.0%}", f"{duration(max(0.0, remaining))} left"]
+        return f"{self._work}: {', '.join(parts)}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,54 +1,14 @@
-"""What preprocess_data says: how far it is, what is bad, and what it made."""
+"""What preprocess_data says: what is bad, and what it made."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rw.data.command import InputError
 from megatron_rw.data.parts import Counts, Rejects
-
-_SECONDS = 5.0
-
-
-class Progress:
-    """A line on stderr every few seconds.
-
-    Args:
-        total_bytes: of the inputs as stored, finished work included; 0 if nobody knows.
-        done_bytes: of finished work.
-    """
-
-    def __init__(self, total_bytes: int, done_bytes: int) -> None:
-        self._total_bytes = total_bytes
-        self._before = self._done_bytes = done_bytes
-        self._records = self._text_bytes = 0
-        self._started = self._reported = time.monotonic()
-
-    def add(self, stored_bytes: int, records: int, text_bytes: int) -> None:
-        """Counts a task that is done, and prints a line if it is time to."""
-        self._done_bytes += stored_bytes
-        self._records += records
-        self._text_bytes += text_bytes
-        now = time.monotonic()
-        if now - self._reported >= _SECONDS:
-            self._reported = now
-            say(self._line(now - self._started))
-
-    def _line(self, seconds: float) -> str:
-        megabytes = self._text_bytes / 1e6
-        line = (
-            f"{self._records:,} documents, {megabytes:,.1f} MB of text, "
-            f"{megabytes / seconds:.1f} MB/s"
-        )
-        if self._total_bytes and self._done_bytes > self._before:
-            left = self._total_bytes - self._done_bytes
-            remaining = seconds * left / (self._done_bytes - self._before)
-            share = min(1.0, self._done_bytes / self._total_bytes)
-            line += f", {share:.0%}, {duration(remaining)} left"
-        return line
+from megatron_rw.data.progress import duration
 
 
 def too_many_bad(rejects: Rejects, records: int, allowed: float, listed: Path) -> InputError:
@@ -95,15 +55,6 @@ def table(counts: Mapping[str, Counts], rejects: Rejects, duplicates: int, secon
     speed = total.text_bytes / 1e6 / seconds
     lines.append(f"{total.text_bytes / 1e6:,.1f} MB in {duration(seconds)}, {speed:.1f} MB/s")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def say(message: str) -> None:

@@ -122,6 +122,18 @@ def test_what_is_finished_is_not_handed_out_again(
     work = list(tasks([source], reading(chunk_bytes), workers, lambda _: frozenset(finished)))
     for task in work:
         assert task.finished == finished if task.number < 0 else task.number not in finished
+    # Every byte is told of once, but for what was done already after the last task.
+    told = sum(task.skipped_bytes + task.stored_bytes for task in work)
+    if any(task.last or task.number < 0 for task in work):
+        assert told == source.size
+    else:
+        assert told <= source.size
+    if suffix == ".jsonl":
+        begins = [task.start for task in work]
+        assert [task.skipped_bytes for task in work] == [
+            begin - end
+            for begin, end in zip(begins, [0, *(task.end for task in work)], strict=False)
+        ]
     assert list(tasks([source], reading(chunk_bytes), workers, lambda _: None)) == []
 
 

@@ -1,0 +1,85 @@
+"""What the data tools say while they work."""
+
+from collections.abc import Callable
+
+import pytest
+
+from megatron_rw.data import progress as progress_module
+from megatron_rw.data.progress import Progress, duration
+
+GB = 10**9
+
+
+@pytest.fixture
+def after(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the clock to so many seconds from its start."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_module, "monotonic", lambda: now[0])
+
+    def set_clock(seconds: float) -> None:
+        now[0] = 1000.0 + seconds
+
+    return set_clock
+
+
+def test_a_line_every_five_seconds(
+    after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("merge_datasets: writing", 10 * GB)
+    for second, line in [
+        (4, ""),
+        (5, "merge_datasets: writing: 2,000.0 MB, 400.0 MB/s, 20%, 20 s left\n"),
+        (9, ""),
+        (100, "merge_datasets: writing: 4,000.0 MB, 40.0 MB/s, 40%, 2 min left\n"),
+        (110, "merge_datasets: writing: 5,000.0 MB, 45.5 MB/s, 50%, 110 s left\n"),
+    ]:
+        after(second)
+        progress.advance(GB)
+        assert capsys.readouterr().err == line
+
+
+def test_what_an_earlier_call_did_is_no_speed(
+    after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("preprocess_data", 10 * GB)
+    progress.skip(8 * GB)
+    after(10)
+    progress.advance(GB, 20_000, 3 * GB)
+    assert capsys.readouterr().err == (
+        "preprocess_data: 20,000 documents, 3,000.0 MB, 300.0 MB/s, 90%, 10 s left\n"
+    )
+
+
+def test_of_an_unknown_size_nothing_is_said_to_be_left(
+    after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("preprocess_data", 0)
+    after(10)
+    progress.advance(0, 1, GB)
+    assert capsys.readouterr().err == "preprocess_data: 1 documents, 1,000.0 MB, 100.0 MB/s\n"
+
+
+def test_more_than_was_there_at_the_start_is_the_whole(
+    after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = Progress("inspect_dataset: reading", GB)
+    after(10)
+    progress.advance(2 * GB)
+    assert capsys.readouterr().err.endswith(" MB/s, 100%, 0.0 s left\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.9, "9.9 s"),
+        (10, "10 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (7199, "120 min"),
+        (7200, "2.0 h"),
+        (360_000, "100.0 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
