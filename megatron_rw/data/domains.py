@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_rw.platform.files import write_complete
+
 FILE_NAME = "domains.json"
 VERSION = 1
 _REMEDY = "write it again with tools/preprocess_data.py, or delete it to name domains by file"
@@ -108,9 +110,7 @@ class DomainsFile:
             "tokenizer": asdict(self.tokenizer),
             "domains": {name: asdict(record) for name, record in self.domains.items()},
         }
-        partial = Path(f"{os.fspath(path)}.partial")
-        partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(path)
+        write_complete(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def domain_names(prefixes: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.command import InputError
+from megatron_rw.platform.files import complete_file
 
 _BAR = 40
 
@@ -110,6 +111,5 @@ def draw(lengths: Mapping[str, Lengths], path: Path) -> None:
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("share of the documents")
     axes.legend(fontsize="small")
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with complete_file(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix[1:])

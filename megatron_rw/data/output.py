@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_rw.data import domains
 from megatron_rw.data.blend import BLEND_FILE, blend_text
 from megatron_rw.data.command import InputError
+from megatron_rw.platform.files import write_complete
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
@@ -65,10 +66,8 @@ def publish(
     for name in stale:
         (output_dir / name).unlink(missing_ok=True)
 
-    partial = scratch / BLEND_FILE
     prefixes = {name: output_dir / record.prefix for name, record in records.items()}
-    partial.write_text(blend_text(weights, prefixes), "utf-8")
-    partial.replace(blend)
+    write_complete(blend, blend_text(weights, prefixes))
     if tokenizer is not None:
         domains.DomainsFile(tokenizer=tokenizer, domains=records).save(manifest)
 

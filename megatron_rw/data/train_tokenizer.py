@@ -25,6 +25,7 @@ from megatron_rw.data.sentencepiece_training import (
 )
 from megatron_rw.data.sources import add_domain_flags, add_source_flags, find_sources
 from megatron_rw.data.spread_reading import DocumentReader, how_to_read
+from megatron_rw.platform.files import complete_file, write_complete
 
 _LEAST_BYTES = 10_000
 _DIVISIBLE_BY = 128  # Megatron's default
@@ -184,8 +185,9 @@ def _run(args: argparse.Namespace) -> None:
         sample.take(), text_bytes, vocab_size, args.model_type, args.special_tokens, args.threads
     )
 
-    _write(Path(f"{prefix}.vocab"), vocabulary_listing(model).encode())
-    _write(Path(f"{prefix}.model"), model)
+    write_complete(Path(f"{prefix}.vocab"), vocabulary_listing(model))
+    with complete_file(Path(f"{prefix}.model")) as file:
+        file.write(model)
     _say(f"wrote {prefix}.model and {prefix}.vocab in {time.monotonic() - started:.1f} s")
     _say(_padding(vocab_size, args))
 
@@ -226,13 +228,6 @@ def _report_sample(seen: Mapping[str, int], kept: Mapping[str, int], everything:
     for domain, size in kept.items():
         every = ", all that was read" if size == seen[domain] else ""
         _say(f"  {domain}: {size / 1e6:.1f} MB, {size / total:.1%}{every}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that is complete whenever it exists under its name."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _say(message: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_rw.data.command import InputError
 from megatron_rw.data.sources import Source
+from megatron_rw.platform.files import write_complete
 
 FOLDER = ".preprocess_data"
 _SETTINGS = "settings.json"
@@ -112,6 +113,4 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
             )
         return
-    partial = folder / f"{_SETTINGS}.partial"
-    partial.write_text(json.dumps(dict(settings), indent=2) + "\n", "utf-8")
-    partial.replace(folder / _SETTINGS)
+    write_complete(folder / _SETTINGS, json.dumps(dict(settings), indent=2) + "\n")

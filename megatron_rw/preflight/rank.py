@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from megatron_rw.platform import Device
+from megatron_rw.platform.files import write_complete
 from megatron_rw.preflight import findings, table
 from megatron_rw.preflight.config import PreflightConfig
 from megatron_rw.preflight.estimate import Estimate, advice, estimate
@@ -35,7 +36,6 @@ from megatron_rw.preflight.measure import (
 )
 from megatron_rw.preflight.meeting import Meeting, NoAnswerError, open_store
 from megatron_rw.resilience import watchdog
-from megatron_rw.resilience.folder import replace
 
 PROBLEMS, REFUSED = 1, 2
 
@@ -235,4 +235,4 @@ def _measure(
 
 def write_json(path: str, value: dict[str, Any]) -> None:
     """Write a report, whole or not at all."""
-    replace(Path(path), json.dumps(value, indent=2) + "\n")
+    write_complete(Path(path), json.dumps(value, indent=2) + "\n")

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -116,7 +117,7 @@ class CheckpointFolder:
 
     def write_tracker(self, iteration: int) -> None:
         """Name an iteration, in one step that is done or not."""
-        replace(self.path / TRACKER, str(iteration))
+        write_complete(self.path / TRACKER, str(iteration))
 
     def undeclare(self, iteration: int) -> bool:
         """Take the completeness from a checkpoint that is about to be written over.
@@ -144,16 +145,6 @@ class CheckpointFolder:
 
     def _path_of(self, iteration: int) -> Path:
         return self.path / f"iter_{iteration:07d}"
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file in one step that is done or not, and is on the disk when this returns."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    with unfinished.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)
 
 
 def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | None) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.command import InputError
-from megatron_rw.resilience.folder import replace
+from megatron_rw.platform.files import write_complete
 from megatron_rw.scoring.plan import Block
 
 PROGRESS, SCORES = "progress.json", "scores.json"
@@ -95,7 +95,7 @@ class ScoreFolder:
 
     def record(self, job: Job, blocks: Mapping[str, int]) -> None:
         """Note how many blocks of each dataset are on the disk."""
-        replace(self.path / PROGRESS, _text({"job": job, "blocks": blocks}))
+        write_complete(self.path / PROGRESS, _text({"job": job, "blocks": blocks}))
 
     def finish(self, job: Job, found: Mapping[str, Any]) -> None:
         """Give the arrays their names, and write `scores.json`.
@@ -108,7 +108,7 @@ class ScoreFolder:
             for kind in ARRAYS:
                 if self.partial(dataset, kind).exists():
                     self.partial(dataset, kind).replace(self.array(dataset, kind))
-        replace(self.path / SCORES, _text({**job, **found}))
+        write_complete(self.path / SCORES, _text({**job, **found}))
         # With what runs have left that died while writing it.
         for path in self.path.glob(f"{PROGRESS}*"):
             path.unlink()

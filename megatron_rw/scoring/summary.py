@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.platform.files import complete_file
 from megatron_rw.scoring.folder import ScoreFolder
 
 # Nats per token; the last bin has all that is above.
@@ -128,6 +129,5 @@ def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("document loss, nats per token")
     axes.set_ylabel("share of documents per nat")
     axes.legend()
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    with complete_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
