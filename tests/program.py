@@ -50,6 +50,7 @@ OURS = (
     "tests.faults.limited",
     "tests.observability.disturbed",
     "tests.resilience.bad_sample",
+    "tests.resilience.held_step",
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,24 +87,29 @@ def test_signal_to_every_process_as_slurm_sends_it(
 
 
 def test_second_interrupt_ends_at_once(tmp_path: Path, data_flags: list[str]) -> None:
-    began = reached(tmp_path, 3)
-    first_at: list[float] = []
+    def all_are(state: str) -> Callable[[], bool]:
+        return lambda: all((tmp_path / f"{state}-{rank}").exists() for rank in (0, 1))
+
+    steps = [
+        signal_when(all_are("held"), signal.SIGINT),
+        # Two that arrive before Python looks are one.
+        signal_when(all_are("noticed"), signal.SIGINT),
+    ]
 
     def disturb(pids: Sequence[int]) -> bool:
-        if not first_at:
-            if signal_when(began, signal.SIGINT)(pids):
-                first_at.append(time.monotonic())
-            return False
-        # Two that arrive before Python looks are one.
-        later = time.monotonic() > first_at[0] + 0.3
-        return signal_when(lambda: later, signal.SIGINT)(pids)
+        if steps[0](pids):
+            del steps[0]
+        return not steps
 
-    # A step takes longer than that.
-    slow = "--micro-batch-size 256 --global-batch-size 2048".split()
-    run = train(tmp_path, data_flags, *ENDING, *slow, disturb=disturb)
-    # One of them may have noticed first that the other is gone.
-    assert 130 in run.status, run.all_output
-    assert set(run.status) <= {130, 1}
+    run = train(
+        tmp_path,
+        data_flags,
+        *ENDING,
+        disturb=disturb,
+        module="tests.resilience.held_step",
+        environment={"HELD": str(tmp_path)},
+    )
+    assert run.status == [130, 130], run.all_output
     assert CheckpointFolder(tmp_path / "checkpoints").checkpoints() == []
 
 
