@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 from megatron_rw.data.command import InputError
+from megatron_rw.data.remote import file_system, open_remote, reporting
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -235,19 +236,20 @@ def _local(path: str, flag: str) -> Source:
 
 
 def _find_remote(url: str, flag: str) -> list[Source]:
-    system, path = _file_system(url, flag)
-    if glob.has_magic(path):
-        paths = sorted(system.glob(path))
-        if not paths:
-            raise InputError(f"{flag} {url}: no file matches")
-        paths = _readable(paths, url, flag)
-    elif system.isdir(path):
-        paths = _readable(sorted(system.find(path)), url, flag)
-    elif system.exists(path):
-        paths = [path]
-    else:
-        raise InputError(f"{flag} {url}: no such file")
-    return [_remote(system, path, flag) for path in paths]
+    system, path = file_system(url, flag)
+    with reporting(f"{flag} {url}", InputError):
+        if glob.has_magic(path):
+            paths = sorted(system.glob(path))
+            if not paths:
+                raise InputError(f"{flag} {url}: no file matches")
+            paths = _readable(paths, url, flag)
+        elif system.isdir(path):
+            paths = _readable(sorted(system.find(path)), url, flag)
+        elif system.exists(path):
+            paths = [path]
+        else:
+            raise InputError(f"{flag} {url}: no such file")
+        return [_remote(system, path, flag) for path in paths]
 
 
 def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
@@ -259,27 +261,14 @@ def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
     return Source(url, format_, compression, int(info["size"] or 0), version)
 
 
-def _file_system(url: str, flag: str) -> tuple[AbstractFileSystem, str]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise InputError(f"{flag} {url}: URLs need a package; run: pip install fsspec") from error
-    try:
-        system, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{flag} {url}: {error}") from error
-    return system, path
-
-
 @contextmanager
 def _open_stored(path: str) -> Iterator[BinaryIO]:
     if path == STANDARD_INPUT:
         yield sys.stdin.buffer
         return
     if "://" in path:
-        system, inside = _file_system(path, "--input")
-        with system.open(inside, "rb") as file:
-            yield cast(BinaryIO, file)
+        with open_remote(path) as file:
+            yield file
         return
     with open(path, "rb", buffering=_BUFFER) as file:
         yield file

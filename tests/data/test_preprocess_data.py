@@ -2,7 +2,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
@@ -501,39 +501,3 @@ def test_standard_input_is_json_lines(
     preprocess("--input", corpus[0], "--output-dir", tmp_path / "file", *usual, 1)
     assert datasets(tmp_path / "stdin1") == datasets(tmp_path / "file")
     assert datasets(tmp_path / "stdin2") == datasets(tmp_path / "file")
-
-
-@pytest.fixture
-def bucket(corpus: list[Path]) -> Iterator[str]:
-    import fsspec
-
-    system = fsspec.filesystem("memory")
-    for path in corpus:
-        system.pipe(f"/bucket/{path.name}", path.read_bytes())
-    system.pipe("/bucket/readme.md", b"no data")
-    yield "memory://bucket"
-    system.rm("/bucket", recursive=True)
-
-
-@pytest.mark.parametrize("pattern", ["", "/*.jsonl*"])
-def test_urls_are_read(
-    tmp_path: Path, corpus: list[Path], model: str, bucket: str, pattern: str
-) -> None:
-    usual = ("--tokenizer-model", model, "--workers", 1)
-    assert preprocess("--input", bucket + pattern, "--output-dir", tmp_path / "url", *usual) == 0
-    preprocess("--input", *corpus, "--output-dir", tmp_path / "file", *usual)
-    assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
-
-
-def test_a_url_that_nothing_opens_is_an_error(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for url, message in (
-        ("nonsense://a/b.jsonl", "Protocol not known: nonsense"),
-        ("memory://gone/*.jsonl", "no file matches"),
-        ("memory://gone/a.jsonl", "no such file"),
-    ):
-        assert preprocess(
-            "--input", url, "--output-dir", tmp_path / "out", "--tokenizer-model", model
-        ) == 2  # fmt: skip
-        assert f"error: --input {url}: {message}" in capsys.readouterr().err

@@ -1,0 +1,156 @@
+"""Reading from URLs, of files that are as the packages of object stores make them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from backports import zstd
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+from megatron_rw.data import chunks
+from tests.data.conftest import make_texts, write_jsonl
+from tests.data.test_preprocess_data import datasets, preprocess
+
+
+class StoreError(Exception):
+    """As the packages' own errors, no OSError."""
+
+
+class RangedFile(AbstractBufferedFile):
+    """What s3fs, gcsfs and fsspec's HTTP give: ranges of bytes are fetched."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        content: bytes = self.fs.store[self.path].getvalue()[start:end]
+        return content
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
+    open_whole = MemoryFileSystem._open
+
+    def open_ranged(
+        system: MemoryFileSystem, path: str, mode: str, block_size: int | None, **options: Any
+    ) -> Any:
+        if mode != "rb":
+            return open_whole(system, path, mode, block_size, **options)
+        assert block_size is not None
+        assert block_size < 8 << 20  # s3fs fetches 50 MB at a time unless told
+        return RangedFile(system, path, mode, block_size)
+
+    system = fsspec.filesystem("memory")
+    monkeypatch.setattr(MemoryFileSystem, "_open", open_ranged)
+    yield system
+    system.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, bucket: MemoryFileSystem) -> list[Path]:
+    """Local files of all formats that have many documents, which are in the bucket as well."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = make_texts(200, 3)
+    records = [{"text": text} for text in texts]
+    paths = [
+        write_jsonl(folder / "a.jsonl", records[:60]),
+        write_jsonl(folder / "b.jsonl.gz", records[60:100]),
+        folder / "c.jsonl.zst",
+        folder / "d.parquet",
+        folder / "e.json",
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records[100:120])
+    paths[2].write_bytes(zstd.compress(lines.encode()))
+    pq.write_table(pa.table({"text": texts[120:180]}), paths[3], row_group_size=7)
+    paths[4].write_text(json.dumps(records[180:]))
+    for path in paths:
+        bucket.pipe(f"/bucket/{path.name}", path.read_bytes())
+    bucket.pipe("/bucket/readme.md", b"no data")
+    return paths
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.*"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_read_is_what_local_files_hold(
+    tmp_path: Path,
+    inputs: list[Path],
+    model: str,
+    pattern: str,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_SMALLEST", "_LARGEST"):
+        monkeypatch.setattr(chunks, name, 1000)
+    usual = ("--tokenizer-model", model, "--workers", workers)
+    url = f"memory://bucket{pattern}"
+    assert preprocess("--input", url, "--output-dir", tmp_path / "url", *usual) == 0
+    preprocess("--input", *inputs, "--output-dir", tmp_path / "file", *usual)
+    assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
+
+
+def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
+    tmp_path: Path,
+    bucket: MemoryFileSystem,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_SMALLEST", "_LARGEST"):
+        monkeypatch.setattr(chunks, name, 20_000)
+    monkeypatch.setattr("megatron_rw.data.remote._BLOCK_BYTES", 50_000)
+    records = [{"text": text} for text in make_texts(1000, 4)]
+    local = write_jsonl(tmp_path / "a.jsonl", records)
+    bucket.pipe("/bucket/a.jsonl", local.read_bytes())
+    usual = ("--tokenizer-model", model, "--workers", 1, "--output-dir")
+    fetch = RangedFile._fetch_range
+
+    def hang_up(file: RangedFile, start: int, end: int) -> bytes:
+        if start > 100_000:
+            raise StoreError("the store hung up")
+        return fetch(file, start, end)
+
+    with monkeypatch.context() as context:
+        context.setattr(RangedFile, "_fetch_range", hang_up)
+        assert preprocess("--input", "memory://bucket/a.jsonl", *usual, tmp_path / "url") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: memory:///bucket/a.jsonl: the store hung up"
+
+    assert preprocess("--input", "memory://bucket/a.jsonl", *usual, tmp_path / "url") == 0
+    assert "going on from" in capsys.readouterr().err
+    preprocess("--input", local, *usual, tmp_path / "file")
+    assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
+
+
+def test_a_url_that_nothing_opens_is_an_error(
+    tmp_path: Path,
+    bucket: MemoryFileSystem,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket.pipe("/bucket/a.md", b"no data")
+    refuse = {"/bucket/denied": StoreError("no credentials"), "/bucket/slow": TimeoutError()}
+    isdir = MemoryFileSystem.isdir
+
+    def ask(system: MemoryFileSystem, path: str) -> bool:
+        if path in refuse:
+            raise refuse[path]
+        return bool(isdir(system, path))
+
+    monkeypatch.setattr(MemoryFileSystem, "isdir", ask)
+    for url, message in (
+        ("nonsense://a/b.jsonl", "Protocol not known: nonsense"),
+        ("memory://gone/*.jsonl", "no file matches"),
+        ("memory://gone/a.jsonl", "no such file"),
+        ("memory://bucket", "no file to read in it; it has the suffixes: .md"),
+        ("memory://bucket/denied", "no credentials"),
+        ("memory://bucket/slow", "TimeoutError"),
+    ):
+        assert preprocess(
+            "--input", url, "--output-dir", tmp_path / "out", "--tokenizer-model", model
+        ) == 2  # fmt: skip
+        assert f"error: --input {url}: {message}" in capsys.readouterr().err
