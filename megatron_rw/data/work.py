@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,10 +10,11 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_rw.data.command import InputError
 from megatron_rw.data.sources import Source
+from megatron_rw.data.summary import say
 from megatron_rw.platform.files import write_complete
 
 FOLDER = ".preprocess_data"
@@ -38,13 +40,7 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
     folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (output_dir / f"{FOLDER}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"--output-dir {output_dir}: another process is writing there; wait for it, or "
-                "give another directory"
-            ) from error
+        _lock(lock, output_dir)
         if restart and _held_settings(folder) not in (None, dict(settings)):
             shutil.rmtree(folder)
             folder.mkdir()
@@ -52,6 +48,24 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
         yield folder
         _remove(folder)
         (output_dir / f"{FOLDER}.lock").unlink()
+
+
+def _lock(file: TextIO, output_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"--output-dir {output_dir}: another process is writing there; wait for it, or "
+            "give another directory"
+        ) from error
+    except OSError as error:
+        # Lustre without its mount option flock, and NFS without its lock daemon.
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        say(
+            f"the file system of {output_dir} has no locks ({error.strerror}): see to it yourself "
+            "that no other process writes there"
+        )
 
 
 def is_unfinished(output_dir: Path) -> bool:

@@ -1,6 +1,8 @@
 """What an interrupted preprocess_data leaves behind, and what the next call makes of it."""
 
+import errno
 import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -192,6 +194,24 @@ def test_two_calls_do_not_write_into_one_directory(
         assert preprocess(*interrupted) == 2
     assert "another process is writing there; wait for it, or give" in capsys.readouterr().err
     assert preprocess(*interrupted) == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path,
+    interrupted: tuple[object, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as context:
+        context.setattr(fcntl, "flock", flock)
+        assert preprocess(*interrupted) == 0
+    assert f"{tmp_path / 'out'} has no locks ({os.strerror(code)})" in capsys.readouterr().err
+    assert datasets(tmp_path / "out") == whole(tmp_path, interrupted)
 
 
 # Never ends by itself, so that what is done to it meets it at work however busy the machine is.
