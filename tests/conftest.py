@@ -11,12 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.corpus import EOD, VOCAB_SIZE, flags_of, write_corpus
 
 # Before Triton's kernels are defined. Where there is a GPU they run on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# How long an example takes is the machine's business: one that is busy fails nothing. Examples
+# share their test's fixtures; those that write into `tmp_path` begin by making it theirs.
+settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("any machine")
 
 # Tables at the end. Hooks of a folder's own conftest do not run in the process that reports for
 # pytest's workers.

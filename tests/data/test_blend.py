@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.blend import blend_text, blend_weights
@@ -23,7 +23,6 @@ def records(counts: dict[str, int]) -> dict[str, DomainRecord]:
     }
 
 
-@settings(deadline=None)
 @given(counts=COUNTS, temperature=st.floats(0.1, 1000) | st.just(math.inf))
 def test_weights_are_in_proportion_to_counts(counts: dict[str, int], temperature: float) -> None:
     weights = blend_weights(records(counts), "tokens", temperature)

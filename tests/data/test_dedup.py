@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.dedup import Bitmap, DuplicateFinder, hash_documents
 
-IN_TMP_PATH = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 # Few values in each half, so that hashes are equal, equal in one half, or share a bucket.
 HALF = st.sampled_from([0, 1, 2, 1 << 48, (1 << 48) + 1, 3 << 62, (1 << 64) - 1])
 HASHES = st.lists(st.tuples(HALF, HALF), max_size=60)
@@ -20,7 +19,6 @@ def copies(hashes: list[tuple[int, int]]) -> list[bool]:
     return [first.setdefault(value, place) != place for place, value in enumerate(hashes)]
 
 
-@IN_TMP_PATH
 @given(
     hashes=HASHES,
     cuts=st.lists(st.integers(0, 60), max_size=4),
@@ -45,7 +43,6 @@ def test_all_but_the_first_of_equal_hashes_are_duplicates(
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(deadline=None)
 @given(
     positions=st.lists(st.integers(0, 99), unique=True),
     start=st.integers(0, 100),
@@ -61,7 +58,6 @@ def test_a_bitmap_is_a_list_of_booleans(positions: list[int], start: int, length
     assert bitmap.count() == len(positions)
 
 
-@settings(deadline=None)
 @given(documents=st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=20))
 def test_documents_are_known_by_the_bytes_of_their_tokens(documents: list[list[int]]) -> None:
     arrays = [np.array(document, np.uint16) for document in documents]

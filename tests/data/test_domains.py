@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.domains import (
@@ -27,7 +27,6 @@ def wiki_file(directory: Path) -> dict[str, Any]:
     return content
 
 
-@settings(deadline=None)
 @given(
     names=st.lists(NAMES, unique=True, max_size=5),
     counts=st.tuples(COUNTS, COUNTS, COUNTS),

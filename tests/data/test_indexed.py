@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
@@ -46,7 +46,6 @@ def test_types_are_those_of_core() -> None:
     assert {dtype.value: DType.dtype_from_code(dtype.value) for dtype in DType} == indexed.CODES
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, dtype=st.sampled_from([np.uint16, np.int32]), cut=st.integers(0, 12))
 def test_a_pair_has_the_bytes_that_core_writes(
     tmp_path: Path, documents: list[list[list[int]]], dtype: type[Any], cut: int
@@ -63,7 +62,6 @@ def test_a_pair_has_the_bytes_that_core_writes(
     ]  # fmt: skip
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS)
 def test_an_index_reads_as_core_reads_it(tmp_path: Path, documents: list[list[list[int]]]) -> None:
     write_with_core(tmp_path / "core", documents, np.uint16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -178,7 +178,6 @@ def test_what_is_wrong_is_told_and_the_rest_looked_at(
     assert "  PROBLEM: " in capsys.readouterr().out
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 1 << 40), max_size=9), max_size=4))
 def test_lengths_are_counted_by_powers_of_two(parts: list[list[int]]) -> None:
     lengths = Lengths()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data import documents as blocks
@@ -23,9 +23,7 @@ from tests.data.datasets import (
     write_directory,
 )
 
-IN_TEMPORARY = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+IN_TEMPORARY = settings(max_examples=25)
 # Few tokens, so that copies are many.
 DOCUMENT = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=2)
 SHARDS = st.lists(

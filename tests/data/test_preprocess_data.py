@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backports import zstd
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data import chunks, domains, preprocess_data
@@ -215,11 +215,7 @@ def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, model: str
     assert all(output == outputs[0] for output in outputs)
 
 
-@settings(
-    deadline=None,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=40)
 @given(
     documents=st.lists(
         st.tuples(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from backports import zstd
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data.chunks import Reading, tasks
@@ -24,9 +24,7 @@ LINES = st.lists(
     max_size=14,
 )
 LIMIT = 30
-ANY_FILE = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ANY_FILE = settings(max_examples=60)
 
 
 def reading(chunk_bytes: int = 1 << 20, limit: int = LIMIT, **changes: Any) -> Reading:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_rw.data.chunks import Reading
@@ -117,7 +117,6 @@ def reading_of(chunk_bytes: int) -> Reading:
     return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 100))
 @example([3, 3, 3, 3], len('{"text": "0 ééé"}\n'.encode()))
 def test_chunks_hold_every_line_once(

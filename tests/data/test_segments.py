@@ -91,7 +91,7 @@ def check_cutting(cut: Cut, text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, *LATER_WORDS])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(TEXTS, SIZES)
 @example("a\n\nb.\n\n//c \n \n/d.\n \n\n e\t\tf  g\r\nh 'll it's 1 2\n3", 1)
 def test_words(pattern: str, text: str, size: int) -> None:
@@ -115,7 +115,6 @@ def cut_sentencepiece(
     return Cut(of_size, of_size[1]._processor.encode)
 
 
-@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("the  model \u2581 reads \u2581the a b x the ", 1)
 @example("日本日本 日本", 1)
@@ -139,7 +138,6 @@ def cut_huggingface(request: pytest.FixtureRequest) -> Cut:
     return Cut(of_size, lambda text: tokenizer.encode(text).ids)
 
 
-@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
 @example("x<s>y</s>z<pad>1<pad", 1)
@@ -173,7 +171,6 @@ def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return Cut(of_size, partial(of_size[1]._encoding.encode, allowed_special="all"))
 
 
-@settings(deadline=None)
 @given(TEXTS, SIZES)
 @example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
 @example("x<s>y</s>z<SPECIAL_12>1<SPECIAL_1", 1)

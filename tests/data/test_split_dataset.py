@@ -25,9 +25,8 @@ from tests.data.datasets import (
 
 IN_TEMPORARY = settings(
     max_examples=25,
-    deadline=None,
     # Few documents with many copies cannot always be split: examples are drawn until 25 can.
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+    suppress_health_check=[*settings().suppress_health_check, HealthCheck.filter_too_much],
 )
 # Few tokens, so that copies are many, within a domain and between domains.
 DOCUMENT = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=2)

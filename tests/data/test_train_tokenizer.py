@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
@@ -36,7 +36,6 @@ def train(*flags: object) -> int:
     return train_tokenizer.main([str(flag) for flag in flags])
 
 
-@settings(deadline=None)
 @given(TEXTS)
 @example("def f(x):\n\tif x:\n        return  '''a\n\n\n'''\n")
 @example("  leading, trailing  ")
@@ -46,7 +45,6 @@ def test_text_round_trips(model: str, text: str) -> None:
     assert processor.decode(processor.encode(text)) == text
 
 
-@settings(deadline=None)
 @given(TEXTS)
 @example("<unk><s></s><pad>")
 def test_no_text_makes_a_special_token(model: str, text: str) -> None:

@@ -27,7 +27,7 @@ def byte_level(pattern: str, added: Sequence[str] = ()) -> Any:
 
 
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, *LATER_WORDS])
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(TEXTS, st.sampled_from([(), ADDED]))
 @example("a\n\nb.\n\n//c \n \n/d.\n \n\n e\t\tf  g\r\nh 'll it's 1 2\n3", ())
 @example("(a)b[c]d1,2)e3.4_f'g,'h\x1c i\xa0 j \xa0k\u3000l\n\xa0\n/", ())

@@ -105,7 +105,7 @@ def test_loss_and_gradient_are_those_of_fp64(
     check(logits, target, upstream, name, options=options, inplace_backward=inplace)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

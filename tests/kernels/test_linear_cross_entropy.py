@@ -164,7 +164,7 @@ def test_loss_and_gradients_are_those_of_fp64(
         check(hidden, weight, bias, target, upstream, options, **how)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),

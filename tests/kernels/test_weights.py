@@ -88,7 +88,7 @@ a_loss = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(a_loss, st.booleans()), min_size=1, max_size=20),
     st.sampled_from(STRATEGIES),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.command import InputError
@@ -54,7 +54,6 @@ def test_each_prediction_is_made_once(lengths: list[int], stride: int, size: int
 
 
 @given(lengths=LENGTHS, block_tokens=st.integers(1, 3000))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_blocks_are_the_dataset(lengths: list[int], block_tokens: int, tmp_path: Path) -> None:
     prefix = tmp_path / "some"
     write(prefix, lengths)
