@@ -80,14 +80,14 @@ class HuggingFaceTokenizer:
         definition = json.loads(tokenizer.to_str())
         pattern = known_words(definition)
         next_cut = cuts_between_words(pattern)
-        self._encoder: SegmentEncoder | WordEncoder
-        self._encoder = segments = SegmentEncoder(
+        segments = SegmentEncoder(
             # The special tokens around a text are none of its segments'.
             partial(self._encode, next_cut is None and include_special_tokens),
             next_cut,
             self._dtype,
             segment_characters,
         )
+        self._encoder: SegmentEncoder | WordEncoder = segments
         added = definition["added_tokens"]
         words = byte_level_words(pattern, [token["content"] for token in added])
         # Whether a token of the kind single_word is one depends on the character before it.

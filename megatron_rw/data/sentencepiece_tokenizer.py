@@ -39,13 +39,13 @@ class SentencePieceTokenizer:
         if cutting and cutting.unprefixed is not None:
             encode = SentencePieceProcessor(model_proto=cutting.unprefixed).encode
             self._prefix = " "
-        self._encoder: SegmentEncoder | WordEncoder
-        self._encoder = segments = SegmentEncoder(
+        segments = SegmentEncoder(
             partial(encode, return_type="numpy", num_threads=1),
             cutting.next_cut if cutting else None,
             optimal_dtype(self.vocab_size),
             segment_characters,
         )
+        self._encoder: SegmentEncoder | WordEncoder = segments
         if cutting and cutting.words:
             self._encoder = WordEncoder(cutting.words, encode, segments)
 

@@ -33,10 +33,10 @@ class TikTokenizer:
         next_cut = None
         if not any(map(str.isspace, chain.from_iterable(special))):
             next_cut = cuts_between_words(self._encoding._pat_str)
-        self._encoder: SegmentEncoder | WordEncoder
-        self._encoder = segments = SegmentEncoder(
+        segments = SegmentEncoder(
             self._encode, next_cut, optimal_dtype(self.vocab_size), segment_characters
         )
+        self._encoder: SegmentEncoder | WordEncoder = segments
         words = byte_level_words(self._encoding._pat_str, special)
         if next_cut and words:
             self._encoder = WordEncoder(words, self._encode_word, segments)
