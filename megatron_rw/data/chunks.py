@@ -8,7 +8,7 @@ before or after an interruption, are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_rw.data.command import InputError
@@ -113,12 +113,22 @@ def tasks(
         if (source, done) not in fed:
             yield Task(source, -1, done, stored_bytes=source.size)
     for source, done in fed:
-        yield from _fed(source, reading, done)
+        yield from _missing(_fed(source, reading), done)
     for source, done in left:
         if source.format == "parquet":
-            yield from _rows(source, reading, done)
+            yield from _missing(_rows(source, reading), done)
         elif (source, done) not in streams:
-            yield from _ranges(source, reading, done)
+            yield from _missing(_ranges(source, reading), done)
+
+
+def _missing(every: Iterator[Task], done: frozenset[int]) -> Iterator[Task]:
+    skipped = 0
+    for task in every:
+        if task.number in done:
+            skipped += task.stored_bytes
+        else:
+            yield replace(task, skipped_bytes=skipped)
+            skipped = 0
 
 
 def _only_from_start(source: Source, reading: Reading) -> bool:
@@ -131,66 +141,47 @@ def _only_from_start(source: Source, reading: Reading) -> bool:
     )
 
 
-def _ranges(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
+def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
     count = max(1, -(-source.size // reading.chunk_bytes))
-    told = 0
     for number in range(count):
-        if number not in done:
-            start = number * reading.chunk_bytes
-            end = min(start + reading.chunk_bytes, source.size)
-            yield Task(
-                source,
-                number,
-                start=start,
-                end=end,
-                last=number == count - 1,
-                stored_bytes=end - start,
-                skipped_bytes=start - told,
-            )
-            told = end
+        start = number * reading.chunk_bytes
+        end = min(start + reading.chunk_bytes, source.size)
+        last = number == count - 1
+        yield Task(source, number, start=start, end=end, last=last, stored_bytes=end - start)
 
 
-def _fed(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
+def _fed(source: Source, reading: Reading) -> Iterator[Task]:
     with open_source(source) as (stream, stored):
         lines = LineReader(stream, reading.max_line_bytes)
-        number = position = told = 0
+        number = told = 0
         while not lines.ended:
-            before = position
             try:
                 raws = tuple(lines.until((number + 1) * reading.chunk_bytes))
             except damage_errors(source) as error:
                 raise damage(source, lines.total, error) from error
             position = stored.tell() if stored.seekable() else 0
-            if number not in done:
-                yield Task(
-                    source,
-                    number,
-                    lines=raws,
-                    line_count=lines.lines,
-                    last=lines.ended,
-                    stored_bytes=position - before,
-                    skipped_bytes=before - told,
-                )
-                told = position
-            number += 1
-
-
-def _rows(source: Source, reading: Reading, done: frozenset[int]) -> Iterator[Task]:
-    groups = _row_groups(source, reading)
-    size = source.size // len(groups)
-    told = 0
-    for number, (first_row, row_groups) in enumerate(groups):
-        if number not in done:
             yield Task(
                 source,
                 number,
-                start=first_row,
-                row_groups=row_groups,
-                last=number == len(groups) - 1,
-                stored_bytes=size,
-                skipped_bytes=number * size - told,
+                lines=raws,
+                line_count=lines.lines,
+                last=lines.ended,
+                stored_bytes=position - told,
             )
-            told = (number + 1) * size
+            number, told = number + 1, position
+
+
+def _rows(source: Source, reading: Reading) -> Iterator[Task]:
+    groups = _row_groups(source, reading)
+    for number, (first_row, row_groups) in enumerate(groups):
+        yield Task(
+            source,
+            number,
+            start=first_row,
+            row_groups=row_groups,
+            last=number == len(groups) - 1,
+            stored_bytes=source.size // len(groups),
+        )
 
 
 def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, ...]]]:

@@ -47,9 +47,9 @@ class Progress:
         parts = [f"{self._documents:,} documents"] if self._documents else []
         parts += [f"{megabytes:,.1f} MB", f"{megabytes / seconds:,.1f} MB/s"]
         if self._total and self._done > self._before:
-            share = min(1.0, self._done / self._total)
-            remaining = seconds * (self._total - self._done) / (self._done - self._before)
-            parts += [f"{share:.0%}", f"{duration(max(0.0, remaining))} left"]
+            left = max(0, self._total - self._done)
+            remaining = seconds * left / (self._done - self._before)
+            parts += [f"{1 - left / self._total:.0%}", f"{duration(remaining)} left"]
         return f"{self._work}: {', '.join(parts)}"
 
 

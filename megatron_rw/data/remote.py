@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # Asked of the store at a time. s3fs would ask for 50 MB, of which a chunk of a file needs a few.
 _BLOCK_BYTES = 4 << 20
-_BUFFER = 1 << 20
 
 
 def file_system(url: str, flag: str) -> tuple[AbstractFileSystem, str]:
@@ -27,10 +26,8 @@ def file_system(url: str, flag: str) -> tuple[AbstractFileSystem, str]:
         from fsspec.core import url_to_fs
     except ImportError as error:
         raise InputError(f"{flag} {url}: URLs need a package; run: pip install fsspec") from error
-    try:
+    with reporting(f"{flag} {url}", InputError):
         system, path = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{flag} {url}: {error}") from error
     return system, path
 
 
@@ -47,8 +44,8 @@ def reporting(url: str, error_type: type[Exception] = OSError) -> Iterator[None]
 
 
 @contextmanager
-def open_remote(url: str) -> Iterator[BinaryIO]:
-    """Opens a URL.
+def open_remote(url: str, buffering: int) -> Iterator[BinaryIO]:
+    """Opens a URL, with a buffer of that many bytes as `open` has.
 
     Raises:
         OSError: It cannot be opened or, later on, be read.
@@ -56,7 +53,7 @@ def open_remote(url: str) -> Iterator[BinaryIO]:
     system, path = file_system(url, "--input")
     with reporting(url):
         file = system.open(path, "rb", block_size=_BLOCK_BYTES)
-    with file, io.BufferedReader(_Raw(file, url), _BUFFER) as buffered:
+    with file, io.BufferedReader(_Raw(file, url), buffering) as buffered:
         yield buffered
 
 

@@ -267,7 +267,7 @@ def _open_stored(path: str) -> Iterator[BinaryIO]:
         yield sys.stdin.buffer
         return
     if "://" in path:
-        with open_remote(path) as file:
+        with open_remote(path, _BUFFER) as file:
             yield file
         return
     with open(path, "rb", buffering=_BUFFER) as file:

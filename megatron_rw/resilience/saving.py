@@ -25,6 +25,7 @@ from megatron.training import async_utils, checkpointing, training
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
 
@@ -130,7 +131,7 @@ class SaveGuard:
             return
         try:
             if not text.isdigit():
-                (self._folder.path / TRACKER).write_text(text)
+                write_complete(self._folder.path / TRACKER, text)
                 return
             self._folder.write_tracker(int(text))
         except OSError as error:

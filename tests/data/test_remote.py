@@ -83,8 +83,7 @@ def test_what_is_read_is_what_local_files_hold(
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("_SMALLEST", "_LARGEST"):
-        monkeypatch.setattr(chunks, name, 1000)
+    monkeypatch.setattr(chunks, "_SMALLEST", 1000)
     usual = ("--tokenizer-model", model, "--workers", workers)
     url = f"memory://bucket{pattern}"
     assert preprocess("--input", url, "--output-dir", tmp_path / "url", *usual) == 0
@@ -99,8 +98,7 @@ def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("_SMALLEST", "_LARGEST"):
-        monkeypatch.setattr(chunks, name, 20_000)
+    monkeypatch.setattr(chunks, "_SMALLEST", 20_000)
     monkeypatch.setattr("megatron_rw.data.remote._BLOCK_BYTES", 50_000)
     records = [{"text": text} for text in make_texts(1000, 4)]
     local = write_jsonl(tmp_path / "a.jsonl", records)
