@@ -30,7 +30,7 @@ import torch
 from benchmarks.bare_tokenizer import encoder_of
 from benchmarks.kernels.record import about, results_file
 from benchmarks.preprocess import TYPES, command_line, corpus_lines
-from megatron_rw.data.tokenizer import Tokenizer, TokenizerFlags, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer, TokenizerFlags, load_tokenizer
 
 
 def main() -> int:

@@ -124,6 +124,7 @@ def run_program(
     directory: Path,
     *flags: str,
     processes: int = 1,
+    base: Sequence[str] = (*MODEL, *TRAINING),
     module: str = "pretrain_gpt_rw",
     metrics: bool = True,
     disturb: Callable[[Sequence[int]], bool] | None = None,
@@ -134,8 +135,9 @@ def run_program(
 
     Args:
         directory: for logs, metrics and checkpoints.
-        flags: beside `MODEL` and `TRAINING`; later ones win.
+        flags: beside those of `base`; later ones win.
         processes: world size.
+        base: the model's shape and how it is trained.
         module: the script, importable by name.
         metrics: pass --log-dir, which only our program knows.
         disturb: called with the process ids of all ranks, again and again until it returns True.
@@ -143,7 +145,7 @@ def run_program(
         environment: variables for every rank; None unsets.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    argv = [*MODEL, *TRAINING, *flags]
+    argv = [*base, *flags]
     if metrics and module in OURS:
         argv += ["--log-dir", str(directory)]
     context = multiprocessing.get_context("forkserver")

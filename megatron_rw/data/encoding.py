@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.chunks import Reading, Task
-from megatron_rw.data.command import InputError
-from megatron_rw.data.dedup import HASH_BYTES
-from megatron_rw.data.parts import Counts, Group, Part, Rejects, Store, checksum
-from megatron_rw.data.readers import Chunk, read
-from megatron_rw.data.records import BadRecordError, Raw, Reject, parse, text_field
-from megatron_rw.data.sources import Source
-from megatron_rw.data.tokenizer import Tokenizer, optimal_dtype
+from megatron_rw.data.indexed.parts import Counts, Group, Part, Rejects, Store, checksum
+from megatron_rw.data.text.chunks import Reading, Task
+from megatron_rw.data.text.dedup import HASH_BYTES
+from megatron_rw.data.text.readers import Chunk, read
+from megatron_rw.data.text.records import BadRecordError, Raw, Reject, parse, text_field
+from megatron_rw.data.text.sources import Source
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer, optimal_dtype
+from megatron_rw.errors import UserError
 
 # Enough for a tokenizer's batch to cost nothing beside the tokenizing, and little memory.
 _BATCH_CHARACTERS = 1 << 18
@@ -104,7 +104,7 @@ class Encoder:
         """Does a task; every chunk's part is complete before the next chunk is begun.
 
         Raises:
-            InputError: the source is damaged.
+            UserError: the source is damaged.
         """
         records = text_bytes = 0
         rejects = Rejects()
@@ -318,9 +318,9 @@ def check_domain(name: str, what: str) -> str:
         what: where it is from, for the message.
 
     Raises:
-        InputError: it cannot be part of a file name.
+        UserError: it cannot be part of a file name.
     """
     try:
         return safe_domain(name)
     except BadRecordError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise UserError(f"{what}: {error}") from error

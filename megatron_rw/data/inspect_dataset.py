@@ -13,15 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rw.data import domains
-from megatron_rw.data.checksums import checksums, expected, read_checksums
-from megatron_rw.data.command import InputError, exit_status
-from megatron_rw.data.decoding import decode, find, tokenizer_of
-from megatron_rw.data.documents import DatasetReader
-from megatron_rw.data.indexed import bin_path, idx_path
-from megatron_rw.data.inspection import Report, inspect
-from megatron_rw.data.lengths import check_picture, draw
-from megatron_rw.data.tokenizer_flags import BYTE_LEVEL, add_tokenizer_flags
+from megatron_rw.data.command import exit_status
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.checksums import checksums, expected, read_checksums
+from megatron_rw.data.indexed.documents import DatasetReader
+from megatron_rw.data.indexed.inspection import Report, inspect
+from megatron_rw.data.indexed.lengths import check_picture, draw
+from megatron_rw.data.indexed.pair import bin_path, idx_path
+from megatron_rw.data.tokenizers.decoding import decode, find, tokenizer_of
+from megatron_rw.data.tokenizers.tokenizer_flags import BYTE_LEVEL, add_tokenizer_flags
+from megatron_rw.errors import UserError
 
 _EXAMPLE = """\
 examples:
@@ -125,7 +126,7 @@ def _run(args: argparse.Namespace) -> bool:
 def _prefixes(path: Path) -> list[Path]:
     if not path.is_dir():
         if not idx_path(path).exists() and not bin_path(path).exists():
-            raise InputError(
+            raise UserError(
                 f"{path}: neither a directory nor a dataset's path without .bin and .idx"
             )
         return [path]
@@ -133,11 +134,11 @@ def _prefixes(path: Path) -> list[Path]:
         try:
             listed = domains.DomainsFile.load(path / domains.FILE_NAME).domains.values()
         except ValueError as error:
-            raise InputError(str(error)) from error
+            raise UserError(str(error)) from error
         return [path / record.prefix for record in listed]
     prefixes = [index.with_suffix("") for index in sorted(path.glob("*.idx"))]
     if not prefixes:
-        raise InputError(f"{path}: has no datasets; give a directory of .bin and .idx files")
+        raise UserError(f"{path}: has no datasets; give a directory of .bin and .idx files")
     return prefixes
 
 
@@ -145,7 +146,7 @@ def _record(prefix: Path) -> domains.TokenizerRecord | None:
     try:
         return domains.tokenizer_record(str(prefix))
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _print_reports(prefixes: Sequence[Path], args: argparse.Namespace) -> bool:
@@ -208,14 +209,14 @@ def _text(report: Report) -> str:
 
 def _print_document(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
     if len(prefixes) > 1:
-        raise InputError(
+        raise UserError(
             f"--document: there are {len(prefixes)} datasets; give one of "
             f"{', '.join(map(str, prefixes[:8]))}"
         )
     prefix = prefixes[0]
     with DatasetReader(prefix) as reader:
         if not 0 <= args.document < reader.documents:
-            raise InputError(
+            raise UserError(
                 f"--document {args.document}: {prefix} has documents 0 to {reader.documents - 1}"
             )
         ids = reader.document(args.document)
@@ -246,9 +247,9 @@ def _files(prefixes: Sequence[Path]) -> list[Path]:
     paths = [path(prefix) for prefix in prefixes for path in (bin_path, idx_path)]
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         if "\n" in str(path) or "\\" in str(path):
-            raise InputError(f"{str(path)!r}: sha256sum would quote this path; rename it")
+            raise UserError(f"{str(path)!r}: sha256sum would quote this path; rename it")
     return paths
 
 

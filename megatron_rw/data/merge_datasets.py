@@ -16,14 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from megatron_rw.data import domains
-from megatron_rw.data.blend import blend_weights
-from megatron_rw.data.command import InputError, exit_status
-from megatron_rw.data.dedup import Bitmap, DuplicateFinder, hash_documents
-from megatron_rw.data.documents import DatasetReader, write_selected
-from megatron_rw.data.indexed import PairWriter, bin_path, idx_path
-from megatron_rw.data.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.command import exit_status
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.blend import blend_weights
+from megatron_rw.data.indexed.documents import DatasetReader, write_selected
+from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.indexed.pair import PairWriter, bin_path, idx_path
 from megatron_rw.data.progress import Progress
+from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
+from megatron_rw.errors import UserError
 
 _EXAMPLE = """\
 examples:
@@ -117,12 +118,12 @@ def _merge_prefixes(
     targets = (bin_path(output_prefix), idx_path(output_prefix))
     there = [path for path in targets if path.exists()]
     if there and not overwrite:
-        raise InputError(
+        raise UserError(
             f"--output-prefix {output_prefix}: {there[0]} is there already; give another, or "
             "--overwrite to replace it"
         )
     if output_prefix.resolve() in [prefix.resolve() for prefix in prefixes]:
-        raise InputError(f"--output-prefix {output_prefix}: is one of --input; give another")
+        raise UserError(f"--output-prefix {output_prefix}: is one of --input; give another")
     _check_tokenizers({prefix: _tokenizer(prefix) for prefix in prefixes})
     parts = _parts((prefix, None) for prefix in prefixes)
     output_prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,7 @@ def _merge_directories(
 ) -> None:
     absolute = check_output_dir(output_dir, overwrite)
     if absolute.resolve() in [directory.resolve() for directory in directories]:
-        raise InputError(f"--output-dir {output_dir}: is one of --input-dir; give another")
+        raise UserError(f"--output-dir {output_dir}: is one of --input-dir; give another")
     contents = {directory: _load(directory) for directory in directories}
     _check_tokenizers({path: content.tokenizer for path, content in contents.items()})
     listed = [
@@ -156,7 +157,7 @@ def _merge_directories(
     for (name, _, record), part in zip(listed, parts, strict=True):
         by_domain.setdefault(name, []).append(part)
         if name not in prefixes and record.prefix in prefixes.values():
-            raise InputError(
+            raise UserError(
                 f"{part.prefix}: is of the domain '{name}', and of another one in an earlier "
                 "directory; name the file and its prefix in domains.json by the domain"
             )
@@ -172,21 +173,21 @@ def _merge_directories(
 def _load(directory: Path) -> domains.DomainsFile:
     path = directory / domains.FILE_NAME
     if not path.is_file():
-        raise InputError(
+        raise UserError(
             f"--input-dir {directory}: has no {domains.FILE_NAME}; give directories of "
             "preprocess_data that are complete, or single datasets with --input"
         )
     try:
         return domains.DomainsFile.load(path)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _tokenizer(prefix: Path) -> domains.TokenizerRecord | None:
     try:
         return domains.tokenizer_record(str(prefix))
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def _check_tokenizers(tokenizers: Mapping[Path, domains.TokenizerRecord | None]) -> None:
@@ -198,7 +199,7 @@ def _check_tokenizers(tokenizers: Mapping[Path, domains.TokenizerRecord | None])
             # The model's path may differ: shards are made on other machines.
             mine, other = getattr(record, field.name), getattr(expected, field.name)
             if field.name != "model" and mine != other:
-                raise InputError(
+                raise UserError(
                     f"{path}: its tokenizer is {record.model} ({field.name} {mine}), and that of "
                     f"{first} is {expected.model} ({field.name} {other}); make both with one"
                 )
@@ -213,13 +214,13 @@ def _parts(listed: Iterable[tuple[Path, domains.DomainRecord | None]]) -> list[P
             if not parts:
                 dtype = reader.dtype
             elif reader.dtype != dtype:
-                raise InputError(
+                raise UserError(
                     f"{prefix}: its token ids are {reader.dtype}, and those of {parts[0].prefix} "
                     f"{dtype}; make both with one tokenizer"
                 )
             counts = (reader.documents, reader.tokens)
             if record is not None and counts != (record.documents, record.tokens):
-                raise InputError(
+                raise UserError(
                     f"{prefix}: has {counts[0]:,} documents of {counts[1]:,} tokens, and "
                     f"{domains.FILE_NAME} beside it tells of {record.documents:,} and "
                     f"{record.tokens:,}; make the directory again"

@@ -19,30 +19,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.data import domains
-from megatron_rw.data.blend import blend_weights
-from megatron_rw.data.chunks import Reading, chunk_size, tasks
-from megatron_rw.data.command import InputError, exit_status
+from megatron_rw.data.command import exit_status
 from megatron_rw.data.encoding import Encoder, Encoding, check_domain
-from megatron_rw.data.joining import REJECTS_FILE, Joined, dataset_name, join, write_rejects
-from megatron_rw.data.output import check_output_dir, publish
-from megatron_rw.data.parts import Rejects, Store
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.blend import blend_weights
+from megatron_rw.data.indexed.joining import REJECTS_FILE, Joined, dataset_name, join, write_rejects
+from megatron_rw.data.indexed.output import check_output_dir, publish
+from megatron_rw.data.indexed.parts import Rejects, Store
 from megatron_rw.data.preprocess_flags import parse
 from megatron_rw.data.progress import Progress
-from megatron_rw.data.sentences import sentence_splitter
-from megatron_rw.data.shards import shard_of
-from megatron_rw.data.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.summary import say, table, too_many_bad
-from megatron_rw.data.tokenizer import end_of_document_id, fingerprint, load_tokenizer
-from megatron_rw.data.tokenizer_flags import tokenizer_flags
-from megatron_rw.data.work import (
+from megatron_rw.data.resume import (
     earlier_chunk_bytes,
     is_published,
     is_unfinished,
     set_published,
     work_folder,
 )
+from megatron_rw.data.summary import say, table, too_many_bad
+from megatron_rw.data.text.chunks import Reading, chunk_size, tasks
+from megatron_rw.data.text.sentences import sentence_splitter
+from megatron_rw.data.text.shards import shard_of
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source, find_sources
+from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, fingerprint, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.workers import run_unordered
+from megatron_rw.errors import UserError
 from megatron_rw.platform.quiet import silence
 
 # Before this many lines, a bad one says little about the rest.
@@ -106,7 +107,7 @@ def _plan(
     columns = [*args.json_keys, *([args.domain_key] if args.domain_key else [])]
     for source in sources:
         if source.format == "txt" and len(columns) > 1:
-            raise InputError(
+            raise UserError(
                 f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
                 "of --json-keys, or convert it to .jsonl"
             )
@@ -143,7 +144,7 @@ def _check_given_weights(names: set[str], args: argparse.Namespace) -> None:
     """Refuses now what would be refused when all is tokenized."""
     given = dict(args.blend_weights or ())
     if given and given.keys() != names:
-        raise InputError(
+        raise UserError(
             f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
             f"{', '.join(sorted(names))}; give each of them one"
         )
@@ -208,7 +209,7 @@ def _encode(
         progress.advance(task.stored_bytes, done.records, done.text_bytes)
     _check(args, rejects, records, sources, store)
     if records == 0:
-        raise InputError(f"--input {' '.join(args.input)}: no documents")
+        raise UserError(f"--input {' '.join(args.input)}: no documents")
 
 
 def _check(

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_rw.data.records import MAX_LINE_BYTES
-from megatron_rw.data.shards import Shard
-from megatron_rw.data.sources import add_domain_flags, add_source_flags
-from megatron_rw.data.tokenizer_flags import add_tokenizer_flags
+from megatron_rw.data.text.records import MAX_LINE_BYTES
+from megatron_rw.data.text.shards import Shard
+from megatron_rw.data.text.sources import add_domain_flags, add_source_flags
+from megatron_rw.data.tokenizers.tokenizer_flags import add_tokenizer_flags
 from megatron_rw.data.workers import available_cores
 
 _EXAMPLE = """\

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rw.data import domains
-from megatron_rw.data.blend import blend_weights
-from megatron_rw.data.command import InputError, exit_status
-from megatron_rw.data.dedup import hash_documents
-from megatron_rw.data.documents import DatasetReader, write_selected
-from megatron_rw.data.held_out import SETS, HeldOut, Share, choose
-from megatron_rw.data.indexed import PairWriter
-from megatron_rw.data.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.command import exit_status
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.blend import blend_weights
+from megatron_rw.data.indexed.documents import DatasetReader, write_selected
+from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
+from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.progress import Progress
+from megatron_rw.data.text.dedup import hash_documents
+from megatron_rw.errors import UserError
 
 _EXAMPLE = """\
 example:
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     names = [name for name, share in zip(SETS, [True, *args.shares], strict=True) if share]
     outputs = {name: check_output_dir(args.output_dir / name, args.overwrite) for name in names}
     if args.input.resolve() in [path.resolve() for path in outputs.values()]:
-        raise InputError(f"--output-dir {args.output_dir}: --input would be replaced")
+        raise UserError(f"--output-dir {args.output_dir}: --input would be replaced")
     size = sum(map(_size, inputs.values()))
     root = args.output_dir.absolute()
     root.mkdir(parents=True, exist_ok=True)
@@ -133,13 +134,13 @@ def _inputs(path: Path) -> tuple[dict[str, Path], domains.TokenizerRecord | None
             name = domains.domain_names([str(path)])[0]
             return {name: path}, domains.tokenizer_record(str(path))
         if not (path / domains.FILE_NAME).is_file():
-            raise InputError(
+            raise UserError(
                 f"--input {path}: has no {domains.FILE_NAME}; give a directory of preprocess_data, "
                 "or a dataset's path without .bin and .idx"
             )
         content = domains.DomainsFile.load(path / domains.FILE_NAME)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        raise UserError(str(error)) from error
     inputs = {name: path / record.prefix for name, record in content.domains.items()}
     return inputs, content.tokenizer
 

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.parts import Counts, Rejects
+from megatron_rw.data.indexed.parts import Counts, Rejects
 from megatron_rw.data.progress import duration
+from megatron_rw.errors import UserError
 
 
-def too_many_bad(rejects: Rejects, records: int, allowed: float, listed: Path) -> InputError:
+def too_many_bad(rejects: Rejects, records: int, allowed: float, listed: Path) -> UserError:
     """The error of more rejected lines than allowed; it shows the first of each kind.
 
     Args:
@@ -26,7 +26,7 @@ def too_many_bad(rejects: Rejects, records: int, allowed: float, listed: Path) -
         for kind in worst
         for path, line, reason in rejects.examples[kind][:1]
     )
-    return InputError(
+    return UserError(
         f"{rejects.total:,} of {rejects.total + records:,} lines are bad, more than "
         f"--max-bad-fraction {allowed:g} allows; correct them, or allow more and repeat the call, "
         f"which goes on from what is done. All of them are in {listed}{examples}"

@@ -12,19 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_rw.data.command import exit_status
-from megatron_rw.data.domain_sampling import (
+from megatron_rw.data.text.domain_sampling import (
     READ_PER_KEPT,
     draw_sample,
     parse_weights,
     plan_reading,
 )
-from megatron_rw.data.sentencepiece_training import (
+from megatron_rw.data.text.sources import add_domain_flags, add_source_flags, find_sources
+from megatron_rw.data.text.spread_reading import DocumentReader, how_to_read
+from megatron_rw.data.tokenizers.sentencepiece_training import (
     check_special_tokens,
     train,
     vocabulary_listing,
 )
-from megatron_rw.data.sources import add_domain_flags, add_source_flags, find_sources
-from megatron_rw.data.spread_reading import DocumentReader, how_to_read
 from megatron_rw.platform.files import complete_file, write_complete
 
 _LEAST_BYTES = 10_000

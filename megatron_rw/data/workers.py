@@ -13,7 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.data.command import InputError
+from megatron_rw.errors import UserError
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -41,7 +41,7 @@ def run_unordered[Task, Result](
         workers: number of processes; with one, none is started.
 
     Raises:
-        InputError: a worker process was killed; what the function raises is passed on.
+        UserError: a worker process was killed; what the function raises is passed on.
     """
     if workers == 1:
         for task in tasks:
@@ -61,7 +61,7 @@ def run_unordered[Task, Result](
         while running:
             yield from _finished(running)
     except BrokenProcessPool as error:
-        raise InputError(
+        raise UserError(
             "a worker process was killed, most likely for lack of memory; use fewer --workers"
         ) from error
     finally:

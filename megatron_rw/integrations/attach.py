@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations import groups, schedule
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting, check_set_size
-from megatron_rw.reweighting import ConfigError, ReweightConfig, WeightMetrics, sample_sums
+from megatron_rw.reweighting import ReweightConfig, WeightMetrics, sample_sums
 
 LossFunction = Callable[..., Any]
 ForwardStepFunction = Callable[..., tuple[Any, LossFunction]]
@@ -26,14 +27,14 @@ def bound_loss_mask(loss_function: LossFunction) -> Tensor:
     """The argument `loss_mask` of a `functools.partial`, as Megatron's scripts bind it.
 
     Raises:
-        ConfigError: there is none.
+        UserError: there is none.
     """
     if isinstance(loss_function, functools.partial):
         signature = inspect.signature(loss_function.func)
         bound = signature.bind_partial(*loss_function.args, **loss_function.keywords).arguments
         if isinstance(bound.get("loss_mask"), Tensor):
             return bound["loss_mask"]
-    raise ConfigError(
+    raise UserError(
         "the forward step's loss function has no bound argument loss_mask: give "
         "attach(..., loss_mask=) a function that takes the loss function and returns the mask."
     )
@@ -68,12 +69,10 @@ def attach(
         hold the weights' report.
 
     Raises:
-        ConfigError: the settings have no effect (strategy `none`).
+        UserError: the settings have no effect (strategy `none`).
     """
     if not config.enabled:
-        raise ConfigError(
-            "attach() with strategy none does nothing: choose one, or do not call it."
-        )
+        raise UserError("attach() with strategy none does nothing: choose one, or do not call it.")
     schedule.install()
     return AttachedForwardStep(forward_step, config, args, loss_mask)
 
@@ -126,7 +125,7 @@ class AttachedForwardStep:
         """Go on where `state_dict()` was taken; before the first step.
 
         Raises:
-            ConfigError: `state` is not one.
+            UserError: `state` is not one.
         """
         record = dict(state)
         self._completed = record.pop("completed", 0)
@@ -146,7 +145,7 @@ class AttachedForwardStep:
             return loss_function(output, **kwargs)
         mask = self._loss_mask(loss_function)
         if output.dim() != 2 or mask.numel() != output.numel():
-            raise ConfigError(
+            raise UserError(
                 f"the model's output has shape {tuple(output.shape)} and the loss mask "
                 f"{tuple(mask.shape)}; both must hold one value per token, the output as [b, s]."
             )

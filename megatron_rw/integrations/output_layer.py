@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations.cross_entropy import mask_of, with_sums
 from megatron_rw.kernels import (
     BudgetError,
@@ -24,7 +25,6 @@ from megatron_rw.kernels import (
     linear_weighted_cross_entropy_sums,
     plan_logits,
 )
-from megatron_rw.reweighting import ConfigError
 
 
 class FusedOutputLayer:
@@ -64,7 +64,7 @@ class FusedOutputLayer:
             `[b, s]` losses in nats.
 
         Raises:
-            ConfigError: the layer is of a kind that has products of its own.
+            UserError: the layer is of a kind that has products of its own.
         """
         if labels is None:
             logits, _ = output_layer(
@@ -72,7 +72,7 @@ class FusedOutputLayer:
             )
             return scale_logits(logits).transpose(0, 1).contiguous()
         if type(output_layer) is not ColumnParallelLinear:
-            raise ConfigError(
+            raise UserError(
                 f"the output layer is a {type(output_layer).__name__}, which has matrix products "
                 "of its own: --fused-linear-cross-entropy takes core's ColumnParallelLinear."
             )
@@ -121,7 +121,7 @@ def plan_of(args: Any) -> LogitsPlan:
         args: Megatron's, validated.
 
     Raises:
-        ConfigError: the budget is too small.
+        UserError: the budget is too small.
     """
     budget = args.logits_budget_mib
     try:
@@ -134,7 +134,7 @@ def plan_of(args: Any) -> LogitsPlan:
             gathers=args.sequence_parallel,
         )
     except BudgetError as error:
-        raise ConfigError(f"--logits-budget-mib {budget}: {error}.") from error
+        raise UserError(f"--logits-budget-mib {budget}: {error}.") from error
 
 
 def check_output_layer(args: Any) -> None:
@@ -144,7 +144,7 @@ def check_output_layer(args: Any) -> None:
         args: Megatron's, validated.
 
     Raises:
-        ConfigError: names the flag and the remedy.
+        UserError: names the flag and the remedy.
     """
     why = {
         "fp8_output_proj": "computes the output layer in FP8, with products of its own",
@@ -169,5 +169,5 @@ def check_output_layer(args: Any) -> None:
             raise _refusal("--cross-entropy-loss-fusion acts on logits, which there are none of")
 
 
-def _refusal(reason: str) -> ConfigError:
-    return ConfigError(f"{reason}: drop it, or --fused-linear-cross-entropy.")
+def _refusal(reason: str) -> UserError:
+    return UserError(f"{reason}: drop it, or --fused-linear-cross-entropy.")

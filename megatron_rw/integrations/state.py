@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.errors import UserError
+from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.reweighting.config import flag
 
 _KEY = "reweight_state"
@@ -78,11 +79,11 @@ class ReweightState:
         """Take over what `record()` was when a checkpoint was saved.
 
         Raises:
-            ConfigError: it is not such a record.
+            UserError: it is not such a record.
         """
         expected = self.record().keys()
         if record.keys() != expected:
-            raise ConfigError(
+            raise UserError(
                 f"the checkpoint's reweighting state holds {sorted(record)}, expected "
                 f"{sorted(expected)}: it was saved by another version."
             )

@@ -10,11 +10,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations import groups
 from megatron_rw.integrations.schedule import ReplayedData, Schedule, run_forward_only
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.reweighting import (
-    ConfigError,
     DeferredReweighter,
     Observer,
     ReweightConfig,
@@ -72,7 +72,7 @@ class StepReweighting:
             What the schedule returns.
 
         Raises:
-            ConfigError: the model has losses of its own that the scope cannot keep exact, or its
+            UserError: the model has losses of its own that the scope cannot keep exact, or its
                 gradients cannot be scaled.
         """
         model = call["model"] if isinstance(call["model"], list) else [call["model"]]
@@ -158,12 +158,12 @@ class StepReweighting:
         """Active tokens of the step, before it begins.
 
         Raises:
-            ConfigError: the data has no `loss_mask`.
+            UserError: the data has no `loss_mask`.
         """
         total = 0.0
         for drawn in data.peek(self.num_microbatches):
             if "loss_mask" not in drawn:
-                raise ConfigError(
+                raise UserError(
                     "--calculate-per-token-loss with losses that the model adds itself needs the "
                     "step's number of tokens beforehand, and the data has no loss_mask: drop that "
                     f"flag, or use {flag('scope')} global."
@@ -181,18 +181,18 @@ def check_scope(config: ReweightConfig, model_config: Any) -> None:
         model_config: Megatron's `TransformerConfig` or its parsed arguments.
 
     Raises:
-        ConfigError: names the flag and the remedy.
+        UserError: names the flag and the remedy.
     """
     others = groups.other_losses(model_config)
     if config.scope == "deferred" and others:
-        raise ConfigError(
+        raise UserError(
             f"{flag('scope')} deferred multiplies the step's gradients by a normaliser that is "
             f"known only at its end, and would scale the losses of {', '.join(others)} with them: "
             f"use {flag('scope')} microbatch or global."
         )
     graphs = model_config.cuda_graph_impl
     if graphs == "full_iteration" or (graphs != "none" and config.scope == "global"):
-        raise ConfigError(
+        raise UserError(
             f"--cuda-graph-impl {graphs} captures a step as it is, without what {flag('scope')} "
             f"{config.scope} does before and after it: drop that flag"
             + (f", or use another {flag('scope')}." if graphs != "full_iteration" else ".")
@@ -201,7 +201,7 @@ def check_scope(config: ReweightConfig, model_config: Any) -> None:
 
 def _check_scalable(model: list[Any]) -> None:
     if not all(isinstance(chunk, DistributedDataParallel) for chunk in model):
-        raise ConfigError(
+        raise UserError(
             f"{flag('scope')} deferred scales gradients in Megatron's DistributedDataParallel "
             f"buffers, which {type(model[0]).__name__} does not have: use another {flag('scope')}."
         )
@@ -220,7 +220,7 @@ def check_set_size(scope: str, micro_batch_size: int, replicas: int, batch_size:
         A warning where the set is small; None otherwise.
 
     Raises:
-        ConfigError: the set has one sample.
+        UserError: the set has one sample.
     """
     if scope == "microbatch":
         size = micro_batch_size * replicas
@@ -233,7 +233,7 @@ def check_set_size(scope: str, micro_batch_size: int, replicas: int, batch_size:
         composition = f"--global-batch-size {size}"
         remedy = "raise --global-batch-size"
     if size < 2:
-        raise ConfigError(
+        raise UserError(
             f"samples compete for weight within {composition} sample, and one sample always has "
             f"weight 1: {remedy}."
         )

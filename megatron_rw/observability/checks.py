@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
+from megatron_rw.errors import UserError
 from megatron_rw.observability.prometheus import DEFAULT_ADDRESS
 from megatron_rw.platform import Device
-from megatron_rw.reweighting import ConfigError
 
 
 def check_observability(args: Namespace, device: Device) -> None:
@@ -18,7 +18,7 @@ def check_observability(args: Namespace, device: Device) -> None:
         device: in use.
 
     Raises:
-        ConfigError: the first problem found.
+        UserError: the first problem found.
     """
     _check_endpoint(args)
     if args.log_slowest_rank:
@@ -32,9 +32,9 @@ def check_observability(args: Namespace, device: Device) -> None:
 def _check_endpoint(args: Namespace) -> None:
     if args.prometheus_port is None:
         if args.prometheus_address != DEFAULT_ADDRESS:
-            raise ConfigError("--prometheus-address does nothing alone: add --prometheus-port.")
+            raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
     elif not 0 <= args.prometheus_port <= 65535:
-        raise ConfigError(
+        raise UserError(
             f"--prometheus-port must be in [0, 65535], not {args.prometheus_port}: 0 takes one "
             "that is free."
         )
@@ -42,12 +42,12 @@ def _check_endpoint(args: Namespace) -> None:
 
 def _check_slowest_rank(args: Namespace) -> None:
     if args.world_size == args.pipeline_model_parallel_size:
-        raise ConfigError(
+        raise UserError(
             "--log-slowest-rank compares the ranks of a pipeline stage, and here each stage has "
             "one: drop it."
         )
     if args.overlap_moe_expert_parallel_comm or args.cuda_graph_impl == "full_iteration":
-        raise ConfigError(
+        raise UserError(
             "--log-slowest-rank times forward passes, which --overlap-moe-expert-parallel-comm and "
             "--cuda-graph-impl full_iteration run together with backward ones: drop it."
         )
@@ -56,22 +56,22 @@ def _check_slowest_rank(args: Namespace) -> None:
 def _check_profile(args: Namespace, device: Device) -> None:
     if not args.use_pytorch_profiler:
         if device == "cpu":
-            raise ConfigError(
+            raise UserError(
                 "--profile is for Nsight Systems and needs a GPU: add --use-pytorch-profiler to "
                 "run on the CPU."
             )
         return
     if args.tensorboard_dir is None:
-        raise ConfigError(
+        raise UserError(
             "--use-pytorch-profiler writes into torch_profile beside --tensorboard-dir: add it."
         )
     if args.profile_step_start >= args.profile_step_end:
-        raise ConfigError(
+        raise UserError(
             f"--profile-step-start {args.profile_step_start} must be below --profile-step-end "
             f"{args.profile_step_end}."
         )
     if args.train_iters and args.profile_step_end > args.train_iters:
-        raise ConfigError(
+        raise UserError(
             f"--profile-step-end {args.profile_step_end} is beyond --train-iters "
             f"{args.train_iters}, so that no profile would be written: lower it."
         )
@@ -79,9 +79,9 @@ def _check_profile(args: Namespace, device: Device) -> None:
 
 def _check_memory_history(args: Namespace, device: Device) -> None:
     if device == "cpu":
-        raise ConfigError("--record-memory-history needs a GPU: drop it to run on the CPU.")
+        raise UserError("--record-memory-history needs a GPU: drop it to run on the CPU.")
     folder = os.path.dirname(os.path.abspath(args.memory_snapshot_path))
     if not os.path.isdir(folder):
-        raise ConfigError(
+        raise UserError(
             f"--memory-snapshot-path {args.memory_snapshot_path}: there is no folder {folder}."
         )

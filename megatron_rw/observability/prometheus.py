@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_rw.errors import UserError
 from megatron_rw.observability.exposition import CONTENT_TYPE, Family, Samples, exposition
-from megatron_rw.reweighting import ConfigError
 
 PATH = "/metrics"
 DEFAULT_ADDRESS = "127.0.0.1"
@@ -59,7 +59,7 @@ _INTERVAL = (
 _NOT_LOSSES = {"time", "iteration"} | {path for *_, path in _INTERVAL}
 
 
-class EndpointError(ConfigError):
+class EndpointError(UserError):
     """The endpoint cannot be opened, which only the rank that serves it knows."""
 
 

@@ -14,9 +14,9 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 
+from megatron_rw.errors import UserError
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
-from megatron_rw.reweighting import ConfigError
 from megatron_rw.training.arguments import resolve_annotations
 from megatron_rw.training.datasets import Domains
 from megatron_rw.training.tool_arguments import ToolParser, parse_job_flags
@@ -62,7 +62,7 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[PreflightConfig,
         They, and the job's flags.
 
     Raises:
-        ConfigError: one cannot be.
+        UserError: one cannot be.
     """
     parser = ToolParser(
         prog="preflight.py",
@@ -78,13 +78,13 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[PreflightConfig,
     for name in ("wait_seconds", "room_for_checkpoints", "estimate", "device_memory_gib"):
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
     if not 0 < config.assumed_mfu <= 1:
-        raise ConfigError(f"--assumed-mfu must be above 0 and at most 1, not {config.assumed_mfu}.")
+        raise UserError(f"--assumed-mfu must be above 0 and at most 1, not {config.assumed_mfu}.")
     if config.peak_tflops is not None and config.peak_tflops <= 0:
-        raise ConfigError(f"--peak-tflops must be above 0, not {config.peak_tflops}.")
+        raise UserError(f"--peak-tflops must be above 0, not {config.peak_tflops}.")
     if config.json is not None and not os.path.isdir(os.path.dirname(config.json) or "."):
-        raise ConfigError(f"--json {config.json}: there is no such folder.")
+        raise UserError(f"--json {config.json}: there is no such folder.")
     return config, rest
 
 
@@ -96,7 +96,7 @@ def job_arguments(flags: Sequence[str], device: Device) -> Namespace:
         device: what `platform.select_device` chose.
 
     Raises:
-        ConfigError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError, AssertionError, ValueError, OSError: what the job would refuse.
     """
     args = parse_job_flags(flags, device)
     pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -112,7 +112,7 @@ def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
         gpus: one process each.
 
     Raises:
-        ConfigError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError, AssertionError, ValueError, OSError: what the job would refuse.
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
     # Megatron's default, which ours gives up where Transformer Engine is not installed.

@@ -19,7 +19,7 @@ import numpy
 from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.indexed_dataset import get_idx_path
 
-from megatron_rw.data.integrity import fingerprint
+from megatron_rw.data.indexed.integrity import fingerprint
 
 # The first of the three that a GPTDataset writes; its description is written before it.
 _DOCUMENTS = "-document_index.npy"

@@ -6,20 +6,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.data.integrity import changed
+from megatron_rw.data.indexed.integrity import changed
 from megatron_rw.resilience.contents import Contents, arguments
 from megatron_rw.resilience.folder import CheckpointFolder
 
 # What decides which tensors there are, and their shapes. The vocabulary's padding may differ.
 SHAPING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-    *("group_query_attention", "num_query_groups", "multi_latent_attention", "swiglu"),
+    *("group_query_attention", "multi_latent_attention", "swiglu"),
     *("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
     *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
     *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
 # Of learnt positions alone.
 _POSITIONS = "max_position_embeddings"
+# Without --group-query-attention Megatron changes its own default to the number of heads while it
+# trains, and saves that.
+_QUERY_GROUPS = "num_query_groups"
 
 
 class ResumeError(ValueError):
@@ -88,6 +91,8 @@ def differences(mine: dict[str, Any], saved: dict[str, Any]) -> dict[str, tuple[
     names = list(SHAPING)
     if mine.get("position_embedding_type") == "learned_absolute":
         names.append(_POSITIONS)
+    if mine.get("group_query_attention"):
+        names.append(_QUERY_GROUPS)
     return {
         name: (saved[name], mine[name])
         for name in names

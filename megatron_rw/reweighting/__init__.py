@@ -4,9 +4,10 @@ Imports torch and our kernels alone, neither Megatron nor the training program, 
 script can lift it out whole.
 """
 
+from megatron_rw.errors import UserError as ConfigError
 from megatron_rw.kernels.sums import SampleSums, sample_sums
 from megatron_rw.kernels.weights import effective_sample_size, loss_weights
-from megatron_rw.reweighting.config import ConfigError, ReweightConfig, temperature_at
+from megatron_rw.reweighting.config import ReweightConfig, temperature_at
 from megatron_rw.reweighting.metrics import (
     DomainLosses,
     DomainReport,

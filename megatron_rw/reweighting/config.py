@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_rw.errors import UserError
 from megatron_rw.kernels.weights import WeightStrategy, largest_score
 
 Strategy = Literal["none", WeightStrategy]
@@ -21,10 +22,6 @@ WARMUP_TEMPERATURE = 100.0
 # The scope deferred back-propagates exp((h − h_max)/r) before its normaliser is known. Beyond this
 # exponent the gradients of a step whose losses all score low would run out of floating-point range.
 DEFERRED_EXPONENT_LIMIT = 20.0
-
-
-class ConfigError(ValueError):
-    """A setting is impossible or contradicts another; the message names the flag and a remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +66,28 @@ class ReweightConfig:
         """Check every setting and every contradiction between two.
 
         Raises:
-            ConfigError: the first one found.
+            UserError: the first one found.
         """
         for name in ("strategy", "scope", "warmup_schedule"):
             allowed = get_args({"strategy": Strategy, "scope": Scope}.get(name, Schedule))
             if getattr(self, name) not in allowed:
-                raise ConfigError(
+                raise UserError(
                     f"{flag(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}."
                 )
         for name in ("delta", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{flag(name)} must be a finite number above 0, not {value}.")
+                raise UserError(f"{flag(name)} must be a finite number above 0, not {value}.")
         for name in ("warmup_steps", "log_samples"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}.")
+                raise UserError(f"{flag(name)} must be 0 or more, not {getattr(self, name)}.")
         if self.warmup_schedule != "step" and self.warmup_steps == 0:
-            raise ConfigError(
+            raise UserError(
                 f"{flag('warmup_schedule')} {self.warmup_schedule} has nothing to act on: set "
                 f"{flag('warmup_steps')} as well."
             )
         if not 0 <= self.moment_decay < 1:
-            raise ConfigError(
+            raise UserError(
                 f"{flag('moment_decay')} must be at least 0 and below 1, not {self.moment_decay}."
             )
         if self.strategy == "none":
@@ -98,7 +95,7 @@ class ReweightConfig:
         if self.scope == "deferred":
             self._check_deferred()
         elif self.moment_decay:
-            raise ConfigError(
+            raise UserError(
                 f"{flag('moment_decay')} acts on {flag('scope')} deferred alone: add that, or drop "
                 "the flag."
             )
@@ -108,7 +105,7 @@ class ReweightConfig:
             return
         lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
         if self.temperature < lowest:
-            raise ConfigError(
+            raise UserError(
                 f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
                 f"deferred, whose gradients would underflow: use {lowest:g} or more, or another "
                 "scope."
@@ -122,7 +119,7 @@ class ReweightConfig:
             if getattr(self, field.name) != field.default
         ]
         if idle:
-            raise ConfigError(
+            raise UserError(
                 f"{', '.join(idle)} without a strategy does nothing: add {flag('strategy')} "
                 f"{'|'.join(s for s in STRATEGIES if s != 'none')}, or drop the flag."
             )

@@ -43,7 +43,6 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-from megatron_rw.data.command import InputError
 from megatron_rw.platform import DeviceError, select_device
 from megatron_rw.platform.launch import LaunchError, prepare_process
 
@@ -57,9 +56,9 @@ def main() -> None:
     except (LaunchError, DeviceError) as error:
         _refuse(error)
 
+    from megatron_rw.errors import UserError
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.reweighting import ConfigError
     from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
     from megatron_rw.scoring.folder import ScoreFolder
     from megatron_rw.scoring.job import run
@@ -77,7 +76,7 @@ def main() -> None:
             job = describe(args, plan)
             done = ScoreFolder(config.score_dir).begin(job)
         explaining(run, args, progress)(args, config, plan, job, done, progress)
-    except (InputError, ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         _refuse(error)
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from megatron.core.datasets.utils import get_blend_from_list
 
-from megatron_rw.data.domains import FILE_NAME, DomainsFile, domain_names
+from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile, domain_names
+from megatron_rw.errors import UserError
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.resuming import SHAPING
-from megatron_rw.reweighting import ConfigError
 from megatron_rw.scoring.plan import Plan, row_lengths
 from megatron_rw.training.data_checks import data_prefixes
 from megatron_rw.training.tool_arguments import ToolParser, parse_job_flags
@@ -78,7 +78,7 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[ScoreConfig, lis
         They, and the flags that Megatron is to parse.
 
     Raises:
-        ConfigError: one is missing or cannot be.
+        UserError: one is missing or cannot be.
     """
     parser = ToolParser(
         prog="score_dataset.py",
@@ -123,13 +123,13 @@ def split_flags(argv: Sequence[str], description: str) -> tuple[ScoreConfig, lis
     own, flags = parser.parse_known_args(argv)
     for name, what in (("load", "the folder of the checkpoint"), ("score_dir", "where to write")):
         if getattr(own, name) is None:
-            raise ConfigError(f"--{name.replace('_', '-')} DIR is missing: {what}.")
+            raise UserError(f"--{name.replace('_', '-')} DIR is missing: {what}.")
     for name in ("score_stride", "block_tokens"):
         value = getattr(own, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
     if own.picture is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--picture needs a package that is not installed: pip install matplotlib")
+        raise UserError("--picture needs a package that is not installed: pip install matplotlib")
     flags += ["--load", own.load, *_FORCED]
     if own.data_path is not None:
         flags += ["--data-path", *expanded(own.data_path)]
@@ -146,7 +146,7 @@ def expanded(paths: Sequence[str]) -> list[str]:
     """The dataset prefixes of a `--data-path`: without weights, folders by their domains.json.
 
     Raises:
-        ConfigError: a folder has none.
+        UserError: a folder has none.
         ValueError: one is malformed.
     """
     prefixes, _ = get_blend_from_list(list(paths))
@@ -158,7 +158,7 @@ def _expanded(prefix: str) -> Iterable[str]:
         return [prefix]
     path = os.path.join(prefix, FILE_NAME)
     if not os.path.isfile(path):
-        raise ConfigError(
+        raise UserError(
             f"--data-path {prefix}: a folder without a {FILE_NAME}; give the prefixes of its .bin "
             "and .idx files."
         )
@@ -175,12 +175,12 @@ def scoring_arguments(config: ScoreConfig, flags: Sequence[str], device: Device)
         device: what `platform.select_device` chose.
 
     Raises:
-        ConfigError, AssertionError, ValueError, OSError: what a run or scoring refuses.
+        UserError, AssertionError, ValueError, OSError: what a run or scoring refuses.
     """
     args = parse_job_flags(flags, device)
     _check(args)
     if config.stride is not None and config.stride > args.seq_length:
-        raise ConfigError(
+        raise UserError(
             f"--score-stride {config.stride} would leave tokens out: give at most --seq-length, "
             f"{args.seq_length}."
         )
@@ -202,16 +202,16 @@ def _check(args: Namespace) -> None:
     }
     for name, why in unsupported.items():
         if getattr(args, name):
-            raise ConfigError(f"--{name.replace('_', '-')} {why}: drop it.")
+            raise UserError(f"--{name.replace('_', '-')} {why}: drop it.")
     if args.context_parallel_size > 1:
-        raise ConfigError(
+        raise UserError(
             "--context-parallel-size above 1 cuts rows, whose losses are not put together again: "
             "drop it, scoring keeps no activations."
         )
     if args.gtp_weight_remat_size > 1:
-        raise ConfigError("--tensor-parallel-num-weight-shards was not tried here: drop it.")
+        raise UserError("--tensor-parallel-num-weight-shards was not tried here: drop it.")
     if args.cuda_graph_impl != "none":
-        raise ConfigError("--cuda-graph-impl wants one shape, and rows have several: drop it.")
+        raise UserError("--cuda-graph-impl wants one shape, and rows have several: drop it.")
 
 
 def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
@@ -241,15 +241,15 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
         plan: how the datasets are cut.
 
     Raises:
-        ConfigError: two datasets have the same file name.
-        InputError: a dataset cannot be read.
+        UserError: two datasets have the same file name.
+        UserError: a dataset cannot be read.
     """
     prefixes = [os.path.abspath(prefix) for prefix in data_prefixes(args)]
     datasets: dict[str, dict[str, Any]] = {}
     for prefix, domain in zip(prefixes, domain_names(prefixes), strict=True):
         name = os.path.basename(prefix)
         if name in datasets:
-            raise ConfigError(
+            raise UserError(
                 f"--data-path {datasets[name]['path']} and {prefix} have the same file name, by "
                 "which their scores are named: score one of them into another --score-dir."
             )

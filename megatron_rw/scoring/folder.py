@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.command import InputError
+from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 from megatron_rw.scoring.plan import Block
 
@@ -61,7 +61,7 @@ class ScoreFolder:
             How many blocks of each dataset are there; None when the job is complete.
 
         Raises:
-            InputError: the folder belongs to another job, or lacks what it should have.
+            UserError: the folder belongs to another job, or lacks what it should have.
             OSError: it cannot be written to.
         """
         finished = self._read(SCORES)
@@ -78,7 +78,7 @@ class ScoreFolder:
                     if not (
                         self.partial(dataset, kind).exists() or self.array(dataset, kind).exists()
                     ):
-                        raise InputError(
+                        raise UserError(
                             f"{self.partial(dataset, kind)} is missing, which {PROGRESS} tells "
                             "of; delete the folder to begin anew"
                         )
@@ -124,11 +124,11 @@ class ScoreFolder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise InputError(
+            raise UserError(
                 f"{path}: not JSON ({error}); delete the folder to begin anew"
             ) from error
         if not isinstance(content, dict):
-            raise InputError(f"{path}: not an object; delete the folder to begin anew")
+            raise UserError(f"{path}: not an object; delete the folder to begin anew")
         return content
 
     def _compare(self, job: Job, other: Mapping[str, Any], name: str) -> None:
@@ -138,7 +138,7 @@ class ScoreFolder:
             listed = "; ".join(
                 f"{key} {theirs.get(key)} there, {mine.get(key)} here" for key in differing[:4]
             )
-            raise InputError(
+            raise UserError(
                 f"--score-dir {self.path}: its {name} is of another job: {listed}. Give another "
                 "folder, or delete this one"
             )

@@ -17,7 +17,7 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import print_rank_0
 
-from megatron_rw.data.command import InputError
+from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.scoring import summary
@@ -51,7 +51,7 @@ def run(
         progress: told how far the rank is.
 
     Raises:
-        InputError: a dataset, or where the scores go, is not as it should be.
+        UserError: a dataset, or where the scores go, is not as it should be.
     """
     use_shipped_dataset_helpers()
     with Meeting(args.distributed_timeout_minutes):
@@ -137,7 +137,7 @@ def _naming(folder: ScoreFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(
+        raise UserError(
             f"--score-dir {folder.path}: cannot be written to ({error.strerror}); mend that and "
             "start again with the same flags, what is there is kept"
         ) from error

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.indexed import Index, bin_path
+from megatron_rw.data.indexed.pair import Index, bin_path
+from megatron_rw.errors import UserError
 
 # Shorter rows than this are not worth a shape of their own.
 SHORTEST_ROW = 64
@@ -91,7 +91,7 @@ class Plan:
             prefix: path without `.bin` and `.idx`.
 
         Raises:
-            InputError: see `Index.open`.
+            UserError: see `Index.open`.
         """
         return Blocks(prefix, Index.open(prefix), self.block_tokens)
 
@@ -123,7 +123,7 @@ class Blocks:
         block_tokens: see `Plan`.
 
     Raises:
-        InputError: it has no tokens.
+        UserError: it has no tokens.
 
     Attributes:
         tokens: of the whole `.bin`.
@@ -136,7 +136,7 @@ class Blocks:
         self.tokens = bin_path(prefix).stat().st_size // self._itemsize
         self.documents = len(index.lengths)
         if self.tokens == 0:
-            raise InputError(f"{bin_path(prefix)}: holds no tokens; leave the dataset out")
+            raise UserError(f"{bin_path(prefix)}: holds no tokens; leave the dataset out")
         marks = np.arange(0, self.tokens, block_tokens, dtype=np.int64) * self._itemsize
         # A document longer than a block leaves the next marks without one of their own.
         firsts = np.unique(np.searchsorted(index.offsets, marks))
@@ -149,14 +149,14 @@ class Blocks:
         """One block.
 
         Raises:
-            InputError: its documents do not lie one after the other in the `.bin`.
+            UserError: its documents do not lie one after the other in the `.bin`.
         """
         first, last = int(self._bounds[number]), int(self._bounds[number + 1])
         lengths = np.asarray(self._index.lengths[first:last], np.int64)
         offsets = np.asarray(self._index.offsets[first:last])
         ends = np.cumsum(lengths)
         if not np.array_equal(offsets - offsets[0], (ends - lengths) * self._itemsize):
-            raise InputError(
+            raise UserError(
                 f"{self._prefix}.idx: documents {first} to {last - 1} do not lie one after the "
                 "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
             )

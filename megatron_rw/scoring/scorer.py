@@ -14,8 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.indexed import Index, bin_path
+from megatron_rw.data.indexed.pair import Index, bin_path
+from megatron_rw.errors import UserError
 from megatron_rw.integrations.groups import device, has_loss
 from megatron_rw.integrations.schedule import run_forward_only
 from megatron_rw.resilience.watchdog import Progress
@@ -55,7 +55,7 @@ class Scorer:
             where there is none; None elsewhere.
 
         Raises:
-            InputError: a token id is beyond the model's vocabulary.
+            UserError: a token id is beyond the model's vocabulary.
         """
         args = self._args
         tokens = np.memmap(bin_path(prefix), dtype=Index.open(prefix).dtype, mode="r")
@@ -157,7 +157,7 @@ def to_samples(
         the rows themselves, [rows, 3] int64, in the place of the samples' places.
 
     Raises:
-        InputError: a token id is beyond the vocabulary.
+        UserError: a token id is beyond the vocabulary.
     """
     shape = (len(batch.rows), batch.length)
     tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -168,7 +168,7 @@ def to_samples(
         mask[row, skipped:made] = 1.0
     largest = max(int(tokens.max()), int(labels.max()))
     if largest >= vocab_size:
-        raise InputError(
+        raise UserError(
             f"{bin_path(prefix)}: holds token id {largest}, but the model's vocabulary has "
             f"{vocab_size} entries; the data was made with another tokenizer"
         )

@@ -22,13 +22,14 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
 from megatron_rw.observability.prometheus import DEFAULT_ADDRESS, EndpointError
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.resilience.nonfinite import OnNonFinite
-from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training import checks
 
 
@@ -213,7 +214,7 @@ def parse_args(device: Device) -> Namespace:
         device: what `platform.select_device` chose.
 
     Raises:
-        ConfigError: what our checks refuse.
+        UserError: what our checks refuse.
         AssertionError, ValueError, OSError: what Megatron's refuse. See `one_message`.
     """
     add = functools.partial(add_arguments, device=device)
@@ -232,7 +233,7 @@ def reweight_config(args: Namespace) -> ReweightConfig:
     """The `--reweight-*` flags as the checked record.
 
     Raises:
-        ConfigError: a setting is impossible, or contradicts another.
+        UserError: a setting is impossible, or contradicts another.
     """
     return ReweightConfig(
         **{f.name: getattr(args, f"reweight_{f.name}") for f in dataclasses.fields(ReweightConfig)}
@@ -243,7 +244,7 @@ def reweight_config(args: Namespace) -> ReweightConfig:
 def one_message() -> Iterator[None]:
     """Turn a refusal into one line, from rank 0, and exit status 2 on every rank.
 
-    A refusal is a `ConfigError`, or what Megatron raises on bad arguments: AssertionError (some
+    A refusal is a `UserError`, or what Megatron raises on bad arguments: AssertionError (some
     without a text: the condition is shown instead), ValueError, OSError.
     """
     try:
@@ -259,7 +260,7 @@ def explain(refusal: Exception) -> str:
     """A refusal in one line: its own words where they are ours, else with the place in Megatron."""
     frame = traceback.extract_tb(refusal.__traceback__)[-1]
     ours = f"{os.sep}megatron_rw{os.sep}" in frame.filename
-    if isinstance(refusal, ConfigError) or (ours and str(refusal)):
+    if isinstance(refusal, UserError) or (ours and str(refusal)):
         return str(refusal)
     where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
     return f"Megatron refuses the arguments: {str(refusal) or frame.line} ({where})"
@@ -283,7 +284,7 @@ def _parser_error(parser: ArgumentParser, message: str) -> NoReturn:
     if message.startswith("unrecognized arguments") and unknown:
         close = difflib.get_close_matches(unknown[0], known, n=3)
         message += f". Did you mean {' or '.join(close)}?" if close else ""
-    raise ConfigError(f"{message} (pretrain_gpt_rw.py --help lists all flags)")
+    raise UserError(f"{message} (pretrain_gpt_rw.py --help lists all flags)")
 
 
 def _installed(module: str) -> bool:

@@ -7,6 +7,7 @@ from argparse import Namespace
 import torch
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
@@ -15,7 +16,7 @@ from megatron_rw.platform import Device
 from megatron_rw.resilience.refusals import check_bad_numbers
 from megatron_rw.resilience.resuming import check_resume
 from megatron_rw.resilience.settle import settle
-from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.data_checks import (
     check_files,
     check_split,
@@ -33,7 +34,7 @@ def check_launch(args: Namespace, device: Device) -> None:
         device: in use.
 
     Raises:
-        ConfigError: the first problem found.
+        UserError: the first problem found.
     """
     if args.yaml_cfg is None:
         _check_required(args)
@@ -61,14 +62,14 @@ def check_kernels(args: Namespace, config: ReweightConfig, device: Device) -> No
         device: what `platform.select_device` chose.
 
     Raises:
-        ConfigError: they would not be used.
+        UserError: they would not be used.
         BackendError: they cannot run here.
     """
     chosen = args.reweight_kernels
     if chosen != "auto":
         fused = args.fused_linear_cross_entropy or args.cross_entropy_impl == "fused"
         if not config.enabled and not fused:
-            raise ConfigError(
+            raise UserError(
                 f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy, "
                 "--fused-linear-cross-entropy or --cross-entropy-impl fused, or drop the flag."
             )
@@ -84,7 +85,7 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         config: the reweighting settings.
 
     Raises:
-        ConfigError: the first problem found.
+        UserError: the first problem found.
     """
     if args.rank == 0:
         args.data_fingerprints = fingerprints(args)
@@ -92,20 +93,20 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         check_split(args)
         check_vocabulary(args)
     if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:
-        raise ConfigError(
+        raise UserError(
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
             "chooses: drop one of the two."
         )
     if args.fused_linear_cross_entropy:
         if args.logits_budget_mib is not None and args.logits_budget_mib <= 0:
-            raise ConfigError(f"--logits-budget-mib must be above 0, not {args.logits_budget_mib}.")
+            raise UserError(f"--logits-budget-mib must be above 0, not {args.logits_budget_mib}.")
         check_output_layer(args)
         plan_of(args)
     elif args.logits_budget_mib is not None:
-        raise ConfigError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
+        raise UserError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
     check_bad_numbers(args)
     if config.log_samples and args.log_dir is None:
-        raise ConfigError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
+        raise UserError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:
         _check_reweighting(args)
         check_scope(config, args)
@@ -132,9 +133,9 @@ def _check_required(args: Namespace) -> None:
         return
     missing = ["--" + name.replace("_", "-") for name in needed if getattr(args, name) is None]
     if missing:
-        raise ConfigError(f"required: {', '.join(missing)}.")
+        raise UserError(f"required: {', '.join(missing)}.")
     if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise ConfigError("nothing to train for: give --train-iters or --train-samples.")
+        raise UserError("nothing to train for: give --train-iters or --train-samples.")
 
 
 def _check_world_size(args: Namespace) -> None:
@@ -144,7 +145,7 @@ def _check_world_size(args: Namespace) -> None:
         * args.context_parallel_size
     )
     if args.world_size % model:
-        raise ConfigError(
+        raise UserError(
             f"{args.world_size} process(es) cannot hold --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
             f"{args.pipeline_model_parallel_size} x --context-parallel-size "
@@ -161,7 +162,7 @@ def _check_batch_size(args: Namespace) -> None:
     )
     per_pass = args.micro_batch_size * replicas
     if args.global_batch_size is not None and args.global_batch_size % per_pass:
-        raise ConfigError(
+        raise UserError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of "
             f"--micro-batch-size {args.micro_batch_size} x {replicas} data-parallel replicas "
             f"= {per_pass}."
@@ -175,7 +176,7 @@ def _check_warmup(args: Namespace) -> None:
         (args.lr_warmup_samples, args.lr_decay_samples or args.train_samples, "samples"),
     ):
         if warmup and total and warmup >= total:
-            raise ConfigError(
+            raise UserError(
                 f"--lr-warmup-{unit} {warmup} must be below --lr-decay-{unit} (or else "
                 f"--train-{unit}), which is {total}."
             )
@@ -183,21 +184,21 @@ def _check_warmup(args: Namespace) -> None:
 
 def _check_cpu(args: Namespace) -> None:
     if args.transformer_impl != "local":
-        raise ConfigError(
+        raise UserError(
             f"--transformer-impl {args.transformer_impl} needs a GPU: drop it to run on the CPU."
         )
     for name in ("fp8", "fp4"):
         if getattr(args, name):
-            raise ConfigError(f"--{name}-format needs a GPU: drop it to run on the CPU.")
+            raise UserError(f"--{name}-format needs a GPU: drop it to run on the CPU.")
     if args.distributed_backend == "nccl":
-        raise ConfigError("--distributed-backend nccl needs GPUs: drop it to run on the CPU.")
+        raise UserError("--distributed-backend nccl needs GPUs: drop it to run on the CPU.")
     if args.sequence_parallel:
-        raise ConfigError(
+        raise UserError(
             "--sequence-parallel needs the norms of Transformer Engine or apex; Megatron's plain-"
             "torch ones refuse it. Drop it to run on the CPU."
         )
     if args.context_parallel_size > 1:
-        raise ConfigError(
+        raise UserError(
             "--context-parallel-size above 1 needs Transformer Engine's attention: drop it to run "
             "on the CPU."
         )
@@ -212,14 +213,14 @@ def _check_reweighting(args: Namespace) -> None:
     }
     for name, why in unsupported.items():
         if getattr(args, name):
-            raise ConfigError(f"--{name.replace('_', '-')} {why}: drop it, or --reweight-strategy.")
+            raise UserError(f"--{name.replace('_', '-')} {why}: drop it, or --reweight-strategy.")
     if args.logits_load_dir is not None:
-        raise ConfigError(
+        raise UserError(
             "--logits-load-dir brings a distillation loss of its own: drop it, or "
             "--reweight-strategy."
         )
     if args.gtp_weight_remat_size > 1:
-        raise ConfigError(
+        raise UserError(
             "--tensor-parallel-num-weight-shards spreads the batch over a further group that the "
             "sample weights do not cover: drop it, or --reweight-strategy."
         )
@@ -228,7 +229,7 @@ def _check_reweighting(args: Namespace) -> None:
         and args.context_parallel_size > 1
         and args.micro_batch_size > 1
     ):
-        raise ConfigError(
+        raise UserError(
             "--dataloader-inter-document-masking with context parallelism joins the samples of a "
             "micro-batch before cutting them: use --micro-batch-size 1 with --reweight-strategy."
         )

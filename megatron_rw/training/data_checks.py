@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_rw.data import integrity
-from megatron_rw.data.domains import tokenizer_record
-from megatron_rw.data.tokenizer import fingerprint
-from megatron_rw.data.vocabulary import largest_token_id
-from megatron_rw.reweighting import ConfigError
+from megatron_rw.data.indexed import integrity
+from megatron_rw.data.indexed.domains import tokenizer_record
+from megatron_rw.data.indexed.vocabulary import largest_token_id
+from megatron_rw.data.tokenizers.tokenizer import fingerprint
+from megatron_rw.errors import UserError
 
 
 def data_prefixes(args: Namespace) -> Iterator[str]:
@@ -35,7 +35,7 @@ def check_files(args: Namespace) -> None:
         args: parsed, not validated yet.
 
     Raises:
-        ConfigError: one is not there.
+        UserError: one is not there.
         DataError: one is damaged.
     """
     for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
@@ -43,13 +43,13 @@ def check_files(args: Namespace) -> None:
         # A Hugging Face tokenizer may be named by repository instead of path.
         is_path = name != "tokenizer_model" or args.tokenizer_type != "HuggingFaceTokenizer"
         if path is not None and is_path and not os.path.exists(path):
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: there is no such file.")
+            raise UserError(f"--{name.replace('_', '-')} {path}: there is no such file.")
     if args.mock_data or args.sft:
         return
     # Megatron cannot unpack an empty list.
     prefixes = [] if args.data_path == [] else list(data_prefixes(args))
     if not prefixes:
-        raise ConfigError(
+        raise UserError(
             "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
         )
     _check_weights(args)
@@ -58,7 +58,7 @@ def check_files(args: Namespace) -> None:
             continue
         for suffix in (".idx", ".bin"):
             if not os.path.exists(prefix + suffix):
-                raise ConfigError(_missing_data(prefix, suffix))
+                raise UserError(_missing_data(prefix, suffix))
         integrity.check_pair(prefix)
 
 
@@ -67,7 +67,7 @@ def _check_weights(args: Namespace) -> None:
     for member in [blend, *(blend_per_split or [])]:
         for prefix, weight in zip(*member, strict=True) if member and member[1] else ():
             if not weight > 0:
-                raise ConfigError(
+                raise UserError(
                     f"data path {prefix} has the weight {weight:g}, which must be above 0: leave "
                     "it out to train without it."
                 )
@@ -82,13 +82,13 @@ def check_split(args: Namespace) -> None:
         args: validated.
 
     Raises:
-        ConfigError: it has none.
+        UserError: it has none.
     """
     if args.mock_data or args.sft or args.split is None:
         return
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     if not re.fullmatch(f"{number}(,{number}){{0,2}}", args.split):
-        raise ConfigError(
+        raise UserError(
             f"--split {args.split}: give up to three shares, of training, validation and test, "
             "as 98,1,1."
         )
@@ -97,7 +97,7 @@ def check_split(args: Namespace) -> None:
         return
     shares = [float(share) for share in args.split.split(",")]
     if shares[0] <= 0 and not args.skip_train:
-        raise ConfigError(f"--split {args.split} leaves nothing to train on: its first share is 0.")
+        raise UserError(f"--split {args.split} leaves nothing to train on: its first share is 0.")
     used = ("training", "validation", "test") if args.eval_iters else ("training",)
     for prefix in blend[0]:
         if is_object_storage_path(prefix):
@@ -106,7 +106,7 @@ def check_split(args: Namespace) -> None:
         bounds = [round(documents * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
         for part, share, begin, end in zip(used, shares, bounds, bounds[1:], strict=False):
             if share > 0 and begin == end:
-                raise ConfigError(
+                raise UserError(
                     f"--split {args.split} leaves no document of {prefix} for {part}: it has "
                     f"{documents}. Give that part a larger share, or none."
                 )
@@ -135,7 +135,7 @@ def check_vocabulary(args: Namespace) -> None:
         args: validated; the padded vocabulary size is known.
 
     Raises:
-        ConfigError: they do not fit.
+        UserError: they do not fit.
     """
     if args.mock_data or args.sft:
         return
@@ -145,7 +145,7 @@ def check_vocabulary(args: Namespace) -> None:
         _check_tokenizer(args, prefix)
         largest = largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
-            raise ConfigError(
+            raise UserError(
                 f"data path {prefix} holds token id {largest}, but the model's vocabulary has "
                 f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
                 "Give that one with --tokenizer-model, or tokenize the text again."
@@ -159,7 +159,7 @@ def _check_tokenizer(args: Namespace, prefix: str) -> None:
     if made_by is None or model is None or not os.path.exists(model):
         return
     if fingerprint(model) != made_by.sha256:
-        raise ConfigError(
+        raise UserError(
             f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
             "another model: give that one, or tokenize the text again."
         )

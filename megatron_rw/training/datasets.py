@@ -22,7 +22,7 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_rw.data.domains import domain_names
+from megatron_rw.data.indexed.domains import domain_names
 
 DOMAIN_KEY = "domain"
 PLACE_KEY = "place"

@@ -8,8 +8,8 @@ from argparse import Namespace
 
 from megatron.training.utils import print_rank_0
 
+from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder, nearest_existing
-from megatron_rw.reweighting import ConfigError
 
 _WRITTEN = ("save", "log_dir", "tensorboard_dir", "data_cache_path")
 
@@ -21,17 +21,17 @@ def check_saving(args: Namespace) -> None:
         args: parsed, not validated yet.
 
     Raises:
-        ConfigError: the first problem found.
+        UserError: the first problem found.
     """
     if args.save is not None and not args.save_interval:
-        raise ConfigError("--save DIR needs --save-interval, the steps between checkpoints.")
+        raise UserError("--save DIR needs --save-interval, the steps between checkpoints.")
     if args.save is None and args.save_interval:
         print_rank_0("WARNING: --save-interval without --save saves nothing: add --save DIR")
     _check_retention(args)
     if args.async_save:
         _check_async(args)
     if not 0 <= args.exit_code_when_unfinished <= 125:
-        raise ConfigError(
+        raise UserError(
             "--exit-code-when-unfinished must be in [0, 125], not "
             f"{args.exit_code_when_unfinished}: shells use higher ones for signals."
         )
@@ -41,16 +41,16 @@ def _check_retention(args: Namespace) -> None:
     for name in ("keep_last", "keep_every"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
     if args.keep_every is not None and args.keep_last is None:
-        raise ConfigError(
+        raise UserError(
             "--keep-every spares checkpoints that --keep-last deletes: add --keep-last."
         )
     if args.keep_last is not None:
         if args.save is None:
-            raise ConfigError("--keep-last deletes checkpoints in --save: add --save DIR.")
+            raise UserError("--keep-last deletes checkpoints in --save: add --save DIR.")
         if args.save_retain_interval is not None:
-            raise ConfigError(
+            raise UserError(
                 "--keep-last and Megatron's --save-retain-interval both delete checkpoints: "
                 "drop one."
             )
@@ -58,12 +58,12 @@ def _check_retention(args: Namespace) -> None:
 
 def _check_async(args: Namespace) -> None:
     if args.ckpt_format == "torch":
-        raise ConfigError("--async-save cannot write --ckpt-format torch: use torch_dist.")
+        raise UserError("--async-save cannot write --ckpt-format torch: use torch_dist.")
     if not args.use_persistent_ckpt_worker:
         # Megatron would save synchronously, and say so once among a thousand lines.
-        raise ConfigError("--async-save needs --use-persistent-ckpt-worker: add it.")
+        raise UserError("--async-save needs --use-persistent-ckpt-worker: add it.")
     if args.async_strategy == "nvrx" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
-        raise ConfigError(
+        raise UserError(
             "--async-strategy nvrx needs the package nvidia-resiliency-ext, which is not "
             "installed: install it, or use --async-strategy mcore."
         )
@@ -76,7 +76,7 @@ def check_folders(args: Namespace) -> None:
         args: parsed.
 
     Raises:
-        ConfigError: it cannot, or is not.
+        UserError: it cannot, or is not.
     """
     for name in _WRITTEN:
         path = getattr(args, name)
@@ -84,19 +84,19 @@ def check_folders(args: Namespace) -> None:
             continue
         existing = nearest_existing(path)
         if not existing.is_dir():
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: {existing} is no folder.")
+            raise UserError(f"--{name.replace('_', '-')} {path}: {existing} is no folder.")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(
+            raise UserError(
                 f"--{name.replace('_', '-')} {path}: {existing} cannot be written to: give a "
                 "folder that can, or change its permissions."
             )
     if args.exit_on_missing_checkpoint and not _is_there(args.load):
         # Megatron would end with status 0, as if all were done.
-        raise ConfigError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
+        raise UserError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
     if args.pretrained_checkpoint is not None and not (
         _is_there(args.load) or _is_there(args.pretrained_checkpoint)
     ):
-        raise ConfigError(
+        raise UserError(
             f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint."
         )
 

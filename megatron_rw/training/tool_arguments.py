@@ -12,17 +12,17 @@ from typing import NoReturn
 
 from megatron.training import global_vars
 
+from megatron_rw.errors import UserError
 from megatron_rw.platform import Device
-from megatron_rw.reweighting import ConfigError
 from megatron_rw.training.arguments import parse_args
 
 
 class ToolParser(argparse.ArgumentParser):
-    """Raises `ConfigError` where argparse would print the usage on every rank."""
+    """Raises `UserError` where argparse would print the usage on every rank."""
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 def parse_job_flags(flags: Sequence[str], device: Device) -> Namespace:
@@ -33,7 +33,7 @@ def parse_job_flags(flags: Sequence[str], device: Device) -> Namespace:
         device: what `platform.select_device` chose.
 
     Raises:
-        ConfigError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError, AssertionError, ValueError, OSError: what the job would refuse.
     """
     # They are set up while arguments are parsed; a tool is no run to be logged.
     for writer in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rw.data.domains import FILE_NAME, DomainsFile
-from megatron_rw.data.work import FOLDER
+from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile
+from megatron_rw.data.resume import FOLDER
 
 
 def incomplete(expected: Path, found: Path) -> str | None:

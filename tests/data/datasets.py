@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
 type Document = list[list[int]]  # its sequences, each of token ids

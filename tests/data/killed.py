@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.data.domains import FILE_NAME
-from megatron_rw.data.indexed import PairWriter
-from megatron_rw.data.work import FOLDER
+from megatron_rw.data.indexed.domains import FILE_NAME
+from megatron_rw.data.indexed.pair import PairWriter
+from megatron_rw.data.resume import FOLDER
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 POINTS = {

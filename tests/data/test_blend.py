@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.blend import blend_text, blend_weights
-from megatron_rw.data.command import InputError
-from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
-from megatron_rw.data.indexed import PairWriter
-from megatron_rw.data.output import check_output_dir, publish
+from megatron_rw.data.indexed.blend import blend_text, blend_weights
+from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed.output import check_output_dir, publish
+from megatron_rw.data.indexed.pair import PairWriter
+from megatron_rw.errors import UserError
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
 COUNTS = st.dictionaries(st.text("abc", min_size=1), st.integers(1, 10**13), min_size=1, max_size=6)
@@ -55,23 +55,23 @@ def test_given_weights_are_normalized_in_the_order_of_the_domains() -> None:
     ],
 )
 def test_a_bad_weight_is_named(given: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         blend_weights(records({"a": 1, "b": 1}), given=given)
 
 
 @pytest.mark.parametrize("temperature", [0, -1, math.nan])
 def test_a_temperature_is_above_0(temperature: float) -> None:
-    with pytest.raises(InputError, match="the temperature of the blend is"):
+    with pytest.raises(UserError, match="the temperature of the blend is"):
         blend_weights(records({"a": 1}), temperature=temperature)
 
 
 def test_a_weight_too_small_for_a_float_is_an_error() -> None:
-    with pytest.raises(InputError, match="leaves the domain 'b' a weight of 0; give a higher one"):
+    with pytest.raises(UserError, match="leaves the domain 'b' a weight of 0; give a higher one"):
         blend_weights(records({"a": 10**9, "b": 1}), temperature=0.01)
 
 
 def test_nothing_to_count_is_an_error() -> None:
-    with pytest.raises(InputError, match="the domain 'b' has no tokens to weigh it by"):
+    with pytest.raises(UserError, match="the domain 'b' has no tokens to weigh it by"):
         blend_weights(records({"a": 1, "b": 0}))
 
 
@@ -117,16 +117,16 @@ def test_without_a_tokenizer_there_is_no_domains_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "a_text_document.bin", "a_text_document.idx", "blend.txt",
     ]  # fmt: skip
-    with pytest.raises(InputError, match=r"holds datasets already \(blend\.txt\); give another"):
+    with pytest.raises(UserError, match=r"holds datasets already \(blend\.txt\); give another"):
         check_output_dir(tmp_path / "out", overwrite=False)
 
 
 def test_a_broken_domains_file_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "domains.json").write_text("{")
-    with pytest.raises(InputError, match=r"domains\.json: not JSON"):
+    with pytest.raises(UserError, match=r"domains\.json: not JSON"):
         check_output_dir(tmp_path, overwrite=True)
 
 
 def test_a_path_with_white_space_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Megatron splits blend\.txt at white space"):
+    with pytest.raises(UserError, match=r"Megatron splits blend\.txt at white space"):
         check_output_dir(tmp_path / "a b", overwrite=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.dedup import Bitmap, DuplicateFinder, hash_documents
+from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
 
 # Few values in each half, so that hashes are equal, equal in one half, or share a bucket.
 HALF = st.sampled_from([0, 1, 2, 1 << 48, (1 << 48) + 1, 3 << 62, (1 << 64) - 1])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.domains import (
+from megatron_rw.data.indexed.domains import (
     DomainRecord,
     DomainsFile,
     TokenizerRecord,

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megatron_rw.data.chunks import Reading, tasks
-from megatron_rw.data.command import InputError
 from megatron_rw.data.encoding import Encoder, Encoding
-from megatron_rw.data.joining import join
-from megatron_rw.data.parts import Store
-from megatron_rw.data.sentences import sentence_splitter
-from megatron_rw.data.shards import Shard, shard_of
-from megatron_rw.data.sources import Source, find_sources
-from megatron_rw.data.tokenizer import optimal_dtype
+from megatron_rw.data.indexed.joining import join
+from megatron_rw.data.indexed.parts import Store
+from megatron_rw.data.text.chunks import Reading, tasks
+from megatron_rw.data.text.sentences import sentence_splitter
+from megatron_rw.data.text.shards import Shard, shard_of
+from megatron_rw.data.text.sources import Source, find_sources
+from megatron_rw.data.tokenizers.tokenizer import optimal_dtype
 from megatron_rw.data.workers import run_unordered
+from megatron_rw.errors import UserError
 from tests.data.conftest import write_jsonl
 
 EOD = 0
@@ -129,7 +129,7 @@ def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
 
 def fail(task: int) -> int:
     if task == 3:
-        raise InputError("three")
+        raise UserError("three")
     return task * 10
 
 
@@ -137,7 +137,7 @@ def fail(task: int) -> int:
 def test_results_come_with_their_tasks_and_errors_are_passed_on(workers: int) -> None:
     done = dict(run_unordered(lambda task: task * 10, iter(range(30)), workers))
     assert done == {task: task * 10 for task in range(30)}
-    with pytest.raises(InputError, match="three"):
+    with pytest.raises(UserError, match="three"):
         list(run_unordered(fail, iter(range(30)), workers))
 
 
@@ -145,7 +145,7 @@ def test_results_come_with_their_tasks_and_errors_are_passed_on(workers: int) ->
 def test_shards_hold_every_file_once_and_none_is_empty(sizes: list[int], count: int) -> None:
     sources = [Source(f"{i}.jsonl", "jsonl", None, size, "") for i, size in enumerate(sizes)]
     if count > len(sizes):
-        with pytest.raises(InputError, match=f"there are {len(sizes)} files"):
+        with pytest.raises(UserError, match=f"there are {len(sizes)} files"):
             shard_of(sources, Shard(0, count))
         return
     shards = [shard_of(sources, Shard(index, count)) for index in range(count)]

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_rw.data import indexed
-from megatron_rw.data.command import InputError
-from megatron_rw.data.indexed import Index, PairWriter
+from megatron_rw.data.indexed import pair as indexed
+from megatron_rw.data.indexed.pair import Index, PairWriter
+from megatron_rw.errors import UserError
 
 # Documents, of which each is some sequences, of which each is some token ids.
 DOCUMENTS = st.lists(
@@ -99,7 +99,7 @@ def test_a_piece_beyond_the_end_is_an_error_and_leaves_nothing(tmp_path: Path) -
     source = tmp_path / "source"
     source.write_bytes(bytes(10))
     with (
-        pytest.raises(InputError, match="source: ends 2 bytes too early"),
+        pytest.raises(UserError, match="source: ends 2 bytes too early"),
         PairWriter(tmp_path / "out", np.uint16) as writer,
         source.open("rb") as file,
     ):
@@ -130,6 +130,6 @@ def test_tokens_without_a_document_are_a_mistake(tmp_path: Path) -> None:
 def test_a_bad_index_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.idx").write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         Index.open(tmp_path / "a")
     assert str(error.value).startswith(f"{tmp_path / 'a.idx'}: ")

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_rw.data import decoding, inspect_dataset
-from megatron_rw.data import documents as blocks
-from megatron_rw.data.domains import DomainsFile, TokenizerRecord
-from megatron_rw.data.indexed import HEADER
-from megatron_rw.data.integrity import fingerprint
-from megatron_rw.data.lengths import Lengths
-from megatron_rw.data.tokenizer import fingerprint as sha256
-from megatron_rw.data.tokenizer import load_tokenizer
-from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from megatron_rw.data import inspect_dataset
+from megatron_rw.data.indexed import documents as blocks
+from megatron_rw.data.indexed.domains import DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed.integrity import fingerprint
+from megatron_rw.data.indexed.lengths import Lengths
+from megatron_rw.data.indexed.pair import HEADER
+from megatron_rw.data.tokenizers import decoding
+from megatron_rw.data.tokenizers.tokenizer import fingerprint as sha256
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
 from tests.data.datasets import TOKENIZER, Document, record, write_dataset, write_directory
 

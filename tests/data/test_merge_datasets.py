@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import documents as blocks
-from megatron_rw.data import domains, merge_datasets
-from megatron_rw.data.indexed import HEADER, PairWriter
+from megatron_rw.data import merge_datasets
+from megatron_rw.data.indexed import documents as blocks
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.pair import HEADER, PairWriter
 from tests.data.datasets import (
     TOKENIZER,
     Document,

@@ -14,7 +14,9 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import chunks, domains, preprocess_data
+from megatron_rw.data import preprocess_data
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.text import chunks
 from tests.data.conftest import make_texts, write_jsonl
 
 EOD = 2

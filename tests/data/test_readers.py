@@ -9,11 +9,11 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data.chunks import Reading, tasks
-from megatron_rw.data.command import InputError
-from megatron_rw.data.readers import documents, read
-from megatron_rw.data.records import BYTE_ORDER_MARK, Raw
-from megatron_rw.data.sources import Source, find_sources
+from megatron_rw.data.text.chunks import Reading, tasks
+from megatron_rw.data.text.readers import documents, read
+from megatron_rw.data.text.records import BYTE_ORDER_MARK, Raw
+from megatron_rw.data.text.sources import Source, find_sources
+from megatron_rw.errors import UserError
 
 # Lines short and long, blank, and with whatever ends one.
 LINES = st.lists(
@@ -183,7 +183,7 @@ def test_a_json_element_is_not_held_whatever_its_size(tmp_path: Path) -> None:
     message = "element 2 is longer than --max-line-bytes 1000; split the document"
     found = documents(source, reading(limit=1000))
     assert next(found).content == {"text": "a"}
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         next(found)
 
 
@@ -214,7 +214,7 @@ def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
 
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
     source = find_sources([str(tmp_path / "in.parquet")])[0]
-    with pytest.raises(InputError, match=r"in\.parquet: no column 'text'; it has: body"):
+    with pytest.raises(UserError, match=r"in\.parquet: no column 'text'; it has: body"):
         list(documents(source, reading()))
 
 
@@ -238,7 +238,7 @@ def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         list(documents(find_sources([str(path)])[0], reading()))
     assert str(error.value).startswith(f"{path}: ")
 
@@ -259,7 +259,7 @@ def test_random_bytes_are_read_or_refused(
     path.write_bytes(head + content)
     try:
         found = list(documents(find_sources([str(path)])[0], reading(20, whole_files=whole)))
-    except InputError as error:
+    except UserError as error:
         assert str(error).startswith(f"{path}: ")  # noqa: PT017
     else:
         assert all(raw.line > 0 for raw in found)

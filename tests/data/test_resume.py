@@ -12,10 +12,11 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_rw.data import chunks, domains
 from megatron_rw.data.encoding import Encoder
-from megatron_rw.data.output import publish
-from megatron_rw.data.work import FOLDER
+from megatron_rw.data.indexed import domains
+from megatron_rw.data.indexed.output import publish
+from megatron_rw.data.resume import FOLDER
+from megatron_rw.data.text import chunks
 from tests.data.conftest import make_texts, write_jsonl
 from tests.data.test_preprocess_data import datasets, files, preprocess
 
@@ -174,7 +175,7 @@ def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr("megatron_rw.data.work._remove", interrupt)
+        context.setattr("megatron_rw.data.resume._remove", interrupt)
         assert preprocess(*interrupted) == 130
         made = datasets(tmp_path / "out")
         assert made
@@ -217,7 +218,7 @@ def test_a_file_system_without_locks_is_told_of(
 # Never ends by itself, so that what is done to it meets it at work however busy the machine is.
 HELD = """
 import signal, sys
-from megatron_rw.data import chunks
+from megatron_rw.data.text import chunks
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.preprocess_data import main
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_rw.data.chunks import Reading
-from megatron_rw.data.command import InputError
-from megatron_rw.data.domain_sampling import draw_sample, plan_reading
-from megatron_rw.data.sampling import Sample, divide
-from megatron_rw.data.sources import find_sources
-from megatron_rw.data.spread_reading import DocumentReader, Part, how_to_read, plan, volume
+from megatron_rw.data.text.chunks import Reading
+from megatron_rw.data.text.domain_sampling import draw_sample, plan_reading
+from megatron_rw.data.text.sampling import Sample, divide
+from megatron_rw.data.text.sources import find_sources
+from megatron_rw.data.text.spread_reading import DocumentReader, Part, how_to_read, plan, volume
+from megatron_rw.errors import UserError
 from tests.data.conftest import write_jsonl
 
 LINE = "x" * 1000  # a passage of its own
@@ -145,7 +145,7 @@ def test_a_bad_line_has_its_number_in_the_file(
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     reading = reading_of(chunk)
     parts = plan(find_sources([str(path)]), reading, 10**9)
-    with pytest.raises(InputError, match=rf"{name}, line {bad + 1}: no field 'text' .*; 1 of "):
+    with pytest.raises(UserError, match=rf"{name}, line {bad + 1}: no field 'text' .*; 1 of "):
         read_texts(parts, reading)
     reader = DocumentReader(reading, "text", None, 0.02)
     assert sum(1 for part in parts for _ in reader.documents(part)) == 98
@@ -159,7 +159,7 @@ def test_most_lines_bad_is_an_error_before_all_are_read(tmp_path: Path) -> None:
     reading = how_to_read(["text"], 0)
     parts = plan(find_sources([str(tmp_path)]), reading, 10**9)
     reader = DocumentReader(reading, "text", None, 0.6)
-    with pytest.raises(InputError, match="20,000 of 20,000 lines read are bad"):
+    with pytest.raises(UserError, match="20,000 of 20,000 lines read are bad"):
         list(reader.documents(parts[0]))
 
 

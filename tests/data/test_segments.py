@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.huggingface_tokenizer import known_words
-from megatron_rw.data.segments import (
+from megatron_rw.data.tokenizers.huggingface_tokenizer import known_words
+from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     LATER_WORDS,
     SegmentEncoder,
     cuts_between_words,
     split,
 )
-from megatron_rw.data.words import WordEncoder
+from megatron_rw.data.tokenizers.word_cache import WordEncoder
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
     IN_WORDS,

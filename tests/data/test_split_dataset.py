@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import documents as blocks
-from megatron_rw.data import held_out, split_dataset
-from megatron_rw.data.domains import DomainRecord, DomainsFile
-from megatron_rw.data.held_out import HeldOut, Share, choose
+from megatron_rw.data import split_dataset
+from megatron_rw.data.indexed import documents as blocks
+from megatron_rw.data.indexed import held_out
+from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile
+from megatron_rw.data.indexed.held_out import HeldOut, Share, choose
 from tests.data.datasets import (
     TOKENIZER,
     Document,

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.huggingface_tokenizer import is_self_contained
-from megatron_rw.data.tokenizer import (
+from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizers.huggingface_tokenizer import is_self_contained
+from megatron_rw.data.tokenizers.tokenizer import (
     TokenizerFlags,
     add_tokenizer_flags,
     end_of_document_id,
@@ -23,6 +22,7 @@ from megatron_rw.data.tokenizer import (
     load_tokenizer,
     tokenizer_flags,
 )
+from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
     SENTENCEPIECE,
@@ -181,14 +181,14 @@ def test_what_only_transformers_can_read(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
     load_tokenizer(flags)
     (directory / name).unlink() if content is None else (directory / name).write_text(content)
-    with pytest.raises(InputError, match=r"read .*/hf, needs a package .*: pip install tra"):
+    with pytest.raises(UserError, match=r"read .*/hf, needs a package .*: pip install tra"):
         load_tokenizer(flags)
 
 
 def test_a_model_that_is_no_directory(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
     flags = TokenizerFlags("HuggingFaceTokenizer", f"{directory}/tokenizer.json")
-    with pytest.raises(InputError, match=rf"give the directory .*: {directory}$"):
+    with pytest.raises(UserError, match=rf"give the directory .*: {directory}$"):
         load_tokenizer(flags)
 
 
@@ -197,7 +197,7 @@ def test_a_damaged_model(tmp_path: Path, type_: str) -> None:
     path = tmp_path if type_ == "HuggingFaceTokenizer" else tmp_path / "vocab.json"
     for name in ("vocab.json", "tokenizer.json"):
         (tmp_path / name).write_text("[")
-    with pytest.raises(InputError, match=f"^--tokenizer-model {path}: cannot be loaded as "):
+    with pytest.raises(UserError, match=f"^--tokenizer-model {path}: cannot be loaded as "):
         load_tokenizer(TokenizerFlags(type_, str(path)))
 
 
@@ -260,14 +260,14 @@ def test_the_flags_are_megatrons() -> None:
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(UserError, match=message):
         parse(*flags)
 
 
 def test_no_end_of_document(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
     tokenizer = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
-    with pytest.raises(InputError, match=f"the tokenizer {directory} has no end-of-document"):
+    with pytest.raises(UserError, match=f"the tokenizer {directory} has no end-of-document"):
         end_of_document_id(tokenizer, directory)
 
 
@@ -281,7 +281,7 @@ def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
 
 _COUNT_THREADS = """
 import os, sys
-from megatron_rw.data.tokenizer import TokenizerFlags, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
 tokenizer = load_tokenizer(TokenizerFlags(*sys.argv[1:]))
 before = len(os.listdir("/proc/self/task"))
 tokenizer.encode_batch(["the model reads a batch of text " * 2000] * 20)

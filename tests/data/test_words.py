@@ -11,9 +11,18 @@ from numpy.typing import NDArray
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data import words as words_module
-from megatron_rw.data.segments import GPT2_WORDS, LATER_WORDS, SegmentEncoder, cuts_between_words
-from megatron_rw.data.words import WordEncoder, byte_level_words, sentencepiece_words
+from megatron_rw.data.tokenizers import word_cache as words_module
+from megatron_rw.data.tokenizers.safe_cuts import (
+    GPT2_WORDS,
+    LATER_WORDS,
+    SegmentEncoder,
+    cuts_between_words,
+)
+from megatron_rw.data.tokenizers.word_cache import (
+    WordEncoder,
+    byte_level_words,
+    sentencepiece_words,
+)
 from tests.data.test_segments import TEXTS
 
 SPACE = "\u2581"

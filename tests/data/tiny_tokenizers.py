@@ -9,11 +9,11 @@ from typing import Any
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_rw.data.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.huggingface_tokenizer import HuggingFaceTokenizer
-from megatron_rw.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_rw.data.tiktoken_tokenizer import TikTokenizer
-from megatron_rw.data.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megatron_rw.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from megatron_rw.data.tokenizers.tiktoken_tokenizer import TikTokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
 
 LLAMA3 = (

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations import attach, bound_loss_mask
-from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.reweighting import ReweightConfig
 from tests.parallel.test_none_is_megatron import CPU
 from tests.program import Run, run_program
 
@@ -55,7 +56,7 @@ def test_attached_script_trains_as_the_program_does(tmp_path: Path, data_flags: 
 
 
 def test_strategy_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="strategy none does nothing"):
+    with pytest.raises(UserError, match="strategy none does nothing"):
         attach(lambda *_: (None, lambda _: None), ReweightConfig())
 
 
@@ -80,7 +81,7 @@ def test_mask_is_found_where_megatrons_scripts_bind_it() -> None:
     mask = torch.ones(2, 3)
     assert bound_loss_mask(functools.partial(token_mean, mask)) is mask
     assert bound_loss_mask(functools.partial(token_mean, loss_mask=mask)) is mask
-    with pytest.raises(ConfigError, match="no bound argument loss_mask"):
+    with pytest.raises(UserError, match="no bound argument loss_mask"):
         bound_loss_mask(lambda output: output)
 
 

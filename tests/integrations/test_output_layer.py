@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations import cross_entropy
 from megatron_rw.integrations.output_layer import FusedOutputLayer, check_output_layer
-from megatron_rw.reweighting import ConfigError
 from tests import program
 from tests.program import Run, run_program
 from tests.ranks import run_ranks
@@ -158,7 +158,7 @@ def processor_on_rank() -> dict[str, Any]:
     refusal = ""
     try:
         call(torch.nn.Linear(16, 40), labels, hidden)
-    except ConfigError as error:
+    except UserError as error:
         refusal = str(error)
     again, _ = made(hidden)
     return {
@@ -219,6 +219,6 @@ def test_what_it_would_leave_out_is_refused(setting: dict[str, Any], message: st
     if message is None:
         check_output_layer(args)
         return
-    with pytest.raises(ConfigError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         check_output_layer(args)
     assert str(refusal.value).endswith(": drop it, or --fused-linear-cross-entropy.")

@@ -7,8 +7,9 @@ from argparse import Namespace
 import pytest
 import torch
 
+from megatron_rw.errors import UserError
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.reweighting import ConfigError, ReweightConfig
+from megatron_rw.reweighting import ReweightConfig
 
 LINUPPER = ReweightConfig(strategy="linupper", warmup_steps=10)
 
@@ -86,5 +87,5 @@ def test_deferred_run_from_a_checkpoint_without_moments_says_so() -> None:
 
 def test_state_of_another_version_is_refused() -> None:
     state = ReweightState(LINUPPER)
-    with pytest.raises(ConfigError, match="saved by another version"):
+    with pytest.raises(UserError, match="saved by another version"):
         state.load({"first_iteration": 3})

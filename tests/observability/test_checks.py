@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rw.errors import UserError
 from megatron_rw.observability.checks import check_observability
 from megatron_rw.platform import Device
-from megatron_rw.reweighting import ConfigError
 
 PROFILE = {"profile": True, "use_pytorch_profiler": True, "tensorboard_dir": "board"}
 HISTORY = {"record_memory_history": True}
@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Device, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses(case: str) -> None:
     device, changed, message = REFUSED[case]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         check(device, **changed)
 
 

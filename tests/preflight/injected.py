@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 def main() -> None:
     """Run it."""
+    from megatron_rw.errors import UserError
     from megatron_rw.preflight import command, config, facts, measure
-    from megatron_rw.reweighting import ConfigError
 
     rank = os.environ["RANK"]
     faults = {
@@ -42,7 +42,7 @@ def main() -> None:
     if "refusal" in faults:
 
         def refuse(*_: object) -> None:
-            raise ConfigError(faults["refusal"])
+            raise UserError(faults["refusal"])
 
         config.job_arguments = refuse  # type: ignore[assignment]
     all_reduce = dist.all_reduce

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.reweighting import ConfigError, ReweightConfig, temperature_at
+from megatron_rw.errors import UserError
+from megatron_rw.reweighting import ReweightConfig, temperature_at
 from megatron_rw.reweighting.config import WARMUP_TEMPERATURE
 
 
@@ -32,7 +33,7 @@ from megatron_rw.reweighting.config import WARMUP_TEMPERATURE
     ],
 )
 def test_refusals_name_the_flag(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         ReweightConfig(**settings)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.command import InputError
+from megatron_rw.errors import UserError
 from megatron_rw.scoring.folder import ARRAYS, BlockWriter, ScoreFolder, document_means
 from megatron_rw.scoring.plan import Block
 from megatron_rw.scoring.summary import draw, summarise, table
@@ -76,24 +76,24 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     other = job(checkpoint={"iteration": 4})
     wanted = r"progress.json is of another job: checkpoint.iteration 3 there, 4 here. Give another"
-    with pytest.raises(InputError, match=wanted):
+    with pytest.raises(UserError, match=wanted):
         folder.begin(other)
     folder.finish(job(), {"domains": {}})
-    with pytest.raises(InputError, match=r"scores.json is of another job: checkpoint.iteration"):
+    with pytest.raises(UserError, match=r"scores.json is of another job: checkpoint.iteration"):
         folder.begin(other)
 
 
 def test_a_missing_array_is_refused(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     folder.partial("a", "document_losses").unlink()
-    with pytest.raises(InputError, match=r"document_losses.npy.partial is missing"):
+    with pytest.raises(UserError, match=r"document_losses.npy.partial is missing"):
         folder.begin(job())
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
     (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(InputError, match=r"progress.json: not JSON"):
+    with pytest.raises(UserError, match=r"progress.json: not JSON"):
         ScoreFolder(tmp_path).begin(job())
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.indexed import Index, PairWriter, idx_path
+from megatron_rw.data.indexed.pair import Index, PairWriter, idx_path
+from megatron_rw.errors import UserError
 from megatron_rw.scoring.plan import Blocks, Plan, row_lengths, share
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=20).filter(any)
@@ -78,13 +78,13 @@ def test_an_index_with_gaps_is_refused(tmp_path: Path) -> None:
     content[at : at + 8] = (12).to_bytes(8, "little")
     idx_path(prefix).write_bytes(content)
     blocks = Blocks(str(prefix), Index.open(prefix), 1000)
-    with pytest.raises(InputError, match=r"gaps.idx: documents 0 to 2 do not lie one after"):
+    with pytest.raises(UserError, match=r"gaps.idx: documents 0 to 2 do not lie one after"):
         blocks[0]
 
 
 def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "empty", [0, 0])
-    with pytest.raises(InputError, match="holds no tokens"):
+    with pytest.raises(UserError, match="holds no tokens"):
         plan(256).blocks(str(tmp_path / "empty"))
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rw.data.command import InputError
-from megatron_rw.data.domains import DomainRecord, DomainsFile, TokenizerRecord
-from megatron_rw.data.indexed import Index, PairWriter
-from megatron_rw.reweighting import ConfigError
+from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed.pair import Index, PairWriter
+from megatron_rw.errors import UserError
 from megatron_rw.scoring.config import expanded, split_flags
 from megatron_rw.scoring.folder import ARRAYS
 from megatron_rw.scoring.plan import MicroBatch
@@ -238,7 +237,7 @@ def test_a_micro_batch_is_what_a_loader_would_give() -> None:
     assert drawn["labels"].tolist() == [[12, 13, 14, 0, 0], [15, 16, 17, 18, 0], [0] * 5]
     assert drawn["loss_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0] * 5]
     assert drawn["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 3
-    with pytest.raises(InputError, match=r"some.bin: holds token id 18, but the model's"):
+    with pytest.raises(UserError, match=r"some.bin: holds token id 18, but the model's"):
         to_samples("some", np.arange(10, 20), MicroBatch(5, rows), vocab_size=18)
 
 
@@ -246,12 +245,12 @@ def test_flags(tmp_path: Path, data: Path) -> None:
     prefixes = [str(data / name) for name in NAMES]
     assert expanded([str(data)]) == prefixes
     assert expanded(["0.3", str(data), "0.7", "x/y"]) == [*prefixes, "x/y"]
-    with pytest.raises(ConfigError, match=r"a folder without a domains.json"):
+    with pytest.raises(UserError, match=r"a folder without a domains.json"):
         expanded([str(tmp_path)])
     of_a_job = "--save there --async-save --split 98,1,1 --global-batch-size 7 --lr 1".split()
     _, flags = split_flags(["--load", "c", "--score-dir", "s", *of_a_job], "")
     assert flags[:4] == ["--lr", "1", "--load", "c"]
     assert not {"--save", "--async-save", "--global-batch-size", "98,1,1"} & set(flags)
     for given, missing in (("--load", "--score-dir"), ("--score-dir", "--load")):
-        with pytest.raises(ConfigError, match=f"{missing} DIR is missing"):
+        with pytest.raises(UserError, match=f"{missing} DIR is missing"):
             split_flags([given, "somewhere"], "")

@@ -1,0 +1,1 @@
+"""Megatron's `.bin/.idx` datasets: read, written, joined, checked and described."""

@@ -1,0 +1,89 @@
+"""`blend.txt`: how often Megatron draws from each domain, for its `--data-args-path`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from megatron_rw.data.indexed.domains import DomainRecord
+from megatron_rw.errors import UserError
+
+BLEND_FILE = "blend.txt"
+
+
+def blend_weights(
+    records: Mapping[str, DomainRecord],
+    by: Literal["tokens", "documents"] = "tokens",
+    temperature: float = 1.0,
+    given: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Returns the weight of each domain: count^(1/temperature), or the one given.
+
+    A temperature of 1 draws every token (or document) equally often, a higher one draws more often
+    from small domains, and an infinite one from all domains alike.
+
+    Args:
+        records: Domain to what is in it.
+        by: What is counted.
+        temperature: Above 0.
+        given: Domain to weight, of any sum; the other two are then of no meaning.
+
+    Returns:
+        Domain to weight, above 0 and of sum 1, in the order of `records`.
+
+    Raises:
+        UserError: If a weight is given for no domain, or a domain has none above 0.
+    """
+    if given is not None:
+        return _normalized(_checked(records, given))
+    if not temperature > 0:
+        raise UserError(f"the temperature of the blend is {temperature:g}; give one above 0")
+    counts = {name: getattr(record, by) for name, record in records.items()}
+    for name, count in counts.items():
+        if count == 0:
+            raise UserError(f"the domain '{name}' has no {by} to weigh it by; leave it out")
+    # By logarithms, since a low temperature takes a count beyond what a float can hold.
+    logs = {name: math.log(count) / temperature for name, count in counts.items()}
+    largest = max(logs.values(), default=0.0)
+    weights = {name: math.exp(log - largest) for name, log in logs.items()}
+    for name, weight in weights.items():
+        if weight == 0:
+            raise UserError(
+                f"the temperature {temperature:g} of the blend leaves the domain '{name}' a weight "
+                "of 0; give a higher one"
+            )
+    return _normalized(weights)
+
+
+def blend_text(weights: Mapping[str, float], prefixes: Mapping[str, Path]) -> str:
+    """Returns Megatron's "weight prefix weight prefix ...", a dataset a line.
+
+    Args:
+        weights: Domain to weight.
+        prefixes: Domain to the path of its dataset without `.bin` and `.idx`.
+    """
+    return "".join(f"{weight:.6g} {prefixes[name]}\n" for name, weight in weights.items())
+
+
+def _checked(records: Iterable[str], given: Mapping[str, float]) -> dict[str, float]:
+    domains = list(records)
+    there = f"the domains are {', '.join(domains)}"
+    unknown = [name for name in given if name not in domains]
+    if unknown:
+        raise UserError(f"a weight is given for '{unknown[0]}', which is no domain; {there}")
+    missing = [name for name in domains if name not in given]
+    if missing:
+        raise UserError(f"no weight is given for the domain '{missing[0]}'; give it one")
+    for name in domains:
+        if not 0 < given[name] < math.inf:
+            raise UserError(
+                f"the domain '{name}' is given the weight {given[name]:g}; give one above 0"
+            )
+    return {name: given[name] for name in domains}
+
+
+def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
+    total = math.fsum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}

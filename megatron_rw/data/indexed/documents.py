@@ -1,0 +1,220 @@
+"""The documents of a `.bin/.idx` pair, read a bounded block at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rw.data.indexed.integrity import DataError, check_pair
+from megatron_rw.data.indexed.pair import Index, PairWriter, bin_path, idx_path
+from megatron_rw.errors import UserError
+
+# Of a block: what is done once per block costs nothing beside reading it, and it fits a cache.
+_BYTES = 16 << 20
+_DOCUMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive documents.
+
+    Attributes:
+        first: number of the first of them in its dataset.
+        sequences: int64 [documents], sequences of each.
+        lengths: int32 [sequences], tokens of each sequence.
+        tokens: int64 [documents], tokens of each document.
+        offset: where the first begins in the `.bin`, in bytes.
+        size: bytes of all of them there.
+    """
+
+    first: int
+    sequences: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    tokens: NDArray[np.int64]
+    offset: int
+    size: int
+
+
+class DatasetReader:
+    """Reads a whole dataset in the order of its documents; a context manager.
+
+    Args:
+        prefix: path without `.bin` and `.idx`.
+
+    Attributes:
+        prefix: the same.
+        index: of the dataset.
+        dtype: type of a token id.
+        documents: how many it has.
+        tokens: how many it has.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        self.index = Index.open(prefix)
+        if not bin_path(prefix).is_file():
+            raise UserError(f"{bin_path(prefix)}: no such file, but its .idx is there; copy both")
+        try:
+            check_pair(str(prefix))
+        except DataError as error:
+            raise UserError(str(error)) from error
+        self.dtype = self.index.dtype
+        self.documents = self.index.documents
+        self.tokens = os.path.getsize(bin_path(prefix)) // self.dtype.itemsize
+        self._file = bin_path(prefix).open("rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the file of the tokens."""
+        self._file.close()
+
+    def blocks(self) -> Iterator[Block]:
+        """Yields all documents, some 16 MB of tokens at a time.
+
+        Raises:
+            UserError: the tables of the index contradict each other, or documents do not follow
+                one another in the `.bin`; the message names the first such document.
+        """
+        end = 0
+        for first in range(0, self.documents, _DOCUMENTS):
+            bounds = np.asarray(self.index.bounds[first : first + _DOCUMENTS + 1])
+            self._check_bounds(first, bounds)
+            lengths = np.asarray(self.index.lengths[bounds[0] : bounds[-1]])
+            edges = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            self._check_offsets(bounds, lengths, edges[:-1], first)
+            end = int(edges[-1])
+            documents = edges[bounds - bounds[0]]  # where each begins, in tokens, and the end
+            yield from self._cut(first, bounds, lengths, documents)
+
+    def read(self, block: Block) -> NDArray[Any]:
+        """Reads the tokens of a block."""
+        self._file.seek(block.offset)
+        count = block.size // self.dtype.itemsize
+        ids: NDArray[Any] = np.fromfile(self._file, self.dtype, count)
+        if len(ids) < count:
+            raise UserError(f"{bin_path(self.prefix)}: was cut off while it was read; try again")
+        return ids
+
+    def document(self, number: int) -> NDArray[Any]:
+        """Reads the tokens of one document.
+
+        Args:
+            number: from 0.
+        """
+        first, last = self.index.bounds[number : number + 2].tolist()
+        lengths = self.index.lengths[first:last]
+        count = int(lengths.sum(dtype=np.int64))
+        offset = int(self.index.offsets[first]) if count else 0
+        tokens = np.array([count])
+        return self.read(
+            Block(
+                number,
+                np.array([last - first]),
+                lengths,
+                tokens,
+                offset,
+                count * self.dtype.itemsize,
+            )
+        )
+
+    def copy(self, block: Block, writer: PairWriter) -> None:
+        """Appends the documents of a block to a dataset of the same dtype, inside the kernel."""
+        writer.copy_tokens(self._file, block.offset, block.size)
+        writer.add_documents(block.lengths, block.sequences)
+
+    def _cut(
+        self,
+        first: int,
+        bounds: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        edges: NDArray[np.int64],
+    ) -> Iterator[Block]:
+        itemsize = self.dtype.itemsize
+        start = 0
+        while start < len(bounds) - 1:
+            limit = edges[start] + _BYTES // itemsize
+            stop = max(start + 1, int(np.searchsorted(edges, limit, side="right")) - 1)
+            yield Block(
+                first=first + start,
+                sequences=np.diff(bounds[start : stop + 1]),
+                lengths=lengths[bounds[start] - bounds[0] : bounds[stop] - bounds[0]],
+                tokens=np.diff(edges[start : stop + 1]),
+                offset=int(edges[start]) * itemsize,
+                size=int(edges[stop] - edges[start]) * itemsize,
+            )
+            start = stop
+
+    def _check_bounds(self, first: int, bounds: NDArray[np.int64]) -> None:
+        ends = (0, len(self.index.lengths))
+        wrong = np.diff(bounds) < 0
+        wrong |= (bounds[:-1] < ends[0]) | (bounds[1:] > ends[1])
+        if first == 0:
+            wrong[0] |= bounds[0] != ends[0]
+        if first + len(wrong) == self.documents:
+            wrong[-1] |= bounds[-1] != ends[1]
+        if wrong.any():
+            raise UserError(
+                f"{idx_path(self.prefix)}: the bounds of document {first + int(wrong.argmax())} "
+                f"do not follow those before it; {_REMEDY}"
+            )
+
+    def _check_offsets(
+        self,
+        bounds: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        starts: NDArray[np.int64],
+        first: int,
+    ) -> None:
+        offsets = self.index.offsets[bounds[0] : bounds[-1]]
+        wrong = (offsets != starts * self.dtype.itemsize) | (lengths < 0)
+        if wrong.any():
+            sequence = bounds[0] + int(wrong.argmax())
+            document = first + int(np.searchsorted(bounds, sequence, side="right")) - 1
+            raise UserError(
+                f"{idx_path(self.prefix)}: document {document} does not begin where the lengths "
+                f"of those before it say; {_REMEDY}"
+            )
+
+
+_REMEDY = "make the dataset again with tools/preprocess_data.py"
+
+
+def write_selected(
+    ids: NDArray[Any], block: Block, keep: NDArray[np.bool_], writer: PairWriter
+) -> int:
+    """Appends some documents of a block to a dataset.
+
+    Args:
+        ids: the tokens of the block.
+        block: the documents.
+        keep: bool [documents], which of them.
+        writer: of the dataset.
+
+    Returns:
+        The largest token id written, -1 if there is none.
+    """
+    lengths, sequences = block.lengths, block.sequences
+    if not keep.all():
+        of_sequence = np.repeat(keep, sequences)
+        ids = ids[np.repeat(keep, block.tokens)]
+        lengths, sequences = lengths[of_sequence], sequences[keep]
+    writer.write_tokens(ids)
+    writer.add_documents(lengths, sequences)
+    return int(ids.max()) if len(ids) else -1

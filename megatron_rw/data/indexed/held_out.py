@@ -1,0 +1,129 @@
+"""Which documents are held out, by a seeded hash of what is in them.
+
+A hash is a number as good as drawn by lot, and the same for every copy of a document. So a
+fraction of the documents is those with hashes in that fraction of the range, and some number of
+them is those with the smallest hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rw.errors import UserError
+
+SETS = ("train", "valid", "test")
+_HASHES = 1 << 20  # read at a time
+_NONE = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much to hold out of each domain: one of the two.
+
+    Attributes:
+        fraction: About this part of the documents, or 0.
+        documents: As many documents, and the copies of the last of them, or 0.
+    """
+
+    fraction: float = 0.0
+    documents: int = 0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is held out, the same for all domains.
+
+    Attributes:
+        below: Documents with smaller hashes are for validation.
+        last: How many of the largest hashes are for test, out of 2^64.
+        valid: [hashes] sorted, more that are for validation.
+        test: [hashes] sorted, more that are for test.
+    """
+
+    below: int = 0
+    last: int = 0
+    valid: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
+    test: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
+
+    def sets(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Returns the place in `SETS` of the set that each document is in, [documents]."""
+        valid = (hashes < np.uint64(self.below)) | _among(hashes, self.valid)
+        # From the other end of the range, so that two fractions have nothing in common.
+        test = (~hashes < np.uint64(self.last)) | _among(hashes, self.test)
+        return np.where(valid, 1, np.where(test, 2, 0))
+
+
+def choose(hashes: Mapping[str, Path], valid: Share | None, test: Share | None) -> HeldOut:
+    """Chooses what to hold out.
+
+    What one domain holds out is held out of all, so that no copy of it is trained on elsewhere.
+
+    Args:
+        hashes: Domain to a file of its documents' hashes, uint64 each.
+        valid: How much for validation.
+        test: How much for test.
+
+    Raises:
+        UserError: A domain would have no document in a set that is asked for, or left to train.
+    """
+    valid, test = valid or Share(), test or Share()
+    held_out = HeldOut(below=int(valid.fraction * 2**64), last=int(test.fraction * 2**64))
+    if valid.documents:
+        without_test = replace(held_out, last=0)  # the number is met first, then the fraction
+        held_out = replace(held_out, valid=_of_each(hashes, valid.documents, without_test))
+    if test.documents:
+        held_out = replace(held_out, test=_of_each(hashes, test.documents, held_out))
+    asked = [True, valid != Share(), test != Share()]
+    for domain, path in hashes.items():
+        counts = np.zeros(len(SETS), np.int64)
+        for block in read_hashes(path):
+            counts += np.bincount(held_out.sets(block), minlength=len(SETS))
+        empty = [name for name, on, n in zip(SETS, asked, counts, strict=True) if on and not n]
+        if empty:
+            raise UserError(
+                f"the domain '{domain}', of {counts.sum():,} documents, would have none in "
+                f"{' and '.join(empty)}; hold out {'less' if 'train' in empty else 'more'}, or "
+                "split it by itself"
+            )
+    return held_out
+
+
+def read_hashes(path: Path) -> Iterator[NDArray[np.uint64]]:
+    """Yields the hashes of a file, uint64 each, a million at a time."""
+    with path.open("rb") as file:
+        while len(block := np.fromfile(file, np.uint64, _HASHES)):
+            yield block
+
+
+def _of_each(hashes: Mapping[str, Path], count: int, taken: HeldOut) -> NDArray[np.uint64]:
+    found = [_smallest(path, count, taken) for path in hashes.values()]
+    return np.unique(np.concatenate(found))
+
+
+def _smallest(path: Path, count: int, taken: HeldOut) -> NDArray[np.uint64]:
+    """The smallest hashes of a domain that together are of `count` documents or just more."""
+    kept, times = _NONE, np.empty(0, np.int64)
+    for block in read_hashes(path):
+        free = block[taken.sets(block) == 0]
+        if len(kept) == count:
+            free = free[free <= kept[-1]]
+        kept, place = np.unique(np.concatenate([kept, free]), return_inverse=True)
+        weights = np.concatenate([times, np.ones(len(free), np.int64)])
+        times = np.zeros(len(kept), np.int64)
+        np.add.at(times, place, weights)
+        # What is dropped is larger than `count` others and cannot come back.
+        kept, times = kept[:count], times[:count]
+    return kept[: int(np.searchsorted(np.cumsum(times), count)) + 1]
+
+
+def _among(hashes: NDArray[np.uint64], chosen: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    if len(chosen) == 0:
+        return np.zeros(len(hashes), np.bool_)
+    place = np.minimum(np.searchsorted(chosen, hashes), len(chosen) - 1)
+    found: NDArray[np.bool_] = chosen[place] == hashes
+    return found

@@ -1,0 +1,280 @@
+"""Megatron's `.bin/.idx` pairs, read by memory map and written a piece at a time.
+
+The layout of an index, as megatron.core writes it: 9 bytes `MMIDIDX`, version (8), dtype (1),
+numbers of sequences and of document bounds (8 each), then per sequence its length (4) and its
+offset in the `.bin` (8), then the document bounds (8 each): bound k is the first sequence of
+document k, and the last one the number of sequences.
+
+core's `IndexedDatasetBuilder` keeps Python lists with an entry per sequence until the end; what is
+here needs the same memory for ten documents and ten billion, and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_rw.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+# core's `DType`, repeated so that reading an index does not import torch; a test compares them.
+CODES: dict[int, type[Any]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
+_BLOCK = 1 << 16
+_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    """The file of the tokens."""
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    """The file of the index."""
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+@dataclass(frozen=True)
+class Index:
+    """The index of a dataset, memory-mapped.
+
+    Attributes:
+        dtype: type of a token id.
+        lengths: int32 [sequences], tokens of each sequence.
+        offsets: int64 [sequences], where each begins in the `.bin`, in bytes.
+        bounds: int64 [documents + 1], the first sequence of each document, and their number.
+    """
+
+    dtype: np.dtype[Any]
+    lengths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.bounds) - 1
+
+    @classmethod
+    def open(cls, prefix: str | os.PathLike[str]) -> Self:
+        """Maps the index of a dataset.
+
+        Args:
+            prefix: path without `.bin` and `.idx`.
+
+        Raises:
+            UserError: it is missing, no index, cut off, or of a multimodal dataset.
+        """
+        path = idx_path(prefix)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a dataset's path without .bin and .idx")
+        header = read_header(path)
+        sequences, bounds = header[1], header[2]
+        lengths_at = HEADER.size
+        offsets_at = lengths_at + 4 * sequences
+        bounds_at = offsets_at + 8 * sequences
+        size = path.stat().st_size
+        if size != bounds_at + 8 * bounds:
+            raise UserError(
+                f"{path}: {size:,} bytes, where its header tells of {bounds_at + 8 * bounds:,}; "
+                "it is cut off or of a multimodal dataset, copy or make it again"
+            )
+        return cls(
+            dtype=np.dtype(header[0]),
+            lengths=_mapped(path, np.int32, lengths_at, sequences),
+            offsets=_mapped(path, np.int64, offsets_at, sequences),
+            bounds=_mapped(path, np.int64, bounds_at, bounds),
+        )
+
+
+def read_header(path: Path) -> tuple[type[Any], int, int]:
+    """The dtype, number of sequences and number of document bounds that an index tells of.
+
+    Raises:
+        UserError: it is no index of a dataset.
+    """
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise UserError(f"{path}: no index of a Megatron dataset; copy or make it again")
+    _, version, code, sequences, bounds = HEADER.unpack(header)
+    if version != VERSION or code not in CODES:
+        raise UserError(
+            f"{path}: version {version} and type {code} are unknown; make the dataset again"
+        )
+    return CODES[code], sequences, bounds
+
+
+def _mapped(path: Path, dtype: type[Any], offset: int, count: int) -> NDArray[Any]:
+    if count == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
+
+
+class PairWriter:
+    """Writes a `.bin/.idx` pair a piece at a time; a context manager.
+
+    The files have their final names from the start and are complete after `finalize`, so write
+    into a directory of one's own and move them. Leaving the context without it removes them.
+
+    Args:
+        prefix: path without `.bin` and `.idx`.
+        dtype: type of a token id.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
+        self._lengths_path = Path(f"{os.fspath(prefix)}.lengths")
+        self._bounds_path = Path(f"{os.fspath(prefix)}.bounds")
+        self._bin = bin_path(prefix).open("wb")
+        self._lengths = self._lengths_path.open("w+b")
+        self._bounds = self._bounds_path.open("w+b")
+        self._bounds.write(np.int64(0).tobytes())
+        self._finalized = False
+        self.sequences = 0
+        self.documents = 0
+        self.tokens = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the files, and removes them unless they are complete."""
+        for file in (self._bin, self._lengths, self._bounds):
+            file.close()
+        if not self._finalized:
+            for path in (
+                bin_path(self._prefix),
+                idx_path(self._prefix),
+                self._lengths_path,
+                self._bounds_path,
+            ):
+                path.unlink(missing_ok=True)
+
+    def write_tokens(self, ids: NDArray[Any]) -> None:
+        """Appends token ids, of the dataset's own type, to the `.bin`."""
+        if ids.dtype != self._dtype:  # a cast would wrap around without a word
+            raise TypeError(f"token ids are {ids.dtype}, and the dataset's {self._dtype}")
+        self._bin.write(ids.tobytes())
+
+    def copy_tokens(self, source: BinaryIO, offset: int, size: int) -> None:
+        """Appends `size` bytes of a file of the same dtype, from `offset`, to the `.bin`.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        self._bin.flush()
+        copy_bytes(source, offset, size, self._bin)
+
+    def add_documents(self, lengths: NDArray[Any], sequences: NDArray[Any] | None = None) -> None:
+        """Appends documents, whose tokens are or will be in the `.bin`, to the index.
+
+        Args:
+            lengths: [sequences] tokens of each sequence.
+            sequences: [documents] sequences of each document; None if each has one.
+        """
+        lengths = np.asarray(lengths, np.int32)
+        counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences)
+        bounds = self.sequences + np.cumsum(counts, dtype=np.int64)
+        self._lengths.write(lengths.tobytes())
+        self._bounds.write(bounds.tobytes())
+        self.sequences += len(lengths)
+        self.documents += len(counts)
+        self.tokens += int(lengths.sum(dtype=np.int64))
+
+    def finalize(self) -> None:
+        """Writes the index and puts both files onto the disk.
+
+        Raises:
+            RuntimeError: the tokens written are not those of the documents added.
+        """
+        self._bin.flush()
+        written = os.fstat(self._bin.fileno()).st_size
+        if written != self.tokens * self._dtype.itemsize:
+            raise RuntimeError(
+                f"{bin_path(self._prefix)} has {written} bytes, and its documents "
+                f"{self.tokens} tokens"
+            )
+        os.fsync(self._bin.fileno())
+        code = next(code for code, dtype in CODES.items() if dtype is self._dtype.type)
+        with idx_path(self._prefix).open("wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, code, self.sequences, self.documents + 1))
+            self._append(self._lengths, index)
+            self._write_offsets(index)
+            self._append(self._bounds, index)
+            index.flush()
+            os.fsync(index.fileno())
+        self._lengths_path.unlink()
+        self._bounds_path.unlink()
+        self._finalized = True
+
+    @staticmethod
+    def _append(table: BinaryIO, index: BinaryIO) -> None:
+        table.flush()
+        index.flush()
+        copy_bytes(table, 0, os.fstat(table.fileno()).st_size, index)
+
+    def _write_offsets(self, index: BinaryIO) -> None:
+        self._lengths.seek(0)
+        end = 0
+        while block := self._lengths.read(4 * _BLOCK):
+            sizes = np.frombuffer(block, np.int32).astype(np.int64) * self._dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            index.write((ends - sizes).tobytes())
+            end = int(ends[-1])
+
+
+def copy_bytes(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> None:
+    """Appends a piece of one file to another inside the kernel; the target has been flushed.
+
+    Raises:
+        UserError: the source ends before.
+    """
+    copy = _copy_file_range
+    left = size
+    while left:
+        try:
+            copied = copy(source.fileno(), target.fileno(), offset, left)
+        except OSError as error:
+            # Two file systems, or one that cannot: sendfile works everywhere.
+            if copy is _sendfile or error.errno not in _NOT_IN_KERNEL:
+                raise
+            copy = _sendfile
+            continue
+        if copied == 0:
+            raise UserError(f"{source.name}: ends {left:,} bytes too early; copy the file again")
+        offset += copied
+        left -= copied
+    target.seek(0, os.SEEK_END)
+
+
+def _copy_file_range(source: int, target: int, offset: int, count: int) -> int:
+    return os.copy_file_range(source, target, count, offset_src=offset)
+
+
+def _sendfile(source: int, target: int, offset: int, count: int) -> int:
+    return os.sendfile(target, source, offset, count)

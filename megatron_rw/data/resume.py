@@ -1,0 +1,130 @@
+"""Unfinished work that an interrupted call leaves behind for the same call to go on with."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_rw.data.summary import say
+from megatron_rw.data.text.sources import Source
+from megatron_rw.errors import UserError
+from megatron_rw.platform.files import write_complete
+
+FOLDER = ".preprocess_data"
+_SETTINGS = "settings.json"
+_PUBLISHED = "published"
+
+
+@contextmanager
+def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) -> Iterator[Path]:
+    """Makes or finds the folder of unfinished work; one process at a time has it.
+
+    Args:
+        output_dir: where it is, under a hidden name.
+        settings: everything that decides what is in it, by the flag's name; values of JSON.
+        restart: whether to drop what is there if it was made with other settings.
+
+    Yields:
+        The folder. It stays if the body raises or the process dies, and is removed otherwise.
+
+    Raises:
+        UserError: another process works there, or what is there was made with other settings.
+    """
+    folder = output_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (output_dir / f"{FOLDER}.lock").open("w") as lock:
+        _lock(lock, output_dir)
+        if restart and _held_settings(folder) not in (None, dict(settings)):
+            shutil.rmtree(folder)
+            folder.mkdir()
+        _check_settings(folder, settings)
+        yield folder
+        _remove(folder)
+        (output_dir / f"{FOLDER}.lock").unlink()
+
+
+def _lock(file: TextIO, output_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"--output-dir {output_dir}: another process is writing there; wait for it, or "
+            "give another directory"
+        ) from error
+    except OSError as error:
+        # Lustre without its mount option flock, and NFS without its lock daemon.
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        say(
+            f"the file system of {output_dir} has no locks ({error.strerror}): see to it yourself "
+            "that no other process writes there"
+        )
+
+
+def is_unfinished(output_dir: Path) -> bool:
+    """Whether a call was interrupted there; what has a final name is then its own."""
+    return (output_dir / FOLDER).exists()
+
+
+def set_published(folder: Path, sources: Sequence[Source]) -> None:
+    """Notes that everything has its final name, and only the folder is still to be removed."""
+    (folder / _PUBLISHED).write_text(_digest(sources))
+
+
+def is_published(folder: Path, sources: Sequence[Source]) -> bool:
+    """Whether everything that is made of these sources, as they are now, has its final name."""
+    path = folder / _PUBLISHED
+    return path.exists() and path.read_text() == _digest(sources)
+
+
+def _digest(sources: Sequence[Source]) -> str:
+    return hashlib.sha256("".join(source.key for source in sources).encode()).hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Removes the folder such that a call that dies in between can still be repeated."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != _PUBLISHED:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def earlier_chunk_bytes(output_dir: Path) -> int | None:
+    """The `chunk_bytes` of the unfinished work, as it may have been begun with fewer inputs."""
+    held = _held_settings(output_dir / FOLDER)
+    return None if held is None else int(held["chunk_bytes"])
+
+
+def _held_settings(folder: Path) -> dict[str, Any] | None:
+    path = folder / _SETTINGS
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _differences(mine: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """The settings that differ, as `name is a now and was b`."""
+    return [
+        f"{name} is {json.dumps(mine.get(name))} now and was {json.dumps(others.get(name))}"
+        for name in sorted(mine.keys() | others.keys())
+        if mine.get(name) != others.get(name)
+    ]
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    held = _held_settings(folder)
+    if held is not None:
+        if different := _differences(settings, held):
+            raise UserError(
+                f"--output-dir {folder.parent}: holds unfinished work of another call: "
+                f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
+            )
+        return
+    write_complete(folder / _SETTINGS, json.dumps(dict(settings), indent=2) + "\n")

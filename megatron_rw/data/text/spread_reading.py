@@ -1,0 +1,200 @@
+"""Reads parts of inputs that are too large to read, spread over the whole of them.
+
+Where a file can be entered anywhere, chunks are read that are evenly spaced over all such files
+together; what can only be read from its start, as a compressed file, is read to its end, but of
+many such files evenly spaced ones. Which they are follows from names and sizes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_rw.data.text.chunks import Reading, Task, tasks
+from megatron_rw.data.text.readers import read
+from megatron_rw.data.text.records import MAX_LINE_BYTES, BadRecordError, parse, text_field
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source
+from megatron_rw.errors import UserError
+
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 16 << 20
+# Enough for a sample to be spread, each large enough for seeking to cost nothing.
+_CHUNKS = 256
+_COUNT_BYTES = 1 << 20
+# What a byte of compressed text comes to. It decides only how many files are read.
+_EXPANSION = 4
+# Before this many lines, a bad one says little about the rest.
+_EARLIEST_VERDICT = 10_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some documents of a source, or all.
+
+    Attributes:
+        task: What to read.
+        fraction: The share of such parts that are read at all.
+    """
+
+    task: Task
+    fraction: float
+
+
+def volume(source: Source) -> int:
+    """About how many bytes reading a source gives."""
+    return source.size * (_EXPANSION if source.compression else 1)
+
+
+def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
+    """Returns how documents are read where `max_bytes` in all are to be.
+
+    Args:
+        columns: The fields that are needed.
+        max_bytes: As for `plan`.
+    """
+    return Reading(
+        chunk_bytes=min(max(_SMALLEST_CHUNK, max_bytes // _CHUNKS), _LARGEST_CHUNK),
+        max_line_bytes=MAX_LINE_BYTES,
+        columns=tuple(dict.fromkeys(columns)),
+        whole_files=True,
+    )
+
+
+def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Part]:
+    """Chooses what to read of some sources.
+
+    Args:
+        sources: The inputs.
+        reading: How they are read.
+        max_bytes: Bytes to read of all of them together, uncompressed; of compressed files about,
+            and at least one of them.
+
+    Returns:
+        Parts in the order of the sources: all of them, if that is no more than `max_bytes`.
+
+    Raises:
+        UserError: If a Parquet file is damaged or lacks a column.
+    """
+    pieces = [task for source in sources for task in _pieces(source, reading)]
+    share = max_bytes / max(1, sum(map(volume, sources)))
+    if share >= 1:
+        return [Part(task, 1.0) for task in pieces]
+    whole = _Spaced(sum(task.number < 0 for task in pieces), share)
+    chunks = _Spaced(sum(task.number >= 0 for task in pieces), share)
+    return [
+        Part(task, spaced.fraction)
+        for task in pieces
+        for spaced in [whole if task.number < 0 else chunks]
+        if spaced.take()
+    ]
+
+
+def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
+    """The chunks of a source; one task for the whole of it if it must be read from its start."""
+    if source.path == STANDARD_INPUT:  # of which asking for chunks would read it
+        return iter([Task(source, -1)])
+    return tasks([source], reading, 1, lambda _: frozenset())
+
+
+class _Spaced:
+    """Takes about a share of so many, evenly spaced, and at least one."""
+
+    def __init__(self, count: int, share: float) -> None:
+        self._count = count
+        self._taken = max(1, int(count * share))
+        # From the middle: the first of a long row of files is no better than any other.
+        self._phase = count // 2
+
+    @property
+    def fraction(self) -> float:
+        return self._taken / self._count
+
+    def take(self) -> bool:
+        self._phase = (self._phase + self._taken) % self._count
+        return self._phase < self._taken
+
+
+class DocumentReader:
+    """Reads the documents of parts and leaves out lines that are none, if they are few.
+
+    Args:
+        reading: How they are read.
+        json_key: Field of the text.
+        domain_key: Field of the domain, or None.
+        max_bad_fraction: The share of lines that may be bad.
+
+    Attributes:
+        bad: Number of lines that were left out.
+        first_bad: The first of them and what is wrong with it, for a message; empty if none is.
+    """
+
+    def __init__(
+        self, reading: Reading, json_key: str, domain_key: str | None, max_bad_fraction: float
+    ) -> None:
+        self._reading = reading
+        self._json_key = json_key
+        self._domain_key = domain_key
+        self._max_bad_fraction = max_bad_fraction
+        self._records = 0
+        self.bad = 0
+        self.first_bad = ""
+
+    def documents(self, part: Part) -> Iterator[tuple[str | None, str]]:
+        """Yields the domain, if a field holds it, and the text of every document of a part.
+
+        Raises:
+            UserError: If the file is damaged, or too many lines so far are bad.
+        """
+        source = part.task.source
+        plain_key = self._json_key if source.format == "txt" else None
+        lines = 0
+        for chunk in read(part.task, self._reading):
+            for raw in chunk.documents:
+                try:
+                    record = parse(raw, self._reading.max_line_bytes, plain_key)
+                    text = text_field(record, "--json-key", self._json_key)
+                    domain = None
+                    if self._domain_key is not None:
+                        domain = text_field(record, "--domain-key", self._domain_key)
+                except BadRecordError as error:
+                    self._reject(part.task, lines + raw.line, error)
+                    continue
+                self._records += 1
+                yield domain, text
+            lines += chunk.lines
+        self._check(max(self._records, _EARLIEST_VERDICT))
+
+    def finish(self) -> None:
+        """Sees that not too many of all lines were bad.
+
+        Raises:
+            UserError: If they were.
+        """
+        self._check(self._records)
+
+    def _reject(self, task: Task, line: int, error: BadRecordError) -> None:
+        self.bad += 1
+        if not self.first_bad:
+            number = _lines_before(task) + line
+            self.first_bad = f"{task.source.path}, line {number}: {error}"
+
+    def _check(self, records: int) -> None:
+        if self.bad > self._max_bad_fraction * (self.bad + records):
+            raise UserError(
+                f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
+                f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
+                "them, or allow more"
+            )
+
+
+def _lines_before(task: Task) -> int:
+    """Counts the lines, of Parquet the rows, that begin before a task's documents."""
+    if task.number < 0 or task.start == 0 or task.source.format == "parquet":
+        return task.start
+    # In the middle of a file a line's number is known only by counting; so it is asked for once.
+    count = 1
+    with open_source(task.source) as (stream, _):
+        left = task.start - 1
+        while left and (block := stream.read(min(left, _COUNT_BYTES))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count

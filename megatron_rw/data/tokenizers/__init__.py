@@ -1,0 +1,1 @@
+"""Megatron's tokenizers, as the data tools load, call and train them."""
