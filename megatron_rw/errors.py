@@ -11,7 +11,7 @@ USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake that the user can mend, told in one line.
 
     The message names the flag, the file or the line of the file, and the remedy. It is all that the

@@ -27,6 +27,7 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from megatron_rw.errors import UserError
 from megatron_rw.platform import DeviceError, select_device
 from megatron_rw.platform.launch import LaunchError, prepare_process
 
@@ -57,7 +58,7 @@ def main() -> None:
     refusal: str | None = None
     try:
         args = job_arguments(flags, device)
-    except (AssertionError, ValueError, OSError) as error:
+    except (AssertionError, ValueError, OSError, UserError) as error:
         # The ranks meet even so: what one alone refuses should be heard.
         refusal = explain(error)
     sys.exit(look(config, device, args, refusal))

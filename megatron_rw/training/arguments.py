@@ -249,7 +249,7 @@ def one_message() -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, ValueError, OSError) as refusal:
+    except (AssertionError, ValueError, OSError, UserError) as refusal:
         # Rank 0 speaks for all, but of what another rank alone can know.
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(refusal, EndpointError):
             print(f"error: {explain(refusal)}", file=sys.stderr, flush=True)
