@@ -38,11 +38,12 @@ def main() -> None:
         pretrain_cfg_container_from_args,
     )
 
+    from megatron_rw import patching
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.observability import prometheus
     from megatron_rw.observability.memory import explaining
     from megatron_rw.observability.stragglers import ForwardTimes, event_maker
-    from megatron_rw.resilience import leaving, safe_pickle
+    from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.step_guard import StepGuard
     from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.resilience.watchdog import Progress
@@ -61,8 +62,9 @@ def main() -> None:
     from megatron_rw.training.reporting import Reporter
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    safe_pickle.install()
-    leaving.install()
+    patching.apply(safe_pickle.patches())
+    safe_pickle.load_weights_only()
+    patching.apply(exit_status.patches())
     with one_message():
         args = parse_args(device)
         config = reweight_config(args)
@@ -93,7 +95,7 @@ def main() -> None:
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )
-    leaving.run_to_its_end(args, train)
+    exit_status.run_to_its_end(args, train)
 
 
 if __name__ == "__main__":

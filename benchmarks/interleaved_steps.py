@@ -167,7 +167,8 @@ def worker() -> None:
             chosen.cross_entropy, losses["core"]
         )
         if chosen.cross_entropy == "fused":
-            cross_entropy.install()
+            [ours] = cross_entropy.patches()
+            LanguageModule.compute_language_model_loss = ours.new
         model_options.clear()
         if chosen.cross_entropy == "layer":
             model_options["output_processor"] = fused_layer

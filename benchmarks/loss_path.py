@@ -17,7 +17,6 @@ anything.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -43,6 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.kernels.record import about, results_file
 from benchmarks.kernels.timing import interleave
+from megatron_rw import patching
 from megatron_rw.integrations import cross_entropy
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.kernels.selection import BackendError, BackendName, check_backend, use_backend
@@ -101,7 +101,7 @@ class LossPath:
         self._loss.begin_pass()
         ours = self._impl != "megatron"
         use_backend(self._impl if ours else None)  # type: ignore[arg-type]
-        with cross_entropy.installed() if ours else contextlib.nullcontext():
+        with patching.applied(cross_entropy.patches() if ours else ()):
             if self._loss.reweighting is None:
                 self._schedule(**self._call)
             else:

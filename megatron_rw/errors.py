@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 USER_ERROR_STATUS = 2
+# What a shell reports of a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
 
 

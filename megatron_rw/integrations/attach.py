@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
 from megatron_rw.integrations import groups, schedule
 from megatron_rw.integrations.state import ReweightState
@@ -73,7 +74,7 @@ def attach(
     """
     if not config.enabled:
         raise UserError("attach() with strategy none does nothing: choose one, or do not call it.")
-    schedule.install()
+    patching.apply(schedule.patches())
     return AttachedForwardStep(forward_step, config, args, loss_mask)
 
 
@@ -101,9 +102,10 @@ class AttachedForwardStep:
         self.metrics = WeightMetrics(num_domains=1)
         self._state = ReweightState(config)
         if args is not None:
-            from megatron_rw.integrations.checkpoint import keep_in_checkpoints
+            # It imports megatron.training, which a script on megatron.core alone need not have.
+            from megatron_rw.integrations import checkpoint
 
-            keep_in_checkpoints(self._state, args)
+            patching.apply(checkpoint.patches(self._state, args))
         self._reweighting = StepReweighting(config, self._state, self._iteration, self.metrics.add)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, LossFunction]:

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import functools
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from megatron.training import checkpointing, print_rank_0
 
 from megatron_rw.integrations.state import ReweightState
+from megatron_rw.patching import Around, Patch
 
 
-def keep_in_checkpoints(state: ReweightState, args: Namespace) -> None:
-    """Save `state` with every checkpoint of the run and take it back on a resume.
+def patches(state: ReweightState, args: Namespace) -> list[Patch]:
+    """What saves the state with every checkpoint of a run and takes it back on a resume.
 
     Args:
-        state: the same on every rank.
-        args: Megatron's, before `pretrain`.
+        state: The same on every rank.
+        args: Megatron's arguments, before `pretrain`.
     """
-    # Called for every checkpoint that is saved, on every rank, and puts `args` into it.
-    generate = checkpointing.generate_state_dict
 
-    @functools.wraps(generate)
-    def generate_state_dict(*given: Any, **named: Any) -> Any:
+    def save(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
         state.keep_in(args)
-        return generate(*given, **named)
+        return proceed()
 
-    # load_checkpoint hands the saved arguments to it, whatever the checkpoint's format.
-    check = checkpointing.check_checkpoint_args
-
-    @functools.wraps(check)
-    def check_checkpoint_args(checkpoint_args: Namespace, *given: Any, **named: Any) -> Any:
-        result = check(checkpoint_args, *given, **named)
-        for line in state.resume(checkpoint_args):
+    def load(proceed: Callable[..., Any], call: dict[str, Any]) -> None:
+        proceed()
+        for line in state.resume(call["checkpoint_args"]):
             print_rank_0(f"> {line}")
-        return result
 
-    checkpointing.generate_state_dict = generate_state_dict
-    checkpointing.check_checkpoint_args = check_checkpoint_args
+    return [
+        Patch(
+            checkpointing,
+            "generate_state_dict",
+            Around(save),
+            "It is called for every checkpoint, on every rank, and puts the arguments into it.",
+        ),
+        Patch(
+            checkpointing,
+            "check_checkpoint_args",
+            Around(load),
+            "load_checkpoint gives it the saved arguments, whatever the checkpoint's format.",
+        ),
+    ]

@@ -6,8 +6,6 @@ for a loss mask on the way in and sums on the way out: those ride on the labels 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -19,24 +17,15 @@ from megatron_rw.kernels import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_sums,
 )
+from megatron_rw.patching import Patch
 
 _MASK, _SUMS = "_megatron_rw_loss_mask", "_megatron_rw_sample_sums"
 
 
-def install() -> None:
-    """Compute every language model loss, multi-token prediction's too, with our kernels."""
-    LanguageModule.compute_language_model_loss = _compute_language_model_loss
-
-
-@contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """`install` for a while."""
-    original = LanguageModule.compute_language_model_loss
-    install()
-    try:
-        yield
-    finally:
-        LanguageModule.compute_language_model_loss = original
+def patches() -> list[Patch]:
+    """What computes every language model loss, multi-token prediction's too, with our kernels."""
+    why = "Core chooses among its own implementations inside this method."
+    return [Patch(LanguageModule, "compute_language_model_loss", _compute_language_model_loss, why)]
 
 
 def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:

@@ -8,10 +8,7 @@ included. They act only on a training step whose forward step function is a `Ste
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +17,9 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import _fork_rng
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
+from megatron_rw import patching
 from megatron_rw.integrations import cross_entropy
+from megatron_rw.patching import Around, Patch
 
 Schedule = Callable[..., Any]
 Edit = Callable[[int, Any], Any]
@@ -30,7 +29,6 @@ _NAMES = (
     "forward_backward_pipelining_without_interleaving",
     "forward_backward_pipelining_with_interleaving",
 )
-_MARK = "_megatron_rw_original"
 
 
 @runtime_checkable
@@ -41,28 +39,17 @@ class SteppedForward(Protocol):
         """Run `schedule(**call)`, with what belongs before and after it."""
 
 
-def install() -> None:
-    """Wrap core's schedules. Again without effect."""
-    for name in _NAMES:
-        original = getattr(schedules, name)
-        if not hasattr(original, _MARK):
-            setattr(schedules, name, _wrap(original))
+def patches() -> list[Patch]:
+    """What runs a training step whose forward step function is a `SteppedForward`."""
+    why = "Core has no hook before and after the micro-batches of a step."
+    return [Patch(schedules, name, Around(_run_step), why) for name in _NAMES]
 
 
-def _wrap(original: Schedule) -> Schedule:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        forward_step = call.arguments["forward_step_func"]
-        if call.arguments["forward_only"] or not isinstance(forward_step, SteppedForward):
-            return original(*args, **kwargs)
-        return forward_step.run_step(original, dict(call.arguments))
-
-    setattr(run, _MARK, original)
-    return run
+def _run_step(proceed: Schedule, call: dict[str, Any]) -> Any:
+    forward_step = call["forward_step_func"]
+    if call["forward_only"] or not isinstance(forward_step, SteppedForward):
+        return proceed()
+    return forward_step.run_step(proceed, call)
 
 
 class ReplayIterator:
@@ -135,16 +122,15 @@ def run_forward_only(schedule: Schedule, call: dict[str, Any]) -> None:
     training pass that follows. The losses are our cross-entropy's, which here reads the logits
     once and writes nothing of their size.
     """
-    with torch.no_grad(), _fork_rng(), _no_mtp_logging(), cross_entropy.installed():
+    with torch.no_grad(), _fork_rng(), patching.applied(forward_only_patches()):
         schedule(**(call | {"forward_only": True}))
 
 
-@contextlib.contextmanager
-def _no_mtp_logging() -> Iterator[None]:
-    """Core's own logging counts a multi-token-prediction loss even when no gradient is wanted."""
-    original = MTPLossLoggingHelper.save_metrics_to_tracker
-    MTPLossLoggingHelper.save_metrics_to_tracker = staticmethod(lambda *args, **kwargs: None)
-    try:
-        yield
-    finally:
-        MTPLossLoggingHelper.save_metrics_to_tracker = staticmethod(original)
+def forward_only_patches() -> list[Patch]:
+    """What is replaced while a step's forward passes run for their losses alone."""
+    why = "Core logs a multi-token-prediction loss even when no gradient is wanted."
+    no_logging = staticmethod(lambda *args, **kwargs: None)
+    return [
+        *cross_entropy.patches(),
+        Patch(MTPLossLoggingHelper, "save_metrics_to_tracker", no_logging, why),
+    ]

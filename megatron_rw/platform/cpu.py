@@ -17,12 +17,12 @@ import resource
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from megatron_rw.patching import Patch, apply
 from megatron_rw.platform.quiet import silence
 
 # Megatron flags, by destination, whose CUDA defaults cannot work here. They replace the
@@ -51,20 +51,6 @@ _FACTORIES = (
 _active = False
 
 
-@dataclass(frozen=True)
-class Redirect:
-    """One name that Megatron looks up, what it finds instead, and which code needs that."""
-
-    owner: Any
-    name: str
-    replacement: object
-    needed_by: str
-
-    def apply(self) -> None:
-        """Put the replacement in place."""
-        setattr(self.owner, self.name, self.replacement)
-
-
 def activate(*, asked_for: bool = False) -> None:
     """Redirect Megatron's CUDA names to the CPU in this process. Idempotent.
 
@@ -89,15 +75,13 @@ def activate(*, asked_for: bool = False) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     silence("cpu")
     redirect_torch()
-    for redirect in _megatron_redirects():
-        redirect.apply()
+    apply(_megatron_patches())
     _active = True
 
 
 def redirect_torch() -> None:
     """Redirect torch's names alone: all that a process that writes checkpoints needs."""
-    for redirect in _torch_redirects():
-        redirect.apply()
+    apply(_torch_patches())
 
 
 # --- torch -------------------------------------------------------------------------------
@@ -211,7 +195,7 @@ def _copy_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[A
     ]
 
 
-def _torch_redirects() -> list[Redirect]:
+def _torch_patches() -> list[Patch]:
     def nothing(*args: object, **kwargs: object) -> None:
         return None
 
@@ -219,52 +203,50 @@ def _torch_redirects() -> list[Redirect]:
         name="CPU", major=0, minor=0, multi_processor_count=os.cpu_count(), total_memory=0
     )
     cuda = torch.cuda
-    redirects = [
-        Redirect(torch, name, _without_cuda(getattr(torch, name)), "device='cuda' literals")
+    patches = [
+        Patch(torch, name, _without_cuda(getattr(torch, name)), "device='cuda' literals")
         for name in _FACTORIES
     ]
-    redirects += [
-        Redirect(torch.Tensor, "cuda", lambda self, *a, **k: self, "batches, grad_scaler"),
-        Redirect(torch.Tensor, "pin_memory", lambda self, *a, **k: self, "param_and_grad_buffer"),
-        Redirect(torch.Tensor, "type", _cuda_type_name, "optimizer.py: 'torch.cuda.FloatTensor'"),
-        Redirect(torch.nn.Module, "cuda", lambda self, *a, **k: self, "models/dist_utils.py"),
-        Redirect(torch.nn.Module, "to", _module_to_cpu, "models/dist_utils.py"),
+    patches += [
+        Patch(torch.Tensor, "cuda", lambda self, *a, **k: self, "batches, grad_scaler"),
+        Patch(torch.Tensor, "pin_memory", lambda self, *a, **k: self, "param_and_grad_buffer"),
+        Patch(torch.Tensor, "type", _cuda_type_name, "optimizer.py: 'torch.cuda.FloatTensor'"),
+        Patch(torch.nn.Module, "cuda", lambda self, *a, **k: self, "models/dist_utils.py"),
+        Patch(torch.nn.Module, "to", _module_to_cpu, "models/dist_utils.py"),
         # A string, so that `device=torch.cuda.current_device()` is right without a redirect.
-        Redirect(cuda, "current_device", lambda: "cpu", "206 places"),
-        Redirect(cuda, "device_count", lambda: 1, "initialize.py: no model parallel groups at 0"),
-        Redirect(cuda, "set_device", nothing, "initialize.py"),
-        Redirect(cuda, "synchronize", nothing, "timers.py, schedules.py"),
-        Redirect(cuda, "empty_cache", nothing, "training.py"),
-        Redirect(cuda, "Stream", _Stream, "distributed/, pipeline_parallel/"),
-        Redirect(cuda, "Event", _Event, "distributed/, async_utils.py"),
-        Redirect(cuda, "current_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
-        Redirect(cuda, "default_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
-        Redirect(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
-        Redirect(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
-        Redirect(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
-        Redirect(
-            cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"
-        ),
-        Redirect(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
+        Patch(cuda, "current_device", lambda: "cpu", "206 places"),
+        Patch(cuda, "device_count", lambda: 1, "initialize.py: no model parallel groups at 0"),
+        Patch(cuda, "set_device", nothing, "initialize.py"),
+        Patch(cuda, "synchronize", nothing, "timers.py, schedules.py"),
+        Patch(cuda, "empty_cache", nothing, "training.py"),
+        Patch(cuda, "Stream", _Stream, "distributed/, pipeline_parallel/"),
+        Patch(cuda, "Event", _Event, "distributed/, async_utils.py"),
+        Patch(cuda, "current_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Patch(cuda, "default_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Patch(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
+        Patch(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
+        Patch(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
+        Patch(cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"),
+        Patch(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
         # On a GPU the CPU generator is not the one that dropout draws from, so Megatron restores
         # random states before it starts the loaders, each of which draws a seed.
-        Redirect(DataLoader, "__iter__", _iterate_without_drawing, "load_checkpoint"),
-        Redirect(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
-        Redirect(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
-        Redirect(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),
-        Redirect(cuda, "memory_allocated", _resident_bytes, "report_memory"),
-        Redirect(cuda, "memory_reserved", _resident_bytes, "report_memory"),
-        Redirect(cuda, "max_memory_allocated", _peak_resident_bytes, "report_memory"),
-        Redirect(cuda, "max_memory_reserved", _peak_resident_bytes, "report_memory"),
-        Redirect(cuda, "device_memory_used", _resident_bytes, "report_memory"),
+        Patch(DataLoader, "__iter__", _iterate_without_drawing, "load_checkpoint"),
+        Patch(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
+        Patch(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
+        Patch(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),
+        Patch(cuda, "memory_allocated", _resident_bytes, "report_memory"),
+        Patch(cuda, "memory_reserved", _resident_bytes, "report_memory"),
+        Patch(cuda, "max_memory_allocated", _peak_resident_bytes, "report_memory"),
+        Patch(cuda, "max_memory_reserved", _peak_resident_bytes, "report_memory"),
+        Patch(cuda, "device_memory_used", _resident_bytes, "report_memory"),
     ]
-    return redirects
+    return patches
 
 
 # --- Megatron ----------------------------------------------------------------------------
 
 
-def _megatron_redirects() -> list[Redirect]:
+def _megatron_patches() -> list[Patch]:
     from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.optimizer import distrib_optimizer
@@ -274,19 +256,19 @@ def _megatron_redirects() -> list[Redirect]:
     from megatron_rw.platform.cpu_adam import CPUAdam
 
     return [
-        Redirect(
+        Patch(
             training,
             "initialize_megatron",
             functools.partial(training.initialize_megatron, allow_no_cuda=True),
             "training.pretrain, which does not pass the argument on",
         ),
-        Redirect(
+        Patch(
             random,
             "_get_cuda_rng_state",
             lambda *a, **k: torch.get_rng_state(),
             "CudaRNGStatesTracker, activation recomputation",
         ),
-        Redirect(
+        Patch(
             random,
             "_set_cuda_rng_state",
             lambda state, *a, **k: torch.set_rng_state(state),
@@ -294,16 +276,16 @@ def _megatron_redirects() -> list[Redirect]:
         ),
         # The distributed optimizer's checkpoint wants the step count in the parameter group,
         # as apex's FusedAdam has it; torch's AdamW keeps one per parameter.
-        Redirect(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),
-        Redirect(optimizer, "USING_PYTORCH_OPTIMIZER", False, "get_megatron_optimizer"),
-        Redirect(distrib_optimizer, "Adam", CPUAdam, "DistributedOptimizer"),
-        Redirect(
+        Patch(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),
+        Patch(optimizer, "USING_PYTORCH_OPTIMIZER", False, "get_megatron_optimizer"),
+        Patch(distrib_optimizer, "Adam", CPUAdam, "DistributedOptimizer"),
+        Patch(
             FileSystemWriterAsync,
             "preload_tensors",
             staticmethod(_copy_tensors),
             "asynchronous saving, which copies from the GPU while the rank waits, and shares what "
             "is on the host with a rank that goes on",
         ),
-        Redirect(distrib_optimizer, "HAVE_APEX_OR_TE", True, "DistributedOptimizer.state_dict"),
-        Redirect(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "DistributedOptimizer"),
+        Patch(distrib_optimizer, "HAVE_APEX_OR_TE", True, "DistributedOptimizer.state_dict"),
+        Patch(distrib_optimizer, "USING_APEX_OPTIMIZER", True, "DistributedOptimizer"),
     ]

@@ -7,7 +7,6 @@ the data: those of a dataset that was made again under its path would be used, a
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable
@@ -20,20 +19,25 @@ from megatron.core.datasets import blended_dataset, gpt_dataset
 from megatron.core.datasets.indexed_dataset import get_idx_path
 
 from megatron_rw.data.indexed.integrity import fingerprint
+from megatron_rw.errors import UserError
+from megatron_rw.patching import Around, Patch
 
 # The first of the three that a GPTDataset writes; its description is written before it.
 _DOCUMENTS = "-document_index.npy"
 
 
-class DataIndexError(ValueError):
-    """An index of the data is damaged, or of other data; the message says which."""
-
-
-def install() -> None:
-    """Have Megatron's datasets write and read so."""
-    for module in (gpt_dataset, blended_dataset):
-        module.numpy = _Numpy(numpy)
-        module.safe_numpy_load = _explained(module.safe_numpy_load)
+def patches() -> list[Patch]:
+    """What makes Megatron's datasets write each index completely or not at all, and check it."""
+    modules = (gpt_dataset, blended_dataset)
+    saves = (
+        "`numpy.save` leaves half a file when the run is killed. Megatron takes that for an index, "
+        "and every later start fails."
+    )
+    loads = "An index that is damaged, or of other data under the same path, is used as it is."
+    return [
+        *(Patch(module, "numpy", _Numpy(numpy), saves) for module in modules),
+        *(Patch(module, "safe_numpy_load", Around(_load), loads) for module in modules),
+    ]
 
 
 class _Numpy(ModuleType):
@@ -60,21 +64,18 @@ class _Numpy(ModuleType):
         os.replace(unfinished, file)
 
 
-def _explained(load: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(load)
-    def loading(path: Any, *args: Any, **kwargs: Any) -> Any:
-        # One rank asks for all.
-        if str(path).endswith(_DOCUMENTS) and os.environ.get("RANK", "0") == "0":
-            _check_source(str(path).removesuffix(_DOCUMENTS))
-        try:
-            return load(path, *args, **kwargs)
-        except (ValueError, EOFError) as error:
-            raise DataIndexError(
-                f"{path}, an index of the data that an earlier run made, is damaged: {error}. "
-                f"Delete the folder {os.path.dirname(path)} (--data-cache-path); it is made again."
-            ) from error
-
-    return loading
+def _load(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
+    path = str(call["path"])
+    # One rank asks for all.
+    if path.endswith(_DOCUMENTS) and os.environ.get("RANK", "0") == "0":
+        _check_source(path.removesuffix(_DOCUMENTS))
+    try:
+        return proceed()
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{path}, an index of the data that an earlier run made, is damaged: {error}. "
+            f"Delete the folder {os.path.dirname(path)} (--data-cache-path); it is made again."
+        ) from error
 
 
 def _check_source(base: str) -> None:
@@ -83,7 +84,7 @@ def _check_source(base: str) -> None:
         return
     dataset = _dataset_of(base)
     if dataset is not None and fingerprint(dataset) != _source(base).read_text():
-        raise DataIndexError(
+        raise UserError(
             f"data path {dataset} has been made again since its index in {os.path.dirname(base)} "
             "was: delete that folder (--data-cache-path); it is made again."
         )

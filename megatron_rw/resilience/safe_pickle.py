@@ -17,6 +17,9 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_rw.errors import UserError
+from megatron_rw.patching import Patch
+
 # torch.load obeys it, even where it is called with weights_only=False.
 WEIGHTS_ONLY_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -35,8 +38,8 @@ _ALLOWED = {
 }
 
 
-class UnsafeCheckpointError(ValueError):
-    """A file wants more than data to be made of it."""
+class UnsafeCheckpointError(UserError):
+    """A file of a checkpoint is damaged, or would run code."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -81,9 +84,14 @@ def read_index(checkpoint: Path) -> Metadata:
         return load_index(stream)
 
 
-def install() -> None:
-    """Have torch read checkpoints so, in this process and those that it starts."""
-    os.environ.setdefault(WEIGHTS_ONLY_VARIABLE, "1")
-    # The module's own name for pickle, of which it uses these two.
+def patches() -> list[Patch]:
+    """What makes torch read the index of a checkpoint without running code that stands in it."""
+    # The module uses these two functions of pickle.
     restricted = types.SimpleNamespace(load=load_index, dump=pickle.dump)
-    filesystem.pickle = restricted  # type: ignore[attr-defined, assignment]
+    why = "torch unpickles `.metadata` without restrictions, so that it runs what is in it."
+    return [Patch(filesystem, "pickle", restricted, why, seen_in="torch 2.11")]
+
+
+def load_weights_only() -> None:
+    """Has `torch.load` refuse code, in this process and those that it starts."""
+    os.environ.setdefault(WEIGHTS_ONLY_VARIABLE, "1")

@@ -8,16 +8,15 @@ learn of it, what was written of the checkpoint is deleted, and the run stops or
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import shutil
 import sys
 import threading
-from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
@@ -25,6 +24,7 @@ from megatron.training import async_utils, checkpointing, training
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rw.patching import Around, Patch
 from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
@@ -33,55 +33,84 @@ from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
 _CANNOT_SAVE = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoints are kept, and what a run does that cannot save or has not finished."""
+
+    keep_last: int | None = None
+    """How many of the newest checkpoints in --save to keep; older ones are deleted once a newer one
+    is complete. All by default."""
+
+    keep_every: int | None = None
+    """Keep, beside those of --keep-last, the checkpoints whose iteration is a multiple of this."""
+
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written (disk full, no permission, quota). The
+    checkpoint before it is untouched in either case."""
+
+    exit_code_when_unfinished: int = 0
+    """Exit status of a run that ends in good order before its last iteration: on a signal
+    (--exit-signal-handler), --exit-duration-in-mins or --exit-interval. A batch script can tell by
+    it whether to put the job into the queue again. 0 by default, as in Megatron."""
+
+    allow_changed_data: bool = False
+    """Resume although a dataset is no longer the one that the checkpoint was trained on."""
+
+
 class SaveGuard:
-    """Wraps Megatron's saving of distributed checkpoints.
+    """Runs Megatron's saving of distributed checkpoints, on every rank.
 
     Args:
-        args: validated; `save` is a folder.
-        saved: told the iteration of each checkpoint that is complete, on every rank.
+        folder: `--save`.
+        config: What to keep, and what to do when saving fails.
+        is_async: Whether Megatron writes in the background (`--async-save`).
+        saved: Called with the iteration of each checkpoint that is complete, on every rank.
     """
 
-    def __init__(self, args: Namespace, saved: Callable[[int], None]) -> None:
-        self._args = args
+    def __init__(
+        self, folder: str, config: CheckpointConfig, is_async: bool, saved: Callable[[int], None]
+    ) -> None:
+        self._config = config
+        self._is_async = is_async
         self._saved = saved
-        self._folder = CheckpointFolder(args.save)
+        self._folder = CheckpointFolder(folder)
         # What went wrong on this rank alone, where Megatron would leave the others waiting.
         self._problem: str | None = None
         # Iterations whose checkpoints are being written, the oldest first.
         self._unfinished: deque[int] = deque()
 
-    def install(self) -> None:
-        """Wrap the functions that training calls by name."""
-        training.save_checkpoint = self._around(training.save_checkpoint, self._save)
-        training.maybe_finalize_async_save = self._around(
-            training.maybe_finalize_async_save, self._finalize
-        )
-        serialization.save_config = self._noting_problems(serialization.save_config)
-        checkpointing.maybe_msc = _Storage(checkpointing.maybe_msc, self._complete)
+    def patches(self) -> list[Patch]:
+        """What puts the guard around Megatron's functions."""
+        ranks = "An error on one rank leaves the others waiting in a collective."
+        tracker = "Megatron does not rename the tracker into place; a killed run leaves it empty."
+        return [
+            Patch(training, "save_checkpoint", Around(self._save), ranks),
+            Patch(training, "maybe_finalize_async_save", Around(self._finalize), ranks),
+            Patch(serialization, "save_config", Around(self._declare), ranks),
+            Patch(
+                checkpointing,
+                "maybe_msc",
+                _Storage(checkpointing.maybe_msc, self._complete),
+                tracker,
+            ),
+        ]
 
-    @staticmethod
-    def _around(original: Callable[..., Any], wrapper: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> None:
-            wrapper(functools.partial(original, *args, **kwargs), *args, **kwargs)
-
-        return wrapped
-
-    def _save(self, original: Callable[[], Any], iteration: int, *_: Any, **__: Any) -> None:
+    def _save(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
+        iteration = call["iteration"]
         if dist.get_rank() == 0:
             self._problem = self._prepare(iteration)
         if self._failed(iteration):
             return
         self._unfinished.append(iteration)
-        if self._guarded(original) and not self._args.async_save:
+        if self._guarded(proceed) and not self._is_async:
             self._end(self._unfinished.popleft())
 
-    def _finalize(self, original: Callable[[], Any], *_: Any, **__: Any) -> None:
-        if not self._args.async_save:
-            original()
+    def _finalize(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
+        if not self._is_async:
+            proceed()
             return
         before = _pending()
-        if self._guarded(original):
+        if self._guarded(proceed):
             # The same number on all ranks.
             for _done in range(before - _pending()):
                 self._end(self._unfinished.popleft())
@@ -90,10 +119,10 @@ class SaveGuard:
         if not self._failed(iteration):
             self._saved(iteration)
 
-    def _guarded(self, original: Callable[[], Any]) -> bool:
+    def _guarded(self, proceed: Callable[..., Any]) -> bool:
         """Whether nothing went wrong that Megatron has told all ranks of."""
         try:
-            original()
+            proceed()
         except (CheckpointException, OSError) as error:
             self._give_up(self._unfinished.popleft(), _reason(error))
             return False
@@ -113,17 +142,12 @@ class SaveGuard:
             return str(error)
         return None
 
-    def _noting_problems(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _declare(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
         """Rank 0 alone declares a checkpoint complete; the others wait for it."""
-
-        @functools.wraps(original)
-        def noting(*args: Any, **kwargs: Any) -> None:
-            try:
-                original(*args, **kwargs)
-            except OSError as error:
-                self._problem = str(error)
-
-        return noting
+        try:
+            proceed()
+        except OSError as error:
+            self._problem = str(error)
 
     def _complete(self, text: str) -> None:
         """On rank 0, when all is written: name it in the tracker, then delete others."""
@@ -142,7 +166,7 @@ class SaveGuard:
     def _retain(self) -> None:
         complete = [c for c in self._folder.checkpoints() if c.defect() is None]
         kept = {c.iteration: c for c in complete}
-        old = superfluous(list(kept), self._args.keep_last, self._args.keep_every)
+        old = superfluous(list(kept), self._config.keep_last, self._config.keep_every)
         doomed = [kept[iteration] for iteration in old]
 
         def delete() -> None:
@@ -167,14 +191,14 @@ class SaveGuard:
     def _give_up(self, iteration: int, reason: str) -> None:
         self._problem = None
         abandoned = [iteration]
-        if self._args.on_save_error == "stop":
+        if self._config.on_save_error == "stop":
             # A later one may be on its way.
             writer.stop()
             dist.barrier()
             abandoned += self._unfinished
         if dist.get_rank() == 0:
             self._tell(iteration, reason, abandoned)
-        if self._args.on_save_error == "stop":
+        if self._config.on_save_error == "stop":
             # Rank 0 has said why; status and no traceback.
             dist.barrier()
             sys.exit(_CANNOT_SAVE)
@@ -184,7 +208,7 @@ class SaveGuard:
             shutil.rmtree(self._folder.path / f"iter_{other:07d}", ignore_errors=True)
         last = self._folder.tracked()
         before = "there is none before it" if last is None else f"that of iteration {last} is there"
-        stops = self._args.on_save_error == "stop"
+        stops = self._config.on_save_error == "stop"
         print(
             f"error: the checkpoint of iteration {iteration} could not be saved to "
             f"{self._folder.path}: {reason}. {self._free()}What was written of it is deleted; "

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -18,29 +19,39 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
 )
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_rw import patching
+from megatron_rw.patching import Around, Patch
 from megatron_rw.platform import Device
 
 _original_loop = PersistentAsyncCaller.async_loop
-_original_done = PersistentAsyncCaller.is_current_async_call_done
 
-# Between two looks at a writer that all ranks wait for.
-_PAUSE_S = 0.05
+# Poll interval while all ranks wait for their writers, in seconds.
+_POLL_S = 0.05
 
 
-def install(device: Device) -> None:
-    """Have Megatron's writers end with their rank, keep their errors' words, and be missed.
-
-    Megatron's own outlives a rank that is killed, and may then write into a checkpoint that the
-    next attempt writes as well; and a rank whose writer has died polls for it for ever.
-
-    Args:
-        device: in use.
-    """
-    keep_words()
+def patches(device: Device) -> list[Patch]:
+    """What makes Megatron's writer processes end with their rank and tell what went wrong."""
     main = functools.partial(_main, device, os.getpid())
-    PersistentAsyncCaller.async_loop = staticmethod(main)
-    PersistentAsyncCaller.is_current_async_call_done = _done
-    # Also when the rank fails.
+    return [
+        *_writing_patches(),
+        Patch(
+            PersistentAsyncCaller,
+            "async_loop",
+            staticmethod(main),
+            "Megatron's writer outlives a rank that is killed, and may then write into the same "
+            "checkpoint as the next attempt.",
+        ),
+        Patch(
+            PersistentAsyncCaller,
+            "is_current_async_call_done",
+            Around(_done),
+            "A rank whose writer has died polls it for ever.",
+        ),
+    ]
+
+
+def end_with_this_process() -> None:
+    """Ends the writer when this process ends, also when the process fails."""
     Finalize(None, stop, exitpriority=100)
 
 
@@ -53,22 +64,18 @@ def stop() -> None:
         AsyncCallsQueue._persistent_caller.process = None
 
 
-def keep_words() -> None:
-    """Have an error in writing keep its words: of one that is returned Megatron reports the class.
+def _writing_patches() -> list[Patch]:
+    """For the rank, which writes synchronous checkpoints, and its writer, for asynchronous ones."""
+    why = "Of an error that is returned, Megatron reports the class and not the message."
+    return [Patch(FileSystemWriterAsync, "write_preloaded_data", Around(_write), why)]
 
-    In the rank for synchronous saves, in its writer for asynchronous ones.
-    """
-    write = FileSystemWriterAsync.write_preloaded_data
 
-    @functools.wraps(write)
-    def writing(*args: Any, **kwargs: Any) -> Any:
-        result = write(*args, **kwargs)
-        # A thread of several hands its error over by a queue, and must not raise.
-        if kwargs.get("results_queue") is None and isinstance(result[1], Exception):
-            raise root(result[1])
-        return result
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(writing)
+def _write(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
+    result = proceed()
+    # With several threads an error is handed over by a queue, and must not be raised.
+    if call["results_queue"] is None and isinstance(result[1], Exception):
+        raise root(result[1])
+    return result
 
 
 def root(error: BaseException) -> BaseException:
@@ -86,7 +93,7 @@ def _main(device: Device, rank_pid: int, *args: Any) -> None:
         from megatron_rw.platform import cpu
 
         cpu.redirect_torch()
-    keep_words()
+    patching.apply(_writing_patches())
     _original_loop(*args)
 
 
@@ -100,10 +107,10 @@ def _end_with(pid: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
-    """As Megatron's, whether all ranks' writers are done, and notices that this one's has died."""
+def _done(proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
+    """Whether all ranks' writers are done; ends the process if this rank's has died."""
     while True:
-        writer = caller.process
+        writer = call["self"].process
         if writer is not None and not writer.is_alive():
             print(
                 f"error: the process that writes this rank's checkpoints has died, exit code "
@@ -115,9 +122,9 @@ def _done(caller: Any, blocking: bool = False, no_dist: bool = False) -> bool:
             )
             # Megatron's own end would wait for the writer.
             os._exit(1)
-        if _original_done(caller, False, no_dist):
+        if proceed(blocking=False):
             return True
-        if not blocking:
+        if not call["blocking"]:
             return False
         # The answer is the same on all ranks, so that they ask equally often.
-        time.sleep(_PAUSE_S)
+        time.sleep(_POLL_S)

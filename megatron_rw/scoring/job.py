@@ -17,6 +17,7 @@ from megatron.training import training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
@@ -94,7 +95,8 @@ def _warn_of_small_blocks(args: Namespace, plan: Plan) -> None:
 
 def _load(args: Namespace) -> list[Any]:
     """The model's chunks on this rank, with the checkpoint's weights and without an optimizer."""
-    safe_pickle.install()
+    patching.apply(safe_pickle.patches())
+    safe_pickle.load_weights_only()
     model, _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

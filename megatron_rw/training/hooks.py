@@ -6,6 +6,7 @@ they wrap, but for the values that join the log line.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import inspect
@@ -20,13 +21,13 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import get_timers, training
 
-from megatron_rw.integrations import cross_entropy, schedule
-from megatron_rw.integrations.checkpoint import keep_in_checkpoints
+from megatron_rw import patching
+from megatron_rw.integrations import checkpoint, cross_entropy, schedule
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.observability import profiling
 from megatron_rw.observability.stragglers import ForwardTimes, SlowestRank
-from megatron_rw.resilience import atomic_index, leaving, writer
-from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience import atomic_index, exit_status, writer
+from megatron_rw.resilience.saving import CheckpointConfig, SaveGuard
 from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.reweighting import LossByDomain, ReweightConfig, ReweightReport, temperature_at
@@ -83,14 +84,22 @@ class Hooks:
             training.build_train_valid_test_data_iterators, self._build_data
         )
         if self._args.cross_entropy_impl == "fused":
-            cross_entropy.install()
-        keep_in_checkpoints(self._state, self._args)
-        schedule.install()
+            patching.apply(cross_entropy.patches())
+        patching.apply(checkpoint.patches(self._state, self._args))
+        patching.apply(schedule.patches())
         self._guard.install()
         if self._args.ckpt_format == "torch_dist" and "://" not in (self._args.save or "://"):
-            SaveGuard(self._args, self._reporter.saved).install()
-            writer.install(self._args.device)
-        atomic_index.install()
+            config = CheckpointConfig(
+                **{
+                    f.name: getattr(self._args, f.name)
+                    for f in dataclasses.fields(CheckpointConfig)
+                }
+            )
+            guard = SaveGuard(self._args.save, config, self._args.async_save, self._reporter.saved)
+            patching.apply(guard.patches())
+            patching.apply(writer.patches(self._args.device))
+            writer.end_with_this_process()
+        patching.apply(atomic_index.patches())
         use_shipped_dataset_helpers()
         _let_fp32_shards_load()
 
@@ -117,7 +126,7 @@ class Hooks:
         return result
 
     def _build_data(self, original: Callable[[], Any], **_: Any) -> Any:
-        leaving.end_if_finished(self._args)
+        exit_status.end_if_finished(self._args)
         profiling.count_from_here(self._args)
         return original()
 

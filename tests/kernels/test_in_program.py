@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core.models.common.language_module.language_module import LanguageModule
 
+from megatron_rw import patching
 from megatron_rw.integrations import cross_entropy
 from megatron_rw.kernels import sample_sums
 from tests.program import run_program
@@ -81,7 +82,7 @@ def test_sums_of_the_samples_ride_on_the_losses() -> None:
     labels, logits = torch.randint(0, 50, (3, 8)), torch.randn(8, 3, 50)
     mask = (torch.rand(3, 8) > 0.3).float()
     cores = LanguageModule.compute_language_model_loss
-    with cross_entropy.installed():
+    with patching.applied(cross_entropy.patches()):
         plain = LanguageModule.compute_language_model_loss(module, labels, logits)
         cross_entropy.announce_mask(labels, mask)
         losses = LanguageModule.compute_language_model_loss(module, labels, logits)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_rw import patching
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, load_index, read_index
 from tests.planted import Planted
@@ -56,12 +57,11 @@ def test_index_of_every_dtype_is_read(tmp_path: Path) -> None:
 
 
 def test_torch_reads_indexes_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "pickle", pickle)
     monkeypatch.delenv(safe_pickle.WEIGHTS_ONLY_VARIABLE, raising=False)
     planted = tmp_path / "planted"
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Planted(planted)))
-    safe_pickle.install()
-    with pytest.raises(UnsafeCheckpointError):
+    safe_pickle.load_weights_only()
+    with patching.applied(safe_pickle.patches()), pytest.raises(UnsafeCheckpointError):
         filesystem.FileSystemReader(tmp_path).read_metadata()
     assert not planted.exists()
     # And objects among the tensors, which torch would unpickle.

@@ -1,4 +1,4 @@
-"""How a run ends: on which signals, and with which status."""
+"""How a run ends: on which signals, and with which exit status."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ import torch.distributed as dist
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron.training.utils import print_rank_0
 
-from megatron_rw.resilience.children import shield
+from megatron_rw.errors import INTERRUPTED_STATUS
+from megatron_rw.patching import Patch
+from megatron_rw.resilience import signal_shield
 
-# Of a shell, for a process that ended by Ctrl-C.
-_INTERRUPTED = 128 + signal.SIGINT
 
-
-def install() -> None:
-    """With --exit-signal-handler, let more than one signal end the run after its step.
-
-    Megatron waits for one, `--exit-signal`. A cluster sends SIGTERM when it takes nodes back and
-    another one (SLURM's `--signal`) some time before, and a user Ctrl-C. All of them now have the
-    run finish its step, save and leave; a second Ctrl-C stops it at once.
-    """
-    DistributedSignalHandler.__enter__ = _enter
-    DistributedSignalHandler.release = _release
+def patches() -> list[Patch]:
+    """What lets more than one signal end the run after its step, with --exit-signal-handler."""
+    why = (
+        "Megatron waits for one signal, --exit-signal. A cluster sends SIGTERM when it takes nodes "
+        "back and another signal (SLURM's --signal) some time before, and a user sends Ctrl-C. All "
+        "of them have the run finish its step, save and leave; a second Ctrl-C stops it at once."
+    )
+    return [
+        Patch(DistributedSignalHandler, "__enter__", _enter, why),
+        Patch(DistributedSignalHandler, "release", _release, why),
+        *signal_shield.patches(),
+    ]
 
 
 def _enter(self: Any) -> Any:
@@ -37,12 +39,12 @@ def _enter(self: Any) -> Any:
 
     def handler(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal_received:
-            os._exit(_INTERRUPTED)
+            os._exit(INTERRUPTED_STATUS)
         self._signal_received = True
 
     signals = {signal.Signals(self.sig), signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     self.original_handlers = {number: signal.signal(number, handler) for number in signals}
-    shield(signals)
+    signal_shield.blocked |= signals
     return self
 
 
