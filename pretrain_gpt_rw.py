@@ -21,15 +21,13 @@ def main() -> None:
     Imports are made here: the device is chosen before Megatron is imported, and the processes
     that write checkpoints import this file again.
     """
-    from megatron_rw.platform import DeviceError, select_device
-    from megatron_rw.platform.launch import LaunchError, prepare_process
+    from megatron_rw.errors import reported
+    from megatron_rw.platform import select_device
+    from megatron_rw.platform.launch import prepare_process
 
-    try:
+    with reported("choosing the device"):
         prepare_process()
         device = select_device(sys.argv[1:])
-    except (LaunchError, DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
@@ -39,47 +37,30 @@ def main() -> None:
     )
 
     from megatron_rw import patching
-    from megatron_rw.integrations.state import ReweightState
-    from megatron_rw.observability import prometheus
     from megatron_rw.observability.memory import explaining
-    from megatron_rw.observability.stragglers import ForwardTimes, event_maker
     from megatron_rw.resilience import exit_status, safe_pickle
-    from megatron_rw.resilience.step_guard import StepGuard
-    from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.training.arguments import (
-        announce,
-        one_message,
-        parse_args,
-        reweight_config,
-    )
-    from megatron_rw.training.batch import BatchReader
+    from megatron_rw.training.arguments import announce, megatron_refusals, parse_args
     from megatron_rw.training.datasets import Domains, datasets_provider
     from megatron_rw.training.embeddings import embedding_ranks
-    from megatron_rw.training.forward_step import ForwardStep
-    from megatron_rw.training.hooks import Hooks
-    from megatron_rw.training.loss import PretrainLoss
-    from megatron_rw.training.reporting import Reporter
+    from megatron_rw.training.job import Job
+    from megatron_rw.training.patches import early_patches
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    patching.apply(safe_pickle.patches())
+    patching.apply(early_patches())
     safe_pickle.load_weights_only()
-    patching.apply(exit_status.patches())
-    with one_message():
-        args = parse_args(device)
-        config = reweight_config(args)
-        megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-        domains = Domains(args)
-        endpoint = prometheus.serve(args)
-    announce(args, device, config, domains.names)
+    with reported("reading the arguments"):
+        settings = parse_args(device)
+        args = settings.megatron
+        with megatron_refusals():
+            megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
 
-    state = ReweightState(config)
-    samples = StepSamples(domains.train_members)
-    loss = PretrainLoss(args, config, state, len(domains), samples)
-    progress, guard = Progress(), StepGuard(args, samples)
-    times = ForwardTimes(event_maker(device)) if args.log_slowest_rank else None
-    reporter = Reporter(args, domains.names, endpoint)
-    Hooks(args, config, state, loss, reporter, progress, times, guard).install()
+    progress = Progress()
+    with reported("preparing the run"):
+        domains = Domains(args)
+        job = Job(settings, domains, progress)
+        announce(settings, domains.names)
+        patching.apply(job.patches())
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]
@@ -91,11 +72,12 @@ def main() -> None:
         megatron_config,
         provider,
         ModelType.encoder_or_decoder,
-        ForwardStep(args, BatchReader(args, len(domains)), loss, progress, times, guard),
+        job.forward_step,
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )
-    exit_status.run_to_its_end(args, train)
+    with reported(lambda: f"training, at {progress.position}"):
+        exit_status.run_to_its_end(args, settings.checkpoints.exit_code_when_unfinished, train)
 
 
 if __name__ == "__main__":

@@ -120,17 +120,18 @@ def worker() -> None:
     from megatron_rw.integrations.output_layer import FusedOutputLayer
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.integrations.step import StepReweighting
-    from megatron_rw.reweighting import ReweightConfig
     from megatron_rw.training import forward_step, loss
+    from megatron_rw.training.settings import Settings
 
     losses = {"core": LanguageModule.compute_language_model_loss, "torch": torch_loss}
     by_scope: dict[str, StepReweighting | None] = {"none": None}
     switched: list[loss.PretrainLoss] = []
     original_init = loss.PretrainLoss.__init__
 
-    def init(self: loss.PretrainLoss, args: Any, config: ReweightConfig, *rest: Any) -> None:
-        original_init(self, args, config, *rest)
+    def init(self: loss.PretrainLoss, settings: Settings, *rest: Any) -> None:
+        original_init(self, settings, *rest)
         switched.append(self)
+        args, config = settings.megatron, settings.reweight
         for scope in {Variant.named(name).scope for name in job.variants} - {"none"}:
             scoped = dataclasses.replace(config, scope=cast(Any, scope))
             by_scope[scope] = StepReweighting(

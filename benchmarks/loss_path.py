@@ -50,6 +50,7 @@ from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.batch import Batch
 from megatron_rw.training.loss import PretrainLoss
+from megatron_rw.training.settings import Settings
 
 SAMPLES, DOMAINS = 8, 3
 SHAPES = {"cuda": (256, 8192), "cpu": (16, 64)}
@@ -84,21 +85,20 @@ class LossPath:
         model_config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
         self._module = SimpleNamespace(config=model_config, tp_group=_tensor_parallel_group())
         config = ReweightConfig(strategy=strategy)
-        args = Namespace(
+        megatron = Namespace(
             curr_iteration=0,
             logits_load_dir=None,
             micro_batch_size=SAMPLES,
             check_for_nan_in_loss_and_grad=False,
             check_for_spiky_loss=False,
         )
-        self._samples = StepSamples([])
-        self._loss = PretrainLoss(args, config, ReweightState(config), DOMAINS, self._samples)
+        settings = Settings(megatron=megatron, device="cpu", reweight=config)
+        self._loss = PretrainLoss(settings, ReweightState(config), DOMAINS, StepSamples([]))
         self._call = {"model": [self._module], "num_microbatches": 1, "data_iterator": None}
 
     def __call__(self) -> None:
         """One micro-batch."""
-        self._samples.begin()
-        self._loss.begin_pass()
+        self._loss.begin_step()
         ours = self._impl != "megatron"
         use_backend(self._impl if ours else None)  # type: ignore[arg-type]
         with patching.applied(cross_entropy.patches() if ours else ()):

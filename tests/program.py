@@ -51,6 +51,7 @@ OURS = (
     "tests.observability.disturbed",
     "tests.resilience.bad_sample",
     "tests.resilience.held_step",
+    "tests.training.watched",
 )
 
 

@@ -114,60 +114,24 @@ def _forward_of(module: Any, forward: Any) -> Iterator[None]:
         del module.forward
 
 
-def plan_of(args: Any) -> LogitsPlan:
-    """What a micro-batch's logits take.
+def plan_of(args: Any, budget: int | None) -> LogitsPlan:
+    """How the logits of a micro-batch are computed within a budget.
 
     Args:
-        args: Megatron's, validated.
+        args: Megatron's arguments, validated.
+        budget: Bytes that logits may take; None for no limit.
 
     Raises:
-        UserError: the budget is too small.
+        UserError: If the budget is too small.
     """
-    budget = args.logits_budget_mib
     try:
         return plan_logits(
             args.micro_batch_size * args.seq_length // args.context_parallel_size,
             args.padded_vocab_size // args.tensor_model_parallel_size,
             args.hidden_size,
             args.params_dtype,
-            None if budget is None else budget << 20,
+            budget,
             gathers=args.sequence_parallel,
         )
     except BudgetError as error:
-        raise UserError(f"--logits-budget-mib {budget}: {error}.") from error
-
-
-def check_output_layer(args: Any) -> None:
-    """Refuse what the fused output layer would silently leave out, or was not tried with.
-
-    Args:
-        args: Megatron's, validated.
-
-    Raises:
-        UserError: names the flag and the remedy.
-    """
-    why = {
-        "fp8_output_proj": "computes the output layer in FP8, with products of its own",
-        "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its "
-        "backward pass",
-        "use_megatron_fsdp": "gathers the output layer's weight for its own products alone",
-        "use_torch_fsdp2": "gathers the output layer's weight for its own products alone",
-        "fp16_lm_cross_entropy": "asks for losses in 16 bits",
-        "perform_rl_step": "wants the logits",
-    }
-    for name, reason in why.items():
-        if getattr(args, name, False):
-            raise _refusal(f"--{name.replace('_', '-')} {reason}")
-    if args.gtp_weight_remat_size > 1:
-        raise _refusal("--tensor-parallel-num-weight-shards cuts the output layer's weight again")
-    if args.logits_load_dir is not None:
-        raise _refusal("--logits-load-dir compares the logits with others")
-    if not args.mtp_num_layers:
-        if args.cross_entropy_impl == "fused":
-            raise _refusal("--cross-entropy-impl fused acts on logits, which there are none of")
-        if args.cross_entropy_loss_fusion:
-            raise _refusal("--cross-entropy-loss-fusion acts on logits, which there are none of")
-
-
-def _refusal(reason: str) -> UserError:
-    return UserError(f"{reason}: drop it, or --fused-linear-cross-entropy.")
+        raise UserError(f"--logits-budget-mib {(budget or 0) >> 20}: {error}.") from error

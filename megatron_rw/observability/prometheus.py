@@ -8,18 +8,18 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_rw.errors import UserError
+from megatron_rw.observability.config import MonitoringConfig
 
 if TYPE_CHECKING:
     from megatron_rw.observability.endpoint import Endpoint
 
-DEFAULT_ADDRESS = "127.0.0.1"
 
-
-def serve(args: Namespace) -> Endpoint | None:
+def serve(config: MonitoringConfig, args: Namespace) -> Endpoint | None:
     """Opens the endpoint that the flags ask for, on the last rank, which has all metrics.
 
     Args:
-        args: Validated by Megatron.
+        config: The flags.
+        args: Megatron's arguments.
 
     Returns:
         The endpoint; None without --prometheus-port, and on the other ranks.
@@ -27,7 +27,7 @@ def serve(args: Namespace) -> Endpoint | None:
     Raises:
         UserError: If it cannot be opened, or `prometheus_client` is missing.
     """
-    if args.prometheus_port is None:
+    if config.prometheus_port is None:
         return None
     if importlib.util.find_spec("prometheus_client") is None:
         raise UserError(
@@ -37,6 +37,6 @@ def serve(args: Namespace) -> Endpoint | None:
         return None
     from megatron_rw.observability.endpoint import Endpoint
 
-    endpoint = Endpoint(args.prometheus_address, args.prometheus_port, args.seq_length)
+    endpoint = Endpoint(config.prometheus_address, config.prometheus_port, args.seq_length)
     print(f"> metrics at {endpoint.url} (rank {args.rank}, {socket.gethostname()})", flush=True)
     return endpoint

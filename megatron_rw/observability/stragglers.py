@@ -12,11 +12,10 @@ Megatron's `--log-straggler` is for CUDA alone, names no host, needs nvidia-ml-p
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any, Protocol
@@ -95,14 +94,15 @@ class ForwardTimes:
         self._free: list[tuple[Event, Event]] = []
         self._hosts: list[str] | None = None
 
-    @contextlib.contextmanager
-    def measured(self) -> Iterator[None]:
-        """Time a forward pass; no wait for the device."""
-        begin, end = self._free.pop() if self._free else (self._make_event(), self._make_event())
-        begin.record()
-        yield
-        end.record()
-        self._pairs.append((begin, end))
+    def begin(self) -> None:
+        """Begins to time a forward pass; it does not wait for the device."""
+        pair = self._free.pop() if self._free else (self._make_event(), self._make_event())
+        pair[0].record()
+        self._pairs.append(pair)
+
+    def end(self) -> None:
+        """Ends the time of the pass that was begun last."""
+        self._pairs[-1][1].record()
 
     def read(self, stage: int) -> SlowestRank | None:
         """Compare the interval's times, and begin a new interval. All ranks together.

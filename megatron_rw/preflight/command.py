@@ -27,7 +27,7 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from megatron_rw.errors import UserError
+from megatron_rw.errors import UserError, reported
 from megatron_rw.platform import DeviceError, select_device
 from megatron_rw.platform.launch import LaunchError, prepare_process
 
@@ -48,9 +48,8 @@ def main() -> None:
 
     from megatron_rw.preflight.config import job_arguments, planned_arguments, split_flags
     from megatron_rw.preflight.rank import look
-    from megatron_rw.training.arguments import explain, one_message
 
-    with one_message():
+    with reported("reading the arguments"):
         config, flags = split_flags(argv, __doc__)
         if config.estimate is not None:
             sys.exit(_plan(config, planned_arguments(flags, config.estimate)))
@@ -58,9 +57,9 @@ def main() -> None:
     refusal: str | None = None
     try:
         args = job_arguments(flags, device)
-    except (AssertionError, ValueError, OSError, UserError) as error:
+    except (UserError, OSError) as error:
         # The ranks meet even so: what one alone refuses should be heard.
-        refusal = explain(error)
+        refusal = str(error)
     sys.exit(look(config, device, args, refusal))
 
 

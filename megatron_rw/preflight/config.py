@@ -96,9 +96,9 @@ def job_arguments(flags: Sequence[str], device: Device) -> Namespace:
         device: what `platform.select_device` chose.
 
     Raises:
-        UserError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError: For what the job would refuse.
     """
-    args = parse_job_flags(flags, device)
+    args = parse_job_flags(flags, device).megatron
     pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     Domains(args)
     return args
@@ -112,8 +112,8 @@ def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
         gpus: one process each.
 
     Raises:
-        UserError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError: For what the job would refuse.
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
     # Megatron's default, which ours gives up where Transformer Engine is not installed.
-    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda")
+    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda").megatron

@@ -59,8 +59,10 @@ def look(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     facts = gather(rank, device, None if args is None else args.save, refusal)
     try:
-        with watchdog.Meeting(config.wait_seconds / 60, "--wait-seconds"):
-            store = open_store(config.wait_seconds)
+        rendezvous = watchdog.Rendezvous(config.wait_seconds / 60, "--wait-seconds")
+        rendezvous.begin()
+        store = open_store(config.wait_seconds)
+        rendezvous.end()
         meeting = Meeting(store, rank, size, config.wait_seconds)
         meeting.tell("facts", dataclasses.asdict(facts))
         if rank == 0:

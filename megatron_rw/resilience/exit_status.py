@@ -12,7 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.training.dist_signal_handler import DistributedSignalHandler
-from megatron.training.utils import print_rank_0
 
 from megatron_rw.errors import INTERRUPTED_STATUS
 from megatron_rw.patching import Patch
@@ -57,35 +56,17 @@ def _release(self: Any) -> bool:
     return True
 
 
-def end_if_finished(args: Namespace) -> None:
-    """End a run whose checkpoint is that of its last iteration. Once that is loaded.
+def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], Any]) -> None:
+    """Trains, and ends the process with a status that tells whether there is more to do.
 
-    Megatron would go on and fail: there are "no samples left to consume".
-
-    Args:
-        args: `iteration` is the checkpoint's, `train_iters` known.
-
-    Raises:
-        SystemExit: with status 0.
-    """
-    if args.skip_train or not args.train_iters or args.iteration < args.train_iters:
-        return
-    print_rank_0(
-        f"> nothing left to do: {args.load} holds iteration {args.iteration} of {args.train_iters}"
-    )
-    raise SystemExit(0)
-
-
-def run_to_its_end(args: Namespace, train: Callable[[], Any]) -> None:
-    """Train, and leave with a status that tells whether there is more to do.
-
-    A run that ends in good order before its last iteration, on a signal or by Megatron's --exit-*
-    flags, leaves with --exit-code-when-unfinished. One that fails keeps its own status, and its
-    process groups: taking them down could wait for ranks that are gone.
+    A run that fails keeps its own status, and its process groups: taking them down could wait for
+    ranks that are gone.
 
     Args:
-        args: validated; `curr_iteration` follows the run.
-        train: returns, or raises SystemExit, at the end of the run.
+        args: Megatron's arguments; `curr_iteration` follows the run.
+        when_unfinished: The status of a run that ends in good order before its last iteration, on a
+            signal or by one of Megatron's --exit-* flags.
+        train: Returns, or raises SystemExit, at the end of the run.
     """
     status: Any = 0
     try:
@@ -97,7 +78,7 @@ def run_to_its_end(args: Namespace, train: Callable[[], Any]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         if _is_unfinished(args):
-            status = args.exit_code_when_unfinished
+            status = when_unfinished
     if status != 0:
         sys.exit(status)
 

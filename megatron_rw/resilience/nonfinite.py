@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,17 +22,34 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
 from megatron_rw.integrations import groups
+from megatron_rw.patching import Around, Patch
 from megatron_rw.resilience.step_samples import Sample, StepSamples
 from megatron_rw.resilience.watchdog import few
 
 _MOST_IN_A_ROW = 10
 
-OnNonFinite = Literal["raise", "skip-step"]
+
+@dataclass(frozen=True, kw_only=True)
+class NonFiniteConfig:
+    """What becomes of a step with numbers that are not finite, and of losses that stand out."""
+
+    on_nonfinite: Literal["raise", "skip-step"] = "raise"
+    """What to do with a step whose loss or gradient is not finite. raise: end the run on all ranks,
+    with one line that names the samples. skip-step: take no optimizer step, on any rank."""
+
+    max_consecutive_skips: int | None = None
+    """How many steps in a row --on-nonfinite may skip; the run ends at the next. 10 by default.
+    Counted anew after a resume."""
+
+    loss_spike_factor: float | None = None
+    """Write the samples whose loss is not finite, or more than this many times the running mean,
+    to spikes.jsonl in --log-dir. Training is unaffected. Off by default."""
 
 
 class NonFiniteExit(SystemExit):
@@ -67,82 +84,96 @@ class Finding:
     norm: float
 
 
-def megatron_checks(args: Namespace) -> bool:
+def megatron_checks(args: Namespace, config: NonFiniteConfig) -> bool:
     """Whether Megatron's rerun state machine judges what is not finite, and we only explain.
 
     It runs such a step again to tell a faulty GPU from a faulty sample, and then ends the run.
     """
     checked: bool = args.check_for_nan_in_loss_and_grad
-    return checked and args.on_nonfinite == "raise" and args.rerun_mode != "disabled"
+    return checked and config.on_nonfinite == "raise" and args.rerun_mode != "disabled"
 
 
 class NonFiniteGuard:
     """Looks at every step before its optimizer does.
 
     Args:
-        args: validated.
-        samples: of the step under way.
+        args: Megatron's arguments.
+        config: What to do with a bad step.
+        samples: Those of the step under way.
 
     Attributes:
-        skipped: steps since `reset`.
+        model: The model chunks of this rank.
+        skipped: Steps that were skipped since it was set to 0.
     """
 
-    def __init__(self, args: Namespace, samples: StepSamples) -> None:
+    def __init__(self, args: Namespace, config: NonFiniteConfig, samples: StepSamples) -> None:
         self._args = args
+        self._config = config
         self._samples = samples
-        self._model: list[Any] = []
+        self.model: list[Any] = []
         self._norm: Any = None
         self._bucket_norms: list[Tensor] = []
         self._in_a_row = 0
         self.skipped = 0
 
-    def install(self) -> None:
-        """Note the norms that Megatron would wait for, before ranks are averaged."""
-        original = _ParamAndGradBucketGroup.check_grads
-        keep = megatron_checks(self._args)
-        noted = self._bucket_norms
+    def patches(self) -> list[Patch]:
+        """What looks at the gradients of each step before its optimizer does."""
+        return [
+            Patch(
+                _ParamAndGradBucketGroup,
+                "check_grads",
+                Around(self._check_grads),
+                "Megatron waits for the device for every bucket, and raises on one rank alone.",
+            ),
+            Patch(
+                ChainedOptimizer,
+                "prepare_grads",
+                Around(self._prepare_grads),
+                "It is the last call before the optimizer clips and steps, and may skip the step.",
+            ),
+            Patch(
+                ChainedOptimizer,
+                "get_grad_norm",
+                Around(self._get_grad_norm),
+                "The norm that decides has been computed already.",
+            ),
+        ]
 
-        def check_grads(group: Any, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
-            if check_for_nan_or_inf:
-                noted.extend(bucket.grad_data.norm(p=2) for bucket in group.buckets)
-            if check_for_large or keep:
-                original(group, check_for_nan_or_inf and keep, check_for_large)
+    def _check_grads(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
+        """Notes the norms that Megatron would wait for, before ranks are averaged."""
+        nonfinite, keep = call["check_for_nan_or_inf"], self.only_explains
+        if nonfinite:
+            self._bucket_norms.extend(bucket.grad_data.norm(p=2) for bucket in call["self"].buckets)
+        if call["check_for_large"] or keep:
+            proceed(check_for_nan_or_inf=nonfinite and keep)
 
-        _ParamAndGradBucketGroup.check_grads = check_grads
+    def _prepare_grads(self, proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
+        overflow = proceed()
+        self._norm = None
+        self._norm = torch.inf if overflow else call["self"].get_grad_norm()
+        return self._is_skipped() or overflow
+
+    def _get_grad_norm(self, proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
+        return proceed() if self._norm is None else self._norm
 
     def begin(self) -> None:
         """A pass over the step's micro-batches begins."""
         self._bucket_norms.clear()
-
-    def watch(self, model: list[Any], optimizer: Any) -> None:
-        """Decide before this optimizer clips and steps. Again without effect.
-
-        Args:
-            model: its chunks on this rank.
-            optimizer: Megatron's `ChainedOptimizer`.
-        """
-        if self._model:
-            return
-        self._model = model
-        prepare_grads, get_grad_norm = optimizer.prepare_grads, optimizer.get_grad_norm
-
-        def prepare() -> bool:
-            overflow = prepare_grads()
-            self._norm = torch.inf if overflow else get_grad_norm()
-            return self._is_skipped() or overflow
-
-        optimizer.prepare_grads = prepare
-        # Computed once.
-        optimizer.get_grad_norm = lambda: self._norm
 
     def explain(self) -> None:
         """Say what was wrong with a step that Megatron ends the run for. Collective."""
         self._norm = torch.nan
         self._print_error(self._diagnosis())
 
-    def reset(self) -> None:
-        """Count anew."""
-        self.skipped = 0
+    @property
+    def only_explains(self) -> bool:
+        """Whether Megatron itself ends the run; see `megatron_checks`."""
+        return megatron_checks(self._args, self._config)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a bad step is skipped, rather than the run ended."""
+        return self._config.on_nonfinite != "raise"
 
     def _is_skipped(self) -> bool:
         bad = self._samples.nonfinite()
@@ -156,12 +187,12 @@ class NonFiniteGuard:
             self._in_a_row = 0
             return False
         what = self._diagnosis()
-        if self._args.on_nonfinite == "raise":
+        if self._config.on_nonfinite == "raise":
             self._print_error(f"{what} {self._remedy()}")
             raise NonFiniteExit
         self._in_a_row += 1
         self.skipped += 1
-        most = self._args.max_consecutive_skips or _MOST_IN_A_ROW
+        most = self._config.max_consecutive_skips or _MOST_IN_A_ROW
         if self._in_a_row > most:
             self._print_error(
                 f"{what} No step was taken for {self._in_a_row} iterations, more than "
@@ -189,7 +220,7 @@ class NonFiniteGuard:
         return diagnosis(gather(self._finding()))
 
     def _finding(self) -> Finding:
-        names, checked = _bad_parameters(self._model)
+        names, checked = _bad_parameters(self.model)
         return Finding(
             rank=dist.get_rank(),
             stage=mpu.get_pipeline_model_parallel_rank(),

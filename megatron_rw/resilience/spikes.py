@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,13 +55,14 @@ class SpikeLog:
     """Writes `spikes.jsonl`. Collective: every rank calls every method.
 
     Args:
-        args: validated, `loss_spike_factor` set.
-        samples: of the step under way.
+        factor: A loss stands out that is this many times the running mean.
+        log_dir: The folder for spikes.jsonl.
+        samples: Those of the step under way.
     """
 
-    def __init__(self, args: Namespace, samples: StepSamples) -> None:
-        self._factor: float = args.loss_spike_factor
-        self._path = os.path.join(args.log_dir, "spikes.jsonl")
+    def __init__(self, factor: float, log_dir: str, samples: StepSamples) -> None:
+        self._factor = factor
+        self._path = os.path.join(log_dir, "spikes.jsonl")
         self._samples = samples
         self._running: Tensor | None = None
         self._steps: list[_Step] = []

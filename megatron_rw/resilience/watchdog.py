@@ -265,12 +265,12 @@ def _key(rank: int) -> str:
     return f"megatron_rw/watchdog/{rank}"
 
 
-class Meeting:
-    """Ends a process whose rank 0 was never there: torch waits for twice the timeout.
+class Rendezvous:
+    """Ends a process that does not meet the others; torch would wait for twice the timeout.
 
     Args:
-        minutes: after which it does.
-        flag: which set them.
+        minutes: How long to wait.
+        flag: The flag that set this time.
     """
 
     def __init__(self, minutes: float, flag: str = "--distributed-timeout-minutes") -> None:
@@ -278,11 +278,12 @@ class Meeting:
         self._timer = threading.Timer(60 * minutes, self._end)
         self._timer.daemon = True
 
-    def __enter__(self) -> Meeting:
+    def begin(self) -> None:
+        """Begins to wait."""
         self._timer.start()
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def end(self) -> None:
+        """All processes have met."""
         self._timer.cancel()
 
     def _end(self) -> None:

@@ -56,26 +56,26 @@ def main() -> None:
     except (LaunchError, DeviceError) as error:
         _refuse(error)
 
-    from megatron_rw.errors import UserError
+    from megatron_rw.errors import UserError, reported
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
     from megatron_rw.scoring.folder import ScoreFolder
     from megatron_rw.scoring.job import run
-    from megatron_rw.training.arguments import one_message
 
     job: dict[str, Any] | None = None
     done: dict[str, int] | None = None
     progress = Progress()
     try:
-        with one_message():
+        with reported("reading the arguments"):
             config, flags = split_flags(argv, __doc__)
-            args = scoring_arguments(config, flags, device)
+            settings = scoring_arguments(config, flags, device)
+            args = settings.megatron
             plan = plan_of(config, args)
         if args.rank == 0:
             job = describe(args, plan)
             done = ScoreFolder(config.score_dir).begin(job)
-        explaining(run, args, progress)(args, config, plan, job, done, progress)
+        explaining(run, args, progress)(settings, config, plan, job, done, progress)
     except (UserError, OSError) as error:
         _refuse(error)
 

@@ -21,7 +21,8 @@ from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.resuming import SHAPING
 from megatron_rw.scoring.plan import Plan, row_lengths
-from megatron_rw.training.data_checks import data_prefixes
+from megatron_rw.training.refusals.data import data_prefixes
+from megatron_rw.training.settings import Settings
 from megatron_rw.training.tool_arguments import ToolParser, parse_job_flags
 
 VERSION = 1
@@ -166,8 +167,8 @@ def _expanded(prefix: str) -> Iterable[str]:
     return [os.path.join(prefix, record.prefix) for record in records]
 
 
-def scoring_arguments(config: ScoreConfig, flags: Sequence[str], device: Device) -> Namespace:
-    """Megatron's arguments, after all checks that a run makes of them.
+def scoring_arguments(config: ScoreConfig, flags: Sequence[str], device: Device) -> Settings:
+    """The settings of the job, after all checks that a run makes of them.
 
     Args:
         config: of scoring.
@@ -175,9 +176,10 @@ def scoring_arguments(config: ScoreConfig, flags: Sequence[str], device: Device)
         device: what `platform.select_device` chose.
 
     Raises:
-        UserError, AssertionError, ValueError, OSError: what a run or scoring refuses.
+        UserError: For what a run or scoring refuses.
     """
-    args = parse_job_flags(flags, device)
+    settings = parse_job_flags(flags, device)
+    args = settings.megatron
     _check(args)
     if config.stride is not None and config.stride > args.seq_length:
         raise UserError(
@@ -186,7 +188,7 @@ def scoring_arguments(config: ScoreConfig, flags: Sequence[str], device: Device)
         )
     # A row is of one document as it is.
     args.dataloader_inter_document_masking = False
-    return args
+    return settings
 
 
 def _check(args: Namespace) -> None:

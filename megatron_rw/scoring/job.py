@@ -20,21 +20,22 @@ from megatron.training.utils import print_rank_0
 from megatron_rw import patching
 from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
-from megatron_rw.resilience.watchdog import Meeting, Progress, watch
+from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
 from megatron_rw.scoring.config import ScoreConfig
 from megatron_rw.scoring.folder import BlockWriter, ScoreFolder
 from megatron_rw.scoring.plan import Plan
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.embeddings import embedding_ranks
-from megatron_rw.training.hooks import use_shipped_dataset_helpers
+from megatron_rw.training.patches import repairs
+from megatron_rw.training.settings import Settings
 
 _PROGRESS_SECONDS = 10.0
 _FEW_MICRO_BATCHES = 10
 
 
 def run(
-    args: Namespace,
+    settings: Settings,
     config: ScoreConfig,
     plan: Plan,
     job: dict[str, Any] | None,
@@ -44,7 +45,7 @@ def run(
     """Score what is not scored yet, and finish the folder. Collective over all ranks.
 
     Args:
-        args: validated.
+        settings: Of the job, validated.
         config: of scoring.
         plan: how the datasets are cut.
         job: on rank 0, see `config.describe`.
@@ -54,9 +55,12 @@ def run(
     Raises:
         UserError: a dataset, or where the scores go, is not as it should be.
     """
-    use_shipped_dataset_helpers()
-    with Meeting(args.distributed_timeout_minutes):
-        training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
+    args = settings.megatron
+    patching.apply(repairs())
+    rendezvous = Rendezvous(args.distributed_timeout_minutes)
+    rendezvous.begin()
+    training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
+    rendezvous.end()
     watch(args, progress)
     # Rank 0 has looked at the folder before; another host may not see yet what it has made.
     shared: list[Any] = [job, done]
@@ -66,7 +70,7 @@ def run(
     folder = ScoreFolder(config.score_dir)
     if done is not None:
         _warn_of_small_blocks(args, plan)
-        scorer = Scorer(args, _load(args), plan, progress)
+        scorer = Scorer(settings, _load(args), plan, progress)
         _score(scorer, folder, plan, job, done, progress)
     if writes():
         if done is not None:

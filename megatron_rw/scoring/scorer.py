@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from argparse import Namespace
 from typing import Any
@@ -21,9 +22,11 @@ from megatron_rw.integrations.schedule import run_forward_only
 from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.scoring.plan import Block, MicroBatch, Plan, share
 from megatron_rw.training.batch import Batch, BatchReader
+from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.datasets import PLACE_KEY
 from megatron_rw.training.forward_step import ForwardPass
 from megatron_rw.training.loss import LossResult
+from megatron_rw.training.settings import Settings
 
 
 class Scorer:
@@ -36,8 +39,11 @@ class Scorer:
         progress: told how far the rank is.
     """
 
-    def __init__(self, args: Namespace, model: list[Any], plan: Plan, progress: Progress) -> None:
-        self._args, self._model, self._plan, self._progress = args, model, plan, progress
+    def __init__(
+        self, settings: Settings, model: list[Any], plan: Plan, progress: Progress
+    ) -> None:
+        self._settings, self._args = settings, settings.megatron
+        self._model, self._plan, self._progress = model, plan, progress
         self._passes: dict[int, ForwardPass] = {}
         self._collected: list[tuple[Tensor, Tensor]] = []
         for chunk in model:
@@ -100,7 +106,10 @@ class Scorer:
             shaped = {"seq_length": length, "eval_micro_batch_size": rows}
             args = Namespace(**(vars(self._args) | shaped))
             self._passes[length] = ForwardPass(
-                args, BatchReader(args, num_domains=1), self._collect, self._progress
+                dataclasses.replace(self._settings, megatron=args),
+                BatchReader(args, num_domains=1),
+                self._collect,
+                [ProgressCallback(args, self._progress)],
             )
         return self._passes[length]
 

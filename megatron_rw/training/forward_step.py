@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
@@ -14,11 +12,10 @@ from megatron.training import get_timers
 from megatron_rw.integrations.cross_entropy import announce_mask
 from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
-from megatron_rw.observability.stragglers import ForwardTimes
-from megatron_rw.resilience.step_guard import StepGuard
-from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
+from megatron_rw.training.callbacks.base import Callback
 from megatron_rw.training.loss import LossResult, PretrainLoss
+from megatron_rw.training.settings import Settings
 
 _stimer = StragglerDetector()
 
@@ -27,31 +24,27 @@ class ForwardPass:
     """Draw a micro-batch, run the model, and bind the loss to the batch's mask and domains.
 
     Args:
-        args: validated.
-        read_batch: draws micro-batches.
-        loss: of a batch and its token losses, on the last pipeline stage; see `PretrainLoss`.
-        progress: told how far the rank is.
-        times: takes the time of training's forward passes.
+        settings: Of the run.
+        read_batch: Draws micro-batches.
+        loss: Of a batch and its token losses, on the last pipeline stage; see `PretrainLoss`.
+        callbacks: Are called around the pass.
     """
 
     def __init__(
         self,
-        args: Namespace,
+        settings: Settings,
         read_batch: BatchReader,
         loss: Callable[..., LossResult],
-        progress: Progress,
-        times: ForwardTimes | None = None,
+        callbacks: Sequence[Callback],
     ) -> None:
-        self._args = args
+        self._args = settings.megatron
         self._read_batch = read_batch
         self._batch_loss = loss
-        self._progress = progress
-        self._times = times
+        self._callbacks = callbacks
         self._model_options: dict[str, Any] = {}
-        if args.fused_linear_cross_entropy:
-            budget = args.logits_budget_mib
+        if settings.kernels.fused_linear_cross_entropy:
             self._model_options["output_processor"] = FusedOutputLayer(
-                None if budget is None else budget << 20
+                settings.kernels.logits_budget
             )
 
     def __call__(
@@ -68,14 +61,16 @@ class ForwardPass:
         Returns:
             The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
         """
-        times = self._times if model.training else None
-        with contextlib.nullcontext() if times is None else times.measured():
-            return self._run(data_iterator, model, return_schedule_plan)
+        for callback in self._callbacks:
+            callback.before_batch(model.training)
+        result = self._run(data_iterator, model, return_schedule_plan)
+        for callback in self._callbacks:
+            callback.after_forward(model.training)
+        return result
 
     def _run(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool
     ) -> tuple[Any, Callable[..., Any]]:
-        self._progress.then("reading a micro-batch")
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -83,7 +78,8 @@ class ForwardPass:
                 data_iterator, get_attr_wrapped_model(model, "vp_stage"), model.training
             )
         timer.stop()
-        self._progress.then("a micro-batch")
+        for callback in self._callbacks:
+            callback.before_forward()
 
         if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
             # A packed micro-batch is one row of several samples.
@@ -99,37 +95,34 @@ class ForwardPass:
 
 
 class ForwardStep(ForwardPass):
-    """The forward pass of training.
+    """The forward pass of training, which also runs the passes of a step.
 
     Args:
-        args: validated.
-        read_batch: draws micro-batches.
-        loss: computes the loss on the last pipeline stage.
-        progress: told how far the rank is.
-        times: takes the time of training's forward passes.
-        guard: told when a pass over the step's micro-batches begins.
+        settings: Of the run.
+        read_batch: Draws micro-batches.
+        loss: Computes the loss on the last pipeline stage.
+        callbacks: Are called around the passes.
     """
 
     def __init__(
         self,
-        args: Namespace,
+        settings: Settings,
         read_batch: BatchReader,
         loss: PretrainLoss,
-        progress: Progress,
-        times: ForwardTimes | None,
-        guard: StepGuard,
+        callbacks: Sequence[Callback],
     ) -> None:
-        super().__init__(args, read_batch, loss, progress, times)
+        super().__init__(settings, read_batch, loss, callbacks)
         self._loss = loss
-        self._guard = guard
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
-        """Run a training step: see `integrations.schedule.SteppedForward`."""
-        self._guard.begin()
-        self._loss.begin_pass()
+        """Runs the passes of a training step: see `integrations.schedule.SteppedForward`."""
+        self._loss.begin_step()
+        for callback in self._callbacks:
+            callback.before_passes()
         if self._loss.reweighting is None:
             result = schedule(**call)
         else:
             result = self._loss.reweighting.run(schedule, call)
-        self._progress.then("the optimizer's step")
+        for callback in self._callbacks:
+            callback.after_passes()
         return result

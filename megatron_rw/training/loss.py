@@ -18,13 +18,13 @@ from megatron_rw.resilience.nonfinite import megatron_checks
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import (
     DomainLosses,
-    ReweightConfig,
     SampleSums,
     WeightedSet,
     WeightMetrics,
     sample_sums,
 )
 from megatron_rw.training.batch import Batch
+from megatron_rw.training.settings import Settings
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -38,11 +38,10 @@ class PretrainLoss:
     Under `--reweight-strategy none` the result is Megatron's own, bit for bit.
 
     Args:
-        args: validated.
-        config: the reweighting settings.
-        state: what the checkpoints hold of the reweighting.
-        num_domains: how many domains the batches' labels name.
-        samples: told of every training sample's loss.
+        settings: Of the run.
+        state: What the checkpoints hold of the reweighting.
+        num_domains: How many domains the batches' labels name.
+        samples: Is told of every training sample's loss.
 
     Attributes:
         reweighting: runs the steps; None without reweighting.
@@ -53,27 +52,29 @@ class PretrainLoss:
 
     def __init__(
         self,
-        args: Namespace,
-        config: ReweightConfig,
+        settings: Settings,
         state: ReweightState,
         num_domains: int,
         samples: StepSamples,
     ) -> None:
+        args = settings.megatron
         self._args = args
+        self._validates = megatron_checks(args, settings.nonfinite)
         self._samples = samples
         self._sets: list[WeightedSet] = []
         self.weight_metrics = WeightMetrics(num_domains)
         self.reweighting: StepReweighting | None = None
-        if config.enabled:
+        if settings.reweight.enabled:
             self.reweighting = StepReweighting(
-                config, state, lambda: args.curr_iteration, self._sets.append
+                settings.reweight, state, lambda: args.curr_iteration, self._sets.append
             )
         self.train_losses = DomainLosses(num_domains)
         self.valid_losses = DomainLosses(num_domains)
 
-    def begin_pass(self) -> None:
-        """A pass over the step's micro-batches begins; what an earlier one noted is void."""
+    def begin_step(self) -> None:
+        """A step begins; what an earlier one noted is void."""
         self._sets.clear()
+        self._samples.begin()
 
     def end_step(self, *, taken: bool) -> None:
         """The step is over.
@@ -152,7 +153,7 @@ class PretrainLoss:
     def _check(self, loss: Tensor) -> None:
         """Megatron's checks on this rank's unweighted loss sum: not finite, or a spike."""
         machine = get_rerun_state_machine()
-        if megatron_checks(self._args):
+        if self._validates:
             for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
                 machine.validate_result(
                     result=loss,

@@ -6,15 +6,17 @@ import argparse
 import contextlib
 import io
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron.training import global_vars
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
+from megatron_rw.patching import Patch
 from megatron_rw.platform import Device
 from megatron_rw.training.arguments import parse_args
+from megatron_rw.training.settings import Settings
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ class ToolParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_job_flags(flags: Sequence[str], device: Device) -> Namespace:
+def parse_job_flags(flags: Sequence[str], device: Device) -> Settings:
     """Parse, check and validate the flags of a job, without its logs.
 
     Args:
@@ -33,11 +35,12 @@ def parse_job_flags(flags: Sequence[str], device: Device) -> Namespace:
         device: what `platform.select_device` chose.
 
     Raises:
-        UserError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError: For what the job would refuse.
     """
     # They are set up while arguments are parsed; a tool is no run to be logged.
-    for writer in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):
-        setattr(global_vars, writer, lambda args: None)
+    writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
+    why = "Megatron opens them while it parses arguments."
+    patching.apply([Patch(global_vars, name, lambda args: None, why) for name in writers])
     sys.argv = [sys.argv[0], *flags]
     said = io.StringIO()
     try:

@@ -45,7 +45,7 @@ def main() -> None:
     from megatron.training import get_args, training
 
     import pretrain_gpt_rw
-    from megatron_rw.training.arguments import reweight_config
+    from megatron_rw.training.settings import Settings
 
     original = training.train_step
     state: dict[str, oracle.Range] = {"seen": None}
@@ -54,7 +54,7 @@ def main() -> None:
     @functools.wraps(original)
     def train_step(forward_step: Any, data: Any, model: Any, *rest: Any, **named: Any) -> Any:
         args = get_args()
-        config = reweight_config(args)
+        config = Settings.of(args, "cpu").reweight
         batches = [next(data) for _ in range(get_num_microbatches())]
         gradient, latest = oracle_gradient(unwrap_model(model[0]), batches, config, state["seen"])
         state["seen"] = oracle.mixed(state["seen"], latest, config.moment_decay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megatron_rw.errors import UserError
 from megatron_rw.integrations import cross_entropy
-from megatron_rw.integrations.output_layer import FusedOutputLayer, check_output_layer
+from megatron_rw.integrations.output_layer import FusedOutputLayer
 from tests import program
 from tests.program import Run, run_program
 from tests.ranks import run_ranks
@@ -187,38 +186,3 @@ def test_output_processor_keeps_what_a_module_does() -> None:
     assert found["hooks"] == ["before"] * 4
     assert found["unchanged"]
     assert "the output layer is a Linear, which has matrix products of its own" in found["refusal"]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"fp8_output_proj": True}, "--fp8-output-proj computes the output layer in FP8"),
-        ({"use_torch_fsdp2": True}, "--use-torch-fsdp2 gathers the output layer's weight"),
-        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp gathers the output layer's weight"),
-        (
-            {"defer_embedding_wgrad_compute": True},
-            "--defer-embedding-wgrad-compute takes the output layer's weight gradient out",
-        ),
-        ({"perform_rl_step": True}, "--perform-rl-step wants the logits"),
-        ({"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy asks for losses in 16 bits"),
-        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards cuts the output"),
-        ({"logits_load_dir": "x"}, "--logits-load-dir compares the logits with others"),
-        ({"mtp_num_layers": 1, "cross_entropy_impl": "fused"}, None),
-        ({}, None),
-    ],
-)
-def test_what_it_would_leave_out_is_refused(setting: dict[str, Any], message: str | None) -> None:
-    defaults = {
-        "gtp_weight_remat_size": 1,
-        "logits_load_dir": None,
-        "mtp_num_layers": None,
-        "cross_entropy_impl": "megatron",
-        "cross_entropy_loss_fusion": False,
-    }
-    args = Namespace(**(defaults | setting))
-    if message is None:
-        check_output_layer(args)
-        return
-    with pytest.raises(UserError, match=message) as refusal:
-        check_output_layer(args)
-    assert str(refusal.value).endswith(": drop it, or --fused-linear-cross-entropy.")

@@ -8,7 +8,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_rw.observability.profiling import count_from_here
+from megatron_rw.training.callbacks.profile import ProfileCallback
 from tests.program import run_program
 
 
@@ -50,5 +50,5 @@ def test_does_not_profile_what_lies_before_the_resume() -> None:
         profile_step_start=8,
         profile_step_end=10,
     )
-    count_from_here(args)
+    ProfileCallback(args).on_loaded()
     assert not args.profile

@@ -17,9 +17,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from megatron_rw.resilience.watchdog import (
     EXIT_STATUS,
     SHARE,
-    Meeting,
     Position,
     Progress,
+    Rendezvous,
     Sign,
     Watchdog,
     diagnosis,
@@ -169,7 +169,8 @@ def test_ends_a_rank_that_cannot_reach_the_store(capfd: pytest.CaptureFixture[st
     )
 
 
-def test_a_meeting_that_took_place_ends_nothing() -> None:
-    with Meeting(0.2 / 60):
-        pass
+def test_a_rendezvous_that_took_place_ends_nothing() -> None:
+    rendezvous = Rendezvous(0.2 / 60)
+    rendezvous.begin()
+    rendezvous.end()
     time.sleep(0.4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -135,36 +134,22 @@ class FakeWandb:
 
 
 def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_rw.observability.stragglers import SlowestRank
     from megatron_rw.reweighting import DomainReport, ReweightReport
     from megatron_rw.training import reporting
 
     wandb = FakeWandb()
     monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
-    args = Namespace(rank=3, world_size=4, log_dir=None, reweight_log_samples=0)
     domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
     report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0, 0.5, 4.0, domains)
-    reporter = reporting.Reporter(args, ["a", "b"])
-    slowest = SlowestRank(5, "host5", 1.5, 0.3)
-    reporter.train_step(7, {"lm loss": 2.0}, report, 0.4, None, None, {}, slowest)
+    reporter = reporting.Reporter(["a", "b"])
+    reporter.write_scalars(reporter.weights_scalars(report, 0.4), 7)
     [(values, step)] = wandb.logged
     assert step == 7
     assert values["reweight/ess"] == 0.8
-    assert values["slowest rank/rank"] == 5
-    assert values["slowest rank/ratio"] == 1.5
     assert values["reweight/share of sets above 2"] == 0.25
     assert values["reweight/share of samples beyond the range"] == 0.1
     assert values["domain weight share/a"] == 0.4
     assert "domain lm loss/b" not in values
-
-
-def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    from megatron_rw.training.reporting import Reporter
-
-    args = Namespace(rank=0, world_size=2, log_dir=str(tmp_path / "x"), reweight_log_samples=0)
-    reporter = Reporter(args, ["a"])
-    reporter.train_step(1, {}, None, None, None, None, {}, None)
-    assert not (tmp_path / "x").exists()
 
 
 def test_resumed_run_appends(tmp_path: Path) -> None:

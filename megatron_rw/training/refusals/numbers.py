@@ -6,18 +6,21 @@ import math
 from argparse import Namespace
 
 from megatron_rw.errors import UserError
+from megatron_rw.resilience.nonfinite import NonFiniteConfig
 
 
-def check_bad_numbers(args: Namespace) -> None:
+def check_bad_numbers(args: Namespace, config: NonFiniteConfig, log_dir: str | None) -> None:
     """Refuse what contradicts --on-nonfinite and --loss-spike-factor, or would not be exact.
 
     Args:
-        args: validated by Megatron.
+        args: Megatron's arguments, validated.
+        config: Our flags.
+        log_dir: The value of --log-dir.
 
     Raises:
         UserError: names the flag and the remedy.
     """
-    policy, most = args.on_nonfinite, args.max_consecutive_skips
+    policy, most = config.on_nonfinite, config.max_consecutive_skips
     if policy != "raise" and not args.check_for_nan_in_loss_and_grad:
         raise UserError(
             f"--on-nonfinite {policy} without Megatron's check does nothing: drop it, or "
@@ -36,11 +39,11 @@ def check_bad_numbers(args: Namespace) -> None:
         )
     if policy == "raise" and most is not None:
         raise UserError("--max-consecutive-skips without --on-nonfinite skip-step does nothing.")
-    factor = args.loss_spike_factor
+    factor = config.loss_spike_factor
     if factor is not None:
         if not (math.isfinite(factor) and factor > 1):
             raise UserError(f"--loss-spike-factor must be a finite number above 1, not {factor}.")
-        if args.log_dir is None:
+        if log_dir is None:
             raise UserError("--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR.")
         if args.cuda_graph_impl == "full_iteration":
             raise UserError(

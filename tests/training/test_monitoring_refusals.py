@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_rw.errors import UserError
-from megatron_rw.observability.checks import check_observability
+from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
+from megatron_rw.training.refusals.monitoring import check_monitoring
 
 PROFILE = {"profile": True, "use_pytorch_profiler": True, "tensorboard_dir": "board"}
 HISTORY = {"record_memory_history": True}
@@ -17,9 +18,6 @@ HISTORY = {"record_memory_history": True}
 
 def check(device: Device, **changed: Any) -> None:
     settings: dict[str, Any] = {
-        "prometheus_port": None,
-        "prometheus_address": "127.0.0.1",
-        "log_slowest_rank": False,
         "world_size": 4,
         "pipeline_model_parallel_size": 2,
         "overlap_moe_expert_parallel_comm": False,
@@ -33,7 +31,9 @@ def check(device: Device, **changed: Any) -> None:
         "record_memory_history": False,
         "memory_snapshot_path": "snapshot.pickle",
     }
-    check_observability(Namespace(**(settings | changed)), device)
+    ours = {name: changed[name] for name in changed if name not in settings}
+    megatron = {name: changed.get(name, value) for name, value in settings.items()}
+    check_monitoring(Namespace(**megatron), MonitoringConfig(**ours), device)
 
 
 REFUSED: dict[str, tuple[Device, dict[str, Any], str]] = {

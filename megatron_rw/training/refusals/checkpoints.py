@@ -10,15 +10,18 @@ from megatron.training.utils import print_rank_0
 
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder, nearest_existing
+from megatron_rw.resilience.saving import CheckpointConfig
+from megatron_rw.training.refusals.base import flag
 
-_WRITTEN = ("save", "log_dir", "tensorboard_dir", "data_cache_path")
+_WRITTEN = ("save", "tensorboard_dir", "data_cache_path")
 
 
-def check_saving(args: Namespace) -> None:
+def check_saving(args: Namespace, config: CheckpointConfig) -> None:
     """Check the flags on checkpoints, and on how the run ends, against each other.
 
     Args:
-        args: parsed, not validated yet.
+        args: Megatron's arguments, parsed.
+        config: Our flags.
 
     Raises:
         UserError: the first problem found.
@@ -27,26 +30,26 @@ def check_saving(args: Namespace) -> None:
         raise UserError("--save DIR needs --save-interval, the steps between checkpoints.")
     if args.save is None and args.save_interval:
         print_rank_0("WARNING: --save-interval without --save saves nothing: add --save DIR")
-    _check_retention(args)
+    _check_retention(args, config)
     if args.async_save:
         _check_async(args)
-    if not 0 <= args.exit_code_when_unfinished <= 125:
+    if not 0 <= config.exit_code_when_unfinished <= 125:
         raise UserError(
             "--exit-code-when-unfinished must be in [0, 125], not "
-            f"{args.exit_code_when_unfinished}: shells use higher ones for signals."
+            f"{config.exit_code_when_unfinished}: shells use higher ones for signals."
         )
 
 
-def _check_retention(args: Namespace) -> None:
+def _check_retention(args: Namespace, config: CheckpointConfig) -> None:
     for name in ("keep_last", "keep_every"):
-        value = getattr(args, name)
+        value = getattr(config, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
-    if args.keep_every is not None and args.keep_last is None:
+            raise UserError(f"{flag(name)} must be 1 or more, not {value}.")
+    if config.keep_every is not None and config.keep_last is None:
         raise UserError(
             "--keep-every spares checkpoints that --keep-last deletes: add --keep-last."
         )
-    if args.keep_last is not None:
+    if config.keep_last is not None:
         if args.save is None:
             raise UserError("--keep-last deletes checkpoints in --save: add --save DIR.")
         if args.save_retain_interval is not None:
@@ -69,25 +72,26 @@ def _check_async(args: Namespace) -> None:
         )
 
 
-def check_folders(args: Namespace) -> None:
-    """See that what the run writes can be written, and what it loads is there. On one rank.
+def check_folders(args: Namespace, log_dir: str | None) -> None:
+    """Sees that what the run writes can be written, and what it loads is there.
 
     Args:
-        args: parsed.
+        args: Megatron's arguments, parsed.
+        log_dir: The value of --log-dir.
 
     Raises:
         UserError: it cannot, or is not.
     """
-    for name in _WRITTEN:
-        path = getattr(args, name)
+    written = {flag(name): getattr(args, name) for name in _WRITTEN} | {"--log-dir": log_dir}
+    for name, path in written.items():
         if path is None or "://" in path:
             continue
         existing = nearest_existing(path)
         if not existing.is_dir():
-            raise UserError(f"--{name.replace('_', '-')} {path}: {existing} is no folder.")
+            raise UserError(f"{name} {path}: {existing} is no folder.")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(
-                f"--{name.replace('_', '-')} {path}: {existing} cannot be written to: give a "
+                f"{name} {path}: {existing} cannot be written to: give a "
                 "folder that can, or change its permissions."
             )
     if args.exit_on_missing_checkpoint and not _is_there(args.load):

@@ -6,22 +6,23 @@ import os
 from argparse import Namespace
 
 from megatron_rw.errors import UserError
-from megatron_rw.observability.prometheus import DEFAULT_ADDRESS
+from megatron_rw.observability.config import DEFAULT_ADDRESS, MonitoringConfig
 from megatron_rw.platform import Device
 
 
-def check_observability(args: Namespace, device: Device) -> None:
+def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) -> None:
     """Check the flags against each other, the device and the disk.
 
     Args:
-        args: parsed, not validated yet.
+        args: Megatron's arguments, parsed.
+        config: Our flags.
         device: in use.
 
     Raises:
         UserError: the first problem found.
     """
-    _check_endpoint(args)
-    if args.log_slowest_rank:
+    _check_endpoint(config)
+    if config.log_slowest_rank:
         _check_slowest_rank(args)
     if args.profile:
         _check_profile(args, device)
@@ -29,13 +30,13 @@ def check_observability(args: Namespace, device: Device) -> None:
         _check_memory_history(args, device)
 
 
-def _check_endpoint(args: Namespace) -> None:
-    if args.prometheus_port is None:
-        if args.prometheus_address != DEFAULT_ADDRESS:
+def _check_endpoint(config: MonitoringConfig) -> None:
+    if config.prometheus_port is None:
+        if config.prometheus_address != DEFAULT_ADDRESS:
             raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
-    elif not 0 <= args.prometheus_port <= 65535:
+    elif not 0 <= config.prometheus_port <= 65535:
         raise UserError(
-            f"--prometheus-port must be in [0, 65535], not {args.prometheus_port}: 0 takes one "
+            f"--prometheus-port must be in [0, 65535], not {config.prometheus_port}: 0 takes one "
             "that is free."
         )
 

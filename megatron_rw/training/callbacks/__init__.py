@@ -1,0 +1,1 @@
+"""What the training loop calls, one concern a file; see `base.Callback`."""

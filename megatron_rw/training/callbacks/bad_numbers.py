@@ -1,0 +1,66 @@
+"""Losses and gradients that are not finite, and losses that stand out, in every training step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_rw.resilience.nonfinite import NonFiniteGuard
+from megatron_rw.resilience.spikes import SpikeLog
+from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
+
+
+class NonFiniteCallback(Callback):
+    """Runs the guard against numbers that are not finite.
+
+    Args:
+        guard: Decides on each step. Its patches are in the table of patches.
+    """
+
+    def __init__(self, guard: NonFiniteGuard) -> None:
+        self._guard = guard
+
+    def before_step(self, step: Step) -> None:
+        """Gives the guard the model, whose gradients it may have to search."""
+        self._guard.model = step.model
+
+    def before_passes(self) -> None:
+        """Forgets the gradient norms of the step before."""
+        self._guard.begin()
+
+    def after_step(self, step: Step) -> None:
+        """Explains the numbers for which Megatron itself ends the run. Collective then."""
+        if step.exits and self._guard.only_explains:
+            self._guard.explain()
+
+    def on_log(self, log: LogEvent) -> None:
+        """Counts the skipped steps of the interval."""
+        if not self._guard.skips:
+            return
+        log.record["skipped_steps"] = self._guard.skipped
+        log.scalars["non-finite/skipped steps"] = float(self._guard.skipped)
+        if log.ends_interval:
+            self._guard.skipped = 0
+
+
+class SpikeCallback(Callback):
+    """Writes the samples whose loss stands out to spikes.jsonl (`--loss-spike-factor`)."""
+
+    def __init__(self, args: Namespace, log: SpikeLog) -> None:
+        self._args = args
+        self._log = log
+
+    def after_step(self, step: Step) -> None:
+        """Compares the step's losses with the running mean. Collective."""
+        self._log.end_step(step.iteration + 1)
+        if step.exits:
+            self._log.flush()
+
+    def on_failed_step(self, step: Step) -> None:
+        """Writes what is known before the run ends."""
+        self._log.end_step(step.iteration + 1)
+        self._log.flush()
+
+    def before_log(self, log: LogEvent) -> None:
+        """Writes the interval's samples, where Megatron waits for the device anyway."""
+        if log.ends_interval or log.iteration == self._args.train_iters:
+            self._log.flush()

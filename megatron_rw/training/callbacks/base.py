@@ -1,0 +1,104 @@
+"""The points of the training loop at which a callback is called, in the order of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Step:
+    """A training step.
+
+    Attributes:
+        iteration: Completed iterations before it.
+        model: The model chunks of this rank.
+        skipped: Whether the optimizer took no step; known once the step is over.
+        exits: Whether Megatron will end the run after the step; known once the step is over.
+    """
+
+    iteration: int
+    model: list[Any]
+    skipped: bool = False
+    exits: bool = False
+
+
+@dataclass
+class LogEvent:
+    """Megatron's call of `training_log`, which follows every step.
+
+    Attributes:
+        iteration: Completed iterations.
+        prints: Whether Megatron prints a line, at the end of a logging interval or after the first
+            step of a run.
+        ends_interval: Whether a logging interval ends.
+        call: The arguments of `training_log` by name.
+        record: Entries for the line of metrics.jsonl.
+        scalars: Entries for TensorBoard and W&B, by tag.
+    """
+
+    iteration: int
+    prints: bool
+    ends_interval: bool
+    call: Mapping[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the optimizer took no step."""
+        return bool(self.call["skipped_iter"])
+
+
+class Callback:
+    """One concern of a run. Every method is called on every rank, and does nothing here.
+
+    A callback that needs a collective may use one in any method, but for those around a forward
+    pass, which the ranks of a pipeline reach at different times.
+    """
+
+    def on_start(self) -> None:
+        """Called before the process groups are made."""
+
+    def on_process_groups(self) -> None:
+        """Called when the process groups are there; no model is built yet."""
+
+    def on_loaded(self) -> None:
+        """Called when the checkpoint, if there is one, is loaded; no data is read yet."""
+
+    def before_step(self, step: Step) -> None:
+        """Called before Megatron's `train_step`."""
+
+    def before_passes(self) -> None:
+        """Called before the forward and backward passes of a step."""
+
+    def before_batch(self, training: bool) -> None:
+        """Called before a micro-batch is read. False in an evaluation."""
+
+    def before_forward(self) -> None:
+        """Called when the micro-batch is read, before the model's forward pass."""
+
+    def after_forward(self, training: bool) -> None:
+        """Called after the model's forward pass, which may still run on the device."""
+
+    def after_passes(self) -> None:
+        """Called after the passes of a step, before the optimizer."""
+
+    def after_step(self, step: Step) -> None:
+        """Called after Megatron's `train_step`."""
+
+    def on_failed_step(self, step: Step) -> None:
+        """Called in place of `after_step` when a step ends the run on all ranks."""
+
+    def before_log(self, log: LogEvent) -> None:
+        """Called before Megatron prints."""
+
+    def on_log(self, log: LogEvent) -> None:
+        """Called after Megatron has printed."""
+
+    def on_evaluation(self, call: Mapping[str, Any]) -> None:
+        """Called after an evaluation, with the arguments of `evaluate_and_print_results`."""
+
+    def on_saved(self, iteration: int) -> None:
+        """Called when a checkpoint is complete."""

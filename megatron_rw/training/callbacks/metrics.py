@@ -1,0 +1,199 @@
+"""The weights, the losses by domain and the speed of each logging interval."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_timers, print_rank_last
+
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.reweighting import ReweightConfig, temperature_at
+from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
+from megatron_rw.training.loss import PretrainLoss
+from megatron_rw.training.reporting import Reporter
+
+
+class MetricsCallback(Callback):
+    """Puts the weights on Megatron's log line, and writes the metrics of each logged step.
+
+    It comes last of the callbacks: it writes what the others leave in a `LogEvent`.
+
+    Args:
+        args: Megatron's arguments.
+        config: The reweighting settings.
+        state: Tells the step of the warm-up.
+        loss: Collects the metrics.
+        reporter: Writes them; None on ranks that write nothing.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        config: ReweightConfig,
+        state: ReweightState,
+        loss: PretrainLoss,
+        reporter: Reporter | None,
+    ) -> None:
+        self._args = args
+        self._config = config
+        self._state = state
+        self._loss = loss
+        self._reporter = reporter
+        self._interval = _Interval()
+
+    def before_step(self, step: Step) -> None:
+        """Begins the interval, unless it has begun."""
+        self._interval.begin(self._args.consumed_train_samples)
+
+    def after_step(self, step: Step) -> None:
+        """Takes the step into the averages, as Megatron does, if the optimizer took it."""
+        self._loss.end_step(taken=not step.skipped)
+
+    def before_log(self, log: LogEvent) -> None:
+        """Reads the metrics where there is a loss, and puts the weights on the log line."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            return
+        if not log.skipped:
+            self._interval.add(log.call["loss_dict"])
+        if self._reporter is not None and self._reporter.endpoint is not None:
+            samples = self._args.consumed_train_samples
+            self._reporter.endpoint.step(log.iteration, samples, log.skipped)
+        if not log.prints:
+            return
+        if self._config.enabled:
+            if self._reporter is not None:
+                self._put_weights(log, self._reporter)
+        else:
+            # Collective over the ranks that have the loss.
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            losses = self._loss.train_losses.read(group, reset=log.ends_interval)
+            if self._reporter is not None and (seen := self._reporter.seen(losses)):
+                log.record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
+                log.scalars |= {f"domain lm loss/{name}": loss for name, loss in seen}
+        if not log.call["is_first_iteration"]:
+            _leave_out_if_all_skipped(log)
+
+    def on_log(self, log: LogEvent) -> None:
+        """Writes the record of a logged step, and begins a new interval where one ends."""
+        if not (log.prints and mpu.is_pipeline_last_stage(ignore_virtual=True)):
+            return
+        metrics = self._loss.weight_metrics
+        if self._reporter is not None:
+            megatron = self._interval.means() | {
+                name: log.call[name] for name in ("learning_rate", "loss_scale", "grad_norm")
+            }
+            record: dict[str, object] = {
+                name.replace(" ", "_"): value for name, value in megatron.items()
+            }
+            samples = self._args.consumed_train_samples
+            record["speed"] = self._interval.speed(samples, self._args.seq_length)
+            if metrics.last is not None and self._config.log_samples:
+                count = self._config.log_samples
+                record["samples"] = self._reporter.samples(metrics.last, count)
+            self._reporter.write("train", log.iteration, record | log.record)
+            self._reporter.write_scalars(log.scalars, log.iteration)
+            if metrics.last is not None:
+                self._reporter.write_histograms(metrics.last, log.iteration)
+        if log.ends_interval:
+            metrics.reset()
+            self._interval = _Interval()
+
+    def on_evaluation(self, call: Mapping[str, Any]) -> None:
+        """Writes an evaluation; where there are several domains, also as a line of its own."""
+        if not mpu.is_pipeline_last_stage(ignore_virtual=True):
+            return
+        group = mpu.get_data_parallel_group(with_context_parallel=True)
+        losses = self._loss.valid_losses.read(group)
+        if self._reporter is None:
+            return
+        split = "test" if "test set" in call["prefix"] else "validation"
+        iteration = call["iteration"]
+        record: dict[str, object] = {"lm_loss": losses.overall}
+        if seen := self._reporter.seen(losses):
+            record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
+            text = " | ".join(f"{name}: {loss:.6E}" for name, loss in seen)
+            print_rank_last(f" {split} loss by domain at iteration {iteration} | {text} |")
+            if call["write_to_tensorboard"]:
+                scalars = {f"domain {split} lm loss/{name}": loss for name, loss in seen}
+                self._reporter.write_scalars(scalars, iteration)
+        self._reporter.write(split, iteration, record)
+
+    def on_saved(self, iteration: int) -> None:
+        """Tells Prometheus of the checkpoint."""
+        if self._reporter is not None and self._reporter.endpoint is not None:
+            self._reporter.endpoint.saved(iteration)
+
+    def _put_weights(self, log: LogEvent, reporter: Reporter) -> None:
+        report = self._loss.weight_metrics.read()
+        if report is None:
+            return
+        step = self._state.step(self._args.curr_iteration)
+        temperature = temperature_at(self._config, step)
+        log.record["reweight"] = reporter.weights_record(report, temperature)
+        log.scalars |= reporter.weights_scalars(report, temperature)
+        # Megatron prints its sums over the steps that were not skipped, this one included.
+        totals = log.call["total_loss_dict"]
+        divisor = max(1, totals.get("advanced iterations", 0) + (not log.skipped))
+        for key in log.call["loss_dict"]:
+            # Its own losses come first on the line.
+            totals.setdefault(key, torch.zeros(1, device=torch.cuda.current_device()))
+        for name, value in reporter.log_line(report, temperature).items():
+            totals[name] = torch.tensor([value * divisor])
+
+
+def _leave_out_if_all_skipped(log: LogEvent) -> None:
+    """Keeps losses of 0 off the line of an interval without a step: Megatron prints no -1."""
+    totals = log.call["total_loss_dict"]
+    if log.skipped and not totals.get("advanced iterations", 0):
+        for key, value in totals.items():
+            if isinstance(value, torch.Tensor):
+                totals[key] = torch.full_like(value, -1.0)
+
+
+class _Interval:
+    """A logging interval: the sums of Megatron's losses, on the device, and its speed."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._taken_steps = 0
+        self._all_steps = 0
+        self._begun: tuple[int, float] | None = None
+
+    def begin(self, samples: int) -> None:
+        """Called before each step, with the samples consumed so far."""
+        self._begun = self._begun or (samples, _seconds_in_steps())
+        self._all_steps += 1
+
+    def add(self, losses: Mapping[str, Any]) -> None:
+        """Takes in the losses of a step that was not skipped."""
+        self._taken_steps += 1
+        for key, value in losses.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+
+    def means(self) -> dict[str, Any]:
+        """The mean losses of the steps that were not skipped."""
+        return {key: value / self._taken_steps for key, value in self._sums.items()}
+
+    def speed(self, samples: int, seq_length: int) -> dict[str, float]:
+        """The speed over all steps, skipped ones included.
+
+        Args:
+            samples: Consumed so far.
+            seq_length: Tokens of a sample.
+        """
+        assert self._begun is not None
+        seconds = _seconds_in_steps() - self._begun[1]
+        return {
+            "seconds_per_step": seconds / self._all_steps,
+            "tokens_per_second": (samples - self._begun[0]) * seq_length / seconds,
+        }
+
+
+def _seconds_in_steps() -> float:
+    """Megatron's own measure, which stands still while it evaluates or saves."""
+    seconds: float = get_timers()("interval-time").active_time()
+    return seconds

@@ -1,0 +1,54 @@
+"""How far this rank is, for the watchdog, error messages and a container's health check."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_rw.resilience.health import Heartbeat
+from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
+from megatron_rw.training.callbacks.base import Callback, Step
+
+
+class ProgressCallback(Callback):
+    """Notes what this rank does, and has it watched once the ranks have met.
+
+    Args:
+        args: Megatron's arguments, for the timeout of its process groups.
+        progress: Where the position is noted.
+    """
+
+    def __init__(self, args: Namespace, progress: Progress) -> None:
+        self._args = args
+        self._progress = progress
+        self._rendezvous = Rendezvous(args.distributed_timeout_minutes)
+        self._heartbeat = Heartbeat()
+
+    def on_start(self) -> None:
+        """Begins to wait for the other ranks."""
+        self._rendezvous.begin()
+
+    def on_process_groups(self) -> None:
+        """Starts the watchdog."""
+        self._rendezvous.end()
+        watch(self._args, self._progress)
+
+    def before_step(self, step: Step) -> None:
+        """Notes the iteration."""
+        self._progress.begin(step.iteration, "the step's begin")
+
+    def before_batch(self, training: bool) -> None:
+        """Notes that data is read."""
+        self._progress.then("reading a micro-batch")
+
+    def before_forward(self) -> None:
+        """Notes that the model runs."""
+        self._progress.then("a micro-batch")
+
+    def after_passes(self) -> None:
+        """Notes that all micro-batches are done."""
+        self._progress.then("the optimizer's step")
+
+    def after_step(self, step: Step) -> None:
+        """Notes that the step is done."""
+        self._heartbeat.beat()
+        self._progress.then("logging, evaluating or saving")

@@ -1,0 +1,92 @@
+"""What a run consists of beside Megatron: its loss, its callbacks and its patches."""
+
+from __future__ import annotations
+
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.observability import prometheus
+from megatron_rw.observability.metrics_file import MetricsFile
+from megatron_rw.patching import Patch
+from megatron_rw.resilience import writer
+from megatron_rw.resilience.nonfinite import NonFiniteGuard
+from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience.spikes import SpikeLog
+from megatron_rw.resilience.step_samples import StepSamples
+from megatron_rw.resilience.watchdog import Progress
+from megatron_rw.training.batch import BatchReader
+from megatron_rw.training.callbacks.bad_numbers import NonFiniteCallback, SpikeCallback
+from megatron_rw.training.callbacks.base import Callback
+from megatron_rw.training.callbacks.checkpoints import CheckpointCallback
+from megatron_rw.training.callbacks.metrics import MetricsCallback
+from megatron_rw.training.callbacks.profile import ProfileCallback
+from megatron_rw.training.callbacks.progress import ProgressCallback
+from megatron_rw.training.callbacks.stragglers import StragglerCallback
+from megatron_rw.training.datasets import Domains
+from megatron_rw.training.forward_step import ForwardStep
+from megatron_rw.training.loop import TrainingLoop
+from megatron_rw.training.loss import PretrainLoss
+from megatron_rw.training.patches import patches
+from megatron_rw.training.reporting import Reporter
+from megatron_rw.training.settings import Settings
+
+
+class Job:
+    """A run, built from its settings.
+
+    Args:
+        settings: Validated.
+        domains: Of the training data.
+        progress: Where the run notes how far it is.
+
+    Attributes:
+        forward_step: What Megatron's `pretrain` takes.
+
+    Raises:
+        UserError: If the endpoint of --prometheus-port cannot be opened.
+    """
+
+    def __init__(self, settings: Settings, domains: Domains, progress: Progress) -> None:
+        args, nonfinite = settings.megatron, settings.nonfinite
+        self._settings = settings
+        samples = StepSamples(domains.train_members)
+        self._state = ReweightState(settings.reweight)
+        self._guard: NonFiniteGuard | None = None
+        if args.check_for_nan_in_loss_and_grad:
+            self._guard = NonFiniteGuard(args, nonfinite, samples)
+        loss = PretrainLoss(settings, self._state, len(domains), samples)
+
+        callbacks: list[Callback] = [
+            ProgressCallback(args, progress),
+            CheckpointCallback(args),
+            ProfileCallback(args),
+        ]
+        if self._guard is not None:
+            callbacks.append(NonFiniteCallback(self._guard))
+        if nonfinite.loss_spike_factor is not None and settings.monitoring.log_dir is not None:
+            spikes = SpikeLog(nonfinite.loss_spike_factor, settings.monitoring.log_dir, samples)
+            callbacks.append(SpikeCallback(args, spikes))
+        if settings.monitoring.log_slowest_rank:
+            callbacks.append(StragglerCallback(settings.device))
+        reporter = _reporter(settings, domains)
+        callbacks.append(MetricsCallback(args, settings.reweight, self._state, loss, reporter))
+
+        self._loop = TrainingLoop(args, callbacks)
+        self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
+
+    def patches(self) -> list[Patch]:
+        """What the run replaces in Megatron."""
+        args, save_guard = self._settings.megatron, None
+        if args.ckpt_format == "torch_dist" and "://" not in (args.save or "://"):
+            config = self._settings.checkpoints
+            save_guard = SaveGuard(args.save, config, args.async_save, self._loop.saved)
+            writer.end_with_this_process()
+        return patches(self._settings, self._loop, self._state, self._guard, save_guard)
+
+
+def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
+    """The reporter of the rank that Megatron logs from, the last; None on the others."""
+    args, monitoring = settings.megatron, settings.monitoring
+    endpoint = prometheus.serve(monitoring, args)
+    if args.rank != args.world_size - 1:
+        return None
+    file = None if monitoring.log_dir is None else MetricsFile(monitoring.log_dir)
+    return Reporter(domains.names, file, endpoint)

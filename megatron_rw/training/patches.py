@@ -1,0 +1,95 @@
+"""The one table of names that the program replaces in Megatron, torch and Python.
+
+Megatron's training program has no hooks; each entry says why there is no other way. The list grows
+by an entry here and nowhere else, but for the CPU's table in `platform/cpu.py`. A test compares the
+signatures of the originals with those of the release that the entries were written for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.training import training
+
+from megatron_rw.integrations import checkpoint, cross_entropy, schedule
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.patching import Around, Patch
+from megatron_rw.resilience import atomic_index, exit_status, safe_pickle, writer
+from megatron_rw.resilience.nonfinite import NonFiniteGuard
+from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.training.loop import TrainingLoop
+from megatron_rw.training.settings import Settings
+
+
+def early_patches() -> list[Patch]:
+    """Those that must be in place before Megatron parses its arguments."""
+    return [*safe_pickle.patches(), *exit_status.patches()]
+
+
+def patches(
+    settings: Settings,
+    loop: TrainingLoop,
+    state: ReweightState,
+    guard: NonFiniteGuard | None,
+    save_guard: SaveGuard | None,
+) -> list[Patch]:
+    """The others: what a run with these settings replaces.
+
+    Args:
+        settings: Of the run.
+        loop: Calls the callbacks.
+        state: Saved with every checkpoint.
+        guard: Looks for numbers that are not finite; None where Megatron does not either.
+        save_guard: Watches over the saving of checkpoints; None where its format has none.
+    """
+    return [
+        *_loop_patches(loop),
+        *schedule.patches(),
+        *(cross_entropy.patches() if settings.kernels.cross_entropy_impl == "fused" else ()),
+        *checkpoint.patches(state, settings.megatron),
+        *(guard.patches() if guard is not None else ()),
+        *((*save_guard.patches(), *writer.patches(settings.device)) if save_guard else ()),
+        *atomic_index.patches(),
+        *repairs(),
+    ]
+
+
+def _loop_patches(loop: TrainingLoop) -> list[Patch]:
+    why = "The training loop has no callbacks; it looks this function up by name on every rank."
+    return [
+        Patch(training, name, Around(run), why)
+        for name, run in {
+            "initialize_megatron": loop.initialize_megatron,
+            "build_train_valid_test_data_iterators": loop.build_data_iterators,
+            "train_step": loop.train_step,
+            "training_log": loop.training_log,
+            "evaluate_and_print_results": loop.evaluate,
+        }.items()
+    ]
+
+
+def repairs() -> list[Patch]:
+    """What mends defects of Megatron 0.19.2; docs/upstream.md has the others."""
+    found = [
+        Patch(
+            DistributedOptimizer,
+            "load_state_dict",
+            torch.no_grad()(DistributedOptimizer.load_state_dict),
+            "In an fp32 run its main parameters are views of leaves that require a gradient, into "
+            "which it copies: a resume fails.",
+        )
+    ]
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        found.append(
+            Patch(
+                dataset_utils,
+                "compile_helpers",
+                lambda: None,
+                "It runs make, for which the wheel brings no Makefile, although it brings the "
+                "compiled helpers.",
+            )
+        )
+    return found

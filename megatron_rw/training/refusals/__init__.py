@@ -1,0 +1,70 @@
+"""Everything that a run refuses, before any long work: impossible, contradictory or missing.
+
+Each check is a function of parsed settings that raises a `UserError`; nothing is built for it.
+Checks of files run on rank 0 alone, so that 4,096 ranks do not ask the file system the same.
+"""
+
+from __future__ import annotations
+
+from megatron_rw.resilience.resuming import check_resume
+from megatron_rw.resilience.settle import settle
+from megatron_rw.training.refusals.checkpoints import check_folders, check_saving
+from megatron_rw.training.refusals.data import (
+    check_files,
+    check_split,
+    check_vocabulary,
+    fingerprints,
+)
+from megatron_rw.training.refusals.launch import check_cpu, check_shape
+from megatron_rw.training.refusals.method import (
+    check_backend,
+    check_kernels,
+    check_reweighting,
+)
+from megatron_rw.training.refusals.monitoring import check_monitoring
+from megatron_rw.training.refusals.numbers import check_bad_numbers
+from megatron_rw.training.settings import Settings
+
+
+def check_parsed(settings: Settings) -> None:
+    """Checks what Megatron's own validation would report in its own terms, or too late.
+
+    Args:
+        settings: Parsed, not validated by Megatron yet.
+
+    Raises:
+        UserError: For the first problem found.
+    """
+    args = settings.megatron
+    check_backend(settings)
+    if args.yaml_cfg is None:
+        check_shape(args)
+    check_saving(args, settings.checkpoints)
+    if settings.device == "cpu":
+        check_cpu(args)
+    check_monitoring(args, settings.monitoring, settings.device)
+    if args.rank == 0:
+        check_files(args)
+        check_folders(args, settings.monitoring.log_dir)
+        for line in settle(args):
+            print(f"> {line}", flush=True)
+
+
+def check_validated(settings: Settings) -> None:
+    """Checks the validated arguments against the data, the checkpoint and our settings.
+
+    Args:
+        settings: Validated by Megatron; the padded vocabulary size is known.
+
+    Raises:
+        UserError: For the first problem found.
+    """
+    args = settings.megatron
+    if args.rank == 0:
+        args.data_fingerprints = fingerprints(args)
+        check_resume(args)
+        check_split(args)
+        check_vocabulary(args)
+    check_kernels(args, settings.kernels)
+    check_bad_numbers(args, settings.nonfinite, settings.monitoring.log_dir)
+    check_reweighting(args, settings.reweight, settings.monitoring.log_dir)

@@ -1,0 +1,35 @@
+"""The form of a refusal of flags: a table of what cannot be, and why."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+from megatron_rw.errors import UserError
+
+# Flags that do not have the name of their argument.
+_NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
+# Arguments that are in use when they are above 1.
+_SIZES = ("gtp_weight_remat_size", "context_parallel_size")
+
+
+def flag(name: str) -> str:
+    """The flag of an argument, `--save-interval` of `save_interval`."""
+    return _NAMES.get(name, "--" + name.replace("_", "-"))
+
+
+def refuse_flags(args: Namespace, why: Mapping[str, str], remedy: str) -> None:
+    """Refuses the flags of a table that are in use.
+
+    Args:
+        args: Megatron's arguments.
+        why: By name of the argument, what the flag does that cannot be, to follow the flag's name.
+        remedy: What to do instead, without a full stop.
+
+    Raises:
+        UserError: For the first one that is in use.
+    """
+    for name, reason in why.items():
+        value = getattr(args, name, None)
+        if value and (name not in _SIZES or value > 1):
+            raise UserError(f"{flag(name)} {reason}: {remedy}.")

@@ -1,0 +1,130 @@
+"""Refusals of the method's settings: kernels, the fused output layer, scopes and sets."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import torch
+from megatron.training.utils import print_rank_0
+
+from megatron_rw.errors import UserError
+from megatron_rw.integrations.output_layer import plan_of
+from megatron_rw.integrations.step import check_scope, check_set_size
+from megatron_rw.kernels.selection import BackendError, use_backend
+from megatron_rw.kernels.selection import check_backend as check_kernels_run
+from megatron_rw.reweighting import ReweightConfig
+from megatron_rw.training.refusals.base import refuse_flags
+from megatron_rw.training.settings import KernelConfig, Settings
+
+_DROP = "drop it, or --fused-linear-cross-entropy"
+# What the fused output layer would silently leave out, or was not tried with.
+_OUTPUT_LAYER = {
+    "fp8_output_proj": "computes the output layer in FP8, with products of its own",
+    "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its backward "
+    "pass",
+    "use_megatron_fsdp": "gathers the output layer's weight for its own products alone",
+    "use_torch_fsdp2": "gathers the output layer's weight for its own products alone",
+    "fp16_lm_cross_entropy": "asks for losses in 16 bits",
+    "perform_rl_step": "wants the logits",
+    "gtp_weight_remat_size": "cuts the output layer's weight again",
+    "logits_load_dir": "compares the logits with others",
+}
+# Losses that are not one of a sample, or that the weights cannot reach.
+_REWEIGHTING = {
+    "fp16_lm_cross_entropy": "rounds the losses to 16 bits, which quantises the weights",
+    "sft": "packs conversations into one sequence, which has no loss per sample here",
+    "perform_rl_step": "brings a loss of its own",
+    "hybrid_context_parallel": "cuts samples into parts of varying size",
+    "logits_load_dir": "brings a distillation loss of its own",
+    "gtp_weight_remat_size": "spreads the batch over a further group that the sample weights do "
+    "not cover",
+}
+
+
+def check_backend(settings: Settings) -> None:
+    """Chooses the kernels and sees that they can run.
+
+    Raises:
+        UserError: If they would not be used, or cannot run here.
+    """
+    kernels = settings.kernels
+    chosen = kernels.reweight_kernels
+    if chosen != "auto":
+        fused = kernels.fused_linear_cross_entropy or kernels.cross_entropy_impl == "fused"
+        if not settings.reweight.enabled and not fused:
+            raise UserError(
+                f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy, "
+                "--fused-linear-cross-entropy or --cross-entropy-impl fused, or drop the flag."
+            )
+        use_backend(chosen)
+    try:
+        check_kernels_run(torch.device(settings.device))
+    except BackendError as error:
+        raise UserError(str(error)) from error
+
+
+def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
+    """Checks the implementations of the loss against each other and the model.
+
+    Args:
+        args: Megatron's arguments, validated.
+        kernels: The chosen implementations.
+
+    Raises:
+        UserError: For the first problem found.
+    """
+    fused, budget = kernels.cross_entropy_impl == "fused", kernels.logits_budget_mib
+    if fused and args.cross_entropy_loss_fusion:
+        raise UserError(
+            "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
+            "chooses: drop one of the two."
+        )
+    if not kernels.fused_linear_cross_entropy:
+        if budget is not None:
+            raise UserError(
+                "--logits-budget-mib without --fused-linear-cross-entropy does nothing."
+            )
+        return
+    if budget is not None and budget <= 0:
+        raise UserError(f"--logits-budget-mib must be above 0, not {budget}.")
+    refuse_flags(args, _OUTPUT_LAYER, _DROP)
+    if not args.mtp_num_layers:
+        why = "acts on logits, which there are none of"
+        refuse_flags(args, {"cross_entropy_loss_fusion": why}, _DROP)
+        if fused:
+            raise UserError(f"--cross-entropy-impl fused {why}: {_DROP}.")
+    plan_of(args, kernels.logits_budget)
+
+
+def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | None) -> None:
+    """Refuses what has no loss per sample, or what a scope cannot keep exact.
+
+    Args:
+        args: Megatron's arguments, validated.
+        config: The reweighting settings.
+        log_dir: The value of --log-dir.
+
+    Raises:
+        UserError: For the first problem found.
+    """
+    if config.log_samples and log_dir is None:
+        raise UserError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
+    if not config.enabled:
+        return
+    refuse_flags(args, _REWEIGHTING, "drop it, or --reweight-strategy")
+    if (
+        args.dataloader_inter_document_masking
+        and args.context_parallel_size > 1
+        and args.micro_batch_size > 1
+    ):
+        raise UserError(
+            "--dataloader-inter-document-masking with context parallelism joins the samples of a "
+            "micro-batch before cutting them: use --micro-batch-size 1 with --reweight-strategy."
+        )
+    check_scope(config, args)
+    # A batch size that ramps up starts with the smallest set.
+    batch_size = int((args.rampup_batch_size or [args.global_batch_size])[0])
+    replicas = args.data_parallel_size
+    warning = check_set_size(config.scope, args.micro_batch_size, replicas, batch_size)
+    if warning is not None:
+        print_rank_0(f"WARNING: {warning}")
