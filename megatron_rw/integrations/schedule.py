@@ -23,7 +23,6 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from megatron_rw.integrations import cross_entropy
 
 Schedule = Callable[..., Any]
-Edit = Callable[[int, Any], Any]
 
 _NAMES = (
     "forward_backward_no_pipelining",
@@ -76,7 +75,6 @@ class ReplayIterator:
         self._source = source
         self._drawn: list[Any] = []
         self._position = 0
-        self._edit: Edit | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -86,17 +84,11 @@ class ReplayIterator:
             self._drawn.append(next(self._source))
         self._position += 1
         # The reader may replace entries of what it was given.
-        drawn = copy.copy(self._drawn[self._position - 1])
-        return drawn if self._edit is None else self._edit(self._position - 1, drawn)
+        return copy.copy(self._drawn[self._position - 1])
 
-    def rewind(self, edit: Edit | None = None) -> None:
-        """Start again with the first.
-
-        Args:
-            edit: gives what is drawn from now on, from a micro-batch's number and content.
-        """
+    def rewind(self) -> None:
+        """Start again with the first micro-batch."""
         self._position = 0
-        self._edit = edit
 
 
 class ReplayedData:
@@ -112,11 +104,11 @@ class ReplayedData:
         self._chunks = [None if chunk is None else ReplayIterator(chunk) for chunk in chunks]
         self.iterator: Any = self._chunks if is_list else self._chunks[0]
 
-    def rewind(self, edit: Edit | None = None) -> None:
-        """Start every iterator again; see `ReplayIterator.rewind`."""
+    def rewind(self) -> None:
+        """Start every iterator again with its first micro-batch."""
         for chunk in self._chunks:
             if chunk is not None:
-                chunk.rewind(edit)
+                chunk.rewind()
 
     def peek(self, num_microbatches: int) -> list[Any]:
         """The micro-batches as the last chunk will draw them; none where there is no data."""

@@ -32,7 +32,7 @@ from megatron_rw.resilience.watchdog import few
 
 _MOST_IN_A_ROW = 10
 
-OnNonFinite = Literal["raise", "skip-step", "drop-sample"]
+OnNonFinite = Literal["raise", "skip-step"]
 
 
 class NonFiniteExit(SystemExit):

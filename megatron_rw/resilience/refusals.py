@@ -35,11 +35,7 @@ def check_bad_numbers(args: Namespace) -> None:
             "the run at the first bad step, use --on-nonfinite raise."
         )
     if policy == "raise" and most is not None:
-        raise UserError(
-            "--max-consecutive-skips without --on-nonfinite skip-step or drop-sample does nothing."
-        )
-    if policy == "drop-sample":
-        _check_dropping(args)
+        raise UserError("--max-consecutive-skips without --on-nonfinite skip-step does nothing.")
     factor = args.loss_spike_factor
     if factor is not None:
         if not (math.isfinite(factor) and factor > 1):
@@ -51,29 +47,3 @@ def check_bad_numbers(args: Namespace) -> None:
                 "--cuda-graph-impl full_iteration never gives the samples' losses out of its "
                 "graph: drop it, or --loss-spike-factor."
             )
-
-
-def _check_dropping(args: Namespace) -> None:
-    """Refuse where the other samples' gradient depends on the one that is blanked."""
-    why = {
-        "sft": "packs samples into sequences",
-        "dataloader_inter_document_masking": "packs samples into sequences",
-        "hybrid_context_parallel": "packs samples into sequences",
-        "perform_rl_step": "brings data of its own",
-        "num_experts": "has the tokens of all samples compete for experts, blank ones too",
-        "mtp_num_layers": "logs its losses in the first pass already",
-        "fp8": "scales the activations of all samples together",
-        "fp4": "scales the activations of all samples together",
-        "reuse_grad_buf_for_mxfp8_param_ag": "keeps parameters where gradients are cleared",
-        "use_torch_fsdp2": "has no gradient buffer that could be cleared",
-    }
-    for name, reason in why.items():
-        if getattr(args, name, None):
-            raise UserError(
-                f"--{name.replace('_', '-')} {reason}: use --on-nonfinite skip-step with it."
-            )
-    if args.gtp_weight_remat_size > 1:
-        raise UserError(
-            "--tensor-parallel-num-weight-shards spreads the batch over a further group: use "
-            "--on-nonfinite skip-step with it."
-        )

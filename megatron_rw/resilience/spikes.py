@@ -74,7 +74,7 @@ class SpikeLog:
         Args:
             iteration: as logged.
         """
-        notes = self._samples.replaced or self._samples.notes
+        notes = self._samples.notes
         if not notes:
             return
         sums = SampleSums(*map(torch.cat, zip(*(note.sums for note in notes), strict=True)))

@@ -1,4 +1,4 @@
-"""A training step, watched for bad numbers by `nonfinite`, `dropping` and `spikes`."""
+"""A training step, watched for bad numbers by `nonfinite` and `spikes`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rw.resilience.dropping import SampleDropper
 from megatron_rw.resilience.nonfinite import NonFiniteExit, NonFiniteGuard, megatron_checks
 from megatron_rw.resilience.spikes import SpikeLog
 from megatron_rw.resilience.step_samples import StepSamples
 
 
 class StepGuard:
-    """Those of the three that the arguments ask for. Every rank calls every method.
+    """Runs the guards that the arguments ask for around a step. Collective.
 
     Args:
         args: validated.
@@ -24,12 +23,9 @@ class StepGuard:
         self._args = args
         self._samples = samples
         self._nonfinite: NonFiniteGuard | None = None
-        self._dropper: SampleDropper | None = None
         self._spikes: SpikeLog | None = None
         if args.check_for_nan_in_loss_and_grad:
             self._nonfinite = NonFiniteGuard(args, samples)
-        if args.on_nonfinite == "drop-sample":
-            self._dropper = SampleDropper(args, samples)
         if args.loss_spike_factor is not None:
             self._spikes = SpikeLog(args, samples)
 
@@ -38,26 +34,11 @@ class StepGuard:
         if self._nonfinite is not None:
             self._nonfinite.install()
 
-    def run(self, run: Callable[[dict[str, Any]], Any], call: dict[str, Any]) -> Any:
-        """Run the forward and backward passes of a step.
-
-        Args:
-            run: runs core's schedule with these arguments, and notes the samples' losses.
-            call: the arguments by name.
-
-        Returns:
-            What it returns.
-        """
-
-        def one_pass(call: dict[str, Any]) -> Any:
-            if self._nonfinite is not None:
-                self._nonfinite.begin()
-            return run(call)
-
+    def begin(self) -> None:
+        """A pass over the step's micro-batches begins."""
         self._samples.begin()
-        if self._dropper is not None:
-            return self._dropper.run(one_pass, call)
-        return one_pass(call)
+        if self._nonfinite is not None:
+            self._nonfinite.begin()
 
     def step(
         self, train_step: Callable[[], Any], model: list[Any], optimizer: Any, iteration: int
@@ -105,12 +86,9 @@ class StepGuard:
         counts = {}
         if self._nonfinite is not None and self._args.on_nonfinite != "raise":
             counts["skipped steps"] = self._nonfinite.skipped
-        if self._dropper is not None:
-            counts["dropped samples"] = self._dropper.dropped
         return counts
 
     def reset(self) -> None:
         """Count anew."""
-        for part in (self._nonfinite, self._dropper):
-            if part is not None:
-                part.reset()
+        if self._nonfinite is not None:
+            self._nonfinite.reset()

@@ -67,21 +67,15 @@ class StepSamples:
 
     Attributes:
         notes: by micro-batch; empty on ranks without the loss.
-        replaced: those of the pass whose place another one took; empty in a step of one pass.
     """
 
     def __init__(self, members: Sequence[tuple[str, str]]) -> None:
         self._members = members
         self.notes: list[Note] = []
-        self.replaced: list[Note] = []
 
     def begin(self) -> None:
-        """A step, or the first pass of one, begins."""
-        self.notes, self.replaced = [], []
-
-    def begin_again(self) -> None:
-        """Another pass over the step's micro-batches begins."""
-        self.notes, self.replaced = [], self.notes
+        """A pass over the step's micro-batches begins."""
+        self.notes = []
 
     def note(self, sums: SampleSums, domain: Tensor | None, places: Tensor | None) -> None:
         """Take note of a micro-batch; no host synchronisation. Arguments as in `Note`."""

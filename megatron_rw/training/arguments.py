@@ -88,9 +88,7 @@ class RunConfig:
 
     on_nonfinite: OnNonFinite = "raise"
     """What to do with a step whose loss or gradient is not finite. raise: end the run on all ranks,
-    with one line that names the samples. skip-step: take no optimizer step, on any rank.
-    drop-sample: run the step again without the samples whose loss is not finite, at the cost of a
-    second pass; skip it if a number is still not finite then."""
+    with one line that names the samples. skip-step: take no optimizer step, on any rank."""
 
     max_consecutive_skips: int | None = None
     """How many steps in a row --on-nonfinite may skip; the run ends at the next. 10 by default.

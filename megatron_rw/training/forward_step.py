@@ -107,7 +107,7 @@ class ForwardStep(ForwardPass):
         loss: computes the loss on the last pipeline stage.
         progress: told how far the rank is.
         times: takes the time of training's forward passes.
-        guard: runs the passes of a step.
+        guard: told when a pass over the step's micro-batches begins.
     """
 
     def __init__(
@@ -125,13 +125,11 @@ class ForwardStep(ForwardPass):
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Run a training step: see `integrations.schedule.SteppedForward`."""
-
-        def run(call: dict[str, Any]) -> Any:
-            self._loss.begin_pass()
-            if self._loss.reweighting is None:
-                return schedule(**call)
-            return self._loss.reweighting.run(schedule, call)
-
-        result = self._guard.run(run, call)
+        self._guard.begin()
+        self._loss.begin_pass()
+        if self._loss.reweighting is None:
+            result = schedule(**call)
+        else:
+            result = self._loss.reweighting.run(schedule, call)
         self._progress.then("the optimizer's step")
         return result

@@ -43,13 +43,7 @@ FLAGS = (
     Case(
         "skips that nothing counts",
         "--max-consecutive-skips 3",
-        "--max-consecutive-skips without --on-nonfinite skip-step or drop-sample does nothing",
-    ),
-    Case(
-        "dropping among experts",
-        "--on-nonfinite drop-sample --num-experts 2",
-        "--num-experts has the tokens of all samples compete for experts, blank ones too: use "
-        "--on-nonfinite skip-step with it",
+        "--max-consecutive-skips without --on-nonfinite skip-step does nothing",
     ),
     Case(
         "spikes below the mean",

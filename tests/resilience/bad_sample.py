@@ -3,8 +3,6 @@
 `BAD` is JSON. `position`: of the sample. `iterations`: when it goes bad, as logged. `what` does:
 `activations` (NaN out of the embedding), `loss` (infinite, its gradient finite), `large` (the loss,
 by 400 nats), `gradient` (NaN out of the backward pass of the second layer, on `rank`).
-For runs to compare with: `blank` has the sample's tokens and mask be zeros from the start,
-`without` leaves it out of the data.
 
 The sample's tokens and labels are all `MARK`, in every run: that is how the model knows it.
 """
@@ -50,15 +48,10 @@ def _mark(bad: dict[str, Any]) -> None:
 
     @functools.wraps(original)
     def getitem(self: Any, index: int) -> dict[str, Any]:
-        if bad.get("without") and index >= bad["position"]:
-            return original(self, index + 1)
         sample = original(self, index)
         if index == bad["position"]:
-            content = 0 if bad.get("blank") else MARK
-            sample["tokens"] = torch.full_like(torch.as_tensor(sample["tokens"]), content)
-            sample["labels"] = torch.full_like(torch.as_tensor(sample["labels"]), content)
-            if bad.get("blank"):
-                sample["loss_mask"] = torch.zeros_like(torch.as_tensor(sample["loss_mask"]))
+            sample["tokens"] = torch.full_like(torch.as_tensor(sample["tokens"]), MARK)
+            sample["labels"] = torch.full_like(torch.as_tensor(sample["labels"]), MARK)
         return sample
 
     DomainLabelled.__getitem__ = getitem  # type: ignore[method-assign]

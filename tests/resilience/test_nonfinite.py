@@ -1,8 +1,7 @@
 """A sample or a gradient that is not finite, in every layout, under every policy.
 
 In the third step of four one sample goes bad, as `bad_sample` says. What the run then does is
-compared with a run that never met it, bit for bit: Megatron's own `--iterations-to-skip`, or the
-same data with that sample blank from the start; and, within rounding, one that never had it.
+compared bit for bit with a run that never met it: Megatron's own `--iterations-to-skip`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ OVERLAP = (
     "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
     "--dist-ckpt-optim-fully-reshardable"
 )
-DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1"
 
 
 def train(
@@ -71,10 +69,9 @@ def the_error(run: Run) -> str:
 
 def equal(run: Run, other: Run, *, but: tuple[str, ...] = ()) -> None:
     """The steps taken, as reported, and the final checkpoints are the same, bit for bit."""
-    ignored = ("skipped_steps", "dropped_samples")
     records, others = (
         [
-            {k: v for k, v in without_time(record).items() if k not in ignored}
+            {k: v for k, v in without_time(record).items() if k != "skipped_steps"}
             for record in one.check().train_metrics()
             if record.get("skipped_steps", 0) == 0
         ]
@@ -144,65 +141,8 @@ def test_skipped_step_is_one_that_megatron_skips(
     assert scalars(tmp_path / "tensorboard", "non-finite/skipped steps") == counts
 
 
-@pytest.mark.parametrize(
-    ("layout", "what", "flags"),
-    [
-        pytest.param(
-            "one process", "loss", f"--reweight-strategy none {DROPOUT}", marks=pytest.mark.long
-        ),
-        ("DP2", "activations", f"{OVERLAP} {DROPOUT}"),
-        pytest.param(
-            "DP2",
-            "activations",
-            "--reweight-scope deferred --reweight-moment-decay 0.5",
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            "TP2", "activations", f"--reweight-scope deferred {DROPOUT}", marks=pytest.mark.long
-        ),
-        pytest.param(
-            "PP2",
-            "activations",
-            "--reweight-scope global --num-virtual-stages-per-pipeline-rank 2",
-            marks=pytest.mark.long,
-        ),
-    ],
-)
-def test_dropped_sample_leaves_no_trace(
-    layout: str, what: str, flags: str, tmp_path: Path, data_flags: list[str]
-) -> None:
-    processes, parallel, rank, micro_batch = LAYOUTS[layout]
-    flags = f"{parallel} {flags} --on-nonfinite drop-sample"
-    run = train(tmp_path / "bad", data_flags, flags, processes, what=what)
-    equal(run, train(tmp_path / "blank", data_flags, flags, processes, blank=True))
-    assert [record["dropped_samples"] for record in run.train_metrics()] == [0, 0, 1, 0]
-    assert "the step is run again: the loss of 1 sample is not finite: rank " in run.output[0]
-    assert f"rank {rank}, micro-batch {micro_batch}: sample {POSITION} (" in run.output[0]
-
-
-def test_dropped_sample_might_not_have_been_there(tmp_path: Path, data_flags: list[str]) -> None:
-    """One step of eight samples, one of them bad, and one of the seven others."""
-    short = "--exit-interval 1 --save-interval 1 --adam-eps 1e-2 --lr-decay-style constant"
-    bad: dict[str, Any] = {"position": 3, "iterations": [1]}
-    # What parameters begin with depends on the micro-batch size.
-    train(tmp_path / "init", data_flags, f"{short} --no-save-optim").check()
-    short += f" --load {tmp_path / 'init' / 'checkpoints'} --finetune"
-    # Of 56 samples both, which Megatron puts into one order.
-    eight = f"{short} --micro-batch-size 8 --train-iters 7 --on-nonfinite drop-sample"
-    seven = f"{short} --micro-batch-size 7 --train-iters 8 --global-batch-size 7"
-    run = train(tmp_path / "eight", data_flags, eight, what="activations", **bad).check()
-    other = train(tmp_path / "seven", data_flags, seven, without=True, **bad).check()
-    parameters = other.checkpoint(1)
-    for name, tensor in run.checkpoint(1).items():
-        torch.testing.assert_close(tensor, parameters[name], rtol=1e-5, atol=5e-7, msg=name)
-    mine, others = (one.train_metrics()[0]["reweight"] for one in (run, other))
-    for key in ("objective", "ess", "max_weight", "set_size", "sample_loss_max"):
-        assert mine[key] == pytest.approx(others[key], rel=1e-5), key
-
-
-def test_dropping_cannot_help_a_gradient(tmp_path: Path, data_flags: list[str]) -> None:
-    """Then the step is skipped; and after some in a row the run ends."""
-    flags = "--on-nonfinite drop-sample --max-consecutive-skips 2"
+def test_run_ends_after_too_many_skips_in_a_row(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = "--on-nonfinite skip-step --max-consecutive-skips 2"
     run = train(tmp_path, data_flags, flags, what="gradient", rank=0, iterations=[1, 2, 3])
     error = the_error(run)
     assert error.startswith("error: iteration 3: a gradient is not finite")
@@ -210,20 +150,12 @@ def test_dropping_cannot_help_a_gradient(tmp_path: Path, data_flags: list[str]) 
     assert [record["skipped_steps"] for record in run.train_metrics()] == [1, 1]
 
 
-def test_step_without_a_good_sample_is_skipped(tmp_path: Path, data_flags: list[str]) -> None:
-    flags = "--on-nonfinite drop-sample --micro-batch-size 1 --global-batch-size 1"
-    flags += " --reweight-strategy none"
-    run = train(tmp_path, data_flags, flags, what="loss", position=2)
-    assert [record["skipped_steps"] for record in run.check().train_metrics()] == [0, 0, 1, 0]
-    assert [record["dropped_samples"] for record in run.train_metrics()] == [0, 0, 0, 0]
-
-
 @pytest.mark.parametrize("what", [pytest.param("large", marks=pytest.mark.long), "activations"])
 def test_spikes_are_written_and_change_nothing(
     what: str, tmp_path: Path, data_flags: list[str]
 ) -> None:
     """Found when the interval of logging ends, which is here the run."""
-    flags = "--log-interval 10 --on-nonfinite drop-sample"
+    flags = "--log-interval 10 --on-nonfinite skip-step"
     run = train(tmp_path / "a", data_flags, f"{flags} --loss-spike-factor 3", 2, what=what)
     equal(run, train(tmp_path / "b", data_flags, flags, 2, what=what))
     lines = (run.directory / "spikes.jsonl").read_text().splitlines()
