@@ -25,7 +25,7 @@ from megatron.training.utils import print_rank_0
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
-from megatron_rw.observability.prometheus import DEFAULT_ADDRESS, EndpointError
+from megatron_rw.observability.prometheus import DEFAULT_ADDRESS
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.resilience.nonfinite import OnNonFinite
@@ -249,7 +249,7 @@ def one_message() -> Iterator[None]:
         yield
     except (AssertionError, ValueError, OSError, UserError) as refusal:
         # Rank 0 speaks for all, but of what another rank alone can know.
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(refusal, EndpointError):
+        if int(os.environ.get("RANK", "0")) == 0 or not getattr(refusal, "known_to_all", True):
             print(f"error: {explain(refusal)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,12 @@ from megatron.training import (
 )
 
 from megatron_rw.observability.metrics_file import MetricsFile, numbers
-from megatron_rw.observability.prometheus import Endpoint
 from megatron_rw.observability.stragglers import SlowestRank
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
+
+if TYPE_CHECKING:
+    # Imports `prometheus_client`, which is optional.
+    from megatron_rw.observability.endpoint import Endpoint
 
 Scalars = dict[str, float]
 

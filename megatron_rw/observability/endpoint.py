@@ -1,0 +1,210 @@
+"""The HTTP server that Prometheus fetches the newest metrics from.
+
+The training thread leaves what it logs with the `Endpoint`, which costs it an assignment. When
+somebody asks, a thread of the server turns it into text. Nothing is read from the device for that.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from megatron_rw.errors import UserError
+
+PATH = "/metrics"
+
+# The gauges without labels: meaning, and where a record of a logging interval has the value.
+_GAUGES = {
+    "start_time_seconds": ("When the process began, Unix time.", None),
+    "iteration": ("Completed iterations.", None),
+    "consumed_samples": ("Samples trained on.", None),
+    "consumed_tokens": ("Tokens trained on.", None),
+    "last_step_timestamp_seconds": ("When the last step ended, Unix time.", None),
+    "last_checkpoint_iteration": ("Iteration of the last complete checkpoint.", None),
+    "last_checkpoint_timestamp_seconds": (
+        "When this process last completed a checkpoint, Unix time.",
+        None,
+    ),
+    "learning_rate": ("Learning rate of the last step.", "learning_rate"),
+    "loss_scale": ("Loss scale of mixed precision.", "loss_scale"),
+    "grad_norm": ("Norm of the gradient before clipping.", "grad_norm"),
+    "step_duration_seconds": (
+        "Duration of a step, without evaluations and checkpoints.",
+        "speed.seconds_per_step",
+    ),
+    "tokens_per_second": ("Tokens trained on, by all ranks.", "speed.tokens_per_second"),
+    "reweight_temperature": ("Temperature of the last step.", "reweight.temperature"),
+    "reweight_ess_ratio": (
+        "Effective sample size as a fraction of the set; 1 is uniform.",
+        "reweight.ess",
+    ),
+    "reweight_max_weight": ("Largest weight of a sample.", "reweight.max_weight"),
+    "reweight_relative_max_weight": (
+        "Largest weight times set size, mean over sets; 1 is uniform.",
+        "reweight.relative_max_weight",
+    ),
+    "reweight_nonfinite_samples": (
+        "Samples left out since their loss is not finite.",
+        "reweight.nonfinite_samples",
+    ),
+}
+_PATHS = {name: path for name, (_, path) in _GAUGES.items() if path is not None}
+# The numbers of a record's top level that are not losses.
+_NOT_LOSSES = {"time", "iteration", *_PATHS.values()}
+
+# The label values and the value of each sample.
+_Samples = Sequence[tuple[Sequence[str], float]]
+
+
+class Endpoint:
+    """Serves `/metrics` from a thread of its own.
+
+    Args:
+        address: The address to listen at.
+        port: The port to listen at; 0 for any that is free.
+        seq_length: Tokens of a sample.
+
+    Attributes:
+        url: Where the metrics are.
+
+    Raises:
+        UserError: If the port is taken, or the address is not this host's. Only this rank knows.
+    """
+
+    def __init__(self, address: str, port: int, seq_length: int) -> None:
+        self._seq_length = seq_length
+        self._start = {"start_time_seconds": time.time()}
+        # Each is replaced as a whole, so that the server's threads see the old or the new one.
+        self._progress: dict[str, float] = {}
+        self._checkpoint: dict[str, float] = {}
+        self._skipped = 0
+        self._records: dict[str, Mapping[str, Any]] = {}
+        registry = CollectorRegistry()
+        registry.register(self)
+        try:
+            self._server, _ = start_http_server(port, address, registry)
+        except OSError as error:
+            raise UserError(
+                f"--prometheus-port {port}: rank {os.environ.get('RANK', '0')} on "
+                f"{socket.gethostname()} cannot listen at {address}: {error.strerror}. Give "
+                "another port, or 0 for any that is free, and see --prometheus-address.",
+                known_to_all=False,
+            ) from error
+        # Loaders of data and writers of checkpoints are forks. One that outlives the rank would
+        # keep the port from the run that follows.
+        os.register_at_fork(after_in_child=self._server.socket.close)
+        host, port = self._server.server_address[:2]
+        host = socket.gethostname() if host in ("0.0.0.0", "::") else str(host)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+
+    def step(self, iteration: int, samples: int, skipped: bool) -> None:
+        """Notes a step.
+
+        Args:
+            iteration: Completed iterations.
+            samples: Samples consumed so far, over the whole training.
+            skipped: Whether there was no update.
+        """
+        self._skipped += skipped
+        self._progress = {
+            "iteration": iteration,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * self._seq_length,
+            "last_step_timestamp_seconds": time.time(),
+        }
+
+    def saved(self, iteration: int) -> None:
+        """Notes a complete checkpoint."""
+        self._checkpoint = {
+            "last_checkpoint_iteration": iteration,
+            "last_checkpoint_timestamp_seconds": time.time(),
+        }
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Notes a record of metrics.jsonl, made of plain numbers; it replaces one of its type."""
+        self._records = self._records | {record["type"]: record}
+
+    def close(self) -> None:
+        """Stops serving."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics that have a value: what a collector of `prometheus_client` does."""
+        progress, records = self._progress, self._records
+        train = records.get("train", {})
+        interval = {name: _at(train, path) for name, path in _PATHS.items()}
+        for name, value in (self._start | progress | self._checkpoint | interval).items():
+            if value is not None:
+                yield GaugeMetricFamily(f"megatron_rw_{name}", _GAUGES[name][0], value=value)
+        if progress:
+            yield CounterMetricFamily(
+                "megatron_rw_skipped_iterations",
+                "Iterations without an update since the process began.",
+                value=self._skipped,
+            )
+        yield from _labelled(
+            "loss",
+            "Nats per token; of training, mean of an interval.",
+            ("split", "loss"),
+            _losses(records),
+        )
+        for name, meaning, field in (
+            ("domain_loss", "Unweighted loss of a domain.", "lm_loss"),
+            ("domain_weight_ratio", "A domain's share of the weight.", "weight_share"),
+        ):
+            samples = _of_domains(records, field)
+            yield from _labelled(name, meaning, ("split", "domain"), samples)
+        slowest = train.get("slowest_rank")
+        if slowest is not None:
+            yield from _labelled(
+                "slowest_rank_ratio",
+                "Forward time of the slowest rank over the median of its pipeline stage.",
+                ("rank", "host"),
+                [((str(slowest["rank"]), slowest["host"]), slowest["ratio"])],
+            )
+
+
+def _labelled(
+    name: str, meaning: str, labels: Sequence[str], samples: _Samples
+) -> Iterator[Metric]:
+    if samples:
+        gauge = GaugeMetricFamily(f"megatron_rw_{name}", meaning, labels=labels)
+        for values, number in samples:
+            gauge.add_metric(values, number)
+        yield gauge
+
+
+def _at(record: Mapping[str, Any], path: str) -> float | None:
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if value is not None else None
+    return value
+
+
+def _losses(records: Mapping[str, Mapping[str, Any]]) -> _Samples:
+    losses = [
+        ((split, name), value)
+        for split, record in records.items()
+        for name, value in record.items()
+        if isinstance(value, float) and name not in _NOT_LOSSES
+    ]
+    weighted = _at(records.get("train", {}), "reweight.objective")
+    if weighted is not None:
+        losses.append((("train", "weighted_loss"), weighted))
+    return losses
+
+
+def _of_domains(records: Mapping[str, Mapping[str, Any]], field: str) -> _Samples:
+    return [
+        ((split, name), domain[field])
+        for split, record in records.items()
+        for name, domain in (record.get("reweight") or record).get("domains", {}).items()
+        if domain.get(field) is not None
+    ]
