@@ -70,6 +70,7 @@ LABEL \
     org.opencontainers.image.revision="$REVISION" \
     org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
+ENV MEGATRON_RW_HEARTBEAT=/tmp/megatron_rw/heartbeat
 HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]
 CMD ["python", "examples/quickstart/run.py", "--output-dir", "/runs/quickstart"]
@@ -125,6 +126,7 @@ LABEL \
     org.opencontainers.image.revision="$REVISION" \
     org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
+ENV MEGATRON_RW_HEARTBEAT=/tmp/megatron_rw/heartbeat
 HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]
 CMD ["python", "pretrain_gpt_rw.py", "--help"]

@@ -26,6 +26,7 @@ from megatron_rw.integrations.state import ReweightState
 from megatron_rw.observability import profiling
 from megatron_rw.observability.stragglers import ForwardTimes, SlowestRank
 from megatron_rw.resilience import atomic_index, leaving, writer
+from megatron_rw.resilience.health import Heartbeat
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.watchdog import Meeting, Progress, watch
@@ -67,6 +68,7 @@ class Hooks:
         self._progress = progress
         self._forward_times = forward_times
         self._guard = guard
+        self._heartbeat = Heartbeat()
         self._interval = _Interval()
 
     def install(self) -> None:
@@ -128,6 +130,7 @@ class Hooks:
         result = self._guard.step(original, model, optimizer, iteration + 1)
         _, skipped, *_ = result
         self._loss.end_step(taken=not skipped)
+        self._heartbeat.beat()
         self._progress.then("logging, evaluating or saving")
         return result
 

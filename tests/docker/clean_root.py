@@ -212,7 +212,7 @@ def train(root: CleanRoot, command: Sequence[str], health: Sequence[str]) -> Non
     process = root.start(command, {})
     try:
         healthy = {"MEGATRON_RW_HEALTH_SECONDS": "60"}
-        while "metrics.jsonl" not in (seen := root.beside(process, health, healthy)).stdout:
+        while "the run made progress" not in (seen := root.beside(process, health, healthy)).stdout:
             if seen.returncode or process.poll() is not None:
                 sys.exit(f"error: no run was seen: {seen.stdout}{seen.stderr}")
             time.sleep(1)

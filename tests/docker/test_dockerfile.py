@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -184,25 +183,21 @@ def test_health_check_of_the_image(stage: Stage, tmp_path: Path) -> None:
     [health] = stage.of("HEALTHCHECK")
     program, *words = health.command()
     assert program == "python"
-    (tmp_path / "pretrain_gpt_rw.py").write_text("import time\ntime.sleep(600)\n")
-    run = [sys.executable, str(tmp_path / "pretrain_gpt_rw.py"), "--log-dir", str(tmp_path / "run")]
-    with subprocess.Popen(run) as process:
-        try:
-            while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
-                time.sleep(0.01)
-            for limit, status, said in (("600", 0, "healthy: /"), ("0", 1, "unhealthy (limit 0 s")):
-                result = subprocess.run(
-                    [sys.executable, *words, str(process.pid)],
-                    cwd=folder,
-                    env=os.environ | {"MEGATRON_RW_HEALTH_SECONDS": limit},
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                assert (result.returncode, result.stderr) == (status, "")
-                assert result.stdout.startswith(said)
-        finally:
-            process.kill()
+    heartbeat = "MEGATRON_RW_HEARTBEAT"
+    assert stage.variables({})[heartbeat].startswith("/tmp/")
+    (tmp_path / "heartbeat").touch()
+    for limit, status, said in (("600", 0, "healthy: the run"), ("0", 1, "unhealthy (limit 0 s")):
+        result = subprocess.run(
+            [sys.executable, *words],
+            cwd=folder,
+            env=os.environ
+            | {heartbeat: str(tmp_path / "heartbeat"), "MEGATRON_RW_HEALTH_SECONDS": limit},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (result.returncode, result.stderr) == (status, "")
+        assert result.stdout.startswith(said)
 
 
 @both
