@@ -17,6 +17,8 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_rw.errors import UserError
+
 # torch.load obeys it, even where it is called with weights_only=False.
 WEIGHTS_ONLY_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -35,7 +37,7 @@ _ALLOWED = {
 }
 
 
-class UnsafeCheckpointError(ValueError):
+class UnsafeCheckpointError(UserError):
     """A file wants more than data to be made of it."""
 
 

@@ -13,9 +13,9 @@ from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.observability.checks import check_observability
 from megatron_rw.platform import Device
+from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
 from megatron_rw.resilience.refusals import check_bad_numbers
 from megatron_rw.resilience.resuming import check_resume
-from megatron_rw.resilience.settle import settle
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.data_checks import (
     check_files,
@@ -49,7 +49,7 @@ def check_launch(args: Namespace, device: Device) -> None:
         # One rank looks, so that 4,096 of them do not ask the file system the same question.
         check_files(args)
         check_folders(args)
-        for line in settle(args):
+        for line in choose_checkpoint(args.load, args.save, args.ckpt_step):
             print(f"> {line}", flush=True)
 
 
@@ -89,7 +89,7 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
     """
     if args.rank == 0:
         args.data_fingerprints = fingerprints(args)
-        check_resume(args)
+        check_resume(args, args.allow_changed_data)
         check_split(args)
         check_vocabulary(args)
     if args.cross_entropy_impl == "fused" and args.cross_entropy_loss_fusion:

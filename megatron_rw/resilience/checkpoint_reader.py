@@ -1,17 +1,13 @@
-"""What is in a distributed checkpoint, read without processes of torch, and nothing of it run.
+"""Reads a distributed checkpoint without torch.distributed, and without running what it holds.
 
-The index names every tensor and object, with the file and the bytes that hold it; arguments, LR
-schedule and our state are in one object, `common_state`.
+The index names every tensor and object, with the file and the bytes that hold it. Arguments, LR
+schedule and the reweighting's state are in one object, `common_state`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from argparse import Namespace
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +22,18 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 
-# Megatron's --verify-integrity writes it: SHA-256 of every file.
-MANIFEST = "integrity.json"
 _COMMON = "common_state"
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, whole.
+    """A tensor of a checkpoint.
 
     Attributes:
-        name: the same in every parallel layout.
-        shape: of the whole.
-        dtype: as torch prints it, without its prefix.
-        chunks: in how many parts it was written.
+        name: The same in every parallel layout.
+        shape: Shape of the whole tensor.
+        dtype: As torch prints it, without its prefix.
+        chunks: The number of parts in which it was written.
     """
 
     name: str
@@ -50,19 +43,19 @@ class StoredTensor:
 
     @property
     def elements(self) -> int:
-        """Of the whole."""
+        """Number of elements of the whole tensor."""
         return torch.Size(self.shape).numel()
 
 
-class Contents:
-    """A checkpoint's index and its common part.
+class CheckpointReader:
+    """Reads a checkpoint's index and its common part.
 
     Args:
-        path: `iter_…`.
+        path: The folder of the checkpoint, `iter_…`.
 
     Raises:
-        UnsafeCheckpointError: the index is damaged, or would run code.
-        OSError: it cannot be read.
+        UnsafeCheckpointError: If the index is damaged, or would run code.
+        OSError: If it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +63,7 @@ class Contents:
         self.index: Metadata = read_index(path)
 
     def tensors(self) -> list[StoredTensor]:
-        """By name."""
+        """Returns the tensors, sorted by name."""
         return [
             StoredTensor(
                 name,
@@ -83,7 +76,7 @@ class Contents:
         ]
 
     def objects(self) -> list[str]:
-        """Names of what is no tensor."""
+        """Returns the sorted names of the entries that are not tensors."""
         return sorted(
             name
             for name, entry in self.index.state_dict_metadata.items()
@@ -91,15 +84,15 @@ class Contents:
         )
 
     def files(self) -> dict[str, int]:
-        """Shards, and the bytes of each."""
+        """Returns the shards, and the size of each in bytes."""
         names = {info.relative_path for info in self.index.storage_data.values()}
         return {name: (self.path / name).stat().st_size for name in sorted(names)}
 
     def common(self) -> dict[str, Any]:
-        """Iteration, arguments, LR schedule and what else every rank has alike.
+        """Returns iteration, arguments, LR schedule and what else is the same on every rank.
 
         Raises:
-            UnsafeCheckpointError: it would run code.
+            UnsafeCheckpointError: If it would run code.
         """
         # Registers the classes of Megatron's arguments as harmless.
         import megatron.core  # noqa: F401
@@ -122,36 +115,7 @@ class Contents:
             raise UnsafeCheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
 
 
-def arguments(common: dict[str, Any]) -> dict[str, Any]:
-    """Of the run that saved it, by name."""
+def saved_arguments(common: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the run that saved a checkpoint, by name."""
     saved = common.get("args")
     return dict(sorted(vars(saved).items())) if isinstance(saved, Namespace) else {}
-
-
-def verify(path: Path, workers: int = 8) -> Iterator[tuple[str, str | None]]:
-    """Compare every file with the checksum that was written with it.
-
-    Args:
-        path: of the checkpoint.
-        workers: files read at a time.
-
-    Yields:
-        A file, and what is wrong with it, or None.
-
-    Raises:
-        FileNotFoundError: it was saved without --verify-integrity.
-    """
-    manifest = json.loads((path / MANIFEST).read_text())["files"]
-
-    def check(name: str) -> str | None:
-        file = path / name
-        if not file.is_file():
-            return "is missing"
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-        return None if digest.hexdigest() == manifest[name] else "is not what was written"
-
-    with ThreadPoolExecutor(workers) as pool:
-        yield from zip(manifest, pool.map(check, manifest), strict=True)
