@@ -21,13 +21,14 @@ def main() -> None:
     Imports are made here: the device is chosen before Megatron is imported, and the processes
     that write checkpoints import this file again.
     """
-    from megatron_rw.platform import DeviceError, select_device
-    from megatron_rw.platform.launch import LaunchError, prepare_process
+    from megatron_rw.errors import UserError
+    from megatron_rw.platform import select_device
+    from megatron_rw.platform.launch import prepare_process
 
     try:
         prepare_process()
         device = select_device(sys.argv[1:])
-    except (LaunchError, DeviceError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""Library messages that a user can do nothing about; only those are silenced."""
+"""Silences the messages of libraries that a user can do nothing about, and no others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_rw.platform import Device
 
 @dataclass(frozen=True)
 class LogLine:
-    """A line of a logger, by how it begins, and why nobody needs it."""
+    """A line of a logger that is silenced: how it begins, and why nobody needs it."""
 
     logger: str
     begins: str
     why: str
 
     def differs_from(self, record: logging.LogRecord) -> bool:
-        """Whether the record is another line, which is let through."""
+        """Returns whether the record is another line, which is let through."""
         return not record.getMessage().startswith(self.begins)
 
 
@@ -31,7 +31,7 @@ _LOG_LINES = (
     LogLine(
         "megatron.core.rerun_state_machine",
         "Setting RerunStateMachine mode",
-        "twice around every evaluation",
+        "it is logged twice around every evaluation",
     ),
     LogLine(
         "megatron.core.rerun_state_machine",
@@ -58,9 +58,9 @@ _CPU_LOG_LINES = (
 )
 # Regular expressions on the text of a Python warning.
 _WARNINGS = (
-    # pretrain_gpt.py's own default gives way to the flag; that is what a default is.
+    # The default of pretrain_gpt.py gives way to the flag, as a default should.
     r"Overriding default arguments for tokenizer_type",
-    # Imported by Megatron's optimizer, whatever the model is.
+    # Megatron's optimizer imports it, whatever the model is.
     r"MimoModelConfig is experimental",
 )
 _CPU_WARNINGS = (
@@ -72,11 +72,7 @@ _CPU_WARNINGS = (
 
 
 def silence(device: Device) -> None:
-    """Filter the messages that do not apply on a device.
-
-    Args:
-        device: in use.
-    """
+    """Filters the messages that do not apply on the device in use."""
     on_cpu = device == "cpu"
     for message in _WARNINGS + (_CPU_WARNINGS if on_cpu else ()):
         warnings.filterwarnings("ignore", message=message)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rw.platform.launch import LaunchError, complete_environment
+from megatron_rw.errors import UserError
+from megatron_rw.platform.launch import complete_environment
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -38,7 +39,7 @@ def test_torchruns_variables_are_left_alone() -> None:
 
 
 def test_half_set_variables_are_refused() -> None:
-    with pytest.raises(LaunchError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"):
+    with pytest.raises(UserError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"):
         complete_environment({"RANK": "0", "WORLD_SIZE": "2"})
 
 
@@ -62,7 +63,7 @@ def test_srun_on_one_node_needs_no_address() -> None:
 def test_srun_on_several_nodes_without_an_address_is_refused() -> None:
     env = dict(SLURM)
     del env["SLURM_LAUNCH_NODE_IPADDR"]
-    with pytest.raises(LaunchError, match="export MASTER_ADDR"):
+    with pytest.raises(UserError, match="export MASTER_ADDR"):
         complete_environment(env)
 
 
