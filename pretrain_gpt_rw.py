@@ -44,6 +44,7 @@ def main() -> None:
     from megatron_rw.observability.memory import explaining
     from megatron_rw.observability.stragglers import ForwardTimes, event_maker
     from megatron_rw.resilience import leaving, safe_pickle
+    from megatron_rw.resilience.nonfinite import NonFiniteConfig
     from megatron_rw.resilience.step_guard import StepGuard
     from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.resilience.watchdog import Progress
@@ -54,6 +55,7 @@ def main() -> None:
         reweight_config,
     )
     from megatron_rw.training.batch import BatchReader
+    from megatron_rw.training.checks import settings_of
     from megatron_rw.training.datasets import Domains, datasets_provider
     from megatron_rw.training.embeddings import embedding_ranks
     from megatron_rw.training.forward_step import ForwardStep
@@ -75,7 +77,14 @@ def main() -> None:
     state = ReweightState(config)
     samples = StepSamples(domains.train_members)
     loss = PretrainLoss(args, config, state, len(domains), samples)
-    progress, guard = Progress(), StepGuard(args, samples)
+    progress = Progress()
+    guard = StepGuard(
+        settings_of(NonFiniteConfig, args),
+        samples,
+        checks=args.check_for_nan_in_loss_and_grad,
+        rerun_mode=args.rerun_mode,
+        log_dir=args.log_dir,
+    )
     times = ForwardTimes(event_maker(device)) if args.log_slowest_rank else None
     reporter = Reporter(args, domains.names, endpoint)
     Hooks(args, config, state, loss, reporter, progress, times, guard).install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 
 import torch
@@ -14,6 +15,7 @@ from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.observability.checks import check_observability
 from megatron_rw.platform import Device
 from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
+from megatron_rw.resilience.nonfinite import NonFiniteConfig
 from megatron_rw.resilience.refusals import check_bad_numbers
 from megatron_rw.resilience.resuming import check_resume
 from megatron_rw.reweighting import ReweightConfig
@@ -24,6 +26,12 @@ from megatron_rw.training.data_checks import (
     fingerprints,
 )
 from megatron_rw.training.saving_checks import check_folders, check_saving
+
+
+def settings_of[Config](config: type[Config], args: Namespace) -> Config:
+    """Returns the flags that are fields of a dataclass, as that dataclass."""
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return config(**{name: getattr(args, name) for name in names})
 
 
 def check_launch(args: Namespace, device: Device) -> None:
@@ -104,7 +112,13 @@ def check_run(args: Namespace, config: ReweightConfig) -> None:
         plan_of(args)
     elif args.logits_budget_mib is not None:
         raise UserError("--logits-budget-mib without --fused-linear-cross-entropy does nothing.")
-    check_bad_numbers(args)
+    check_bad_numbers(
+        settings_of(NonFiniteConfig, args),
+        log_dir=args.log_dir,
+        checks=args.check_for_nan_in_loss_and_grad,
+        megatron_fsdp=args.use_megatron_fsdp,
+        cuda_graph_impl=args.cuda_graph_impl,
+    )
     if config.log_samples and args.log_dir is None:
         raise UserError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if config.enabled:

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rw.integrations.cross_entropy import sums_of
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting
-from megatron_rw.resilience.nonfinite import megatron_checks
+from megatron_rw.resilience.nonfinite import megatron_decides
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import (
     DomainLosses,
@@ -152,7 +152,10 @@ class PretrainLoss:
     def _check(self, loss: Tensor) -> None:
         """Megatron's checks on this rank's unweighted loss sum: not finite, or a spike."""
         machine = get_rerun_state_machine()
-        if megatron_checks(self._args):
+        args = self._args
+        if megatron_decides(
+            args.on_nonfinite, args.check_for_nan_in_loss_and_grad, args.rerun_mode
+        ):
             for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
                 machine.validate_result(
                     result=loss,
