@@ -41,6 +41,7 @@ def main() -> None:
 
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.observability import prometheus
+    from megatron_rw.observability.config import MonitoringConfig
     from megatron_rw.observability.memory import explaining
     from megatron_rw.observability.stragglers import ForwardTimes, event_maker
     from megatron_rw.resilience import leaving, safe_pickle
@@ -71,7 +72,8 @@ def main() -> None:
         config = reweight_config(args)
         megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
         domains = Domains(args)
-        endpoint = prometheus.serve(args)
+        monitoring = settings_of(MonitoringConfig, args)
+        endpoint = prometheus.serve(monitoring, args.rank, args.world_size, args.seq_length)
     announce(args, device, config, domains.names)
 
     state = ReweightState(config)

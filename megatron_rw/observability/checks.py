@@ -6,7 +6,6 @@ import os
 from argparse import Namespace
 
 from megatron_rw.errors import UserError
-from megatron_rw.observability.prometheus import DEFAULT_ADDRESS
 from megatron_rw.platform import Device
 
 
@@ -20,24 +19,12 @@ def check_observability(args: Namespace, device: Device) -> None:
     Raises:
         UserError: the first problem found.
     """
-    _check_endpoint(args)
     if args.log_slowest_rank:
         _check_slowest_rank(args)
     if args.profile:
         _check_profile(args, device)
     if args.record_memory_history:
         _check_memory_history(args, device)
-
-
-def _check_endpoint(args: Namespace) -> None:
-    if args.prometheus_port is None:
-        if args.prometheus_address != DEFAULT_ADDRESS:
-            raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
-    elif not 0 <= args.prometheus_port <= 65535:
-        raise UserError(
-            f"--prometheus-port must be in [0, 65535], not {args.prometheus_port}: 0 takes one "
-            "that is free."
-        )
 
 
 def _check_slowest_rank(args: Namespace) -> None:

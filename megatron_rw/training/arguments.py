@@ -25,7 +25,7 @@ from megatron.training.utils import print_rank_0
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
-from megatron_rw.observability.prometheus import DEFAULT_ADDRESS
+from megatron_rw.observability.config import DEFAULT_ADDRESS
 from megatron_rw.platform import Device
 from megatron_rw.platform.argfile import allow_argument_files
 from megatron_rw.resilience.nonfinite import OnNonFinite

@@ -13,6 +13,7 @@ from megatron_rw.integrations.output_layer import check_output_layer, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.selection import check_backend, use_backend
 from megatron_rw.observability.checks import check_observability
+from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
 from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
 from megatron_rw.resilience.nonfinite import NonFiniteConfig
@@ -52,6 +53,8 @@ def check_launch(args: Namespace, device: Device) -> None:
     check_saving(args)
     if device == "cpu":
         _check_cpu(args)
+    # Checks itself.
+    settings_of(MonitoringConfig, args)
     check_observability(args, device)
     if args.rank == 0:
         # One rank looks, so that 4,096 of them do not ask the file system the same question.

@@ -21,7 +21,7 @@ from megatron_rw.observability.stragglers import SlowestRank
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 
 if TYPE_CHECKING:
-    # Imports `prometheus_client`, which is optional.
+    # It imports `prometheus_client`, which is optional.
     from megatron_rw.observability.endpoint import Endpoint
 
 Scalars = dict[str, float]

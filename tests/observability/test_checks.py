@@ -9,6 +9,7 @@ import pytest
 
 from megatron_rw.errors import UserError
 from megatron_rw.observability.checks import check_observability
+from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
 
 PROFILE = {"profile": True, "use_pytorch_profiler": True, "tensorboard_dir": "board"}
@@ -17,8 +18,6 @@ HISTORY = {"record_memory_history": True}
 
 def check(device: Device, **changed: Any) -> None:
     settings: dict[str, Any] = {
-        "prometheus_port": None,
-        "prometheus_address": "127.0.0.1",
         "log_slowest_rank": False,
         "world_size": 4,
         "pipeline_model_parallel_size": 2,
@@ -37,8 +36,6 @@ def check(device: Device, **changed: Any) -> None:
 
 
 REFUSED: dict[str, tuple[Device, dict[str, Any], str]] = {
-    "address alone": ("cpu", {"prometheus_address": "0.0.0.0"}, "add --prometheus-port"),
-    "no port": ("cpu", {"prometheus_port": 65536}, r"must be in \[0, 65535\], not 65536"),
     "nobody to compare with": (
         "cpu",
         {"log_slowest_rank": True, "pipeline_model_parallel_size": 4},
@@ -82,9 +79,20 @@ def test_refuses(case: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prometheus_address": "0.0.0.0"}, "add --prometheus-port"),
+        ({"prometheus_port": 65536}, r"must be in \[0, 65535\], not 65536"),
+    ],
+)
+def test_endpoint_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        MonitoringConfig(**settings)
+
+
+@pytest.mark.parametrize(
     ("device", "changed"),
     [
-        ("cpu", {"prometheus_port": 0, "prometheus_address": "0.0.0.0"}),
         ("cpu", {"log_slowest_rank": True}),
         ("cpu", PROFILE),
         ("cpu", PROFILE | {"train_iters": None}),

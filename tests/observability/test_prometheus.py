@@ -9,15 +9,14 @@ import signal
 import socket
 import time
 import urllib.request
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from megatron_rw.errors import UserError
+from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.observability.endpoint import Endpoint
 from megatron_rw.observability.prometheus import serve
 from tests.ports import free_port
@@ -203,8 +202,8 @@ def test_a_fork_does_not_keep_the_port() -> None:
 
 @pytest.mark.parametrize(("rank", "serves"), [(0, False), (2, False), (3, True)])
 def test_the_last_rank_serves(rank: int, serves: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    args: dict[str, Any] = {"prometheus_port": 0, "prometheus_address": "0.0.0.0"}
-    it = serve(Namespace(rank=rank, world_size=4, seq_length=32, **args))
+    config = MonitoringConfig(prometheus_port=0, prometheus_address="0.0.0.0")
+    it = serve(config, rank, 4, 32)
     assert (it is not None) == serves
     said = capsys.readouterr().out
     if it is not None:
@@ -221,6 +220,5 @@ def test_an_address_of_another_host_is_named() -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    args = Namespace(prometheus_port=0, rank=0, world_size=4)
     with pytest.raises(UserError, match="pip install prometheus-client"):
-        serve(args)
+        serve(MonitoringConfig(prometheus_port=0), 0, 4, 32)
