@@ -19,23 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.platform import Device
-
-
-class Event(Protocol):
-    """A point in time, on the device or the host."""
-
-    def record(self) -> None:
-        """Records the current time; on a device, the time when its stream gets there."""
-
-    def elapsed_time(self, end_event: Any, /) -> float:
-        """Returns the milliseconds from this event to another."""
 
 
 class HostEvent:
@@ -50,7 +40,7 @@ class HostEvent:
         return (end_event._seconds - self._seconds) * 1e3
 
 
-def event_maker(device: Device) -> Callable[[], Event]:
+def event_maker(device: Device) -> Callable[[], Any]:
     """Returns the function that makes the events of a device."""
     return (
         functools.partial(torch.cuda.Event, enable_timing=True) if device == "cuda" else HostEvent
@@ -88,11 +78,11 @@ class ForwardTimes:
         make_event: Makes a new event; see `event_maker`.
     """
 
-    def __init__(self, make_event: Callable[[], Event]) -> None:
+    def __init__(self, make_event: Callable[[], Any]) -> None:
         self._make_event = make_event
-        self._pairs: list[tuple[Event, Event]] = []
+        self._pairs: list[tuple[Any, Any]] = []
         # Events are reused, so that an interval of thousands of passes makes no new ones.
-        self._free: list[tuple[Event, Event]] = []
+        self._free: list[tuple[Any, Any]] = []
         self._hosts: list[str] | None = None
 
     @contextlib.contextmanager

@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from dataclasses import dataclass
 
 from megatron_rw.platform import Device
 
-
-@dataclass(frozen=True)
-class LogLine:
-    """A line of a logger that is silenced: how it begins, and why nobody needs it."""
-
-    logger: str
-    begins: str
-    why: str
-
-    def differs_from(self, record: logging.LogRecord) -> bool:
-        """Returns whether the record is another line, which is let through."""
-        return not record.getMessage().startswith(self.begins)
-
-
+# Loggers, and how a line begins that is silenced.
 _LOG_LINES = (
-    LogLine(
-        "megatron.core.models.gpt.gpt_model",
-        "GPTModel IS DEPRECATED",
-        "pretrain_gpt.py builds that model; the choice is not the user's",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "Setting RerunStateMachine mode",
-        "it is logged twice around every evaluation",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "RerunStateMachine initialized",
-        "the default, announced as a warning",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "Result validation enabled",
-        "the default, announced as a warning",
-    ),
+    # pretrain_gpt.py builds that model; the choice is not the user's.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # Logged twice around every evaluation.
+    ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode"),
+    # Defaults that are announced as warnings.
+    ("megatron.core.rerun_state_machine", "RerunStateMachine initialized"),
+    ("megatron.core.rerun_state_machine", "Result validation enabled"),
 )
 _CPU_LOG_LINES = (
-    LogLine(
-        "megatron.core.tensor_parallel.random",
-        "CPU RNG state changed within GPU RNG context",
-        "the two are one generator on this platform, on purpose",
-    ),
-    LogLine(
-        "torch.utils.cpp_extension",
-        "No CUDA runtime is found",
-        "the platform was chosen because of that",
-    ),
+    # The two are one generator on this platform, on purpose.
+    ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
+    # The platform was chosen because of that.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )
 # Regular expressions on the text of a Python warning.
 _WARNINGS = (
@@ -76,5 +44,9 @@ def silence(device: Device) -> None:
     on_cpu = device == "cpu"
     for message in _WARNINGS + (_CPU_WARNINGS if on_cpu else ()):
         warnings.filterwarnings("ignore", message=message)
-    for line in _LOG_LINES + (_CPU_LOG_LINES if on_cpu else ()):
-        logging.getLogger(line.logger).addFilter(line.differs_from)
+    for logger, begins in _LOG_LINES + (_CPU_LOG_LINES if on_cpu else ()):
+        logging.getLogger(logger).addFilter(functools.partial(_differs, begins))
+
+
+def _differs(begins: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(begins)

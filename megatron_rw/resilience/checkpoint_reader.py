@@ -8,43 +8,15 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 
 _COMMON = "common_state"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a checkpoint.
-
-    Attributes:
-        name: The same in every parallel layout.
-        shape: Shape of the whole tensor.
-        dtype: As torch prints it, without its prefix.
-        chunks: The number of parts in which it was written.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: int
-
-    @property
-    def elements(self) -> int:
-        """Number of elements of the whole tensor."""
-        return torch.Size(self.shape).numel()
 
 
 class CheckpointReader:
@@ -62,32 +34,6 @@ class CheckpointReader:
         self.path = path
         self.index: Metadata = read_index(path)
 
-    def tensors(self) -> list[StoredTensor]:
-        """Returns the tensors, sorted by name."""
-        return [
-            StoredTensor(
-                name,
-                tuple(entry.size),
-                str(entry.properties.dtype).removeprefix("torch."),
-                len(entry.chunks),
-            )
-            for name, entry in sorted(self.index.state_dict_metadata.items())
-            if isinstance(entry, TensorStorageMetadata)
-        ]
-
-    def objects(self) -> list[str]:
-        """Returns the sorted names of the entries that are not tensors."""
-        return sorted(
-            name
-            for name, entry in self.index.state_dict_metadata.items()
-            if isinstance(entry, BytesStorageMetadata)
-        )
-
-    def files(self) -> dict[str, int]:
-        """Returns the shards, and the size of each in bytes."""
-        names = {info.relative_path for info in self.index.storage_data.values()}
-        return {name: (self.path / name).stat().st_size for name in sorted(names)}
-
     def common(self) -> dict[str, Any]:
         """Returns iteration, arguments, LR schedule and what else is the same on every rank.
 
@@ -97,7 +43,7 @@ class CheckpointReader:
         # Registers the classes of Megatron's arguments as harmless.
         import megatron.core  # noqa: F401
 
-        for name in self.objects():
+        for name in self.index.state_dict_metadata:
             if name.split("/")[0] == _COMMON:
                 found: dict[str, Any] = self._object(name)[0]
                 return found

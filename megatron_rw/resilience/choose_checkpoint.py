@@ -14,11 +14,6 @@ def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None)
     is set to the newest complete one. A tracker that names an older checkpoint than the newest is
     obeyed: somebody may have put it back on purpose.
 
-    Args:
-        load: Value of --load.
-        save: Value of --save.
-        ckpt_step: Value of --ckpt-step.
-
     Returns:
         Lines for the user.
 

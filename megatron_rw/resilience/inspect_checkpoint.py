@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rw.command_line import parse
 from megatron_rw.errors import UserError, reported
@@ -88,8 +89,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     reader = CheckpointReader(checkpoint.path)
     common = reader.common()
     saved = saved_arguments(common)
-    tensors = reader.tensors()
-    parameters = [t for t in tensors if not t.name.startswith(("optimizer.", "rng_state"))]
+    entries = sorted(reader.index.state_dict_metadata.items())
+    tensors = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+    files = sorted({info.relative_path for info in reader.index.storage_data.values()})
     return {
         "path": str(checkpoint.path),
         "iteration": common.get("iteration", checkpoint.iteration),
@@ -98,10 +100,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "distributed_optimizer": saved.get("use_distributed_optimizer"),
         "model": {key: _plain(saved[key]) for key in MODEL if saved.get(key) is not None},
         "reweighting": saved.get("reweight_state"),
-        "parameters": sum(t.elements for t in parameters),
-        "tensors": [vars(t) for t in tensors],
-        "objects": reader.objects(),
-        "files": reader.files(),
+        "parameters": sum(
+            entry.size.numel()
+            for name, entry in tensors.items()
+            if not name.startswith(("optimizer.", "rng_state"))
+        ),
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(entry.size),
+                "dtype": str(entry.properties.dtype).removeprefix("torch."),
+                "chunks": len(entry.chunks),
+            }
+            for name, entry in tensors.items()
+        ],
+        "objects": [name for name, _ in entries if name not in tensors],
+        "files": {name: (checkpoint.path / name).stat().st_size for name in files},
         "arguments": {key: _plain(value) for key, value in saved.items()},
     }
 

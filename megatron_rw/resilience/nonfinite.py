@@ -90,11 +90,7 @@ def megatron_decides(on_nonfinite: OnNonFinite, checks: bool, rerun_mode: str) -
     """Returns whether Megatron's rerun state machine judges a bad step, and we only explain it.
 
     It runs such a step again to tell a faulty GPU from a faulty sample, and then ends the run.
-
-    Args:
-        on_nonfinite: Value of --on-nonfinite.
-        checks: Value of --check-for-nan-in-loss-and-grad.
-        rerun_mode: Value of --rerun-mode.
+    `checks` is the value of --check-for-nan-in-loss-and-grad.
     """
     return checks and on_nonfinite == "raise" and rerun_mode != "disabled"
 

@@ -18,10 +18,10 @@ def check_bad_numbers(
 
     Args:
         config: The settings, each checked by itself already.
-        log_dir: Value of --log-dir.
+        log_dir: The folder of our logs.
         checks: Value of --check-for-nan-in-loss-and-grad, after Megatron's validation.
         megatron_fsdp: Value of --use-megatron-fsdp.
-        cuda_graph_impl: Value of --cuda-graph-impl.
+        cuda_graph_impl: As Megatron's flag.
 
     Raises:
         UserError: Names the flag and the remedy.
