@@ -10,16 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rw.observability.stragglers import (
-    ForwardTimes,
-    HostEvent,
-    SlowestRank,
-    event_maker,
-    slowest,
-)
+from megatron_rw.observability.stragglers import SlowestRank, slowest
 from tests.observability.disturbed import SLOW_S
 from tests.program import run_program
-from tests.ranks import run_ranks
 
 FLAGS = (
     "--train-iters 4 --micro-batch-size 4 --global-batch-size 16 --log-interval 2 "
@@ -80,30 +73,3 @@ def test_compares_within_a_pipeline_stage() -> None:
 
 def test_names_nobody_where_no_forward_pass_has_run() -> None:
     assert slowest(table((0, 0.0), (0, 0.0)), HOSTS) is None
-
-
-def events_of_three_intervals() -> int:
-    made: list[HostEvent] = []
-
-    def make() -> HostEvent:
-        made.append(HostEvent())
-        return made[-1]
-
-    times = ForwardTimes(make)
-    for _ in range(3):
-        for _ in range(4):
-            with times.measured():
-                pass
-        assert times.read(0) is not None
-    return len(made)
-
-
-def test_events_are_used_again() -> None:
-    assert run_ranks(2, events_of_three_intervals) == [8, 8]
-
-
-def test_a_gpu_is_timed_by_its_own_events() -> None:
-    assert event_maker("cpu") is HostEvent
-    maker: Any = event_maker("cuda")
-    assert maker.func is torch.cuda.Event
-    assert maker.keywords == {"enable_timing": True}
