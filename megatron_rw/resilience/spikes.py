@@ -33,22 +33,17 @@ _MOST = 16
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of this rank, losses on the device.
-
-    Attributes:
-        iteration: The iteration as it is logged.
-        notes: The notes by micro-batch.
-        losses: Losses over all of a sample's tokens, `[M, b]`.
-        chosen: The samples to be written, `[M, b]` bool.
-        mean: Mean over the samples of all ranks, a scalar.
-        running: The running mean of the steps before, a scalar; not finite in the first step.
-    """
+    """One step of this rank, with its losses on the device."""
 
     iteration: int
     notes: list[Note]
+    # Over all of a sample's tokens, `[M, b]`.
     losses: Tensor
+    # The samples to be written, `[M, b]` bool.
     chosen: Tensor
+    # Mean over the samples of all ranks, a scalar.
     mean: Tensor
+    # The running mean of the steps before, a scalar; not finite in the first step.
     running: Tensor
 
 

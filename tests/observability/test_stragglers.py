@@ -1,10 +1,9 @@
-"""The slow rank is named, and nobody where all are alike."""
+"""The slow rank of a logging interval is named."""
 
 from __future__ import annotations
 
 import socket
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -48,14 +47,6 @@ def test_the_slow_rank_is_named(tmp_path: Path, data_flags: list[str], layout: s
         f"time ({last['seconds']:.3f} s), up to iteration 4"
     ) in run.output[-1]
     assert "slowest" not in run.train_metrics()[0], "of the line after the first step"
-
-
-def test_nobody_stands_out_of_equals(tmp_path: Path, data_flags: list[str]) -> None:
-    flags = ["--train-iters", "20"]
-    run = run_program(tmp_path, *data_flags, *FLAGS, *flags, processes=2).check()
-    ratios = [r["slowest_rank"]["ratio"] for r in run.train_metrics()[1:]]
-    assert len(ratios) == 10
-    assert 1 <= median(ratios) < 1.5, ratios
 
 
 HOSTS = ["a", "b", "c", "d"]
