@@ -421,14 +421,14 @@ MUTANTS = (
     one(
         "bad numbers: a gradient is not looked at where every loss is finite",
         f"{BAD_NUMBERS}::test_raise_names_the_gradient_and_its_rank",
-        f"{RESILIENCE}/nonfinite.py",
+        f"{RESILIENCE}/step_guard.py",
         "torch.stack([loss, gradient])",
         "torch.stack([loss, loss])",
     ),
     one(
         "bad numbers: the step counts as skipped, but not in a row",
         f"{BAD_NUMBERS}::test_run_ends_after_too_many_skips_in_a_row",
-        f"{RESILIENCE}/nonfinite.py",
+        f"{RESILIENCE}/step_guard.py",
         "        self._in_a_row += 1\n",
         "        self._in_a_row = 1\n",
     ),

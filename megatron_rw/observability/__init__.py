@@ -1,5 +1,5 @@
-"""What a person on call looks at: an endpoint for Prometheus, the slowest rank, memory, a profile.
+"""Metrics and diagnosis of a run: Prometheus endpoint, slowest rank, memory, profile.
 
-Megatron does part of it; here is what it lacks. All but the endpoint's own thread runs where
-Megatron waits for the device anyway.
+This is what Megatron lacks. Everything but the endpoint's own thread runs where Megatron waits for
+the device anyway.
 """

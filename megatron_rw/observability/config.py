@@ -1,15 +1,17 @@
-"""The flags of what a run tells beside Megatron's own logs."""
+"""The settings of a run's metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from megatron_rw.errors import UserError
 
 DEFAULT_ADDRESS = "127.0.0.1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringConfig:
-    """What a run writes beside Megatron's own logs."""
+    """What a run writes and serves beside Megatron's own logs."""
 
     log_dir: str | None = None
     """Write metrics.jsonl here: one object per logged step and per validation."""
@@ -25,3 +27,18 @@ class MonitoringConfig:
     log_slowest_rank: bool = False
     """Name the slowest rank of every logging interval, its host, and by how much its forward passes
     took longer than the median of its pipeline stage."""
+
+    def __post_init__(self) -> None:
+        """Checks the settings against each other.
+
+        Raises:
+            UserError: Names the flag and the remedy.
+        """
+        if self.prometheus_port is None:
+            if self.prometheus_address != DEFAULT_ADDRESS:
+                raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
+        elif not 0 <= self.prometheus_port <= 65535:
+            raise UserError(
+                f"--prometheus-port must be in [0, 65535], not {self.prometheus_port}: 0 takes one "
+                "that is free."
+            )

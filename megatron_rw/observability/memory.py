@@ -1,4 +1,4 @@
-"""What one needs to know when a device runs out of memory."""
+"""Explains an out-of-memory error of a device."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from megatron_rw.resilience.watchdog import Progress
 def explaining(
     train: Callable[..., Any], args: Namespace, progress: Progress
 ) -> Callable[..., Any]:
-    """Have an out-of-memory error be followed by one line: who, where, how full, what would help.
+    """Wraps a function so that a line explains its out-of-memory error before it is raised.
 
-    With Megatron's --record-memory-history the line names the snapshot that Megatron has written
-    of the failed allocation, for pytorch.org/memory_viz.
+    The line names rank, host and place, how full the device is, and flags that would help. With
+    Megatron's --record-memory-history it names the snapshot that Megatron has written of the failed
+    allocation, for pytorch.org/memory_viz.
 
     Args:
-        train: what may run out of memory.
-        args: validated.
-        progress: where the rank is.
+        train: The function.
+        args: Megatron's validated arguments.
+        progress: Where the rank is.
     """
 
     @functools.wraps(train)
@@ -42,7 +43,7 @@ def explaining(
 
 
 def snapshot_path(args: Namespace) -> str | None:
-    """Where Megatron writes the memory of this rank when it runs out; None where it does not."""
+    """Returns where Megatron writes this rank's memory snapshot; None where it writes none."""
     if not args.record_memory_history:
         return None
     if args.profile_ranks and args.rank not in args.profile_ranks:
@@ -71,7 +72,7 @@ def _explanation(args: Namespace, progress: Progress) -> str:
 
 
 def _remedies(args: Namespace) -> str:
-    """Those that are not in use yet."""
+    """Lists the flags that would save memory and are not in use yet."""
     parallel = parallel_state.model_parallel_is_initialized()
     has_logits = parallel and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     remedies = []

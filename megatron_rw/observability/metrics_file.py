@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, what a run leaves for programs to read."""
+"""Writes `metrics.jsonl`, the metrics of a run for programs to read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def numbers(record: Mapping[str, object]) -> dict[str, Any]:
-    """A record with its tensors as numbers; waits for the device they are on."""
+    """Returns a record with its tensors as numbers; waits for the device they are on."""
     result: dict[str, Any] = _each(
         lambda value: value.item() if isinstance(value, torch.Tensor) else value, record
     )
@@ -28,17 +28,17 @@ def _each(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    """JSON has no number for what is not finite."""
+    """Returns a value as JSON can hold it, which has no number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsFile:
     """`metrics.jsonl`: one object per line, appended, flushed at once.
 
-    After a resume an iteration can appear twice; the later line holds.
+    After a resume an iteration can appear twice; then the later line counts.
 
     Args:
-        log_dir: created when missing.
+        log_dir: The folder, created if it is missing.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -46,6 +46,6 @@ class MetricsFile:
         self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
 
     def write(self, record: Mapping[str, object]) -> None:
-        """Append one record of `numbers`; what is not finite becomes null."""
+        """Appends a record of plain numbers; what is not finite becomes null."""
         self._file.write(json.dumps(_each(_json, record), allow_nan=False) + "\n")
         self._file.flush()

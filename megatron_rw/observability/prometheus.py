@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_rw.errors import UserError
 from megatron_rw.observability.config import MonitoringConfig
 
 if TYPE_CHECKING:
+    # It imports `prometheus_client`, which is optional.
     from megatron_rw.observability.endpoint import Endpoint
 
 
-def serve(config: MonitoringConfig, args: Namespace) -> Endpoint | None:
+def serve(config: MonitoringConfig, rank: int, world_size: int, seq_length: int) -> Endpoint | None:
     """Opens the endpoint that the flags ask for, on the last rank, which has all metrics.
-
-    Args:
-        config: The flags.
-        args: Megatron's arguments.
 
     Returns:
         The endpoint; None without --prometheus-port, and on the other ranks.
@@ -33,10 +29,10 @@ def serve(config: MonitoringConfig, args: Namespace) -> Endpoint | None:
         raise UserError(
             "--prometheus-port needs the package prometheus-client: pip install prometheus-client."
         )
-    if args.rank != args.world_size - 1:
+    if rank != world_size - 1:
         return None
     from megatron_rw.observability.endpoint import Endpoint
 
-    endpoint = Endpoint(config.prometheus_address, config.prometheus_port, args.seq_length)
-    print(f"> metrics at {endpoint.url} (rank {args.rank}, {socket.gethostname()})", flush=True)
+    endpoint = Endpoint(config.prometheus_address, config.prometheus_port, seq_length)
+    print(f"> metrics at {endpoint.url} (rank {rank}, {socket.gethostname()})", flush=True)
     return endpoint

@@ -1,9 +1,9 @@
-"""The slowest rank of a logging interval (`--log-slowest-rank`).
+"""Finds the slowest rank of a logging interval (`--log-slowest-rank`).
 
-A slow GPU, a host with something else to do or a slow disk holds up every rank, since all meet in
-each step, and the step time does not tell whose it is. What can tell is the time of the forward
-passes, reading their micro-batches included: pipeline sends, the gradients' reduction and the
-loss's collectives lie outside. Tensor- and expert-parallel collectives lie inside: the ranks of
+A slow GPU, a busy host or a slow disk holds up every rank, since all ranks wait for each other in
+each step. The step time therefore does not tell which rank is slow. The time of the forward passes
+does, with the reading of their micro-batches: it holds no pipeline sends, no reduction of gradients
+and no collectives of the loss. It does hold tensor- and expert-parallel collectives: the ranks of
 such a group are slow together, and any of them may be named.
 
 Megatron's `--log-straggler` is for CUDA alone, names no host, needs nvidia-ml-py and opens port
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,30 +27,20 @@ from torch import Tensor
 from megatron_rw.platform import Device
 
 
-class Event(Protocol):
-    """A moment, on the device or the host."""
-
-    def record(self) -> None:
-        """Now; on a device, when its stream gets there."""
-
-    def elapsed_time(self, end_event: Any, /) -> float:
-        """Milliseconds from this one to another."""
-
-
 class HostEvent:
-    """What `torch.cuda.Event` is on a device, for the CPU."""
+    """The counterpart of `torch.cuda.Event` on the CPU."""
 
     def record(self) -> None:
-        """Now."""
+        """Records the current time."""
         self._seconds = time.perf_counter()
 
     def elapsed_time(self, end_event: HostEvent, /) -> float:
-        """Milliseconds from this one to another."""
+        """Returns the milliseconds from this event to another."""
         return (end_event._seconds - self._seconds) * 1e3
 
 
-def event_maker(device: Device) -> Callable[[], Event]:
-    """What makes the events of a device."""
+def event_maker(device: Device) -> Callable[[], Any]:
+    """Returns the function that makes the events of a device."""
     return (
         functools.partial(torch.cuda.Event, enable_timing=True) if device == "cuda" else HostEvent
     )
@@ -58,13 +48,13 @@ def event_maker(device: Device) -> Callable[[], Event]:
 
 @dataclass(frozen=True)
 class SlowestRank:
-    """Of an interval.
+    """The slowest rank of a logging interval.
 
     Attributes:
-        rank: global.
-        host: where it runs.
-        ratio: its forward time over the median of its pipeline stage's ranks; the lower one of two.
-        seconds: its forward time, over the interval.
+        rank: The global rank.
+        host: The host it runs on.
+        ratio: Its forward time over the median of its pipeline stage's ranks, the lower median.
+        seconds: Its forward time, over the interval.
     """
 
     rank: int
@@ -73,7 +63,7 @@ class SlowestRank:
     seconds: float
 
     def __str__(self) -> str:
-        """For the log."""
+        """Returns the text for the log."""
         return (
             f"slowest rank: {self.rank} on {self.host}, {self.ratio:.2f} of the median forward "
             f"time ({self.seconds:.3f} s)"
@@ -84,18 +74,18 @@ class ForwardTimes:
     """Times this rank's forward passes, and finds the slowest rank.
 
     Args:
-        make_event: see `event_maker`.
+        make_event: Makes a new event; see `event_maker`.
     """
 
-    def __init__(self, make_event: Callable[[], Event]) -> None:
+    def __init__(self, make_event: Callable[[], Any]) -> None:
         self._make_event = make_event
-        self._pairs: list[tuple[Event, Event]] = []
-        # Used again, so that an interval of thousands of passes makes no new events.
-        self._free: list[tuple[Event, Event]] = []
+        self._pairs: list[tuple[Any, Any]] = []
+        # Events are reused, so that an interval of thousands of passes makes no new ones.
+        self._free: list[tuple[Any, Any]] = []
         self._hosts: list[str] | None = None
 
     def begin(self) -> None:
-        """Begins to time a forward pass; it does not wait for the device."""
+        """Begins to time a forward pass, without waiting for the device."""
         pair = self._free.pop() if self._free else (self._make_event(), self._make_event())
         pair[0].record()
         self._pairs.append(pair)
@@ -105,16 +95,13 @@ class ForwardTimes:
         self._pairs[-1][1].record()
 
     def read(self, stage: int) -> SlowestRank | None:
-        """Compare the interval's times, and begin a new interval. All ranks together.
+        """Compares the interval's times and begins a new interval. Collective over all ranks.
 
-        Call it where the device is done with the passes. One all-gather of 16 bytes a rank, and the
-        first time the hosts' names.
+        Call it where the device has finished the passes. It costs one all-gather of 16 bytes a
+        rank, and the first time one of the hosts' names.
 
         Args:
-            stage: this rank's pipeline stage; only ranks of one stage have the same work.
-
-        Returns:
-            See `slowest`.
+            stage: This rank's pipeline stage; only ranks of one stage have the same work.
         """
         seconds = sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1e3
         self._free += self._pairs
@@ -129,14 +116,14 @@ class ForwardTimes:
 
 
 def slowest(table: Tensor, hosts: list[str]) -> SlowestRank | None:
-    """The rank that is furthest above the median of its stage.
+    """Returns the rank that is furthest above the median of its stage.
 
     Args:
-        table: `[ranks, 2]` pipeline stage and seconds.
-        hosts: by rank.
+        table: Pipeline stage and seconds of each rank, `[ranks, 2]`.
+        hosts: Name of each rank's host.
 
     Returns:
-        It; None where no rank has run a forward pass.
+        The rank; None if no rank has run a forward pass.
     """
     rows = table.tolist()
     medians = {

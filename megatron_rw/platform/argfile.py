@@ -7,12 +7,9 @@ from argparse import ArgumentParser
 
 
 def allow_argument_files(parser: ArgumentParser) -> None:
-    """Let a parser read `@path` as the flags in that file.
+    """Lets a parser read `@path` as the flags in that file.
 
     A line may hold several flags; `#` begins a comment. Flags after `@path` win over those in it.
-
-    Args:
-        parser: changed in place.
     """
     parser.fromfile_prefix_chars = "@"
     parser.convert_arg_line_to_args = _split  # type: ignore[method-assign, assignment]

@@ -1,4 +1,4 @@
-"""Files that are complete whenever they exist under their name."""
+"""Writes files that are complete whenever they exist under their name."""
 
 import os
 from collections.abc import Iterator

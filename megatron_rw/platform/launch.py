@@ -7,29 +7,27 @@ import socket
 import warnings
 from collections.abc import MutableMapping
 
+from megatron_rw.errors import UserError
+
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class LaunchError(RuntimeError):
-    """The environment does not say how the processes find each other."""
-
-
 def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
-    """Fill in what torch.distributed reads from the environment.
+    """Fills in what torch.distributed reads from the environment.
 
     torchrun sets all of it. Under `srun` with one task per GPU the ranks come from SLURM, and the
     first task's node serves as master. Otherwise this is a run of one process.
 
     Args:
-        env: changed in place.
+        env: The environment, changed in place.
 
     Raises:
-        LaunchError: a launcher set some variables and not others.
+        UserError: If a launcher set some variables and not others. Only this rank may know.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [name for name in _NEEDED if name not in env]
         if missing:
-            raise LaunchError(
+            raise _error(
                 f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, "
                 "or unset both for a run of one process."
             )
@@ -48,12 +46,16 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
     env.setdefault("MASTER_PORT", str(_free_port()))
 
 
+def _error(message: str) -> UserError:
+    return UserError(message, known_to_all=False)
+
+
 def _check_numbers(env: MutableMapping[str, str]) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         if not env[name].isdecimal():
-            raise LaunchError(f"{name}={env[name]} is no number: start with torchrun.")
+            raise _error(f"{name}={env[name]} is no number: start with torchrun.")
     if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-        raise LaunchError(
+        raise _error(
             f"RANK={env['RANK']} is none of the ranks 0 to {int(env['WORLD_SIZE']) - 1} that "
             f"WORLD_SIZE={env['WORLD_SIZE']} has: start with torchrun."
         )
@@ -62,10 +64,10 @@ def _check_numbers(env: MutableMapping[str, str]) -> None:
 def _slurm_master(env: MutableMapping[str, str]) -> str:
     if env.get("SLURM_NNODES", "1") == "1":
         return "127.0.0.1"
-    # Set by srun on every task; inside sbatch it is the first node, where task 0 runs.
+    # srun sets it for every task. Inside sbatch it is the first node, where task 0 runs.
     address = env.get("SLURM_LAUNCH_NODE_IPADDR")
     if address is None:
-        raise LaunchError(
+        raise _error(
             "several SLURM nodes, but no master address: export MASTER_ADDR=$(scontrol show "
             'hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun.'
         )
@@ -79,10 +81,10 @@ def _free_port() -> int:
 
 
 def prepare_process(env: MutableMapping[str, str] = os.environ) -> None:
-    """Complete the environment, and keep library warnings to rank 0, where they are not repeats.
+    """Completes the environment, and silences library warnings except on rank 0.
 
     Raises:
-        LaunchError: see `complete_environment`.
+        UserError: As `complete_environment`.
     """
     complete_environment(env)
     if env["RANK"] != "0":

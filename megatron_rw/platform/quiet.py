@@ -1,66 +1,34 @@
-"""Library messages that a user can do nothing about; only those are silenced."""
+"""Silences the messages of libraries that a user can do nothing about, and no others."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
-from dataclasses import dataclass
 
 from megatron_rw.platform import Device
 
-
-@dataclass(frozen=True)
-class LogLine:
-    """A line of a logger, by how it begins, and why nobody needs it."""
-
-    logger: str
-    begins: str
-    why: str
-
-    def differs_from(self, record: logging.LogRecord) -> bool:
-        """Whether the record is another line, which is let through."""
-        return not record.getMessage().startswith(self.begins)
-
-
+# Loggers, and how a line begins that is silenced.
 _LOG_LINES = (
-    LogLine(
-        "megatron.core.models.gpt.gpt_model",
-        "GPTModel IS DEPRECATED",
-        "pretrain_gpt.py builds that model; the choice is not the user's",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "Setting RerunStateMachine mode",
-        "twice around every evaluation",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "RerunStateMachine initialized",
-        "the default, announced as a warning",
-    ),
-    LogLine(
-        "megatron.core.rerun_state_machine",
-        "Result validation enabled",
-        "the default, announced as a warning",
-    ),
+    # pretrain_gpt.py builds that model; the choice is not the user's.
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # Logged twice around every evaluation.
+    ("megatron.core.rerun_state_machine", "Setting RerunStateMachine mode"),
+    # Defaults that are announced as warnings.
+    ("megatron.core.rerun_state_machine", "RerunStateMachine initialized"),
+    ("megatron.core.rerun_state_machine", "Result validation enabled"),
 )
 _CPU_LOG_LINES = (
-    LogLine(
-        "megatron.core.tensor_parallel.random",
-        "CPU RNG state changed within GPU RNG context",
-        "the two are one generator on this platform, on purpose",
-    ),
-    LogLine(
-        "torch.utils.cpp_extension",
-        "No CUDA runtime is found",
-        "the platform was chosen because of that",
-    ),
+    # The two are one generator on this platform, on purpose.
+    ("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context"),
+    # The platform was chosen because of that.
+    ("torch.utils.cpp_extension", "No CUDA runtime is found"),
 )
 # Regular expressions on the text of a Python warning.
 _WARNINGS = (
-    # pretrain_gpt.py's own default gives way to the flag; that is what a default is.
+    # The default of pretrain_gpt.py gives way to the flag, as a default should.
     r"Overriding default arguments for tokenizer_type",
-    # Imported by Megatron's optimizer, whatever the model is.
+    # Megatron's optimizer imports it, whatever the model is.
     r"MimoModelConfig is experimental",
 )
 _CPU_WARNINGS = (
@@ -72,13 +40,13 @@ _CPU_WARNINGS = (
 
 
 def silence(device: Device) -> None:
-    """Filter the messages that do not apply on a device.
-
-    Args:
-        device: in use.
-    """
+    """Filters the messages that do not apply on the device in use."""
     on_cpu = device == "cpu"
     for message in _WARNINGS + (_CPU_WARNINGS if on_cpu else ()):
         warnings.filterwarnings("ignore", message=message)
-    for line in _LOG_LINES + (_CPU_LOG_LINES if on_cpu else ()):
-        logging.getLogger(line.logger).addFilter(line.differs_from)
+    for logger, begins in _LOG_LINES + (_CPU_LOG_LINES if on_cpu else ()):
+        logging.getLogger(logger).addFilter(functools.partial(_differs, begins))
+
+
+def _differs(begins: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(begins)

@@ -28,8 +28,8 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_rw.errors import UserError, reported
-from megatron_rw.platform import DeviceError, select_device
-from megatron_rw.platform.launch import LaunchError, prepare_process
+from megatron_rw.platform import select_device
+from megatron_rw.platform.launch import prepare_process
 
 if TYPE_CHECKING:
     # It imports Megatron, which has to wait until the device is chosen.
@@ -42,7 +42,7 @@ def main() -> None:
     try:
         prepare_process()
         device = select_device(argv)
-    except (LaunchError, DeviceError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

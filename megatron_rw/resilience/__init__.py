@@ -1,4 +1,4 @@
-"""What a run of weeks meets: checkpoints half written, signals, bad numbers, ranks that go missing.
+"""Keeps long runs alive: complete checkpoints, signals, bad numbers, missing ranks.
 
-Megatron does most of it; here is what it lacks, hooked in where it has no place for more.
+This is what Megatron lacks, hooked into its training program.
 """

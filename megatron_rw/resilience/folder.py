@@ -1,9 +1,9 @@
-"""A folder of Megatron's checkpoints, as files: which are complete, which one a run goes on from.
+"""A folder of Megatron's checkpoints as files: which are complete, and which a run goes on from.
 
 `iter_0001000/` holds a distributed checkpoint. Megatron writes its shards, then their index
 (`.metadata`, renamed into place), then `metadata.json`, and last names the iteration in the
-folder's tracker. A run that is killed in between leaves a checkpoint without the last of these, or,
-as Megatron does not rename the tracker into place, an empty tracker.
+folder's tracker. A run that is killed in between leaves a checkpoint without the last of these, or
+an empty tracker, since Megatron does not rename that into place.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 TRACKER = "latest_checkpointed_iteration.txt"
 DECLARATION = "metadata.json"
 RELEASE = "release"
-# What is to be deleted gets this name first: a checkpoint is there or not, never half.
+# A checkpoint that is to be deleted gets this prefix first, so that none is there in part.
 _DOOMED = "deleted-"
 
 
@@ -31,8 +31,8 @@ class Checkpoint:
     """One checkpoint.
 
     Attributes:
-        path: its folder.
-        iteration: completed iterations.
+        path: Its folder.
+        iteration: Iterations that the run had completed.
     """
 
     path: Path
@@ -40,11 +40,11 @@ class Checkpoint:
 
     @property
     def is_distributed(self) -> bool:
-        """Not of Megatron's older format, which has a file for each rank and declares nothing."""
+        """False for Megatron's older format, which has a file for each rank and no index."""
         return not any(self.path.glob("mp_rank_*"))
 
     def defect(self) -> str | None:
-        """What it lacks, None when it is complete. Does not read the shards."""
+        """Returns what the checkpoint lacks, or None if it is complete. Reads no shards."""
         if not self.is_distributed:
             return None
         try:
@@ -77,15 +77,20 @@ class CheckpointFolder:
     """A folder that `--save` or `--load` names, on a local or shared file system.
 
     Args:
-        path: need not exist.
+        path: The folder, which need not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All of them, complete or not, by iteration."""
+        """Returns all checkpoints, complete or not, by iteration."""
         return sorted(self._found(), key=lambda checkpoint: checkpoint.iteration)
+
+    def of(self, iteration: int) -> Checkpoint | None:
+        """Returns the checkpoint of an iteration, complete or not."""
+        found = (c for c in self.checkpoints() if c.iteration == iteration)
+        return next(found, None)
 
     def _found(self) -> Iterator[Checkpoint]:
         if not self.path.is_dir():
@@ -96,14 +101,14 @@ class CheckpointFolder:
                 yield Checkpoint(entry, int(match[1]))
 
     def newest_complete(self) -> Checkpoint | None:
-        """The one with the most iterations that lacks nothing."""
+        """Returns the complete checkpoint with the most iterations."""
         for checkpoint in reversed(self.checkpoints()):
             if checkpoint.defect() is None:
                 return checkpoint
         return None
 
     def tracked(self) -> int | None:
-        """The iteration that the tracker names; None when it names none, or is not there."""
+        """Returns the iteration that the tracker names; None if it names none, or is missing."""
         try:
             text = (self.path / TRACKER).read_text().strip()
         except FileNotFoundError:
@@ -111,49 +116,46 @@ class CheckpointFolder:
         return int(text) if text.isdigit() else None
 
     def is_release(self) -> bool:
-        """Whether the tracker names a checkpoint without an iteration, made for others to load."""
+        """Returns whether the tracker names a release, a checkpoint without an iteration."""
         tracker = self.path / TRACKER
         return tracker.is_file() and tracker.read_text().strip() == RELEASE
 
     def write_tracker(self, iteration: int) -> None:
-        """Name an iteration, in one step that is done or not."""
+        """Names an iteration in the tracker, in one step that happens completely or not at all."""
         write_complete(self.path / TRACKER, str(iteration))
 
     def undeclare(self, iteration: int) -> bool:
-        """Take the completeness from a checkpoint that is about to be written over.
+        """Marks a checkpoint that is about to be written over as incomplete.
 
         Returns:
-            Whether it had any.
+            Whether it was marked as complete before.
         """
-        declaration = self._path_of(iteration) / DECLARATION
+        declaration = self.path / f"iter_{iteration:07d}" / DECLARATION
         existed = declaration.exists()
         declaration.unlink(missing_ok=True)
         return existed
 
     def delete(self, checkpoint: Checkpoint) -> None:
-        """Delete a checkpoint. It is first renamed, so that none is ever there in part."""
+        """Deletes a checkpoint, which is renamed first so that it is never there in part."""
         doomed = checkpoint.path.with_name(_DOOMED + checkpoint.path.name)
         shutil.rmtree(doomed, ignore_errors=True)
         checkpoint.path.rename(doomed)
         shutil.rmtree(doomed)
 
     def sweep(self) -> None:
-        """Delete what a process that died while deleting has left."""
+        """Deletes what a process that was killed during `delete` has left."""
         if self.path.is_dir():
             for entry in self.path.glob(f"{_DOOMED}iter_*"):
                 shutil.rmtree(entry, ignore_errors=True)
 
-    def _path_of(self, iteration: int) -> Path:
-        return self.path / f"iter_{iteration:07d}"
-
 
 def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Which checkpoints retention gives up.
+    """Returns the checkpoints that need not be kept.
 
     Args:
-        iterations: of the complete ones, ascending.
-        keep_last: how many of the newest to keep; None to keep all.
-        keep_every: keep those whose iteration is a multiple of it as well.
+        iterations: Those of the complete checkpoints, ascending.
+        keep_last: How many of the newest to keep; None to keep all.
+        keep_every: Keep those whose iteration is a multiple of this as well.
     """
     if keep_last is None:
         return []
@@ -162,6 +164,6 @@ def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | 
 
 
 def nearest_existing(path: str) -> Path:
-    """The path itself where it exists, otherwise the nearest one above it."""
+    """Returns the path itself if it exists, otherwise the nearest folder above it that does."""
     absolute = Path(path).absolute()
     return next(p for p in (absolute, *absolute.parents) if p.exists())

@@ -1,25 +1,28 @@
-r"""Print what is in a Megatron checkpoint, whether it is complete, and whether it is intact.
+"""Prints what is in a Megatron checkpoint, whether it is complete, and whether it is intact.
 
-    python tools/inspect_checkpoint.py runs/a/checkpoints [--iteration 1000] [--verify]
+python tools/inspect_checkpoint.py runs/a/checkpoints [--iteration 1000] [--verify]
 
 Takes the folder of checkpoints, which it lists, and looks into the one that a run would go on from,
-or into --iteration; or a checkpoint itself. Starts no processes of torch, needs no GPU and runs
-nothing that a checkpoint holds. --verify compares every file with its checksum, which Megatron
-writes with --verify-integrity. Exit status 1 when something is wrong.
+or into --iteration; or a checkpoint itself. It starts no processes of torch, needs no GPU and runs
+nothing that a checkpoint holds. The exit status is 1 if the checkpoint is incomplete or damaged.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rw.resilience.contents import MANIFEST, Contents, arguments, verify
+import tyro
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_rw.command_line import parse
+from megatron_rw.errors import UserError, reported
+from megatron_rw.resilience.checkpoint_reader import CheckpointReader, saved_arguments
 from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder
-from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError
 
 LAYOUT = {
     "world_size": "processes",
@@ -35,44 +38,60 @@ MODEL = (
 )
 
 
-class InspectionError(ValueError):
-    """There is nothing to look into; the message says what there is."""
+@dataclass(frozen=True)
+class InspectCheckpointConfig:
+    """What is looked into, and what is printed."""
+
+    path: tyro.conf.Positional[Path]
+    """Folder of checkpoints, or a checkpoint."""
+
+    iteration: int | None = None
+    """Which checkpoint of the folder; the tracker's by default."""
+
+    verify: bool = False
+    """Compare every file with the checksum that Megatron writes with --verify-integrity."""
+
+    arguments: bool = False
+    """Print the saved arguments too."""
+
+    json: bool = False
+    """Print everything as one JSON object."""
 
 
 def chosen(path: Path, iteration: int | None) -> Checkpoint:
-    """The checkpoint that is meant.
+    """Returns the checkpoint that is meant.
 
     Raises:
-        InspectionError: there is none.
+        UserError: If there is none.
     """
     if path.name.startswith("iter_"):
         return Checkpoint(path, int(path.name.removeprefix("iter_")))
     folder = CheckpointFolder(path)
     there = folder.checkpoints()
     if not there:
-        raise InspectionError(f"{path} has no checkpoints (folders iter_0000123).")
+        raise UserError(f"{path} has no checkpoints (folders iter_0000123).")
     wanted = iteration if iteration is not None else folder.tracked()
     if wanted is None:
-        newest = folder.newest_complete()
-        return newest or there[-1]
-    for checkpoint in there:
-        if checkpoint.iteration == wanted:
-            return checkpoint
-    known = ", ".join(str(checkpoint.iteration) for checkpoint in there)
-    raise InspectionError(f"{path} has no checkpoint of iteration {wanted}; it has {known}.")
+        return folder.newest_complete() or there[-1]
+    found = folder.of(wanted)
+    if found is None:
+        known = ", ".join(str(checkpoint.iteration) for checkpoint in there)
+        raise UserError(f"{path} has no checkpoint of iteration {wanted}; it has {known}.")
+    return found
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is in it, as plain values.
+    """Returns what is in a checkpoint, as plain values.
 
     Raises:
-        UnsafeCheckpointError: it cannot be read safely.
+        UnsafeCheckpointError: If it cannot be read safely.
     """
-    contents = Contents(checkpoint.path)
-    common = contents.common()
-    saved = arguments(common)
-    tensors = contents.tensors()
-    parameters = [t for t in tensors if not t.name.startswith(("optimizer.", "rng_state"))]
+    reader = CheckpointReader(checkpoint.path)
+    common = reader.common()
+    saved = saved_arguments(common)
+    entries = sorted(reader.index.state_dict_metadata.items())
+    tensors = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+    files = sorted({info.relative_path for info in reader.index.storage_data.values()})
     return {
         "path": str(checkpoint.path),
         "iteration": common.get("iteration", checkpoint.iteration),
@@ -81,10 +100,22 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "distributed_optimizer": saved.get("use_distributed_optimizer"),
         "model": {key: _plain(saved[key]) for key in MODEL if saved.get(key) is not None},
         "reweighting": saved.get("reweight_state"),
-        "parameters": sum(t.elements for t in parameters),
-        "tensors": [vars(t) for t in tensors],
-        "objects": contents.objects(),
-        "files": contents.files(),
+        "parameters": sum(
+            entry.size.numel()
+            for name, entry in tensors.items()
+            if not name.startswith(("optimizer.", "rng_state"))
+        ),
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(entry.size),
+                "dtype": str(entry.properties.dtype).removeprefix("torch."),
+                "chunks": len(entry.chunks),
+            }
+            for name, entry in tensors.items()
+        ],
+        "objects": [name for name, _ in entries if name not in tensors],
+        "files": {name: (checkpoint.path / name).stat().st_size for name in files},
         "arguments": {key: _plain(value) for key, value in saved.items()},
     }
 
@@ -94,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 
 def show(found: dict[str, Any], all_arguments: bool) -> None:
-    """Print it for people."""
+    """Prints what `describe` has found, for people."""
     layout = ", ".join(f"{name} {size}" for name, size in found["layout"].items() if size)
     nbytes = sum(found["files"].values())
     print(f"iteration {found['iteration']}, {found['samples']} samples")
@@ -121,7 +152,7 @@ def show(found: dict[str, Any], all_arguments: bool) -> None:
 
 
 def list_folder(path: Path) -> None:
-    """Print the checkpoints of a folder, and which one a run would go on from."""
+    """Prints the checkpoints of a folder, and which one a run would go on from."""
     folder = CheckpointFolder(path)
     tracked = folder.tracked()
     for checkpoint in folder.checkpoints():
@@ -132,51 +163,48 @@ def list_folder(path: Path) -> None:
 
 
 def check_files(path: Path) -> bool:
-    """Print what is wrong with its files; whether nothing is.
+    """Prints which files differ from their checksums, and returns whether none does.
 
     Raises:
-        InspectionError: it has no checksums.
+        UserError: If the checkpoint has no checksums.
     """
-    if not (path / MANIFEST).is_file():
-        raise InspectionError(
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import (
+        INTEGRITY_FNAME,
+        verify_integrity_manifest,
+    )
+
+    if not (path / INTEGRITY_FNAME).is_file():
+        raise UserError(
             f"{path} has no checksums: it was saved without --verify-integrity. By its index no "
             "file is missing or cut."
         )
-    results = list(verify(path))
-    wrong = [(name, problem) for name, problem in results if problem is not None]
-    for name, problem in wrong:
-        print(f"{path / name} {problem}")
-    print(f"checksums: {len(results) - len(wrong)} of {len(results)} files intact")
-    return not wrong
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("path", type=Path, help="folder of checkpoints, or a checkpoint")
-    parser.add_argument("--iteration", type=int, help="which one; the tracker's when left away")
-    parser.add_argument("--verify", action="store_true", help="compare all files with checksums")
-    parser.add_argument("--arguments", action="store_true", help="print the saved arguments too")
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    options = parser.parse_args(arguments)
     try:
-        checkpoint = chosen(options.path, options.iteration)
-        if not options.json and checkpoint.path != options.path:
-            list_folder(options.path)
-        defect = checkpoint.defect()
-        if defect is not None:
-            print(f"error: {checkpoint.path} is incomplete: {defect}.", file=sys.stderr)
-            return 1
-        found = describe(checkpoint)
-        if options.json:
-            print(json.dumps(found, indent=2))
-        else:
-            show(found, options.arguments)
-        return 0 if not options.verify or check_files(checkpoint.path) else 1
-    except (InspectionError, UnsafeCheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        verify_integrity_manifest(str(path))
+    except CheckpointingException as error:
+        print(error)
+        return False
+    print("checksums: all files are intact")
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    with reported("inspecting a checkpoint"):
+        return _run(parse(InspectCheckpointConfig, argv, description=__doc__ or ""))
+
+
+def _run(config: InspectCheckpointConfig) -> int:
+    checkpoint = chosen(config.path, config.iteration)
+    if not config.json and checkpoint.path != config.path:
+        list_folder(config.path)
+    defect = checkpoint.defect()
+    if defect is not None:
+        print(f"error: {checkpoint.path} is incomplete: {defect}.", file=sys.stderr)
         return 1
+    found = describe(checkpoint)
+    if config.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, config.arguments)
+    return 0 if not config.verify or check_files(checkpoint.path) else 1

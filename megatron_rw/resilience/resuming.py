@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: model, data, schedule; before anything is built."""
+"""Refuses a checkpoint of another model, other data or another schedule, early."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rw.data.indexed.integrity import changed
-from megatron_rw.resilience.contents import Contents, arguments
+from megatron_rw.errors import UserError
+from megatron_rw.resilience.checkpoint_reader import CheckpointReader, saved_arguments
 from megatron_rw.resilience.folder import CheckpointFolder
 
-# What decides which tensors there are, and their shapes. The vocabulary's padding may differ.
+# The flags that decide which tensors there are, and their shapes. The padding of the vocabulary
+# may differ.
 SHAPING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("group_query_attention", "multi_latent_attention", "swiglu"),
@@ -18,42 +20,39 @@ SHAPING = (
     *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
     *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
-# Of learnt positions alone.
+# This one counts if positions are learnt.
 _POSITIONS = "max_position_embeddings"
 # Without --group-query-attention Megatron changes its own default to the number of heads while it
 # trains, and saves that.
 _QUERY_GROUPS = "num_query_groups"
 
 
-class ResumeError(ValueError):
-    """The checkpoint is one of another model, of other data or of another schedule."""
-
-
-def check_resume(args: Namespace) -> None:
-    """Compare with the checkpoint that will be loaded. On one rank.
+def check_resume(args: Namespace, allow_changed_data: bool) -> None:
+    """Compares a run with the checkpoint that it will load. Called on one rank.
 
     Args:
-        args: validated, with `data_fingerprints`.
+        args: Megatron's validated arguments, with `data_fingerprints`.
+        allow_changed_data: Value of --allow-changed-data.
 
     Raises:
-        ResumeError: lists what differs, and the remedy.
+        UserError: If they differ; lists in what, and the remedy.
     """
     path = _loaded(args)
     if path is None:
         return
-    common = Contents(path).common()
-    saved = arguments(common)
+    common = CheckpointReader(path).common()
+    saved = saved_arguments(common)
     differing = {} if args.use_checkpoint_args else differences(vars(args), saved)
     if differing:
-        raise ResumeError(
+        raise UserError(
             f"{path} is a checkpoint of another model: {_listed(differing)}. Give the same flags, "
             "or --use-checkpoint-args to take them from it."
         )
     if args.finetune or args.skip_train:
         return
     altered = changed(saved.get("data_fingerprints", {}), args.data_fingerprints)
-    if altered and not args.allow_changed_data:
-        raise ResumeError(
+    if altered and not allow_changed_data:
+        raise UserError(
             f"data path {', '.join(altered)}: not what {path} was trained on; it has been altered "
             "or replaced since, and the position in it means nothing. Put the data back, or add "
             "--allow-changed-data to go on with what is there."
@@ -66,7 +65,7 @@ def check_resume(args: Namespace) -> None:
 def _check_experts(args: Namespace, path: Path, theirs: int) -> None:
     mine = args.expert_model_parallel_size
     if args.num_experts and (theirs > 1) != (mine > 1):
-        raise ResumeError(
+        raise UserError(
             f"{path} was written with --expert-model-parallel-size {theirs}, and this run has "
             f"{mine}: Megatron has one optimizer for all parameters at 1 and a second one for "
             "experts above, and cannot take the state of one layout into the other. Resume with "
@@ -79,7 +78,7 @@ def _check_schedule(args: Namespace, path: Path, saved: dict[str, Any]) -> None:
         return
     differing = differing_schedule(args, saved)
     if differing:
-        raise ResumeError(
+        raise UserError(
             f"{path} was written under another schedule: {_listed(differing)} (in samples, where "
             "counted). Add --override-opt_param-scheduler to go on under the one given here, or "
             "--use-checkpoint-opt_param-scheduler for the one there."
@@ -87,7 +86,7 @@ def _check_schedule(args: Namespace, path: Path, saved: dict[str, Any]) -> None:
 
 
 def differences(mine: dict[str, Any], saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By name, the checkpoint's value and this run's, where both are known and differ."""
+    """Returns the shaping arguments that differ: the checkpoint's value and this run's, by name."""
     names = list(SHAPING)
     if mine.get("position_embedding_type") == "learned_absolute":
         names.append(_POSITIONS)
@@ -101,11 +100,14 @@ def differences(mine: dict[str, Any], saved: dict[str, Any]) -> dict[str, tuple[
 
 
 def differing_schedule(args: Namespace, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """By flag, the checkpoint's value and this run's, of what Megatron's scheduler compares.
+    """Compares the settings that Megatron's scheduler compares when it loads a checkpoint.
 
     Args:
-        args: validated.
-        saved: state of the scheduler.
+        args: Megatron's validated arguments.
+        saved: The checkpoint's state of the scheduler.
+
+    Returns:
+        The checkpoint's value and this run's, by flag, of those that differ.
     """
     if args.train_iters:
         scale, unit = args.global_batch_size, "iters"
@@ -146,7 +148,5 @@ def _loaded(args: Namespace) -> Path | None:
         return None
     folder = CheckpointFolder(args.load)
     wanted = args.ckpt_step or folder.tracked()
-    for checkpoint in folder.checkpoints():
-        if checkpoint.iteration == wanted and checkpoint.is_distributed:
-            return checkpoint.path
-    return None
+    checkpoint = folder.of(wanted) if wanted else None
+    return checkpoint.path if checkpoint is not None and checkpoint.is_distributed else None

@@ -1,8 +1,8 @@
-"""Samples whose loss is far above the running mean, or not finite: written down, nothing more.
+"""Writes down the samples whose loss is far above the running mean, or not finite.
 
 Megatron's `--check-for-spiky-loss` looks at the summed loss of a micro-batch on its own rank, holds
 it against ten times the largest of the first hundred, waits for the device each time, and can only
-print the number. Here the losses stay on the device until the interval of logging is over. The one
+print the number. Here the losses stay on the device until the logging interval is over. The one
 thing that is added to a step is an all-reduce of 12 bytes per sample, of the ranks with the loss.
 """
 
@@ -24,30 +24,26 @@ from megatron_rw.resilience.nonfinite import gather
 from megatron_rw.resilience.step_samples import Note, Sample, StepSamples
 from megatron_rw.reweighting import SampleSums, gather_samples
 
-# Of the running mean over steps: about the last fifty count.
+# Decay of the running mean over steps, in which about the last fifty count.
 _DECAY = 0.98
-# Samples of a rank's step that are written, the largest first: a run that diverges has no others.
+# How many samples of a rank's step are written, those with the largest loss first. In a run that
+# diverges every sample would be one.
 _MOST = 16
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of this rank, losses on the device.
-
-    Attributes:
-        iteration: as logged.
-        notes: by micro-batch.
-        losses: `[M, b]`, over all of a sample's tokens.
-        chosen: `[M, b]` bool.
-        mean: scalar, of the samples of all ranks.
-        running: scalar, what it was held against; not finite in the first step.
-    """
+    """One step of this rank, with its losses on the device."""
 
     iteration: int
     notes: list[Note]
+    # Over all of a sample's tokens, `[M, b]`.
     losses: Tensor
+    # The samples to be written, `[M, b]` bool.
     chosen: Tensor
+    # Mean over the samples of all ranks, a scalar.
     mean: Tensor
+    # The running mean of the steps before, a scalar; not finite in the first step.
     running: Tensor
 
 
@@ -55,9 +51,9 @@ class SpikeLog:
     """Writes `spikes.jsonl`. Collective: every rank calls every method.
 
     Args:
-        factor: A loss stands out that is this many times the running mean.
-        log_dir: The folder for spikes.jsonl.
-        samples: Those of the step under way.
+        factor: Value of --loss-spike-factor.
+        log_dir: The folder of `spikes.jsonl`.
+        samples: The samples of the current step.
     """
 
     def __init__(self, factor: float, log_dir: str, samples: StepSamples) -> None:
@@ -69,11 +65,7 @@ class SpikeLog:
 
     @torch.no_grad()
     def end_step(self, iteration: int) -> None:
-        """Look at the step that has ended; no host synchronisation.
-
-        Args:
-            iteration: as logged.
-        """
+        """Looks at the step that has ended, without waiting for the device."""
         notes = self._samples.notes
         if not notes:
             return
@@ -87,14 +79,14 @@ class SpikeLog:
         shape = (len(notes), -1)
         losses, chosen = every.losses[every.local].view(shape), above[every.local].view(shape)
         self._steps.append(_Step(iteration, notes, losses, chosen, mean, running))
-        # A spike moves the mean by no more than it may be, and a NaN not at all.
+        # A spike counts in the mean with no more than the limit, and a NaN does not count.
         seen = torch.where(mean.isfinite(), torch.minimum(mean, limit), running)
         self._running = torch.where(
             running.isfinite(), _DECAY * running + (1 - _DECAY) * seen, seen
         )
 
     def flush(self) -> None:
-        """Write what the steps since the last call have had; waits for the device."""
+        """Writes the spikes of the steps since the last call; waits for the device."""
         steps, self._steps = self._steps, []
         flags = [step.chosen.any() for step in steps]
         device = groups.device()
@@ -134,5 +126,5 @@ def _size(sample: Sample) -> float:
 
 
 def _finite(value: float) -> float | None:
-    """As JSON has it: null for what is not finite."""
+    """Returns a number as JSON can hold it, which has none that is not finite."""
     return value if math.isfinite(value) else None

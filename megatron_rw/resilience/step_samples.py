@@ -1,7 +1,7 @@
-"""The samples of the training step under way: their losses, and where in the data they are from.
+"""The samples of the current training step: their losses, and where in the data they are from.
 
-Losses stay on the device, places on the host: noting a micro-batch waits for nothing, and a sample
-is named only once something is wrong with it.
+Losses stay on the device and places on the host. Noting a micro-batch therefore waits for nothing,
+and a sample is named only once something is wrong with it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Note:
     """One micro-batch of this rank, which is on the last pipeline stage.
 
     Attributes:
-        sums: `[b]` each, without gradient, over this rank's tokens.
-        domain: `[b]` int64; None where there is one domain alone.
-        places: `[b, 3]` int64 on the host: position in the order of training, member of the blend,
-            sample within that member. None on ranks that draw no data.
+        sums: Sums over this rank's tokens, `[b]` each, without gradient.
+        domain: Domain of each sample, `[b]` int64; None if there is only one domain.
+        places: `[b, 3]` int64 on the host: index in training order, member of the blend, and sample
+            within that member. None on ranks that draw no data.
     """
 
     sums: SampleSums
@@ -36,12 +36,12 @@ class Sample:
     """One sample, in plain values.
 
     Attributes:
-        micro_batch: of its rank's step, from 0.
-        loss: nats per token.
-        position: the how-manieth sample of the training data, from 0.
-        dataset: prefix of the files that it is from.
-        index: the how-manieth of that dataset's samples, in the order that Megatron shuffled.
-        domain: of the dataset.
+        micro_batch: Index of the micro-batch in its rank's step, from 0.
+        loss: Nats per token.
+        position: Index in training order, from 0.
+        dataset: Prefix of the dataset's files.
+        index: Index in that dataset, in the order that Megatron shuffled.
+        domain: Domain of the dataset.
     """
 
     micro_batch: int
@@ -52,7 +52,7 @@ class Sample:
     domain: str
 
     def __str__(self) -> str:
-        """For people."""
+        """Returns the sample as messages name it."""
         return (
             f"micro-batch {self.micro_batch}: sample {self.position} (no. {self.index} of "
             f"{self.dataset}, domain {self.domain}), loss {self.loss:g}"
@@ -60,13 +60,13 @@ class Sample:
 
 
 class StepSamples:
-    """Notes of the step under way.
+    """Notes the micro-batches of the current step.
 
     Args:
-        members: path and domain of every member of the training blend; none for mock data.
+        members: Path and domain of every member of the training blend; none for mock data.
 
     Attributes:
-        notes: by micro-batch; empty on ranks without the loss.
+        notes: The notes by micro-batch; empty on ranks without the loss.
     """
 
     def __init__(self, members: Sequence[tuple[str, str]]) -> None:
@@ -74,37 +74,37 @@ class StepSamples:
         self.notes: list[Note] = []
 
     def begin(self) -> None:
-        """A pass over the step's micro-batches begins."""
+        """Forgets the notes; call it when a pass over a step's micro-batches begins."""
         self.notes = []
 
     def note(self, sums: SampleSums, domain: Tensor | None, places: Tensor | None) -> None:
-        """Take note of a micro-batch; no host synchronisation. Arguments as in `Note`."""
+        """Takes note of a micro-batch without waiting for the device. Arguments as in `Note`."""
         detached = SampleSums(sums.loss_sum.detach(), sums.tokens.detach())
         self.notes.append(Note(detached, domain, places))
 
     def nonfinite(self) -> Tensor | None:
-        """`[M, b]` bool on the device, of this rank's samples; None without a note."""
+        """Returns which losses are not finite, `[M, b]` bool on the device; None without a note."""
         if not self.notes:
             return None
         return ~torch.isfinite(torch.stack([note.sums.loss_sum for note in self.notes]))
 
     def losses(self) -> Tensor:
-        """`[M, b]` on the device, nats per token, over this rank's tokens."""
+        """Returns the losses over this rank's tokens, `[M, b]` on the device, nats per token."""
         sums = [note.sums for note in self.notes]
         return torch.stack([loss_sum / tokens.clamp(min=1.0) for loss_sum, tokens in sums])
 
     def named(
         self, chosen: Tensor, losses: Tensor, notes: Sequence[Note] | None = None
     ) -> list[Sample]:
-        """Name samples; waits for the device.
+        """Names samples; waits for the device.
 
         Args:
-            chosen: `[M, b]` bool.
-            losses: `[M, b]`.
-            notes: of their step; of the one under way when None.
+            chosen: Which samples, `[M, b]` bool.
+            losses: Their losses, `[M, b]`.
+            notes: The notes of their step; None for the current one.
 
         Returns:
-            In order; nothing on a rank that draws no data, as another one has the same samples.
+            The samples in order. None on a rank that draws no data: another has the same samples.
         """
         found = []
         for micro_batch, row in chosen.nonzero().tolist():
@@ -115,7 +115,7 @@ class StepSamples:
         return found
 
     def positions(self) -> list[int]:
-        """Of all samples, where they are known."""
+        """Returns the indexes in training order of all samples, where they are known."""
         places = [note.places for note in self.notes if note.places is not None]
         return torch.cat(places)[:, 0].tolist() if places else []
 

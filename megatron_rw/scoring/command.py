@@ -43,8 +43,9 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
-from megatron_rw.platform import DeviceError, select_device
-from megatron_rw.platform.launch import LaunchError, prepare_process
+from megatron_rw.errors import UserError, reported
+from megatron_rw.platform import select_device
+from megatron_rw.platform.launch import prepare_process
 
 
 def main() -> None:
@@ -53,10 +54,9 @@ def main() -> None:
     try:
         prepare_process()
         device = select_device(argv)
-    except (LaunchError, DeviceError) as error:
+    except UserError as error:
         _refuse(error)
 
-    from megatron_rw.errors import UserError, reported
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags

@@ -7,9 +7,9 @@ from megatron_rw.observability import prometheus
 from megatron_rw.observability.metrics_file import MetricsFile
 from megatron_rw.patching import Patch
 from megatron_rw.resilience import writer
-from megatron_rw.resilience.nonfinite import NonFiniteGuard
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.spikes import SpikeLog
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
@@ -49,9 +49,9 @@ class Job:
         self._settings = settings
         samples = StepSamples(domains.train_members)
         self._state = ReweightState(settings.reweight)
-        self._guard: NonFiniteGuard | None = None
+        self._guard: StepGuard | None = None
         if args.check_for_nan_in_loss_and_grad:
-            self._guard = NonFiniteGuard(args, nonfinite, samples)
+            self._guard = StepGuard(nonfinite, samples, settings.megatron_decides)
         loss = PretrainLoss(settings, self._state, len(domains), samples)
 
         callbacks: list[Callback] = [
@@ -85,7 +85,7 @@ class Job:
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
     """The reporter of the rank that Megatron logs from, the last; None on the others."""
     args, monitoring = settings.megatron, settings.monitoring
-    endpoint = prometheus.serve(monitoring, args)
+    endpoint = prometheus.serve(monitoring, args.rank, args.world_size, args.seq_length)
     if args.rank != args.world_size - 1:
         return None
     file = None if monitoring.log_dir is None else MetricsFile(monitoring.log_dir)

@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_rw.integrations.cross_entropy import sums_of
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting
-from megatron_rw.resilience.nonfinite import megatron_checks
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import (
     DomainLosses,
@@ -59,7 +58,7 @@ class PretrainLoss:
     ) -> None:
         args = settings.megatron
         self._args = args
-        self._validates = megatron_checks(args, settings.nonfinite)
+        self._validates = settings.megatron_decides
         self._samples = samples
         self._sets: list[WeightedSet] = []
         self.weight_metrics = WeightMetrics(num_domains)

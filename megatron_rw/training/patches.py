@@ -18,8 +18,8 @@ from megatron_rw.integrations import checkpoint, cross_entropy, schedule
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.patching import Around, Patch
 from megatron_rw.resilience import atomic_index, exit_status, safe_pickle, writer
-from megatron_rw.resilience.nonfinite import NonFiniteGuard
 from megatron_rw.resilience.saving import SaveGuard
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.training.loop import TrainingLoop
 from megatron_rw.training.settings import Settings
 
@@ -33,7 +33,7 @@ def patches(
     settings: Settings,
     loop: TrainingLoop,
     state: ReweightState,
-    guard: NonFiniteGuard | None,
+    guard: StepGuard | None,
     save_guard: SaveGuard | None,
 ) -> list[Patch]:
     """The others: what a run with these settings replaces.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
-from megatron_rw.resilience.nonfinite import NonFiniteConfig
+from megatron_rw.resilience.nonfinite import NonFiniteConfig, megatron_decides
 from megatron_rw.resilience.saving import CheckpointConfig
 from megatron_rw.reweighting import ReweightConfig
 
@@ -71,6 +71,14 @@ class Settings:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+
+    @property
+    def megatron_decides(self) -> bool:
+        """Whether Megatron judges steps that are not finite; see `nonfinite.megatron_decides`."""
+        args = self.megatron
+        return megatron_decides(
+            self.nonfinite.on_nonfinite, args.check_for_nan_in_loss_and_grad, args.rerun_mode
+        )
 
     @classmethod
     def of(cls, args: Namespace, device: Device) -> Settings:

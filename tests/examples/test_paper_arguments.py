@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from examples.paper.estimate import HEADER, RECIPES, Recipe, flags_of, row
-from megatron_rw.platform import DeviceError, select_device
+from megatron_rw.errors import UserError
+from megatron_rw.platform import select_device
 from tests.ranks import run_ranks
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper"
@@ -94,7 +95,7 @@ def test_later_flag_wins() -> None:
 def test_device_may_stand_in_the_file(tmp_path: Path) -> None:
     file = tmp_path / "x.args"
     file.write_text("# a comment\n--device tpu  # another\n")
-    with pytest.raises(DeviceError, match="choose one of"):
+    with pytest.raises(UserError, match="choose one of"):
         select_device([f"@{file}"])
-    with pytest.raises(DeviceError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         select_device(["@/nowhere.args"])

@@ -85,10 +85,10 @@ def test_names_the_snapshot_that_megatron_writes(
     start_memory_history_recording(
         ProfilingConfig(record_memory_history=True, memory_snapshot_path=path)
     )
-    [observer] = observers
     run_out(arguments(memory_snapshot_path=path))
     written = tmp_path / "memory_oom_rank-3.pickle"
     assert f"There is no snapshot at {written}." in capsys.readouterr().err
+    [observer] = observers
     observer(0, 0, 0, 0)
     run_out(arguments(memory_snapshot_path=path))
     said = capsys.readouterr().err

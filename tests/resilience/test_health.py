@@ -63,13 +63,8 @@ def test_run_that_stands_still_is_unhealthy_until_it_goes_on(
             assert capsys.readouterr().out.startswith("healthy: the run made progress ")
             run.send_signal(signal.SIGSTOP)
             until(lambda: health.main() == 1)
-            assert (
-                capsys.readouterr()
-                .out.splitlines()[-1]
-                .startswith(
-                    f"unhealthy (limit {LIMIT:g} s, MEGATRON_RW_HEALTH_SECONDS): the run made progress"
-                )
-            )
+            said = capsys.readouterr().out.splitlines()[-1]
+            assert said.startswith(f"unhealthy (limit {LIMIT:g} s, MEGATRON_RW_HEALTH_SECONDS): ")
             run.send_signal(signal.SIGCONT)
             until(lambda: health.main() == 0)
             run.send_signal(signal.SIGTERM)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from megatron_rw.resilience.inspect_checkpoint import main
 from tests.program import run_program
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_checkpoint.py"
 TRAIN = (
     "--train-iters 4 --micro-batch-size 4 --global-batch-size 8 --save-interval 2 "
     "--tensor-model-parallel-size 2 --verify-integrity --reweight-strategy linupper "
@@ -36,7 +33,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_it_prints_what_is_in_it(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(saved), "--verify"]) == 0
+    assert main([str(saved), "--verify", "--arguments"]) == 0
     text = capsys.readouterr().out
     assert "iter_0000002: complete\niter_0000004: complete  <- tracker" in text
     assert "iteration 4, 32 samples" in text
@@ -46,7 +43,8 @@ def test_it_prints_what_is_in_it(saved: Path, capsys: pytest.CaptureFixture[str]
     assert "began at iteration 0" in text
     assert "output_layer.weight" in text
     assert "float32   64 x 32 (2 parts)" in text
-    assert "checksums: 4 of 4 files intact" in text
+    assert "  reweight_strategy = linupper" in text
+    assert "checksums: all files are intact" in text
 
 
 def test_it_prints_one_object(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,20 +63,13 @@ def test_it_prints_one_object(saved: Path, capsys: pytest.CaptureFixture[str]) -
     )
 
 
-def test_command_line(saved: Path) -> None:
-    command = [sys.executable, str(TOOL), str(saved), "--iteration", "2", "--arguments"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "  reweight_strategy = linupper" in result.stdout
-
-
 def test_a_changed_byte_is_found(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = next((copy / "iter_0000004").glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     assert main([str(copy), "--verify"]) == 1
-    assert f"{shard} is not what was written" in capsys.readouterr().out
+    assert f"{shard.name}: hash mismatch" in capsys.readouterr().out
 
 
 def test_incomplete(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,18 +96,6 @@ def test_what_is_not_there(
             shutil.rmtree(path)
         elif change:
             (path / change).unlink()
-    assert main([str(copy), *flags]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([str(copy), *flags])
     assert message in capsys.readouterr().err
-
-
-def test_another_model_is_refused_with_what_differs(saved: Path, data_flags: list[str]) -> None:
-    run = run_program(
-        saved.parent / "other",
-        *(*data_flags, *TRAIN, "--load", str(saved), "--num-layers", "3", "--hidden-size", "64"),
-        *("--ffn-hidden-size", "96"),
-        processes=2,
-    )
-    [error] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
-    assert "is a checkpoint of another model: --num-layers 4 there, 3 here" in error
-    assert "--hidden-size 32 there, 64 here; --ffn-hidden-size 64 there, 96 here" in error
-    assert "or --use-checkpoint-args to take them from it" in error

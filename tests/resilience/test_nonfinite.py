@@ -21,14 +21,15 @@ FLAGS = (
     f"--train-iters {STEPS} --micro-batch-size 2 --global-batch-size 8 --save-interval {STEPS} "
     "--lr-decay-style linear --reweight-strategy linupper"
 ).split()
-# Layout: processes, flags; rank and micro-batch of the sample.
+# Processes and flags of a layout, and rank and micro-batch of the bad sample.
 LAYOUTS = {
     "one process": (1, "", 0, 1),
     "DP2": (2, "", 1, 0),
     "TP2": (2, "--tensor-model-parallel-size 2", 0, 1),
     "PP2": (2, "--pipeline-model-parallel-size 2", 1, 1),
 }
-# Reshardable: else the optimizer's buffers are saved with their padding, which is never written.
+# Checkpoints are reshardable, since otherwise the optimizer's buffers are saved with their padding,
+# which is never written.
 OVERLAP = (
     "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
     "--dist-ckpt-optim-fully-reshardable"
@@ -59,7 +60,7 @@ def train(
 
 
 def the_error(run: Run) -> str:
-    """Its one line, on rank 0 alone; all ranks left alike."""
+    """Returns the one line that rank 0 prints for all ranks, which have all left alike."""
     assert set(run.status) == {17}, run.all_output
     assert not run.hung
     lines = [line for text in run.output for line in text.splitlines() if "error: " in line]
@@ -67,8 +68,8 @@ def the_error(run: Run) -> str:
     return lines[0]
 
 
-def equal(run: Run, other: Run, *, but: tuple[str, ...] = ()) -> None:
-    """The steps taken, as reported, and the final checkpoints are the same, bit for bit."""
+def equal(run: Run, other: Run) -> None:
+    """Asserts that the reported steps and the final checkpoints are the same, bit for bit."""
     records, others = (
         [
             {k: v for k, v in without_time(record).items() if k != "skipped_steps"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from megatron_rw.resilience.nonfinite import NonFiniteGuard
 from megatron_rw.resilience.spikes import SpikeLog
+from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 
 
@@ -16,20 +16,16 @@ class NonFiniteCallback(Callback):
         guard: Decides on each step. Its patches are in the table of patches.
     """
 
-    def __init__(self, guard: NonFiniteGuard) -> None:
+    def __init__(self, guard: StepGuard) -> None:
         self._guard = guard
 
     def before_step(self, step: Step) -> None:
-        """Gives the guard the model, whose gradients it may have to search."""
-        self._guard.model = step.model
-
-    def before_passes(self) -> None:
-        """Forgets the gradient norms of the step before."""
-        self._guard.begin()
+        """Forgets the step before."""
+        self._guard.begin(step.iteration + 1, step.model)
 
     def after_step(self, step: Step) -> None:
         """Explains the numbers for which Megatron itself ends the run. Collective then."""
-        if step.exits and self._guard.only_explains:
+        if step.exits:
             self._guard.explain()
 
     def on_log(self, log: LogEvent) -> None:

@@ -6,8 +6,8 @@ Checks of files run on rank 0 alone, so that 4,096 ranks do not ask the file sys
 
 from __future__ import annotations
 
+from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
 from megatron_rw.resilience.resuming import check_resume
-from megatron_rw.resilience.settle import settle
 from megatron_rw.training.refusals.checkpoints import check_folders, check_saving
 from megatron_rw.training.refusals.data import (
     check_files,
@@ -46,7 +46,7 @@ def check_parsed(settings: Settings) -> None:
     if args.rank == 0:
         check_files(args)
         check_folders(args, settings.monitoring.log_dir)
-        for line in settle(args):
+        for line in choose_checkpoint(args.load, args.save, args.ckpt_step):
             print(f"> {line}", flush=True)
 
 
@@ -62,9 +62,15 @@ def check_validated(settings: Settings) -> None:
     args = settings.megatron
     if args.rank == 0:
         args.data_fingerprints = fingerprints(args)
-        check_resume(args)
+        check_resume(args, settings.checkpoints.allow_changed_data)
         check_split(args)
         check_vocabulary(args)
     check_kernels(args, settings.kernels)
-    check_bad_numbers(args, settings.nonfinite, settings.monitoring.log_dir)
+    check_bad_numbers(
+        settings.nonfinite,
+        log_dir=settings.monitoring.log_dir,
+        checks=args.check_for_nan_in_loss_and_grad,
+        megatron_fsdp=args.use_megatron_fsdp,
+        cuda_graph_impl=args.cuda_graph_impl,
+    )
     check_reweighting(args, settings.reweight, settings.monitoring.log_dir)

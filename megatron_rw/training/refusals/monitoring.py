@@ -6,39 +6,27 @@ import os
 from argparse import Namespace
 
 from megatron_rw.errors import UserError
-from megatron_rw.observability.config import DEFAULT_ADDRESS, MonitoringConfig
+from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
 
 
 def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) -> None:
-    """Check the flags against each other, the device and the disk.
+    """Checks the flags against each other, the device and the disk.
 
     Args:
         args: Megatron's arguments, parsed.
         config: Our flags.
-        device: in use.
+        device: The device in use.
 
     Raises:
-        UserError: the first problem found.
+        UserError: For the first problem found.
     """
-    _check_endpoint(config)
     if config.log_slowest_rank:
         _check_slowest_rank(args)
     if args.profile:
         _check_profile(args, device)
     if args.record_memory_history:
         _check_memory_history(args, device)
-
-
-def _check_endpoint(config: MonitoringConfig) -> None:
-    if config.prometheus_port is None:
-        if config.prometheus_address != DEFAULT_ADDRESS:
-            raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
-    elif not 0 <= config.prometheus_port <= 65535:
-        raise UserError(
-            f"--prometheus-port must be in [0, 65535], not {config.prometheus_port}: 0 takes one "
-            "that is free."
-        )
 
 
 def _check_slowest_rank(args: Namespace) -> None:

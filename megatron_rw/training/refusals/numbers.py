@@ -1,52 +1,49 @@
-"""What cannot be asked of a run's handling of bad numbers, with the remedy."""
+"""Refuses settings for bad numbers that contradict Megatron's flags."""
 
 from __future__ import annotations
-
-import math
-from argparse import Namespace
 
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.nonfinite import NonFiniteConfig
 
 
-def check_bad_numbers(args: Namespace, config: NonFiniteConfig, log_dir: str | None) -> None:
-    """Refuse what contradicts --on-nonfinite and --loss-spike-factor, or would not be exact.
+def check_bad_numbers(
+    config: NonFiniteConfig,
+    *,
+    log_dir: str | None,
+    checks: bool,
+    megatron_fsdp: bool,
+    cuda_graph_impl: str,
+) -> None:
+    """Refuses what contradicts --on-nonfinite and --loss-spike-factor, or would do nothing.
 
     Args:
-        args: Megatron's arguments, validated.
-        config: Our flags.
-        log_dir: The value of --log-dir.
+        config: The settings, each checked by itself already.
+        log_dir: The folder of our logs.
+        checks: Value of --check-for-nan-in-loss-and-grad, after Megatron's validation.
+        megatron_fsdp: Value of --use-megatron-fsdp.
+        cuda_graph_impl: As Megatron's flag.
 
     Raises:
-        UserError: names the flag and the remedy.
+        UserError: Names the flag and the remedy.
     """
-    policy, most = config.on_nonfinite, config.max_consecutive_skips
-    if policy != "raise" and not args.check_for_nan_in_loss_and_grad:
+    policy = config.on_nonfinite
+    if policy != "raise" and not checks:
         raise UserError(
             f"--on-nonfinite {policy} without Megatron's check does nothing: drop it, or "
             "--no-check-for-nan-in-loss-and-grad (or --fp16 with its dynamic loss scale, which "
             "turns the check off and skips such steps itself)."
         )
-    if policy != "raise" and args.use_megatron_fsdp:
+    if policy != "raise" and megatron_fsdp:
         raise UserError(
             f"--use-megatron-fsdp has a check of its own, which ends the run: drop it, or "
             f"--on-nonfinite {policy}."
         )
-    if most is not None and most < 1:
+    if config.loss_spike_factor is None:
+        return
+    if log_dir is None:
+        raise UserError("--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR.")
+    if cuda_graph_impl == "full_iteration":
         raise UserError(
-            f"--max-consecutive-skips must be 1 or more, not {most}: to end "
-            "the run at the first bad step, use --on-nonfinite raise."
+            "--cuda-graph-impl full_iteration never gives the samples' losses out of its "
+            "graph: drop it, or --loss-spike-factor."
         )
-    if policy == "raise" and most is not None:
-        raise UserError("--max-consecutive-skips without --on-nonfinite skip-step does nothing.")
-    factor = config.loss_spike_factor
-    if factor is not None:
-        if not (math.isfinite(factor) and factor > 1):
-            raise UserError(f"--loss-spike-factor must be a finite number above 1, not {factor}.")
-        if log_dir is None:
-            raise UserError("--loss-spike-factor writes to spikes.jsonl: add --log-dir DIR.")
-        if args.cuda_graph_impl == "full_iteration":
-            raise UserError(
-                "--cuda-graph-impl full_iteration never gives the samples' losses out of its "
-                "graph: drop it, or --loss-spike-factor."
-            )

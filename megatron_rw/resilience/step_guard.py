@@ -1,0 +1,170 @@
+"""Guards a training step: all ranks together decide about one that is not finite.
+
+Megatron checks every micro-batch's loss and every bucket's gradient on the rank that has it, waits
+for the device each time, and raises on that rank alone. Here nothing is waited for until the norm
+of the gradients is known, which the optimizer waits for anyway. One all-reduce of two numbers over
+all ranks then makes the decision everybody's, so that all skip the step, or all leave.
+
+A skipped step is Megatron's own: the optimizer is told that its gradients hold an infinity, as by a
+loss scaler. Parameters, moments and learning rate stay as they are, the step's samples are
+consumed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.training.utils import print_rank_0
+from torch import Tensor
+
+from megatron_rw.integrations import groups
+from megatron_rw.patching import Around, Patch
+from megatron_rw.resilience.nonfinite import (
+    Finding,
+    NonFiniteConfig,
+    NonFiniteExit,
+    bad_parameters,
+    diagnosis,
+    gather,
+)
+from megatron_rw.resilience.step_samples import StepSamples
+
+_MOST_IN_A_ROW = 10
+
+
+class StepGuard:
+    """Looks at every step before its optimizer does. Every rank calls every method.
+
+    Args:
+        config: What to do with a bad step.
+        samples: The samples of the current step.
+        explains_only: Whether Megatron judges bad steps; see `nonfinite.megatron_decides`.
+
+    Attributes:
+        skips: Whether a bad step is skipped, rather than the run ended.
+        skipped: Steps that were skipped since the count was last set to 0.
+    """
+
+    def __init__(self, config: NonFiniteConfig, samples: StepSamples, explains_only: bool) -> None:
+        self._config = config
+        self._samples = samples
+        self._explains_only = explains_only
+        self._model: list[Any] = []
+        self._norm: Any = None
+        self._bucket_norms: list[Tensor] = []
+        self._iteration = 0
+        self._in_a_row = 0
+        self.skips = config.on_nonfinite != "raise"
+        self.skipped = 0
+
+    def patches(self) -> list[Patch]:
+        """What looks at the gradients of each step before its optimizer does."""
+        return [
+            Patch(
+                _ParamAndGradBucketGroup,
+                "check_grads",
+                Around(self._check_grads),
+                "Megatron waits for the device for every bucket, and raises on one rank alone.",
+            ),
+            Patch(
+                ChainedOptimizer,
+                "prepare_grads",
+                Around(self._prepare_grads),
+                "It is the last call before the optimizer clips and steps, and may skip the step.",
+            ),
+            Patch(
+                ChainedOptimizer,
+                "get_grad_norm",
+                Around(self._get_grad_norm),
+                "The norm that decides has been computed already.",
+            ),
+        ]
+
+    def begin(self, iteration: int, model: list[Any]) -> None:
+        """Forgets the step before.
+
+        Args:
+            iteration: The iteration as it is logged, from 1.
+            model: The model's chunks on this rank.
+        """
+        self._iteration, self._model = iteration, model
+        self._bucket_norms.clear()
+
+    def explain(self) -> None:
+        """Says what was wrong with a step for which Megatron ends the run. Collective then."""
+        if self._explains_only:
+            self._norm = torch.nan
+            self._print_error(self._diagnosis())
+
+    def _check_grads(self, proceed: Callable[..., None], call: dict[str, Any]) -> None:
+        """Notes the norms that Megatron would wait for, before ranks are averaged."""
+        nonfinite = call["check_for_nan_or_inf"]
+        if nonfinite:
+            self._bucket_norms.extend(bucket.grad_data.norm(p=2) for bucket in call["self"].buckets)
+        if call["check_for_large"] or self._explains_only:
+            proceed(check_for_nan_or_inf=nonfinite and self._explains_only)
+
+    def _prepare_grads(self, proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
+        overflow = proceed()
+        self._norm = None
+        self._norm = torch.inf if overflow else call["self"].get_grad_norm()
+        return self._is_skipped() or overflow
+
+    def _get_grad_norm(self, proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
+        return proceed() if self._norm is None else self._norm
+
+    def _is_skipped(self) -> bool:
+        bad = self._samples.nonfinite()
+        device = groups.device()
+        loss = torch.zeros((), dtype=torch.bool, device=device) if bad is None else bad.any()
+        gradient = ~torch.isfinite(torch.as_tensor(self._norm, device=device)).view(())
+        found = torch.stack([loss, gradient]).int()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        if not found.any().item():
+            self._in_a_row = 0
+            return False
+        what = self._diagnosis()
+        if not self.skips:
+            self._print_error(
+                f"{what} Go on from the last checkpoint, with --iterations-to-skip "
+                f"{self._iteration} or --on-nonfinite skip-step to leave the step out."
+            )
+            raise NonFiniteExit
+        self._in_a_row += 1
+        self.skipped += 1
+        most = self._config.max_consecutive_skips or _MOST_IN_A_ROW
+        if self._in_a_row > most:
+            self._print_error(
+                f"{what} No step was taken for {self._in_a_row} iterations, more than "
+                f"--max-consecutive-skips {most}."
+            )
+            raise NonFiniteExit
+        print_rank_0(f"WARNING: iteration {self._iteration}: the step is skipped: {what}")
+        return True
+
+    def _print_error(self, text: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"error: iteration {self._iteration}: {text}", file=sys.stderr, flush=True)
+
+    def _diagnosis(self) -> str:
+        parameters, checked = bad_parameters(self._model)
+        bad = self._samples.nonfinite()
+        mine = Finding(
+            rank=dist.get_rank(),
+            stage=mpu.get_pipeline_model_parallel_rank(),
+            samples=[] if bad is None else self._samples.named(bad, self._samples.losses()),
+            positions=self._samples.positions(),
+            local=not all(bool(norm.isfinite()) for norm in self._bucket_norms),
+            parameters=parameters,
+            checked=checked,
+            norm=float(self._norm),
+        )
+        return diagnosis(gather(mine))
