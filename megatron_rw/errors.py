@@ -56,7 +56,7 @@ def reported(doing: str | Callable[[], str]) -> Iterator[None]:
     except Exception:
         what = doing if isinstance(doing, str) else doing()
         where = f"rank {_rank()}: " if "RANK" in os.environ else ""
-        print(f"error: {where}a bug while {what}:", file=sys.stderr, flush=True)
+        print(f"error: {where}unexpected failure while {what}:", file=sys.stderr, flush=True)
         raise
 
 

@@ -31,7 +31,7 @@ def test_the_rank_says_where_it_was_and_what_would_help(
         environment={"EXHAUSTED_RANK": "1"},
     )
     assert run.status[1] == 1
-    [line] = [line for line in run.output[1].splitlines() if line.startswith("error: ")]
+    line = next(line for line in run.output[1].splitlines() if line.startswith("error: "))
     assert re.search(r"rank 1 on \S+ is out of memory at iteration 1, a micro-batch, with", line)
     assert "with --micro-batch-size 8: allocated " in line
     assert (
