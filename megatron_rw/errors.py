@@ -47,7 +47,7 @@ def reported(doing: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        if _rank() == 0 or not getattr(error, "known_to_all", False):
+        if not (getattr(error, "known_to_all", False) and _another_rank_prints()):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR_STATUS) from None
     except KeyboardInterrupt:
@@ -55,10 +55,12 @@ def reported(doing: str | Callable[[], str]) -> Iterator[None]:
         raise SystemExit(INTERRUPTED_STATUS) from None
     except Exception:
         what = doing if isinstance(doing, str) else doing()
-        where = f"rank {_rank()}: " if "RANK" in os.environ else ""
+        where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(f"error: {where}unexpected failure while {what}:", file=sys.stderr, flush=True)
         raise
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _another_rank_prints() -> bool:
+    """Whether this is a rank other than 0; what is no number may be the mistake itself."""
+    rank = os.environ.get("RANK", "0")
+    return rank.isdecimal() and int(rank) > 0
