@@ -71,12 +71,12 @@ def _run(args: argparse.Namespace) -> None:
     flags = tokenizer_flags(args)
     tokenizer = load_tokenizer(flags)
     if args.append_eod:
-        eod = end_of_document_id(tokenizer, flags.model or flags.type)
+        eod = end_of_document_id(tokenizer, flags.tokenizer_model or flags.tokenizer_type)
         encoding = dataclasses.replace(encoding, eod=eod)
     record = domains.TokenizerRecord(
-        type=flags.type,
-        model=flags.model or flags.type,
-        sha256=fingerprint(flags.model),
+        type=flags.tokenizer_type,
+        model=flags.tokenizer_model or flags.tokenizer_type,
+        sha256=fingerprint(flags.tokenizer_model),
         vocab_size=tokenizer.vocab_size,
     )
     settings = _settings(args, reading, record)

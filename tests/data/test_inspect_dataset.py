@@ -48,7 +48,9 @@ def texts() -> list[str]:
 @pytest.fixture
 def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
     """A directory of two domains, of 20 and 10 texts; every third has no end-of-document token."""
-    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = load_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     documents: list[Document] = [
         [[*tokenizer.encode_batch([text])[0].tolist(), *([EOD] if number % 3 else [])]]
         for number, text in enumerate(texts)
@@ -232,7 +234,9 @@ def test_a_picture_without_matplotlib_has_a_remedy(
 def test_a_document_is_decoded(
     corpus: Path, texts: list[str], model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer: Any = load_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     for name, number, text in (("a", 0, texts[0]), ("a", 19, texts[19]), ("b", 4, texts[24])):
         prefix = corpus / f"{name}_text_document"
         assert inspect(prefix, "--document", number) == 0
@@ -247,7 +251,9 @@ def test_a_document_is_decoded(
 def test_the_text_of_a_document_in_several_sequences(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = load_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     ids = tokenizer.encode_batch(["the model reads a batch of text"])[0].tolist()
     prefix = write_dataset(tmp_path / "a", [[[5]], [ids[:3], ids[3:]], [[6]]])
     assert inspect(prefix, "--document", 1, "--tokenizer-model", model) == 0
@@ -322,7 +328,9 @@ def test_documents_that_contain_a_text_are_listed(
     text: str,
 ) -> None:
     monkeypatch.setattr(blocks, "_DOCUMENTS", 7)
-    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer: Any = load_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     decoded = [
         tokenizer.detokenize(tokenizer.encode_batch([original])[0].tolist()) for original in texts
     ]

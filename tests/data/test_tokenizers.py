@@ -22,6 +22,7 @@ from megatron_rw.data.tokenizers.tokenizer import (
     load_tokenizer,
     tokenizer_flags,
 )
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
 from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
@@ -65,14 +66,14 @@ def check_same(flags: TokenizerFlags) -> None:
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
 def test_sentencepiece_is_megatrons(tmp_path: Path, kind: str) -> None:
     model = train_sentencepiece(tmp_path / "m.model", **SENTENCEPIECE[kind])
-    flags = TokenizerFlags("SentencePieceTokenizer", model)
+    flags = TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
     check_same(flags)
-    check_same(replace(flags, sentencepiece_ignore_extra_whitespaces=False))
+    check_same(replace(flags, tokenizer_sentencepiece_ignore_extra_whitespaces=False))
 
 
 @pytest.mark.parametrize("type_", ["GPTSentencePieceTokenizer", "Llama2Tokenizer"])
-def test_sentencepiece_under_its_other_names(model: str, type_: str) -> None:
-    check_same(TokenizerFlags(type_, model))
+def test_sentencepiece_under_its_other_names(model: str, type_: TokenizerType) -> None:
+    check_same(TokenizerFlags(tokenizer_type=type_, tokenizer_model=model))
 
 
 def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
     flags = save_tiktoken(tmp_path / "vocab.json")
     check_same(flags)
     check_same(replace(flags, tiktoken_pattern="v1"))
-    check_same(replace(flags, special_tokens=(*SPECIAL_TOKENS, "<|x y|>")))
+    check_same(replace(flags, tokenizer_special_tokens=(*SPECIAL_TOKENS, "<|x y|>")))
     assert flags.vocab_size is not None
     check_same(replace(flags, vocab_size=flags.vocab_size - 9, tiktoken_num_special_tokens=11))
 
@@ -94,7 +95,11 @@ def test_huggingface_is_the_library(tmp_path: Path, include: bool) -> None:
     directory = save_huggingface(tokenizer, tmp_path / "hf", eos_token="</s>")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    flags = TokenizerFlags("HuggingFaceTokenizer", directory, hf_include_special_tokens=include)
+    flags = TokenizerFlags(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=directory,
+        tokenizer_hf_no_include_special_tokens=not include,
+    )
     ours = load_tokenizer(flags)
     assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == [
         tokenizer.encode(text, add_special_tokens=include).ids for text in TEXTS
@@ -108,7 +113,11 @@ def test_huggingface_is_the_library(tmp_path: Path, include: bool) -> None:
 def test_huggingface_adds_the_special_tokens_of_the_flag(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf", eos_token="</s>")
     ours = load_tokenizer(
-        TokenizerFlags("HuggingFaceTokenizer", directory, special_tokens=("<|x y|>", "</s>"))
+        TokenizerFlags(
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=directory,
+            tokenizer_special_tokens=("<|x y|>", "</s>"),
+        )
     )
     assert (ours.vocab_size, ours.eod) == (401, 1)
     assert ours.encode_batch(["</s><|x y|>"])[0].tolist() == [1, 400]
@@ -151,10 +160,10 @@ def test_huggingface_is_megatrons(
     assert is_self_contained(Path(directory)) is self_contained
     check_same(
         TokenizerFlags(
-            "HuggingFaceTokenizer",
-            directory,
-            special_tokens=extra,
-            hf_include_special_tokens=include,
+            tokenizer_type="HuggingFaceTokenizer",
+            tokenizer_model=directory,
+            tokenizer_special_tokens=extra,
+            tokenizer_hf_no_include_special_tokens=not include,
         )
     )
 
@@ -176,7 +185,7 @@ def test_what_only_transformers_can_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
 ) -> None:
     directory = Path(save_huggingface(train_huggingface(), tmp_path / "hf"))
-    flags = TokenizerFlags("HuggingFaceTokenizer", str(directory))
+    flags = TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory))
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
     load_tokenizer(flags)
@@ -187,22 +196,24 @@ def test_what_only_transformers_can_read(
 
 def test_a_model_that_is_no_directory(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
-    flags = TokenizerFlags("HuggingFaceTokenizer", f"{directory}/tokenizer.json")
+    flags = TokenizerFlags(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=f"{directory}/tokenizer.json"
+    )
     with pytest.raises(UserError, match=rf"give the directory .*: {directory}$"):
         load_tokenizer(flags)
 
 
 @pytest.mark.parametrize("type_", ["HuggingFaceTokenizer", "TikTokenizer", "Llama2Tokenizer"])
-def test_a_damaged_model(tmp_path: Path, type_: str) -> None:
+def test_a_damaged_model(tmp_path: Path, type_: TokenizerType) -> None:
     path = tmp_path if type_ == "HuggingFaceTokenizer" else tmp_path / "vocab.json"
     for name in ("vocab.json", "tokenizer.json"):
         (tmp_path / name).write_text("[")
     with pytest.raises(UserError, match=f"^--tokenizer-model {path}: cannot be loaded as "):
-        load_tokenizer(TokenizerFlags(type_, str(path)))
+        load_tokenizer(TokenizerFlags(tokenizer_type=type_, tokenizer_model=str(path)))
 
 
 def test_bytes_are_what_the_training_program_is_told() -> None:
-    flags = TokenizerFlags("ByteLevelTokenizer")
+    flags = TokenizerFlags(tokenizer_type="ByteLevelTokenizer")
     ours, core = load_tokenizer(flags), from_training(flags.training_flags())
     assert flags.training_flags() == [
         "--tokenizer-type", "NullTokenizer", "--vocab-size", "257",
@@ -243,8 +254,10 @@ def test_the_flags_are_megatrons() -> None:
         assert given == {name: vars(theirs.parse_args(line))[name] for name in given}
     flags = parse(*every)
     assert flags == TokenizerFlags(
-        "TikTokenizer", "m", 9, ("a", "b"), "v1", 7,
-        sentencepiece_ignore_extra_whitespaces=False, hf_include_special_tokens=False,
+        tokenizer_type="TikTokenizer", tokenizer_model="m", vocab_size=9,
+        tokenizer_special_tokens=("a", "b"), tiktoken_pattern="v1", tiktoken_num_special_tokens=7,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=False,
+        tokenizer_hf_no_include_special_tokens=True,
     )  # fmt: skip
     assert parse(*flags.training_flags()) == flags
 
@@ -266,7 +279,9 @@ def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
 
 def test_no_end_of_document(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
-    tokenizer = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    tokenizer = load_tokenizer(
+        TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
+    )
     with pytest.raises(UserError, match=f"the tokenizer {directory} has no end-of-document"):
         end_of_document_id(tokenizer, directory)
 
@@ -274,7 +289,9 @@ def test_no_end_of_document(tmp_path: Path) -> None:
 def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
     tokenizer = train_huggingface(pattern="(a+)+b")
     directory = save_huggingface(tokenizer, tmp_path / "hf")
-    ours = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    ours = load_tokenizer(
+        TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
+    )
     with pytest.raises(ValueError, match="tokenizers library failed: Onig: Regex search error"):
         ours.encode_batch(["a" * 100])
 
@@ -282,7 +299,8 @@ def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
 _COUNT_THREADS = """
 import os, sys
 from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
-tokenizer = load_tokenizer(TokenizerFlags(*sys.argv[1:]))
+flags = TokenizerFlags(tokenizer_type=sys.argv[1], tokenizer_model=sys.argv[2])
+tokenizer = load_tokenizer(flags)
 before = len(os.listdir("/proc/self/task"))
 tokenizer.encode_batch(["the model reads a batch of text " * 2000] * 20)
 print(before, len(os.listdir("/proc/self/task")))
@@ -300,6 +318,6 @@ def test_encoding_starts_no_thread(tmp_path: Path) -> None:
 
 
 def test_core_tokenizer_is_the_training_programs(model: str) -> None:
-    flags = TokenizerFlags("SentencePieceTokenizer", model)
+    flags = TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
     ours, theirs = build_core_tokenizer(flags), from_training(flags.training_flags())
     assert ours.unique_identifiers == theirs.unique_identifiers

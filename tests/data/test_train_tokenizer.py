@@ -53,7 +53,9 @@ def test_no_text_makes_a_special_token(model: str, text: str) -> None:
 
 
 def test_megatron_sees_the_special_tokens(model: str) -> None:
-    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = build_core_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     assert tokenizer.vocab_size == 400
     assert tokenizer.eod == EOD_ID == 2
     assert tokenizer.pad == PAD_ID == 3
@@ -75,7 +77,9 @@ def test_megatron_keeps_the_loss_on_the_end_of_document(model: str, tmp_path: Pa
         sequence_length=16,
         split="1,0,0",
         path_to_cache=str(tmp_path),
-        tokenizer=build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model)),
+        tokenizer=build_core_tokenizer(
+            TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+        ),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -196,7 +200,9 @@ def test_a_special_token_is_one_id_wherever_it_stands(
         "--model-type", model_type, "--special-tokens", *special,
     ) == 0  # fmt: skip
     model = f"{tmp_path}/t.model"
-    tokenizer = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = build_core_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     assert tokenizer.vocab_size == 340
     for id_, token in enumerate(special, start=4):
         assert tokenizer.tokenize(token) == [id_]

@@ -64,7 +64,9 @@ def train_sentencepiece(path: Path, **settings: Any) -> str:
 
 def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
     """The tokenizer of a model with a chosen segment size."""
-    core = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    core = build_core_tokenizer(
+        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     return SentencePieceTokenizer(core, segment_characters)
 
 
@@ -124,8 +126,8 @@ def save_tiktoken(path: Path) -> TokenizerFlags:
     ]
     path.write_text(json.dumps(content))
     return TokenizerFlags(
-        "TikTokenizer",
-        str(path),
+        tokenizer_type="TikTokenizer",
+        tokenizer_model=str(path),
         vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
         tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
     )

@@ -16,18 +16,19 @@ def build_core_tokenizer(flags: TokenizerFlags) -> Any:
     """Returns what the training program builds from the same flags, a `MegatronTokenizerText`."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
+    special = flags.tokenizer_special_tokens
     return build_tokenizer(
         Namespace(
-            tokenizer_type=flags.type,
-            tokenizer_model=flags.model,
+            tokenizer_type=flags.tokenizer_type,
+            tokenizer_model=flags.tokenizer_model,
             vocab_size=flags.vocab_size,
-            special_tokens=None if flags.special_tokens is None else list(flags.special_tokens),
+            special_tokens=None if special is None else list(special),
             tiktoken_pattern=flags.tiktoken_pattern,
             tiktoken_num_special_tokens=flags.tiktoken_num_special_tokens,
             tokenizer_sentencepiece_ignore_extra_whitespaces=(
-                flags.sentencepiece_ignore_extra_whitespaces
+                flags.tokenizer_sentencepiece_ignore_extra_whitespaces
             ),
-            tokenizer_hf_no_include_special_tokens=not flags.hf_include_special_tokens,
+            tokenizer_hf_no_include_special_tokens=(flags.tokenizer_hf_no_include_special_tokens),
             # The rest changes no id, or is not offered by the tools; Megatron's defaults.
             tokenizer_sentencepiece_legacy=False,
             tokenizer_hf_no_use_fast=False,

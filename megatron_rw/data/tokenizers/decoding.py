@@ -56,10 +56,10 @@ def tokenizer_of(args: Namespace, record: TokenizerRecord | None) -> Tokenizer:
 def _load(flags: TokenizerFlags, record: TokenizerRecord | None) -> Tokenizer:
     silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
     tokenizer = load_tokenizer(flags)
-    if record is not None and (digest := fingerprint(flags.model)) != record.sha256:
+    if record is not None and (digest := fingerprint(flags.tokenizer_model)) != record.sha256:
         print(
-            f"warning: {flags.model} is not the tokenizer that made this dataset: its sha256 is "
-            f"{digest}, and domains.json says {record.sha256}",
+            f"warning: {flags.tokenizer_model} is not the tokenizer that made this dataset: its "
+            f"sha256 is {digest}, and domains.json says {record.sha256}",
             file=sys.stderr,
         )
     return tokenizer

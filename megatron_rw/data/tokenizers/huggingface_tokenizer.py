@@ -139,22 +139,22 @@ def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokeni
     Raises:
         UserError: If it is a file, or needs a package that is not installed.
     """
-    directory = Path(str(flags.model))
+    directory = Path(str(flags.tokenizer_model))
     if directory.is_file():
         raise UserError(
             f"--tokenizer-model {directory}: give the directory that holds the file, as the "
             f"training program needs it: {directory.parent}"
         )
-    require_package("tokenizers", flags.type)
+    require_package("tokenizers", flags.tokenizer_type)
     if is_self_contained(directory):
-        tokenizer, eod = _read(directory, flags.special_tokens or ())
+        tokenizer, eod = _read(directory, flags.tokenizer_special_tokens or ())
     else:
-        require_package("transformers", f"{flags.type}, to read {directory},")
+        require_package("transformers", f"{flags.tokenizer_type}, to read {directory},")
         core = build_core_tokenizer(flags)
         tokenizer, eod = getattr(core._tokenizer.tokenizer, "backend_tokenizer", None), core.eod
         if tokenizer is None:  # a tokenizer in Python
             return CoreTokenizer(core)
-    return HuggingFaceTokenizer(tokenizer, eod, flags.hf_include_special_tokens)
+    return HuggingFaceTokenizer(tokenizer, eod, not flags.tokenizer_hf_no_include_special_tokens)
 
 
 def is_self_contained(directory: Path) -> bool:

@@ -74,5 +74,5 @@ def load_tiktoken(flags: TokenizerFlags) -> TikTokenizer:
     Raises:
         UserError: If tiktoken is not installed.
     """
-    require_package("tiktoken", flags.type)
+    require_package("tiktoken", flags.tokenizer_type)
     return TikTokenizer(build_core_tokenizer(flags))

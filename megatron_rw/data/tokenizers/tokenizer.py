@@ -21,7 +21,6 @@ from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepie
 from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.tokenizer_flags import (
     BYTE_LEVEL,
-    SENTENCEPIECE_TYPES,
     TokenizerFlags,
     add_tokenizer_flags,
     tokenizer_flags,
@@ -40,7 +39,9 @@ __all__ = [
 ]
 
 _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
-    **dict.fromkeys(SENTENCEPIECE_TYPES, load_sentencepiece),
+    "SentencePieceTokenizer": load_sentencepiece,
+    "GPTSentencePieceTokenizer": load_sentencepiece,
+    "Llama2Tokenizer": load_sentencepiece,
     "HuggingFaceTokenizer": load_huggingface,
     "TikTokenizer": load_tiktoken,
 }
@@ -81,19 +82,21 @@ def load_tokenizer(flags: TokenizerFlags) -> Tokenizer:
     Raises:
         UserError: If the model is not there or cannot be loaded.
     """
-    if flags.type == BYTE_LEVEL:
+    if flags.tokenizer_type == BYTE_LEVEL:
         return ByteLevelTokenizer()
-    if not Path(str(flags.model)).exists():
+    if not Path(str(flags.tokenizer_model)).exists():
         raise UserError(
-            f"--tokenizer-model {flags.model}: no such file; make one with tools/train_tokenizer.py"
+            f"--tokenizer-model {flags.tokenizer_model}: no such file; make one with "
+            "tools/train_tokenizer.py"
         )
     try:
-        return _LOADERS[flags.type](flags)
+        return _LOADERS[flags.tokenizer_type](flags)
     except UserError:
         raise
     except Exception as error:  # each library raises its own
         raise UserError(
-            f"--tokenizer-model {flags.model}: cannot be loaded as {flags.type} ({error})"
+            f"--tokenizer-model {flags.tokenizer_model}: cannot be loaded as "
+            f"{flags.tokenizer_type} ({error})"
         ) from error
 
 
