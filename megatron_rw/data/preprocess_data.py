@@ -40,7 +40,7 @@ from megatron_rw.data.text.chunks import Reading, chunk_size, tasks
 from megatron_rw.data.text.sentences import sentence_splitter
 from megatron_rw.data.text.shards import shard_of
 from megatron_rw.data.text.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, fingerprint, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, load_tokenizer, model_sha256
 from megatron_rw.data.tokenizers.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     record = domains.TokenizerRecord(
         type=flags.tokenizer_type,
         model=flags.tokenizer_model or flags.tokenizer_type,
-        sha256=fingerprint(flags.tokenizer_model),
+        sha256=model_sha256(flags.tokenizer_model),
         vocab_size=tokenizer.vocab_size,
     )
     settings = _settings(args, reading, record)

@@ -21,18 +21,24 @@ from megatron_rw.data.indexed.integrity import fingerprint
 from megatron_rw.data.indexed.lengths import Lengths
 from megatron_rw.data.indexed.pair import HEADER
 from megatron_rw.data.tokenizers import decoding
-from megatron_rw.data.tokenizers.tokenizer import fingerprint as sha256
-from megatron_rw.data.tokenizers.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
-from tests.data.datasets import TOKENIZER, Document, record, write_dataset, write_directory
+from tests.data.datasets import (
+    TOKENIZER,
+    Document,
+    exit_status,
+    record,
+    write_dataset,
+    write_directory,
+)
 
 EOD = 2
 
 
 def inspect(*flags: object) -> int:
     decoding._load.cache_clear()
-    return inspect_dataset.main([str(flag) for flag in flags])
+    return exit_status(inspect_dataset.main, *flags)
 
 
 def report(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, list[dict[str, Any]]]:
@@ -55,7 +61,8 @@ def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
         [[*tokenizer.encode_batch([text])[0].tolist(), *([EOD] if number % 3 else [])]]
         for number, text in enumerate(texts)
     ]
-    made_by = TokenizerRecord("SentencePieceTokenizer", model, sha256(model), tokenizer.vocab_size)
+    digest = model_sha256(model)
+    made_by = TokenizerRecord("SentencePieceTokenizer", model, digest, tokenizer.vocab_size)
     return write_directory(tmp_path / "in", {"a": documents[:20], "b": documents[20:]}, made_by)
 
 
@@ -146,7 +153,7 @@ def claim(directory: Path, **claims: Any) -> None:
     ("spoil", "problem"),
     [
         (lambda d: (d / "a_text_document.bin").unlink(), "a_text_document.bin: no such file"),
-        (lambda d: change(d / "a_text_document.idx", 0, b"x"), "no index of a Megatron dataset"),
+        (lambda d: change(d / "a_text_document.idx", 0, b"x"), "is no index of a dataset"),
         (
             lambda d: change(d / "a_text_document.idx", HEADER.size + 20, struct.pack("<q", 2)),
             "document 1 does not begin where the lengths of those before it say",
@@ -270,7 +277,7 @@ def test_another_tokenizer_than_recorded_is_told(
     assert inspect(prefix, "--document", 0) == 0
     error = capsys.readouterr().err
     assert f"warning: {model} is not the tokenizer that made this dataset" in error
-    assert sha256(model) in error
+    assert model_sha256(model) in error
     assert "abab" in error
     gone = dataclasses.replace(content.tokenizer, model=str(tmp_path / "gone.model"))
     DomainsFile(gone, content.domains).save(corpus / "domains.json")
@@ -390,14 +397,13 @@ def test_a_listing_of_something_else_is_told(
         ("--document 1 --check", "--check and --picture go with the report only"),
         ("--ids", "--ids goes with --document"),
         ("--checksum --json", "--json goes with"),
-        ("--checksum --find x", "not allowed with"),
+        ("--checksum --find x", "--checksum"),
     ],
 )
 def test_flags_that_make_no_sense(
     capsys: pytest.CaptureFixture[str], flags: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        inspect("a", *flags.split())
+    assert inspect("a", *flags.split()) == 2
     assert message in capsys.readouterr().err
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.tokenizers.huggingface_tokenizer import is_self_contained
 from megatron_rw.data.tokenizers.tokenizer import (
     TokenizerFlags,
     add_tokenizer_flags,
     end_of_document_id,
-    fingerprint,
     load_tokenizer,
+    model_sha256,
     tokenizer_flags,
 )
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
@@ -123,6 +122,10 @@ def test_huggingface_adds_the_special_tokens_of_the_flag(tmp_path: Path) -> None
     assert ours.encode_batch(["</s><|x y|>"])[0].tolist() == [1, 400]
 
 
+def hide_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
+
+
 ADDED = {
     "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True,
 }  # fmt: skip
@@ -131,24 +134,23 @@ ADDED = {
 @pytest.mark.parametrize("extra", [None, ("<|x y|>", "<pad>")])
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize(
-    ("settings", "self_contained"),
+    ("settings", "plain"),
     [
+        ({}, True),
         ({"eos_token": "</s>", "bos_token": "<s>"}, True),
         ({"sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>"}, True),
-        ({"eos_token": {"content": "</s>", **ADDED, "__type": "AddedToken"}}, True),
-        ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED}}}, True),
-        ({"additional_special_tokens": ["<pad>", "</s>"]}, True),
-        ({}, True),
-        ({"eos_token": "<|new|>", "additional_special_tokens": ["the model"]}, False),
+        ({"eos_token": {"content": "</s>", **ADDED, "__type": "AddedToken"}}, False),
         ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED, "lstrip": True}}}, False),
+        ({"eos_token": "<|new|>", "additional_special_tokens": ["the model"]}, False),
         ({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}, False),
         ({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}, False),
     ],
 )
-def test_huggingface_is_megatrons(
+def test_huggingface_is_megatrons_with_transformers_or_without(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
-    self_contained: bool,
+    plain: bool,
     include: bool,
     extra: tuple[str, ...] | None,
 ) -> None:
@@ -156,16 +158,22 @@ def test_huggingface_is_megatrons(
     tokenizer = train_huggingface(bos=True)
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=9, pad_token="<pad>")
-    directory = save_huggingface(tokenizer, tmp_path / "hf", **settings)
-    assert is_self_contained(Path(directory)) is self_contained
-    check_same(
-        TokenizerFlags(
-            tokenizer_type="HuggingFaceTokenizer",
-            tokenizer_model=directory,
-            tokenizer_special_tokens=extra,
-            tokenizer_hf_no_include_special_tokens=not include,
-        )
+    flags = TokenizerFlags(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=save_huggingface(tokenizer, tmp_path / "hf", **settings),
+        tokenizer_special_tokens=extra,
+        tokenizer_hf_no_include_special_tokens=not include,
     )
+    check_same(flags)
+    core = build_core_tokenizer(flags)
+    hide_transformers(monkeypatch)
+    if not plain:
+        with pytest.raises(UserError, match="pip install transformers"):
+            load_tokenizer(flags)
+        return
+    ours = load_tokenizer(flags)
+    assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == list(map(core.tokenize, TEXTS))
+    assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +182,8 @@ def test_huggingface_is_megatrons(
         ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'),
         ("tokenizer_config.json", '{"eos_token": "<|new|>"}'),
         ("tokenizer_config.json", '{"add_bos_token": true}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": "</s>"}}}'),
         ("special_tokens_map.json", '{"additional_special_tokens": ["<|new|>"]}'),
         ("config.json", '{"model_type": "llama"}'),
-        ("added_tokens.json", '{"<|new|>": 400}'),
         ("tokenizer.json", None),
     ],
 )
@@ -186,11 +192,10 @@ def test_what_only_transformers_can_read(
 ) -> None:
     directory = Path(save_huggingface(train_huggingface(), tmp_path / "hf"))
     flags = TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(directory))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
+    hide_transformers(monkeypatch)
     load_tokenizer(flags)
     (directory / name).unlink() if content is None else (directory / name).write_text(content)
-    with pytest.raises(UserError, match=r"read .*/hf, needs a package .*: pip install tra"):
+    with pytest.raises(UserError, match=r"^--tokenizer-model .*/hf: .*; run: pip install transfor"):
         load_tokenizer(flags)
 
 
@@ -227,7 +232,7 @@ def test_bytes_are_what_the_training_program_is_told() -> None:
     assert ids[1].size == 0
     assert ours.detokenize([*ids[0].tolist(), 256]) == text
     assert end_of_document_id(ours, "bytes") == 256
-    assert fingerprint(None) == hashlib.sha256(b"").hexdigest()
+    assert model_sha256(None) == hashlib.sha256(b"").hexdigest()
 
 
 def parse(*flags: str) -> TokenizerFlags:

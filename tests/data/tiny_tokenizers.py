@@ -64,10 +64,8 @@ def train_sentencepiece(path: Path, **settings: Any) -> str:
 
 def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
     """The tokenizer of a model with a chosen segment size."""
-    core = build_core_tokenizer(
-        TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
-    )
-    return SentencePieceTokenizer(core, segment_characters)
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    return SentencePieceTokenizer(processor, segment_characters)
 
 
 def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tokenizer:
