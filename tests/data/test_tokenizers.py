@@ -5,23 +5,22 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_rw import command_line
 from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
 from megatron_rw.data.tokenizers.tokenizer import (
     TokenizerFlags,
-    add_tokenizer_flags,
     end_of_document_id,
     load_tokenizer,
     model_sha256,
-    tokenizer_flags,
 )
-from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerOptions, TokenizerType
 from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
@@ -40,21 +39,41 @@ TEXTS = [
 ]
 
 
-def from_training(flags: list[str]) -> Any:
-    """The tokenizer that the training program builds from its command line."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+def training_parser() -> argparse.ArgumentParser:
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.config import TokenizerConfig
 
     parser = argparse.ArgumentParser()
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    args = parser.parse_args(flags)
+    return parser
+
+
+def from_training(flags: list[str]) -> Any:
+    """The tokenizer that the training program builds from its command line."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    args = training_parser().parse_args(flags)
     args.pad_vocab_size = False
     return build_tokenizer(args)
 
 
+def training_flags(flags: TokenizerFlags) -> list[str]:
+    """The command line that gives the training program the same tokenizer."""
+    line: list[str] = []
+    for name, value in asdict(flags).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            if value != getattr(TokenizerOptions(), name):
+                line.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, tuple):
+            line += [flag, *value]
+        elif value is not None:
+            line += [flag, str(value)]
+    return line
+
+
 def check_same(flags: TokenizerFlags) -> None:
-    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
+    ours, core = load_tokenizer(flags), from_training(training_flags(flags))
     encoded = ours.encode_batch(TEXTS)
     assert [ids.tolist() for ids in encoded] == [core.tokenize(text) for text in TEXTS]
     assert {ids.dtype for ids in encoded} == {np.dtype(np.uint16)}
@@ -219,10 +238,8 @@ def test_a_damaged_model(tmp_path: Path, type_: TokenizerType) -> None:
 
 def test_bytes_are_what_the_training_program_is_told() -> None:
     flags = TokenizerFlags(tokenizer_type="ByteLevelTokenizer")
-    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
-    assert flags.training_flags() == [
-        "--tokenizer-type", "NullTokenizer", "--vocab-size", "257",
-    ]  # fmt: skip
+    ours = load_tokenizer(flags)
+    core = from_training(["--tokenizer-type", "NullTokenizer", "--vocab-size", "257"])
     assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod) == (257, 256)
     assert core.pad < 0  # so that no byte is padding
     text = "\x00\x01 naïve 日本 \U0010ffff"
@@ -236,27 +253,21 @@ def test_bytes_are_what_the_training_program_is_told() -> None:
 
 
 def parse(*flags: str) -> TokenizerFlags:
-    parser = argparse.ArgumentParser()
-    add_tokenizer_flags(parser)
-    return tokenizer_flags(parser.parse_args(flags))
+    return command_line.parse(TokenizerFlags, flags, "")
 
 
 def test_the_flags_are_megatrons() -> None:
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.config import TokenizerConfig
-
-    ours, theirs = argparse.ArgumentParser(), argparse.ArgumentParser()
-    add_tokenizer_flags(ours)
-    ArgumentGroupFactory(TokenizerConfig).build_group(theirs, "tokenizer")
     every = [
         "--tokenizer-type", "TikTokenizer", "--tokenizer-model", "m", "--vocab-size", "9",
         "--tokenizer-special-tokens", "a", "b", "--tiktoken-pattern", "v1",
         "--tiktoken-num-special-tokens", "7", "--tokenizer-hf-no-include-special-tokens",
         "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
     ]  # fmt: skip
-    for line in (["--tokenizer-type", "Llama2Tokenizer"], every):
-        given = vars(ours.parse_args(line))
-        assert given == {name: vars(theirs.parse_args(line))[name] for name in given}
+    for line in (["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "m"], every):
+        ours, theirs = asdict(parse(*line)), vars(training_parser().parse_args(line))
+        special = ours.pop("tokenizer_special_tokens")
+        assert theirs["special_tokens"] == (special and list(special))
+        assert ours == {name: theirs[name] for name in ours}
     flags = parse(*every)
     assert flags == TokenizerFlags(
         tokenizer_type="TikTokenizer", tokenizer_model="m", vocab_size=9,
@@ -264,7 +275,7 @@ def test_the_flags_are_megatrons() -> None:
         tokenizer_sentencepiece_ignore_extra_whitespaces=False,
         tokenizer_hf_no_include_special_tokens=True,
     )  # fmt: skip
-    assert parse(*flags.training_flags()) == flags
+    assert parse(*training_flags(flags)) == flags
 
 
 @pytest.mark.parametrize(
@@ -324,5 +335,5 @@ def test_encoding_starts_no_thread(tmp_path: Path) -> None:
 
 def test_core_tokenizer_is_the_training_programs(model: str) -> None:
     flags = TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
-    ours, theirs = build_core_tokenizer(flags), from_training(flags.training_flags())
+    ours, theirs = build_core_tokenizer(flags), from_training(training_flags(flags))
     assert ours.unique_identifiers == theirs.unique_identifiers

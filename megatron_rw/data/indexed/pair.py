@@ -14,8 +14,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -133,11 +135,12 @@ class PairWriter:
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._lengths_path = Path(f"{os.fspath(prefix)}.lengths")
-        self._bounds_path = Path(f"{os.fspath(prefix)}.bounds")
-        self._bin = bin_path(prefix).open("wb")
-        self._lengths = self._lengths_path.open("w+b")
-        self._bounds = self._bounds_path.open("w+b")
+        self._open = ExitStack()
+        self._bin = self._open.enter_context(bin_path(prefix).open("wb"))
+        # The tables of the index, whose sizes are known only in the end.
+        folder = bin_path(prefix).parent
+        self._lengths = self._open.enter_context(TemporaryFile(dir=folder))
+        self._bounds = self._open.enter_context(TemporaryFile(dir=folder))
         self._bounds.write(np.int64(0).tobytes())
         self._finalized = False
         self.sequences = 0
@@ -149,11 +152,9 @@ class PairWriter:
 
     def __exit__(self, *error: object) -> None:
         """Closes the files, and removes them unless they are complete."""
-        tables = (self._lengths_path, self._bounds_path)
-        for file in (self._bin, self._lengths, self._bounds):
-            file.close()
+        self._open.close()
         if not self._finalized:
-            for path in (bin_path(self._prefix), idx_path(self._prefix), *tables):
+            for path in (bin_path(self._prefix), idx_path(self._prefix)):
                 path.unlink(missing_ok=True)
 
     def write_tokens(self, ids: NDArray[Any]) -> None:
@@ -209,8 +210,6 @@ class PairWriter:
             self._append(self._bounds, index)
             index.flush()
             os.fsync(index.fileno())
-        self._lengths_path.unlink()
-        self._bounds_path.unlink()
         self._finalized = True
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 For the same flags, `load_tokenizer` returns a tokenizer that makes the same ids as the one that
 `megatron.core.tokenizers.utils.build_tokenizer` returns to the training program, and makes them
-faster. The training program has another name for one type: see `TokenizerFlags.training_flags`.
+faster. The training program has another name for one type: see `ByteLevelTokenizer`.
 
 A tokenizer works in one thread, so that the tools can run one process per core.
 """

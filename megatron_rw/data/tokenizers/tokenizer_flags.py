@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from megatron_rw.data.tokenizers import byte_tokenizer
 from megatron_rw.errors import UserError
 
 TokenizerType = Literal[
@@ -65,27 +64,6 @@ class TokenizerFlags(TokenizerOptions):
             raise UserError(
                 f"--tokenizer-type {BYTE_LEVEL} has no model; leave --tokenizer-model out"
             )
-
-    def training_flags(self) -> list[str]:
-        """Returns the flags that give the training program this tokenizer."""
-        if self.tokenizer_type == BYTE_LEVEL:
-            size = str(byte_tokenizer.VOCAB_SIZE)
-            return ["--tokenizer-type", "NullTokenizer", "--vocab-size", size]
-        flags = ["--tokenizer-type", self.tokenizer_type]
-        flags += ["--tokenizer-model", str(self.tokenizer_model)]
-        if self.vocab_size is not None:
-            flags += ["--vocab-size", str(self.vocab_size)]
-        if self.tokenizer_special_tokens is not None:
-            flags += ["--tokenizer-special-tokens", *self.tokenizer_special_tokens]
-        if self.tokenizer_type == "TikTokenizer":
-            if self.tiktoken_pattern is not None:
-                flags += ["--tiktoken-pattern", self.tiktoken_pattern]
-            flags += ["--tiktoken-num-special-tokens", str(self.tiktoken_num_special_tokens)]
-        if not self.tokenizer_sentencepiece_ignore_extra_whitespaces:
-            flags.append("--no-tokenizer-sentencepiece-ignore-extra-whitespaces")
-        if self.tokenizer_hf_no_include_special_tokens:
-            flags.append("--tokenizer-hf-no-include-special-tokens")
-        return flags
 
 
 def add_tokenizer_flags(parser: ArgumentParser) -> None:
