@@ -135,12 +135,12 @@ class PairWriter:
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._open = ExitStack()
-        self._bin = self._open.enter_context(bin_path(prefix).open("wb"))
+        self._open = stack = ExitStack()
+        self._bin = stack.enter_context(bin_path(prefix).open("wb"))
         # The tables of the index, whose sizes are known only in the end.
         folder = bin_path(prefix).parent
-        self._lengths = self._open.enter_context(TemporaryFile(dir=folder))
-        self._bounds = self._open.enter_context(TemporaryFile(dir=folder))
+        self._lengths = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
+        self._bounds = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
         self._bounds.write(np.int64(0).tobytes())
         self._finalized = False
         self.sequences = 0
