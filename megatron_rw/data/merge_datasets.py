@@ -93,7 +93,7 @@ class MergeInput:
     size: int
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with reported("joining datasets"):
         config = parse(MergeConfig, argv, _DESCRIPTION)
@@ -103,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             assert config.output_dir is not None
             merged = _merge_into_directory(config, config.output_dir)
         print(table(merged))
-    return 0
 
 
 def _merge_into_prefix(config: MergeConfig, output: Path) -> dict[str, DomainRecord]:
@@ -261,4 +260,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

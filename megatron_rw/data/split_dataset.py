@@ -7,7 +7,6 @@ Memory does not grow with the number of documents.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -106,11 +105,10 @@ class SplitConfig:
         return [SETS[0], *(name for name, share in shares if share != Share())]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with reported("splitting datasets"):
         _run(parse(SplitConfig, argv, _DESCRIPTION))
-    return 0
 
 
 def _run(config: SplitConfig) -> None:
@@ -201,4 +199,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

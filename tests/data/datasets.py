@@ -14,10 +14,10 @@ TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 
 type Document = list[list[int]]  # its sequences, each of token ids
 
 
-def exit_status(main: Callable[[Sequence[str]], int], *flags: object) -> int:
+def exit_status(main: Callable[[Sequence[str]], int | None], *flags: object) -> int:
     """Runs a tool's command line in this process and returns the exit status of the tool."""
     try:
-        return main([str(flag) for flag in flags])
+        return main([str(flag) for flag in flags]) or 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
 

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,28 @@ def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) 
     (tmp_path / "domains.json").write_text(text)
     with pytest.raises(UserError, match=message):
         domain_names([f"{tmp_path}/w_text_document"])
+
+
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"part-{number:05}" for number in range(600)]
+    for part in ("a", "b"):
+        records = {name: DomainRecord(f"{name}_document", 1, 2, 3) for name in names}
+        (tmp_path / part).mkdir()
+        DomainsFile(TOKENIZER, records).save(tmp_path / part / "domains.json")
+    prefixes = [f"{tmp_path}/{part}/{name}_document" for part in ("a", "b") for name in names]
+    reads: list[Path] = []
+
+    def read_text(path: Path, encoding: str) -> str:
+        reads.append(path)
+        return path.read_bytes().decode(encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    started = time.process_time()
+    lookup = DomainLookup()
+    assert [lookup.name(prefix) for prefix in prefixes] == names * 2
+    assert all(lookup.record(prefix) for prefix in prefixes)
+    assert {lookup.tokenizer(prefix) for prefix in prefixes} == {TOKENIZER}
+    assert len(reads) == 2
+    assert domain_names(prefixes) == names * 2
+    assert len(reads) == 4
+    assert time.process_time() - started < 2

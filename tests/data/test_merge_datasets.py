@@ -138,17 +138,6 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 12_000  # kB; a list of 750,000 ints takes 27,000
 
 
-def test_nothing_of_torch_or_megatron_is_imported() -> None:
-    program = (
-        "import sys; from megatron_rw.data import merge_datasets, split_dataset, inspect_dataset;"
-        "print([name for name in ('torch', 'megatron') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
-
-
 ONE: list[Document] = [[[1, 2, 3]], [[4], [5, 6]]]
 
 
@@ -203,15 +192,10 @@ def test_inputs_that_do_not_fit_are_named(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_single_datasets_of_different_tokenizers_are_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spoiled(tmp_path, "sha256")
-    inputs = [tmp_path / name / "a_text_document" for name in ("first", "second")]
-    assert merge("--input", *inputs, "--output-prefix", tmp_path / "out") == 2
-    assert "second/a_text_document: its tokenizer is t/other.model" in capsys.readouterr().err
+    if spoil == "sha256":
+        inputs = [tmp_path / name / "a_text_document" for name in ("first", "second")]
+        assert merge("--input", *inputs, "--output-prefix", tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
 
 
 def change_table(prefix: Path, place: int, value: bytes) -> None:

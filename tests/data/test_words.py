@@ -64,12 +64,9 @@ def test_no_word_ends_inside_an_added_token(pattern: str, token: str) -> None:
     assert sum(token in word for word in words) == 3
 
 
-@pytest.mark.parametrize("pattern", [r"\w+", None])
-def test_unknown_patterns_have_no_words(pattern: str | None) -> None:
-    assert byte_level_words(pattern, ()) is None
-
-
-def test_an_added_token_with_white_space_leaves_no_words() -> None:
+def test_some_patterns_and_added_tokens_leave_no_words() -> None:
+    assert byte_level_words(r"\w+", ()) is None
+    assert byte_level_words(None, ()) is None
     assert byte_level_words(GPT2_WORDS, ["a b"]) is None
 
 
@@ -77,6 +74,7 @@ def test_words_of_sentencepiece() -> None:
     words = sentencepiece_words(["th", "the", " the", "))", "._", "12", "  "], SPACE)
     assert words is not None
     text = f" the  model((x_1)) 日本,12{SPACE}the \t "
+    assert sentencepiece_words(["of the"], SPACE) is None
     assert words.findall(text) == [
         *(" the", "  model", "((", "x", "_", "1", "))", " 日本", ",", "12", f"{SPACE}the"),
         *(" \t", " ", ""),
@@ -96,10 +94,6 @@ def test_no_word_ends_inside_a_piece(pieces: list[str], words: list[str]) -> Non
     pattern = sentencepiece_words(pieces, SPACE)
     assert pattern is not None
     assert list(filter(None, pattern.findall("f(v2,x"))) == words
-
-
-def test_a_piece_over_two_words_leaves_none() -> None:
-    assert sentencepiece_words(["of the"], SPACE) is None
 
 
 class Library:
@@ -193,16 +187,6 @@ def test_words_rest_by_what_they_lose(
         if library.texts == before:
             tried.append(batch)
     assert tried == tries
-
-
-def test_words_that_recur_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_LEAST_MEASURED", 1)
-    library = Library()
-    monkeypatch.setattr(words_module, "process_time", Clock(library, 99.0, 1.0))
-    tested = encoder(library)
-    for _ in range(10):
-        check(tested, [" a b c d e"])
-    assert library.texts == 1
 
 
 def test_small_batches_tell_nothing() -> None:

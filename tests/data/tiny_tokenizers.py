@@ -62,6 +62,14 @@ def train_sentencepiece(path: Path, **settings: Any) -> str:
     return str(path)
 
 
+def sentencepiece_flags(model: str) -> TokenizerFlags:
+    return TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+
+
+def huggingface_flags(directory: str) -> TokenizerFlags:
+    return TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
+
+
 def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
     """The tokenizer of a model with a chosen segment size."""
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
