@@ -22,20 +22,16 @@ from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.tokenizer_flags import (
     BYTE_LEVEL,
     TokenizerFlags,
-    add_tokenizer_flags,
-    tokenizer_flags,
 )
 from megatron_rw.errors import UserError
 
 __all__ = [
     "Tokenizer",
     "TokenizerFlags",
-    "add_tokenizer_flags",
     "end_of_document_id",
     "load_tokenizer",
     "model_sha256",
     "optimal_dtype",
-    "tokenizer_flags",
 ]
 
 _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {

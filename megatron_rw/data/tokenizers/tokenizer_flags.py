@@ -1,6 +1,5 @@
 """The command-line flags that choose a tokenizer, with Megatron's names and defaults."""
 
-from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -64,75 +63,3 @@ class TokenizerFlags(TokenizerOptions):
             raise UserError(
                 f"--tokenizer-type {BYTE_LEVEL} has no model; leave --tokenizer-model out"
             )
-
-
-def add_tokenizer_flags(parser: ArgumentParser) -> None:
-    """Adds the flags of `TokenizerFlags` to a tool's command line."""
-    defaults = TokenizerOptions()
-    group = parser.add_argument_group("tokenizer", "with the names and defaults of Megatron")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=TYPES,
-        default="SentencePieceTokenizer",
-        metavar="TYPE",
-        help=f"{', '.join(TYPES)} (%(default)s); {BYTE_LEVEL} gives the UTF-8 bytes and is "
-        "trained with --tokenizer-type NullTokenizer --vocab-size 257",
-    )
-    group.add_argument(
-        "--tokenizer-model",
-        metavar="PATH",
-        help="a SentencePiece .model, a Hugging Face directory, or tiktoken's .json vocabulary",
-    )
-    group.add_argument(
-        "--vocab-size", type=int, metavar="N", help="of TikTokenizer: number of token ids (131072)"
-    )
-    group.add_argument(
-        "--tokenizer-special-tokens",
-        nargs="+",
-        dest="special_tokens",
-        metavar="TOKEN",
-        help="of TikTokenizer and HuggingFaceTokenizer",
-    )
-    group.add_argument(
-        "--tiktoken-pattern", choices=["v1", "v2"], help="how text is cut into words (v2)"
-    )
-    group.add_argument(
-        "--tiktoken-num-special-tokens",
-        type=int,
-        default=defaults.tiktoken_num_special_tokens,
-        metavar="N",
-        help="first ids, kept for special tokens (%(default)s)",
-    )
-    group.add_argument(
-        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
-        dest="tokenizer_sentencepiece_ignore_extra_whitespaces",
-        action="store_false",
-        help="keep runs of spaces that the SentencePiece model would fold",
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
-        help="leave out what a Hugging Face tokenizer puts around every text, as <s>",
-    )
-
-
-def tokenizer_flags(args: Namespace) -> TokenizerFlags:
-    """Returns the flags of a command line that `add_tokenizer_flags` prepared.
-
-    Raises:
-        UserError: If they do not go together.
-    """
-    return TokenizerFlags(
-        tokenizer_type=args.tokenizer_type,
-        tokenizer_model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        tokenizer_special_tokens=(
-            None if args.special_tokens is None else tuple(args.special_tokens)
-        ),
-        tiktoken_pattern=args.tiktoken_pattern,
-        tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
-        tokenizer_sentencepiece_ignore_extra_whitespaces=(
-            args.tokenizer_sentencepiece_ignore_extra_whitespaces
-        ),
-        tokenizer_hf_no_include_special_tokens=args.tokenizer_hf_no_include_special_tokens,
-    )
