@@ -76,7 +76,9 @@ def measure(text: str, tokenizer: str, model: Path, ours: bool) -> dict[str, Any
     """Encodes the text once, in a new process."""
     encode: Callable[[str], Any]
     if ours:
-        loaded = load_tokenizer(TokenizerFlags(TYPES[tokenizer], str(model)))
+        loaded = load_tokenizer(
+            TokenizerFlags(tokenizer_type=TYPES[tokenizer], tokenizer_model=str(model))
+        )
         encode = partial(_encode_one, loaded)
     else:
         encode = encoder_of(tokenizer, model)()

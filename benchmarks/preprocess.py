@@ -39,8 +39,12 @@ import torch
 from benchmarks.bare_tokenizer import encode_only, encoder_of
 from benchmarks.kernels.record import about, results_file
 from benchmarks.measured import SAMPLE_SECONDS, Measured, run
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
 
-TYPES = {"sentencepiece": "SentencePieceTokenizer", "huggingface": "HuggingFaceTokenizer"}
+TYPES: dict[str, TokenizerType] = {
+    "sentencepiece": "SentencePieceTokenizer",
+    "huggingface": "HuggingFaceTokenizer",
+}
 # The corpus is one file, so that this is the name of what both tools write.
 NAME = "corpus"
 PAIR = (f"{NAME}_text_document.bin", f"{NAME}_text_document.idx")

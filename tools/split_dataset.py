@@ -1,8 +1,6 @@
 """Splits Megatron datasets into train, valid and test; see `--help`."""
 
-import sys
-
 from megatron_rw.data.split_dataset import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

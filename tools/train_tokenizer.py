@@ -1,8 +1,6 @@
 """Trains a SentencePiece tokenizer on JSON-lines text; see `--help`."""
 
-import sys
-
 from megatron_rw.data.train_tokenizer import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

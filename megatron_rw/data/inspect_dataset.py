@@ -1,30 +1,36 @@
 """Prints what is in Megatron datasets, whether they are whole, and what their documents say.
 
-Reads the index of each; `--check` reads every token as well. Exit status 1 when something is wrong
-with the data, 2 when the command is.
+It reads the index of each dataset, and with `--check` every token as well. The exit status is 1
+when something is wrong with the data, and 2 when the command line is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from megatron_rw.data.command import exit_status
-from megatron_rw.data.indexed import domains
+import tyro
+from tyro.conf import Positional, arg
+
+from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.checksums import checksums, expected, read_checksums
 from megatron_rw.data.indexed.documents import DatasetReader
+from megatron_rw.data.indexed.domains import FILE_NAME
+from megatron_rw.data.indexed.inputs import InputDataset, listed_datasets, single_datasets
 from megatron_rw.data.indexed.inspection import Report, inspect
 from megatron_rw.data.indexed.lengths import check_picture, draw
 from megatron_rw.data.indexed.pair import bin_path, idx_path
-from megatron_rw.data.tokenizers.decoding import decode, find, tokenizer_of
-from megatron_rw.data.tokenizers.tokenizer_flags import BYTE_LEVEL, add_tokenizer_flags
-from megatron_rw.errors import UserError
+from megatron_rw.data.tokenizers.decoding import DecodingFlags, decode, find
+from megatron_rw.errors import UserError, reported
 
-_EXAMPLE = """\
+_DESCRIPTION = """\
+Print what is in Megatron .bin/.idx datasets, and whether they are whole.
+
 examples:
   python tools/inspect_dataset.py data/train --check --picture lengths.png
   python tools/inspect_dataset.py data/train/wiki_text_document --document 17
@@ -32,219 +38,158 @@ examples:
   python tools/inspect_dataset.py data/train --checksum > data/train.sha256
   python tools/inspect_dataset.py /elsewhere/train --verify data/train.sha256
 """
+_ACTION = tyro.conf.create_mutex_group(required=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(DecodingFlags):
+    """The flags of inspect_dataset."""
+
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH [PATH ...]")]
+    """Directories of datasets, or datasets as paths without .bin and .idx."""
+
+    check: bool = False
+    """Read every token, and check that it is below the vocabulary's size and that each document
+    ends in the end-of-document token."""
+
+    picture: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Draw the lengths of documents into this file, .png or another format."""
+
+    json: bool = False
+    """Print JSON."""
+
+    document: Annotated[int | None, _ACTION, arg(metavar="K")] = None
+    """Print the text of document K, counted from 0."""
+
+    find: Annotated[str | None, _ACTION, arg(metavar="TEXT")] = None
+    """List the documents whose text contains TEXT, a line each."""
+
+    checksum: Annotated[bool, _ACTION] = False
+    """Print the SHA-256 of all files, as sha256sum does."""
+
+    verify: Annotated[Path | None, _ACTION, arg(metavar="FILE")] = None
+    """Compare the files with what --checksum printed."""
+
+    ids: bool = False
+    """With --document, print its token ids instead of its text."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise UserError("give the PATH of a dataset or of a directory of datasets")
+        shown = self.document is not None or self.find is not None
+        summed = self.checksum or self.verify is not None
+        if (self.check or self.picture) and (shown or summed):
+            raise UserError("--check and --picture go with the report only")
+        if self.ids and self.document is None:
+            raise UserError("--ids goes with --document")
+        if self.json and summed:
+            raise UserError("--json goes with the report, --document and --find")
+        if self.find == "":
+            raise UserError("--find needs a text")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
-    args = _parse(argv)
-    wrong = False
-
-    def body() -> None:
-        nonlocal wrong
+    """Runs the command line, and returns 1 if something is wrong with the data."""
+    with reported("inspecting datasets"):
+        config = parse(InspectConfig, argv, _DESCRIPTION)
         try:
-            wrong = _run(args)
+            wrong = _run(config)
             sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough
+        except BrokenPipeError:  # the reader, such as `| head`, needs no more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-    return exit_status(body) or int(wrong)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="inspect_dataset.py",
-        description="Print what is in Megatron .bin/.idx datasets, and whether they are whole.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="directories of datasets, or datasets: paths without .bin and .idx",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="read every token: is it below the vocabulary, and does each document end in the "
-        "end-of-document token",
-    )
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw the lengths of documents; .png or other"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    actions = parser.add_mutually_exclusive_group()
-    actions.add_argument(
-        "--document", type=int, metavar="K", help="print the text of document K, from 0"
-    )
-    actions.add_argument(
-        "--find", metavar="TEXT", help="list documents whose text contains TEXT, a line each"
-    )
-    actions.add_argument(
-        "--checksum", action="store_true", help="print the SHA-256 of all files, as sha256sum does"
-    )
-    actions.add_argument(
-        "--verify", type=Path, metavar="FILE", help="compare with what --checksum printed"
-    )
-    parser.add_argument(
-        "--ids", action="store_true", help="with --document: print its token ids instead"
-    )
-    add_tokenizer_flags(parser)
-    # Without a type and a model they are those that domains.json names.
-    parser.set_defaults(tokenizer_type=None)
-    args = parser.parse_args(argv)
-    report = args.document is None and args.find is None and not args.checksum and not args.verify
-    if (args.check or args.picture) and not report:
-        parser.error("--check and --picture go with the report only")
-    if args.ids and args.document is None:
-        parser.error("--ids goes with --document")
-    if args.json and (args.checksum or args.verify):
-        parser.error("--json goes with the report, --document and --find")
-    if args.find == "":
-        parser.error("--find needs a text")
-    return args
+            return 0
+    return int(wrong)
 
 
-def _run(args: argparse.Namespace) -> bool:
+def _run(config: InspectConfig) -> bool:
     """Returns whether something is wrong with the data."""
-    prefixes = [prefix for path in args.paths for prefix in _prefixes(path)]
-    if args.document is not None:
-        _print_document(prefixes, args)
-    elif args.find is not None:
-        _print_found(prefixes, args)
-    elif args.checksum:
-        for path, digest in checksums(_files(prefixes)):
+    datasets = [dataset for path in config.paths for dataset in _datasets(path)]
+    if config.document is not None:
+        _print_document(datasets, config, config.document)
+    elif config.find is not None:
+        _print_found(datasets, config, config.find)
+    elif config.checksum:
+        for path, digest in checksums(_files(datasets)):
             print(f"{digest}  {path}")
-    elif args.verify:
-        return _verify(prefixes, args.verify)
+    elif config.verify is not None:
+        return _verify(datasets, config.verify)
     else:
-        return _print_reports(prefixes, args)
+        return _print_reports(datasets, config)
     return False
 
 
-def _prefixes(path: Path) -> list[Path]:
+def _datasets(path: Path) -> list[InputDataset]:
     if not path.is_dir():
         if not idx_path(path).exists() and not bin_path(path).exists():
             raise UserError(
                 f"{path}: neither a directory nor a dataset's path without .bin and .idx"
             )
-        return [path]
-    if (path / domains.FILE_NAME).is_file():
-        try:
-            listed = domains.DomainsFile.load(path / domains.FILE_NAME).domains.values()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        return [path / record.prefix for record in listed]
+        return single_datasets([path])
+    if (path / FILE_NAME).is_file():
+        return listed_datasets(path, "PATH")
     prefixes = [index.with_suffix("") for index in sorted(path.glob("*.idx"))]
     if not prefixes:
         raise UserError(f"{path}: has no datasets; give a directory of .bin and .idx files")
-    return prefixes
+    return single_datasets(prefixes)
 
 
-def _record(prefix: Path) -> domains.TokenizerRecord | None:
-    try:
-        return domains.tokenizer_record(str(prefix))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _print_reports(prefixes: Sequence[Path], args: argparse.Namespace) -> bool:
-    if args.picture:
-        check_picture(args.picture)
-    reports = [_inspect(prefix, args) for prefix in prefixes]
-    if args.json:
+def _print_reports(datasets: Sequence[InputDataset], config: InspectConfig) -> bool:
+    if config.picture:
+        check_picture(config.picture)
+    reports = [_inspect(dataset, config) for dataset in datasets]
+    if config.json:
         print(json.dumps({"datasets": [report.summary() for report in reports]}, indent=2))
     else:
-        print("\n\n".join(_text(report) for report in reports))
-    drawn = {str(r.prefix): r.lengths for r in reports if r.lengths.documents}
-    if args.picture and drawn:
-        draw(drawn, args.picture)
+        print("\n\n".join(report.text() for report in reports))
+    drawn = {str(r.dataset.prefix): r.lengths for r in reports if r.lengths.documents}
+    if config.picture and drawn:
+        draw(drawn, config.picture)
     return any(report.problems for report in reports)
 
 
-def _inspect(prefix: Path, args: argparse.Namespace) -> Report:
-    record = _record(prefix)
-    vocab_size = eod = None
-    if args.check:
-        here = record is not None and (record.type == BYTE_LEVEL or Path(record.model).exists())
-        if args.tokenizer_model or args.tokenizer_type == BYTE_LEVEL or here:
-            tokenizer = tokenizer_of(args, record)
-            vocab_size = tokenizer.vocab_size
-            eod = tokenizer.eod if tokenizer.eod is not None and tokenizer.eod >= 0 else None
-    return inspect(prefix, args.check, vocab_size, eod)
+def _inspect(dataset: InputDataset, config: InspectConfig) -> Report:
+    if not config.check or not config.is_named(dataset.tokenizer):
+        return inspect(dataset, config.check)
+    tokenizer = config.load(dataset.tokenizer)
+    eod = tokenizer.eod if tokenizer.eod is not None and tokenizer.eod >= 0 else None
+    return inspect(dataset, config.check, tokenizer.vocab_size, eod)
 
 
-def _text(report: Report) -> str:
-    lines = [f"{report.prefix}: domain '{report.domain}'"]
-    if report.facts:
-        facts = dict(report.facts)
-        record, tokenizer = facts.pop("record"), facts.pop("tokenizer")
-        for name, value in facts.items():
-            lines.append(
-                f"  {name:<13}{value:,}" if isinstance(value, int) else f"  {name:<13}{value}"
-            )
-        listed = "nothing" if record is None else ", ".join(f"{k} {v}" for k, v in record.items())
-        lines.append(f"  {domains.FILE_NAME} {listed}")
-        if tokenizer:
-            model = f"{tokenizer['type']} {tokenizer['model']}"
-            lines.append(f"  tokenizer    {model}, vocabulary {tokenizer['vocab_size']:,}")
-            lines.append(f"  its sha256   {tokenizer['sha256']}")
-        if report.tokens_read:
-            lines.append(f"  largest id   {report.max_token_id:,}")
-            without = "not known: give --tokenizer-model"
-            if report.without_eod is not None:
-                without = f"{report.without_eod:,} (token {report.eod})"
-            lines.append(f"  without EOD  {without}")
-        counted = report.lengths.summary()
-        lines.append(
-            f"  a document   {counted['shortest']:,} to {counted['longest']:,} tokens, "
-            f"{counted['mean']:,.1f} on average"
-        )
-        lines.append(f"{'tokens':>27} {'documents':>15}")
-        lines += report.lengths.text()
-    lines += [f"  PROBLEM: {problem}" for problem in report.problems]
-    return "\n".join(lines)
-
-
-def _print_document(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
-    if len(prefixes) > 1:
+def _print_document(datasets: Sequence[InputDataset], config: InspectConfig, number: int) -> None:
+    if len(datasets) > 1:
         raise UserError(
-            f"--document: there are {len(prefixes)} datasets; give one of "
-            f"{', '.join(map(str, prefixes[:8]))}"
+            f"--document: there are {len(datasets)} datasets; give one of "
+            f"{', '.join(str(dataset.prefix) for dataset in datasets[:8])}"
         )
-    prefix = prefixes[0]
+    prefix = datasets[0].prefix
     with DatasetReader(prefix) as reader:
-        if not 0 <= args.document < reader.documents:
+        if not 0 <= number < reader.documents:
             raise UserError(
-                f"--document {args.document}: {prefix} has documents 0 to {reader.documents - 1}"
+                f"--document {number}: {prefix} has documents 0 to {reader.documents - 1}"
             )
-        ids = reader.document(args.document)
-    text = None
-    if not args.ids:
-        tokenizer = tokenizer_of(args, _record(prefix))
-        text = decode(tokenizer, ids)
-    if args.json:
-        content = {"prefix": str(prefix), "document": args.document, "ids": ids.tolist()}
+        ids = reader.document(number)
+    text = None if config.ids else decode(config.load(datasets[0].tokenizer), ids)
+    if config.json:
+        content = {"prefix": str(prefix), "document": number, "ids": ids.tolist()}
         print(json.dumps(content if text is None else {**content, "text": text}))
     else:
         print(" ".join(map(str, ids.tolist())) if text is None else text)
 
 
-def _print_found(prefixes: Sequence[Path], args: argparse.Namespace) -> None:
-    for prefix in prefixes:
-        tokenizer = tokenizer_of(args, _record(prefix))
-        with DatasetReader(prefix) as reader:
-            for number, count, context in find(reader, args.find, tokenizer):
-                if args.json:
+def _print_found(datasets: Sequence[InputDataset], config: InspectConfig, text: str) -> None:
+    for dataset in datasets:
+        tokenizer = config.load(dataset.tokenizer)
+        with DatasetReader(dataset.prefix) as reader:
+            for number, count, context in find(reader, text, tokenizer):
+                if config.json:
                     found = {"document": number, "count": count, "context": context}
-                    print(json.dumps({"prefix": str(prefix), **found}))
+                    print(json.dumps({"prefix": str(dataset.prefix), **found}))
                 else:
-                    print(f"{prefix} --document {number}: {count} times: {context!r}")
+                    print(f"{dataset.prefix} --document {number}: {count} times: {context!r}")
 
 
-def _files(prefixes: Sequence[Path]) -> list[Path]:
-    paths = [path(prefix) for prefix in prefixes for path in (bin_path, idx_path)]
+def _files(datasets: Sequence[InputDataset]) -> list[Path]:
+    paths = [path(dataset.prefix) for dataset in datasets for path in (bin_path, idx_path)]
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -253,9 +198,9 @@ def _files(prefixes: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _verify(prefixes: Sequence[Path], listing: Path) -> bool:
+def _verify(datasets: Sequence[InputDataset], listing: Path) -> bool:
     listed = read_checksums(listing)
-    wanted = {path: expected(path, listed) for path in _files(prefixes)}
+    wanted = {path: expected(path, listed) for path in _files(datasets)}
     failed = 0
     for path, digest in checksums(wanted):
         failed += digest != wanted[path]

@@ -40,7 +40,7 @@ from megatron_rw.data.text.chunks import Reading, chunk_size, tasks
 from megatron_rw.data.text.sentences import sentence_splitter
 from megatron_rw.data.text.shards import shard_of
 from megatron_rw.data.text.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, fingerprint, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, load_tokenizer, model_sha256
 from megatron_rw.data.tokenizers.tokenizer_flags import tokenizer_flags
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError
@@ -71,12 +71,12 @@ def _run(args: argparse.Namespace) -> None:
     flags = tokenizer_flags(args)
     tokenizer = load_tokenizer(flags)
     if args.append_eod:
-        eod = end_of_document_id(tokenizer, flags.model or flags.type)
+        eod = end_of_document_id(tokenizer, flags.tokenizer_model or flags.tokenizer_type)
         encoding = dataclasses.replace(encoding, eod=eod)
     record = domains.TokenizerRecord(
-        type=flags.type,
-        model=flags.model or flags.type,
-        sha256=fingerprint(flags.model),
+        type=flags.tokenizer_type,
+        model=flags.tokenizer_model or flags.tokenizer_type,
+        sha256=model_sha256(flags.tokenizer_model),
         vocab_size=tokenizer.vocab_size,
     )
     settings = _settings(args, reading, record)

@@ -1,163 +1,158 @@
-"""Sets held out of Megatron datasets, of which no two share a document.
+"""Splits Megatron datasets into training, validation and test sets that share no document.
 
-Which set a document goes to is read off a seeded hash of its tokens. So all copies of a document
-go to the same set, of whatever domain they are, and neither the order of the documents nor how
-they were sharded matters. Memory does not grow with the number of documents.
+A seeded hash of a document's tokens decides which set it goes to. So all copies of a document go to
+the same set, whatever their domain, and neither the order of the documents nor their shards matter.
+Memory does not grow with the number of documents.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import tyro
+from tyro.conf import arg
 
-from megatron_rw.data.command import exit_status
-from megatron_rw.data.indexed import domains
+from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
+from megatron_rw.data.indexed.domains import DomainRecord
 from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
+from megatron_rw.data.indexed.inputs import InputDataset, listed_datasets, single_datasets
 from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.progress import Progress
 from megatron_rw.data.text.dedup import hash_documents
-from megatron_rw.errors import UserError
+from megatron_rw.errors import UserError, reported
 
-_EXAMPLE = """\
+_DESCRIPTION = """\
+Split Megatron .bin/.idx datasets into train, valid and test, of which no two share a document.
+
 example:
   python tools/split_dataset.py --input data/all --output-dir data --valid-fraction 0.005 \\
       --test-documents 1000
   then train with --train-data-path $(cat data/train/blend.txt) \\
       --valid-data-path $(cat data/valid/blend.txt) --test-data-path $(cat data/test/blend.txt)
 """
+_VALID = tyro.conf.create_mutex_group(required=False)
+_TEST = tyro.conf.create_mutex_group(required=False)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
-    args = _parse(argv)
-    return exit_status(lambda: _run(args))
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """The flags of split_dataset."""
+
+    input: Annotated[Path, arg(metavar="PATH")]
+    """A directory of preprocess_data, or a dataset's path without .bin and .idx."""
+
+    output_dir: Annotated[Path, arg(metavar="DIR")]
+    """The directory for the directories train, valid and test, each with datasets, domains.json and
+    blend.txt."""
+
+    overwrite: bool = False
+    """Replace the datasets that are there already."""
+
+    valid_fraction: Annotated[float | None, _VALID, arg(metavar="F")] = None
+    """Hold out about this fraction of the documents for validation."""
+
+    valid_documents: Annotated[int | None, _VALID, arg(metavar="N")] = None
+    """Hold out N documents of each domain, and the copies of them, for validation."""
+
+    test_fraction: Annotated[float | None, _TEST, arg(metavar="F")] = None
+    """Hold out about this fraction of the documents for test."""
+
+    test_documents: Annotated[int | None, _TEST, arg(metavar="N")] = None
+    """Hold out N documents of each domain, and the copies of them, for test."""
+
+    seed: Annotated[int, arg(metavar="N")] = 1234
+    """Another seed makes another choice."""
+
+    def __post_init__(self) -> None:
+        for name in SETS[1:]:
+            fraction, documents = (
+                getattr(self, f"{name}_{of}") for of in ("fraction", "documents")
+            )
+            if fraction is not None and not 0 < fraction < 1:
+                raise UserError(f"--{name}-fraction {fraction}: give a number between 0 and 1")
+            if documents is not None and documents < 1:
+                raise UserError(f"--{name}-documents {documents}: give a number of at least 1")
+        if self.valid == self.test == Share():
+            raise UserError("hold something out: --valid-fraction, --valid-documents, --test-...")
+        if self.valid.fraction + self.test.fraction >= 1:
+            raise UserError("--valid-fraction and --test-fraction leave nothing to train on")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"--seed {self.seed}: give a number from 0 to 2^64 - 1")
+
+    @property
+    def valid(self) -> Share:
+        """How much to hold out for validation."""
+        return Share(self.valid_fraction or 0.0, self.valid_documents or 0)
+
+    @property
+    def test(self) -> Share:
+        """How much to hold out for test."""
+        return Share(self.test_fraction or 0.0, self.test_documents or 0)
+
+    @property
+    def sets(self) -> list[str]:
+        """The names of the sets to write."""
+        shares = zip(SETS[1:], (self.valid, self.test), strict=True)
+        return [SETS[0], *(name for name, share in shares if share != Share())]
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="split_dataset.py",
-        description="Split Megatron .bin/.idx datasets into train, valid and test, of which no two "
-        "share a document.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="a directory of preprocess_data, or a dataset's path without .bin and .idx",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="gets the directories train, valid and test, each with datasets, domains.json and "
-        "blend.txt",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the datasets that are there already"
-    )
-    for name in SETS[1:]:
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument(
-            f"--{name}-fraction", type=float, metavar="F", help="about this part of the documents"
-        )
-        group.add_argument(
-            f"--{name}-documents",
-            type=int,
-            metavar="N",
-            help="N documents of each domain, and the copies of them",
-        )
-    parser.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="another one, another choice (1234)"
-    )
-    args = parser.parse_args(argv)
-    args.shares = [_share(parser, args, name) for name in SETS[1:]]
-    if not any(args.shares):
-        parser.error("hold something out: --valid-fraction, --valid-documents, --test-...")
-    if sum(share.fraction for share in args.shares if share) >= 1:
-        parser.error("--valid-fraction and --test-fraction leave nothing to train on")
-    if not 0 <= args.seed < 1 << 64:
-        parser.error("--seed must be from 0 to 2^64 - 1")
-    return args
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    with reported("splitting datasets"):
+        _run(parse(SplitConfig, argv, _DESCRIPTION))
 
 
-def _share(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> Share | None:
-    fraction = getattr(args, f"{name}_fraction")
-    documents = getattr(args, f"{name}_documents")
-    if fraction is not None and not 0 < fraction < 1:
-        parser.error(f"--{name}-fraction must be between 0 and 1")
-    if documents is not None and documents < 1:
-        parser.error(f"--{name}-documents must be at least 1")
-    if fraction is None and documents is None:
-        return None
-    return Share(fraction or 0.0, documents or 0)
-
-
-def _run(args: argparse.Namespace) -> None:
-    inputs, tokenizer = _inputs(args.input)
-    names = [name for name, share in zip(SETS, [True, *args.shares], strict=True) if share]
-    outputs = {name: check_output_dir(args.output_dir / name, args.overwrite) for name in names}
-    if args.input.resolve() in [path.resolve() for path in outputs.values()]:
-        raise UserError(f"--output-dir {args.output_dir}: --input would be replaced")
-    size = sum(map(_size, inputs.values()))
-    root = args.output_dir.absolute()
+def _run(config: SplitConfig) -> None:
+    source = config.input
+    inputs = listed_datasets(source, "--input") if source.is_dir() else single_datasets([source])
+    outputs = {
+        name: check_output_dir(config.output_dir / name, config.overwrite) for name in config.sets
+    }
+    if source.resolve() in [path.resolve() for path in outputs.values()]:
+        raise UserError(f"--output-dir {config.output_dir}: --input would be replaced")
+    size = sum(_checked_size(dataset) for dataset in inputs)
+    root = config.output_dir.absolute()
     root.mkdir(parents=True, exist_ok=True)
     check_space(root, size)
     with tempfile.TemporaryDirectory(dir=root, prefix=".split_dataset-") as directory:
         scratch = Path(directory)
-        hashes = _hash(inputs, scratch, args.seed, size)
-        held_out = choose(hashes, *args.shares)
-        records = _write(inputs, hashes, held_out, scratch, names)
+        hashes = _hash(inputs, scratch, config.seed, size)
+        held_out = choose(hashes, config.valid, config.test)
+        records = _write(inputs, hashes, held_out, scratch, config.sets, size)
         for name, path in outputs.items():
             path.mkdir(exist_ok=True)
-            publish(scratch / name, path, records[name], blend_weights(records[name]), tokenizer)
-    for name in names:
+            blend = blend_weights(records[name])
+            publish(scratch / name, path, records[name], blend, inputs[0].tokenizer)
+    for name in config.sets:
         print(f"{name}:\n{table(records[name])}")
 
 
-def _inputs(path: Path) -> tuple[dict[str, Path], domains.TokenizerRecord | None]:
-    """Returns domain to dataset, and the tokenizer if a `domains.json` tells it."""
-    try:
-        if not path.is_dir():
-            name = domains.domain_names([str(path)])[0]
-            return {name: path}, domains.tokenizer_record(str(path))
-        if not (path / domains.FILE_NAME).is_file():
-            raise UserError(
-                f"--input {path}: has no {domains.FILE_NAME}; give a directory of preprocess_data, "
-                "or a dataset's path without .bin and .idx"
-            )
-        content = domains.DomainsFile.load(path / domains.FILE_NAME)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    inputs = {name: path / record.prefix for name, record in content.domains.items()}
-    return inputs, content.tokenizer
-
-
-def _size(prefix: Path) -> int:
-    """Returns the bytes of a dataset's tokens, which are seen to be whole."""
-    with DatasetReader(prefix) as reader:
+def _checked_size(dataset: InputDataset) -> int:
+    """Checks that a dataset is whole, and returns the bytes of its tokens."""
+    with DatasetReader(dataset.prefix) as reader:
         return reader.tokens * reader.dtype.itemsize
 
 
-def _hash(inputs: Mapping[str, Path], scratch: Path, seed: int, size: int) -> dict[str, Path]:
-    """Writes the hash of every document down, so that the tokens are hashed only once."""
+def _hash(inputs: Sequence[InputDataset], scratch: Path, seed: int, size: int) -> dict[str, Path]:
+    """Writes the hash of every document to files, so that tokens are hashed only once."""
     progress = Progress("split_dataset: hashing", size)
     key = seed.to_bytes(8, "little")
-    paths = {name: scratch / f"hashes-{number}" for number, name in enumerate(inputs)}
-    for name, prefix in inputs.items():
-        with DatasetReader(prefix) as reader, paths[name].open("wb") as file:
+    paths: dict[str, Path] = {}
+    for dataset in inputs:
+        paths[dataset.domain] = scratch / f"hashes-{len(paths)}"
+        with (
+            DatasetReader(dataset.prefix) as reader,
+            paths[dataset.domain].open("wb") as file,
+        ):
             for block in reader.blocks():
                 digests = hash_documents(reader.read(block), block.tokens, key)
                 file.write(digests.view(np.uint64)[:, 0].tobytes())
@@ -166,24 +161,26 @@ def _hash(inputs: Mapping[str, Path], scratch: Path, seed: int, size: int) -> di
 
 
 def _write(
-    inputs: Mapping[str, Path],
+    inputs: Sequence[InputDataset],
     hashes: Mapping[str, Path],
     held_out: HeldOut,
     scratch: Path,
     names: Sequence[str],
-) -> dict[str, dict[str, domains.DomainRecord]]:
+    size: int,
+) -> dict[str, dict[str, DomainRecord]]:
     """Writes every set's datasets into `scratch`; returns set to domain to what is in it."""
-    records: dict[str, dict[str, domains.DomainRecord]] = {name: {} for name in names}
+    records: dict[str, dict[str, DomainRecord]] = {name: {} for name in names}
     for name in names:
         (scratch / name).mkdir()
-    progress = Progress("split_dataset: writing", sum(map(_size, inputs.values())))
-    for domain, prefix in inputs.items():
+    progress = Progress("split_dataset: writing", size)
+    for dataset in inputs:
+        file_name = dataset.prefix.name
         largest = dict.fromkeys(names, 0)
         with ExitStack() as stack:
-            reader = stack.enter_context(DatasetReader(prefix))
-            file = stack.enter_context(hashes[domain].open("rb"))
+            reader = stack.enter_context(DatasetReader(dataset.prefix))
+            file = stack.enter_context(hashes[dataset.domain].open("rb"))
             writers = {
-                name: stack.enter_context(PairWriter(scratch / name / prefix.name, reader.dtype))
+                name: stack.enter_context(PairWriter(scratch / name / file_name, reader.dtype))
                 for name in names
             }
             for block in reader.blocks():
@@ -195,11 +192,11 @@ def _write(
                 progress.advance(block.size)
             for name, writer in writers.items():
                 writer.finalize()
-                records[name][domain] = domains.DomainRecord(
-                    prefix.name, writer.documents, writer.tokens, largest[name]
+                records[name][dataset.domain] = DomainRecord(
+                    file_name, writer.documents, writer.tokens, largest[name]
                 )
     return records
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -147,8 +147,7 @@ def expanded(paths: Sequence[str]) -> list[str]:
     """The dataset prefixes of a `--data-path`: without weights, folders by their domains.json.
 
     Raises:
-        UserError: a folder has none.
-        ValueError: one is malformed.
+        UserError: a folder has none, or a malformed one.
     """
     prefixes, _ = get_blend_from_list(list(paths))
     return [p for prefix in prefixes for p in _expanded(prefix)]

@@ -1,7 +1,7 @@
 """Datasets that megatron.core writes and reads, for the tests of what copies them."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,14 @@ from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, Tokenize
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
 type Document = list[list[int]]  # its sequences, each of token ids
+
+
+def exit_status(main: Callable[[Sequence[str]], int | None], *flags: object) -> int:
+    """Runs a tool's command line in this process and returns the exit status of the tool."""
+    try:
+        return main([str(flag) for flag in flags]) or 0
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
 
 
 def write_dataset(

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.indexed.domains import (
+    DomainLookup,
     DomainRecord,
     DomainsFile,
     TokenizerRecord,
     domain_names,
-    domain_record,
 )
+from megatron_rw.errors import UserError
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
@@ -78,7 +80,7 @@ def test_format_is_the_documented_one(tmp_path: Path) -> None:
 )
 def test_without_a_file_the_basename_names_the_domain(prefix: str, name: str) -> None:
     assert domain_names([prefix]) == [name]
-    assert domain_record(prefix) is None
+    assert DomainLookup().record(prefix) is None
 
 
 def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
@@ -87,8 +89,8 @@ def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
     other.mkdir()
     prefixes = [f"{tmp_path}/w_text_document", f"{tmp_path}/x_text_document", f"{other}/w_document"]
     assert domain_names(prefixes) == ["wiki", "x", "w"]
-    assert domain_record(prefixes[0]) == DomainRecord("w_text_document", 185, 123456, 4095)
-    assert domain_record(prefixes[1]) is None
+    assert DomainLookup().record(prefixes[0]) == DomainRecord("w_text_document", 185, 123456, 4095)
+    assert DomainLookup().record(prefixes[1]) is None
 
 
 def test_a_relative_prefix_without_a_directory(
@@ -132,7 +134,7 @@ def test_a_malformed_file_is_an_error_that_names_it(
     change(content)
     path = tmp_path / "domains.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         domain_names([f"{tmp_path}/w_text_document"])
     assert str(path) in str(caught.value)
     assert "tools/preprocess_data.py" in str(caught.value)
@@ -141,5 +143,30 @@ def test_a_malformed_file_is_an_error_that_names_it(
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object")])
 def test_a_file_that_is_no_json_object(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "domains.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         domain_names([f"{tmp_path}/w_text_document"])
+
+
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"part-{number:05}" for number in range(600)]
+    for part in ("a", "b"):
+        records = {name: DomainRecord(f"{name}_document", 1, 2, 3) for name in names}
+        (tmp_path / part).mkdir()
+        DomainsFile(TOKENIZER, records).save(tmp_path / part / "domains.json")
+    prefixes = [f"{tmp_path}/{part}/{name}_document" for part in ("a", "b") for name in names]
+    reads: list[Path] = []
+
+    def read_text(path: Path, encoding: str) -> str:
+        reads.append(path)
+        return path.read_bytes().decode(encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    started = time.process_time()
+    lookup = DomainLookup()
+    assert [lookup.name(prefix) for prefix in prefixes] == names * 2
+    assert all(lookup.record(prefix) for prefix in prefixes)
+    assert {lookup.tokenizer(prefix) for prefix in prefixes} == {TOKENIZER}
+    assert len(reads) == 2
+    assert domain_names(prefixes) == names * 2
+    assert len(reads) == 4
+    assert time.process_time() - started < 2

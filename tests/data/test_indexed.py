@@ -120,11 +120,17 @@ def test_tokens_without_a_document_are_a_mistake(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "no such file; give a dataset's path without"),
-        (b"MMIDIDX", "no index of a Megatron dataset"),
-        (b"PK" + bytes(60), "no index of a Megatron dataset"),
-        (indexed.HEADER.pack(indexed.MAGIC, 2, 8, 0, 1), "version 2 and type 8 are unknown"),
-        (indexed.HEADER.pack(indexed.MAGIC, 1, 99, 0, 1), "version 1 and type 99 are unknown"),
-        (indexed.HEADER.pack(indexed.MAGIC, 1, 8, 3, 4), "34 bytes, where its header tells of 102"),
+        (b"MMIDIDX", "is no index of a dataset"),
+        (b"PK" + bytes(60), "is no index of a dataset"),
+        (indexed.HEADER.pack(indexed.MAGIC, 2, 8, 0, 1), "version 2 and type 8"),
+        (
+            indexed.HEADER.pack(indexed.MAGIC, 1, 99, 0, 1),
+            "version 1 and type 99",
+        ),
+        (
+            indexed.HEADER.pack(indexed.MAGIC, 1, 8, 3, 4),
+            "34 bytes, and its header tells of 102",
+        ),
     ],
 )
 def test_a_bad_index_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -132,4 +138,4 @@ def test_a_bad_index_is_named(tmp_path: Path, content: bytes | None, message: st
         (tmp_path / "a.idx").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         Index.open(tmp_path / "a")
-    assert str(error.value).startswith(f"{tmp_path / 'a.idx'}: ")
+    assert str(error.value).startswith(f"{tmp_path / 'a.idx'}")

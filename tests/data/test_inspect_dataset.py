@@ -16,23 +16,31 @@ from PIL import Image
 
 from megatron_rw.data import inspect_dataset
 from megatron_rw.data.indexed import documents as blocks
+from megatron_rw.data.indexed.checksums import expected, read_checksums
 from megatron_rw.data.indexed.domains import DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.integrity import fingerprint
-from megatron_rw.data.indexed.lengths import Lengths
+from megatron_rw.data.indexed.lengths import Lengths, check_picture
 from megatron_rw.data.indexed.pair import HEADER
 from megatron_rw.data.tokenizers import decoding
-from megatron_rw.data.tokenizers.tokenizer import fingerprint as sha256
-from megatron_rw.data.tokenizers.tokenizer import load_tokenizer
-from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
+from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
-from tests.data.datasets import TOKENIZER, Document, record, write_dataset, write_directory
+from tests.data.datasets import (
+    TOKENIZER,
+    Document,
+    exit_status,
+    record,
+    write_dataset,
+    write_directory,
+)
+from tests.data.tiny_tokenizers import sentencepiece_flags
 
 EOD = 2
 
 
 def inspect(*flags: object) -> int:
     decoding._load.cache_clear()
-    return inspect_dataset.main([str(flag) for flag in flags])
+    return exit_status(inspect_dataset.main, *flags)
 
 
 def report(capsys: pytest.CaptureFixture[str], *flags: object) -> tuple[int, list[dict[str, Any]]]:
@@ -48,12 +56,13 @@ def texts() -> list[str]:
 @pytest.fixture
 def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
     """A directory of two domains, of 20 and 10 texts; every third has no end-of-document token."""
-    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = load_tokenizer(sentencepiece_flags(model))
     documents: list[Document] = [
         [[*tokenizer.encode_batch([text])[0].tolist(), *([EOD] if number % 3 else [])]]
         for number, text in enumerate(texts)
     ]
-    made_by = TokenizerRecord("SentencePieceTokenizer", model, sha256(model), tokenizer.vocab_size)
+    digest = model_sha256(model)
+    made_by = TokenizerRecord("SentencePieceTokenizer", model, digest, tokenizer.vocab_size)
     return write_directory(tmp_path / "in", {"a": documents[:20], "b": documents[20:]}, made_by)
 
 
@@ -115,13 +124,8 @@ def test_every_token_is_checked_on_request(
     ]
     assert inspect(corpus, "--check") == 0
     assert "without EOD  7 (token 2)" in capsys.readouterr().out
-
-
-def test_without_a_tokenizer_the_ends_are_not_known(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_dataset(tmp_path / "a", [[[1, 2]]])
-    assert inspect(tmp_path / "a", "--check") == 0
+    (corpus / "domains.json").unlink()
+    assert inspect(corpus, "--check") == 0
     assert "without EOD  not known: give --tokenizer-model" in capsys.readouterr().out
 
 
@@ -144,7 +148,7 @@ def claim(directory: Path, **claims: Any) -> None:
     ("spoil", "problem"),
     [
         (lambda d: (d / "a_text_document.bin").unlink(), "a_text_document.bin: no such file"),
-        (lambda d: change(d / "a_text_document.idx", 0, b"x"), "no index of a Megatron dataset"),
+        (lambda d: change(d / "a_text_document.idx", 0, b"x"), "is no index of a dataset"),
         (
             lambda d: change(d / "a_text_document.idx", HEADER.size + 20, struct.pack("<q", 2)),
             "document 1 does not begin where the lengths of those before it say",
@@ -203,36 +207,22 @@ def test_a_picture_is_drawn(corpus: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "lengths.png"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("lengths.txt", "lengths.txt: no kind of picture; name it ."),
-        ("gone/lengths.png", "there is no directory"),
-    ],
-)
-def test_a_picture_that_cannot_be_drawn_is_told_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_dataset(tmp_path / "a", ONE)
-    assert inspect(tmp_path / "a", "--picture", tmp_path / name) == 2
-    output = capsys.readouterr()
-    assert message in output.err
-    assert output.out == ""
-
-
-def test_a_picture_without_matplotlib_has_a_remedy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    with pytest.raises(UserError, match=r"lengths.txt: no kind of picture; name it \."):
+        check_picture(tmp_path / "lengths.txt")
+    with pytest.raises(UserError, match="there is no directory"):
+        check_picture(tmp_path / "gone" / "lengths.png")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    write_dataset(tmp_path / "a", ONE)
-    assert inspect(tmp_path / "a", "--picture", tmp_path / "a.png") == 2
-    assert "not installed; run: pip install matplotlib" in capsys.readouterr().err
+    with pytest.raises(UserError, match="not installed; run: pip install matplotlib"):
+        check_picture(tmp_path / "lengths.png")
 
 
 def test_a_document_is_decoded(
-    corpus: Path, texts: list[str], model: str, capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, texts: list[str], model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer = load_tokenizer(sentencepiece_flags(model))
     for name, number, text in (("a", 0, texts[0]), ("a", 19, texts[19]), ("b", 4, texts[24])):
         prefix = corpus / f"{name}_text_document"
         assert inspect(prefix, "--document", number) == 0
@@ -242,16 +232,9 @@ def test_a_document_is_decoded(
         found = json.loads(capsys.readouterr().out)
         ending = [EOD] if texts.index(text) % 3 else []
         assert found == {"prefix": str(prefix), "document": number, "ids": ids + ending}
-
-
-def test_the_text_of_a_document_in_several_sequences(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
-    ids = tokenizer.encode_batch(["the model reads a batch of text"])[0].tolist()
-    prefix = write_dataset(tmp_path / "a", [[[5]], [ids[:3], ids[3:]], [[6]]])
+    prefix = write_dataset(tmp_path / "parts", [[[5]], [ids[:3], ids[3:]], [[6]]])
     assert inspect(prefix, "--document", 1, "--tokenizer-model", model) == 0
-    assert capsys.readouterr().out == "the model reads a batch of text\n"
+    assert capsys.readouterr().out == tokenizer.detokenize(ids) + "\n"
 
 
 def test_another_tokenizer_than_recorded_is_told(
@@ -264,7 +247,7 @@ def test_another_tokenizer_than_recorded_is_told(
     assert inspect(prefix, "--document", 0) == 0
     error = capsys.readouterr().err
     assert f"warning: {model} is not the tokenizer that made this dataset" in error
-    assert sha256(model) in error
+    assert model_sha256(model) in error
     assert "abab" in error
     gone = dataclasses.replace(content.tokenizer, model=str(tmp_path / "gone.model"))
     DomainsFile(gone, content.domains).save(corpus / "domains.json")
@@ -284,6 +267,10 @@ def test_another_tokenizer_than_recorded_is_told(
         (["bare", "--find", "a"], "no domains.json tells which tokenizer"),
         (["gone"], "gone: neither a directory nor a dataset's path"),
         (["."], ".: has no datasets"),
+        ("a --document 1 --check".split(), "--check and --picture go with the report only"),
+        ("a --ids".split(), "--ids goes with --document"),
+        ("a --checksum --json".split(), "--json goes with"),
+        ("a --checksum --find x".split(), "--checksum"),
     ],
 )
 def test_what_cannot_be_shown_is_told(
@@ -307,9 +294,8 @@ def test_an_id_beyond_the_vocabulary_cannot_be_decoded(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prefix = write_dataset(tmp_path / "a", [[[1, 400]]])
-    for flags in (["--document", 0], ["--find", "a"]):
-        assert inspect(prefix, *flags, "--tokenizer-model", model) == 2
-        assert "a token id is 400, and the tokenizer has 400" in capsys.readouterr().err
+    assert inspect(prefix, "--document", 0, "--tokenizer-model", model) == 2
+    assert "a token id is 400, and the tokenizer has 400" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["345", "very from eas", "日本", "café", "not in any of them"])
@@ -322,22 +308,22 @@ def test_documents_that_contain_a_text_are_listed(
     text: str,
 ) -> None:
     monkeypatch.setattr(blocks, "_DOCUMENTS", 7)
-    tokenizer: Any = load_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
+    tokenizer: Any = load_tokenizer(sentencepiece_flags(model))
     decoded = [
         tokenizer.detokenize(tokenizer.encode_batch([original])[0].tolist()) for original in texts
     ]
-    expected = [
+    containing = [
         (str(corpus / f"{'a' if i < 20 else 'b'}_text_document"), i % 20, document.count(text))
         for i, document in enumerate(decoded)
         if text in document
     ]
-    assert (text == "not in any of them") == (not expected)
+    assert (text == "not in any of them") == (not containing)
     assert inspect(corpus, "--find", text, "--json") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(f["prefix"], f["document"], f["count"]) for f in found] == expected
+    assert [(f["prefix"], f["document"], f["count"]) for f in found] == containing
     assert all(text in f["context"] and len(f["context"]) <= len(text) + 80 for f in found)
     assert inspect(corpus, "--find", text) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(expected)
+    assert len(capsys.readouterr().out.splitlines()) == len(containing)
 
 
 def test_checksums_are_those_of_sha256sum(
@@ -367,30 +353,10 @@ def test_checksums_are_those_of_sha256sum(
         (f"{'ab' * 32}  x/a.bin\n{'cd' * 32}  y/a.bin\n", "--verify: lists several a.bin"),
     ],
 )
-def test_a_listing_of_something_else_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], listing: str, message: str
-) -> None:
-    write_dataset(tmp_path / "a", ONE)
+def test_a_listing_of_something_else_is_refused(tmp_path: Path, listing: str, message: str) -> None:
     (tmp_path / "listing").write_text(listing)
-    assert inspect(tmp_path / "a", "--verify", tmp_path / "listing") == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--document 1 --check", "--check and --picture go with the report only"),
-        ("--ids", "--ids goes with --document"),
-        ("--checksum --json", "--json goes with"),
-        ("--checksum --find x", "not allowed with"),
-    ],
-)
-def test_flags_that_make_no_sense(
-    capsys: pytest.CaptureFixture[str], flags: str, message: str
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        inspect("a", *flags.split())
-    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=message):
+        expected(tmp_path / "a.bin", read_checksums(tmp_path / "listing"))
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:

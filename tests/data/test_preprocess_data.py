@@ -138,7 +138,7 @@ def test_megatron_reads_the_blend(tmp_path: Path, corpus: list[Path], model: str
     assert all(os.path.isabs(prefix) for prefix in prefixes)
     assert domains.domain_names(prefixes) == ["first", "second"]
     tokens = [sum(map(len, read_back(prefix)[1])) for prefix in prefixes]
-    records = [domains.domain_record(prefix) for prefix in prefixes]
+    records = [domains.DomainLookup().record(prefix) for prefix in prefixes]
     assert [record.tokens for record in records if record] == tokens
     assert weights == pytest.approx([count / sum(tokens) for count in tokens], rel=1e-5)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.tokenizers.huggingface_tokenizer import known_words
+from megatron_rw.data.tokenizers.huggingface_tokenizer import known_word_pattern
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     LATER_WORDS,
-    SegmentEncoder,
+    CutTextEncoder,
+    cut_text,
     cuts_between_words,
-    split,
 )
-from megatron_rw.data.tokenizers.word_cache import WordEncoder
+from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
     IN_WORDS,
@@ -36,25 +35,12 @@ from tests.data.tiny_tokenizers import (
     train_sentencepiece,
 )
 
-NASTY = (
+NASTY = [
     *(" ", "  ", "\t", "\n", "\r\n", "\n\n ", "\u2581", " \u2581 ", "\u3000", "\xa0", "\u2028"),
-    *(
-        "the",
-        " model",
-        "a b",
-        "x",
-        "I'll",
-        "'s",
-        " 'LL ",
-        "1234567",
-        " 12 ",
-        "_",
-        "://",
-        "def f(x):",
-    ),
+    *("the", " model", "a b", "x", "I'll", "'s", " 'LL ", "1234567", " 12 ", "_", "://", "f(x):"),
     *("日本", "é", "e\u0301", " \u0301", "\ufb01", "😀", "👩\u200d💻", "\U0001d400", "ŉ", "\u200b"),
     *("<s>", "</s>", " <tool> ", "<unk>", "☯", "z" * 30, "ab" * 20, "\x00"),
-)
+]
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(NASTY),
@@ -74,11 +60,10 @@ class Cut:
     whole: Callable[[str], list[int]]
 
 
-def segments_of(tokenizer: Any) -> SegmentEncoder:
-    """What the tokenizer does where it does not encode in words."""
-    encoder = tokenizer._encoder
-    assert isinstance(encoder, SegmentEncoder | WordEncoder)
-    return encoder.segments if isinstance(encoder, WordEncoder) else encoder
+def segments_of(tokenizer: Any) -> CutTextEncoder:
+    """The encoder that the tokenizer uses where it does not encode in words."""
+    encoder: CutTextEncoder | CachedWordEncoder = tokenizer._encoder
+    return encoder.segments if isinstance(encoder, CachedWordEncoder) else encoder
 
 
 def check_cutting(cut: Cut, text: str, size: int) -> None:
@@ -97,10 +82,11 @@ def check_cutting(cut: Cut, text: str, size: int) -> None:
 def test_words(pattern: str, text: str, size: int) -> None:
     """Whatever the vocabulary: a cut leaves every word whole and makes no other words."""
     words = Split(Regex(pattern), "isolated", False).pre_tokenize_str
-    segments = split(text, cuts_between_words(pattern), size)
+    segments = cut_text(text, cuts_between_words(pattern), size)
     assert [word for word, _ in words(text)] == [
         word for segment in segments for word, _ in words(segment)
     ]
+    assert all(len(segment) >= size for segment in segments[:-1])
 
 
 @pytest.fixture(scope="module", params=SENTENCEPIECE)
@@ -111,7 +97,7 @@ def cut_sentencepiece(
     model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
     of_size = {size: sentencepiece_of(model, size) for size in range(1, 41)}
     assert (segments_of(of_size[1]).next_cut is None) == (request.param in UNCUT)
-    assert isinstance(of_size[1]._encoder, WordEncoder) == (request.param in IN_WORDS)
+    assert isinstance(of_size[1]._encoder, CachedWordEncoder) == (request.param in IN_WORDS)
     return Cut(of_size, of_size[1]._processor.encode)
 
 
@@ -134,7 +120,7 @@ def test_sentencepiece(cut_sentencepiece: Cut, text: str, size: int) -> None:
 def cut_huggingface(request: pytest.FixtureRequest) -> Cut:
     tokenizer = train_huggingface(pattern=request.param)
     of_size = {size: huggingface_of(tokenizer, size) for size in range(1, 41)}
-    assert isinstance(of_size[1]._encoder, WordEncoder)
+    assert isinstance(of_size[1]._encoder, CachedWordEncoder)
     return Cut(of_size, lambda text: tokenizer.encode(text).ids)
 
 
@@ -145,19 +131,11 @@ def test_huggingface(cut_huggingface: Cut, text: str, size: int) -> None:
     check_cutting(cut_huggingface, text, size)
 
 
-def test_special_tokens_stand_around_the_text(tmp_path: Path) -> None:
-    tokenizer = train_huggingface(bos=True)
-    text = "the model reads"
-    assert huggingface_of(tokenizer, 5).encode_batch([text])[0].tolist() == (
-        tokenizer.encode(text).ids
-    )
-
-
 def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_words() -> None:
     tokenizer = train_huggingface()
     tokenizer.add_tokens([AddedToken("tool", single_word=True)])
     ours = huggingface_of(tokenizer, 5)
-    assert isinstance(ours._encoder, SegmentEncoder)
+    assert isinstance(ours._encoder, CutTextEncoder)
     for text in ("1tool", "tool", "a tool is", "tool1"):
         assert ours.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
 
@@ -167,7 +145,7 @@ def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
     flags = replace(flags, tiktoken_pattern=request.param)
     of_size = {size: tiktoken_of(flags, size) for size in range(1, 41)}
-    assert isinstance(of_size[1]._encoder, WordEncoder)
+    assert isinstance(of_size[1]._encoder, CachedWordEncoder)
     return Cut(of_size, partial(of_size[1]._encoding.encode, allowed_special="all"))
 
 
@@ -178,16 +156,9 @@ def test_tiktoken(cut_tiktoken: Cut, text: str, size: int) -> None:
     check_cutting(cut_tiktoken, text, size)
 
 
-@given(TEXTS, SIZES, st.sampled_from([GPT2_WORDS, LLAMA3]))
-def test_split_loses_nothing(text: str, size: int, pattern: str) -> None:
-    segments = split(text, cuts_between_words(pattern), size)
-    assert "".join(segments) == text
-    assert all(len(segment) >= size for segment in segments[:-1])
-
-
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, LLAMA3, None])
 def test_a_text_without_a_cut_stays_whole(pattern: str | None) -> None:
-    assert split("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
+    assert cut_text("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
 
 
 def added_token(**properties: object) -> dict[str, object]:
@@ -234,7 +205,7 @@ def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> Non
         "model": {"type": "BPE", "dropout": None},
         "added_tokens": [added_token()],
     }
-    assert (known_words(definition | change) is not None) is safe
+    assert (known_word_pattern(definition | change) is not None) is safe
 
 
 def test_core_patterns_are_known() -> None:

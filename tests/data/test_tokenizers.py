@@ -5,29 +5,31 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.tokenizers.huggingface_tokenizer import is_self_contained
+from megatron_rw import command_line
+from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer, optimal_dtype
+from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
 from megatron_rw.data.tokenizers.tokenizer import (
     TokenizerFlags,
-    add_tokenizer_flags,
     end_of_document_id,
-    fingerprint,
     load_tokenizer,
-    tokenizer_flags,
+    model_sha256,
 )
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
 from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
     SENTENCEPIECE,
+    huggingface_flags,
     save_huggingface,
     save_tiktoken,
+    sentencepiece_flags,
     train_huggingface,
     train_sentencepiece,
 )
@@ -40,21 +42,27 @@ TEXTS = [
 ]
 
 
-def from_training(flags: list[str]) -> Any:
-    """The tokenizer that the training program builds from its command line."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+def training_parser() -> argparse.ArgumentParser:
     from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.config import TokenizerConfig
 
     parser = argparse.ArgumentParser()
     ArgumentGroupFactory(TokenizerConfig).build_group(parser, "tokenizer")
-    args = parser.parse_args(flags)
-    args.pad_vocab_size = False
+    return parser
+
+
+def from_training(settings: dict[str, Any]) -> Any:
+    """The tokenizer that the training program builds from the same flags."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    special = settings.pop("tokenizer_special_tokens", None)
+    args = training_parser().parse_args([])
+    vars(args).update(settings, special_tokens=special and list(special), pad_vocab_size=False)
     return build_tokenizer(args)
 
 
 def check_same(flags: TokenizerFlags) -> None:
-    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
+    ours, core = load_tokenizer(flags), from_training(asdict(flags))
     encoded = ours.encode_batch(TEXTS)
     assert [ids.tolist() for ids in encoded] == [core.tokenize(text) for text in TEXTS]
     assert {ids.dtype for ids in encoded} == {np.dtype(np.uint16)}
@@ -65,14 +73,14 @@ def check_same(flags: TokenizerFlags) -> None:
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
 def test_sentencepiece_is_megatrons(tmp_path: Path, kind: str) -> None:
     model = train_sentencepiece(tmp_path / "m.model", **SENTENCEPIECE[kind])
-    flags = TokenizerFlags("SentencePieceTokenizer", model)
+    flags = sentencepiece_flags(model)
     check_same(flags)
-    check_same(replace(flags, sentencepiece_ignore_extra_whitespaces=False))
+    check_same(replace(flags, tokenizer_sentencepiece_ignore_extra_whitespaces=False))
 
 
-@pytest.mark.parametrize("type_", ["GPTSentencePieceTokenizer", "Llama2Tokenizer"])
-def test_sentencepiece_under_its_other_names(model: str, type_: str) -> None:
-    check_same(TokenizerFlags(type_, model))
+def test_sentencepiece_under_its_other_names(model: str) -> None:
+    check_same(TokenizerFlags(tokenizer_type="Llama2Tokenizer", tokenizer_model=model))
+    check_same(TokenizerFlags(tokenizer_type="GPTSentencePieceTokenizer", tokenizer_model=model))
 
 
 def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_tiktoken_is_megatrons(tmp_path: Path) -> None:
     flags = save_tiktoken(tmp_path / "vocab.json")
     check_same(flags)
     check_same(replace(flags, tiktoken_pattern="v1"))
-    check_same(replace(flags, special_tokens=(*SPECIAL_TOKENS, "<|x y|>")))
+    check_same(replace(flags, tokenizer_special_tokens=(*SPECIAL_TOKENS, "<|x y|>")))
     assert flags.vocab_size is not None
     check_same(replace(flags, vocab_size=flags.vocab_size - 9, tiktoken_num_special_tokens=11))
 
@@ -94,24 +102,27 @@ def test_huggingface_is_the_library(tmp_path: Path, include: bool) -> None:
     directory = save_huggingface(tokenizer, tmp_path / "hf", eos_token="</s>")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    flags = TokenizerFlags("HuggingFaceTokenizer", directory, hf_include_special_tokens=include)
-    ours = load_tokenizer(flags)
+    flags = huggingface_flags(directory)
+    ours = load_tokenizer(replace(flags, tokenizer_hf_no_include_special_tokens=not include))
     assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == [
         tokenizer.encode(text, add_special_tokens=include).ids for text in TEXTS
     ]
     assert (ours.vocab_size, ours.eod) == (400, 1)
-    assert ours.detokenize([0, *tokenizer.encode("naïve", add_special_tokens=False).ids]) == (
-        "<s>naïve"
+    naive = tokenizer.encode("naïve", add_special_tokens=False).ids
+    assert ours.detokenize([0, *naive]) == "<s>naïve"
+    more = load_tokenizer(
+        replace(
+            flags,
+            tokenizer_special_tokens=("<|x y|>", "</s>"),
+            tokenizer_hf_no_include_special_tokens=True,
+        )
     )
+    assert (more.vocab_size, more.eod) == (401, 1)
+    assert more.encode_batch(["</s><|x y|>"])[0].tolist() == [1, 400]
 
 
-def test_huggingface_adds_the_special_tokens_of_the_flag(tmp_path: Path) -> None:
-    directory = save_huggingface(train_huggingface(), tmp_path / "hf", eos_token="</s>")
-    ours = load_tokenizer(
-        TokenizerFlags("HuggingFaceTokenizer", directory, special_tokens=("<|x y|>", "</s>"))
-    )
-    assert (ours.vocab_size, ours.eod) == (401, 1)
-    assert ours.encode_batch(["</s><|x y|>"])[0].tolist() == [1, 400]
+def hide_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
 
 
 ADDED = {
@@ -122,24 +133,23 @@ ADDED = {
 @pytest.mark.parametrize("extra", [None, ("<|x y|>", "<pad>")])
 @pytest.mark.parametrize("include", [True, False])
 @pytest.mark.parametrize(
-    ("settings", "self_contained"),
+    ("settings", "plain"),
     [
+        ({}, True),
         ({"eos_token": "</s>", "bos_token": "<s>"}, True),
         ({"sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>"}, True),
-        ({"eos_token": {"content": "</s>", **ADDED, "__type": "AddedToken"}}, True),
-        ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED}}}, True),
-        ({"additional_special_tokens": ["<pad>", "</s>"]}, True),
-        ({}, True),
-        ({"eos_token": "<|new|>", "additional_special_tokens": ["the model"]}, False),
+        ({"eos_token": {"content": "</s>", **ADDED, "__type": "AddedToken"}}, False),
         ({"added_tokens_decoder": {"1": {"content": "</s>", **ADDED, "lstrip": True}}}, False),
+        ({"eos_token": "<|new|>", "additional_special_tokens": ["the model"]}, False),
         ({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>"}, False),
         ({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}, False),
     ],
 )
-def test_huggingface_is_megatrons(
+def test_huggingface_is_megatrons_with_transformers_or_without(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, Any],
-    self_contained: bool,
+    plain: bool,
     include: bool,
     extra: tuple[str, ...] | None,
 ) -> None:
@@ -147,16 +157,21 @@ def test_huggingface_is_megatrons(
     tokenizer = train_huggingface(bos=True)
     tokenizer.enable_truncation(5)
     tokenizer.enable_padding(length=9, pad_token="<pad>")
-    directory = save_huggingface(tokenizer, tmp_path / "hf", **settings)
-    assert is_self_contained(Path(directory)) is self_contained
-    check_same(
-        TokenizerFlags(
-            "HuggingFaceTokenizer",
-            directory,
-            special_tokens=extra,
-            hf_include_special_tokens=include,
-        )
+    flags = replace(
+        huggingface_flags(save_huggingface(tokenizer, tmp_path / "hf", **settings)),
+        tokenizer_special_tokens=extra,
+        tokenizer_hf_no_include_special_tokens=not include,
     )
+    check_same(flags)
+    core = build_core_tokenizer(flags)
+    hide_transformers(monkeypatch)
+    if not plain:
+        with pytest.raises(UserError, match="pip install transformers"):
+            load_tokenizer(flags)
+        return
+    ours = load_tokenizer(flags)
+    assert [ids.tolist() for ids in ours.encode_batch(TEXTS)] == list(map(core.tokenize, TEXTS))
+    assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +180,8 @@ def test_huggingface_is_megatrons(
         ("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'),
         ("tokenizer_config.json", '{"eos_token": "<|new|>"}'),
         ("tokenizer_config.json", '{"add_bos_token": true}'),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": "</s>"}}}'),
         ("special_tokens_map.json", '{"additional_special_tokens": ["<|new|>"]}'),
         ("config.json", '{"model_type": "llama"}'),
-        ("added_tokens.json", '{"<|new|>": 400}'),
         ("tokenizer.json", None),
     ],
 )
@@ -176,37 +189,34 @@ def test_what_only_transformers_can_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
 ) -> None:
     directory = Path(save_huggingface(train_huggingface(), tmp_path / "hf"))
-    flags = TokenizerFlags("HuggingFaceTokenizer", str(directory))
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "transformers" or None)
+    flags = huggingface_flags(str(directory))
+    hide_transformers(monkeypatch)
     load_tokenizer(flags)
     (directory / name).unlink() if content is None else (directory / name).write_text(content)
-    with pytest.raises(UserError, match=r"read .*/hf, needs a package .*: pip install tra"):
+    with pytest.raises(UserError, match=r"^--tokenizer-model .*/hf: .*; run: pip install transfor"):
         load_tokenizer(flags)
 
 
 def test_a_model_that_is_no_directory(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
-    flags = TokenizerFlags("HuggingFaceTokenizer", f"{directory}/tokenizer.json")
+    flags = huggingface_flags(f"{directory}/tokenizer.json")
     with pytest.raises(UserError, match=rf"give the directory .*: {directory}$"):
         load_tokenizer(flags)
 
 
 @pytest.mark.parametrize("type_", ["HuggingFaceTokenizer", "TikTokenizer", "Llama2Tokenizer"])
-def test_a_damaged_model(tmp_path: Path, type_: str) -> None:
+def test_a_damaged_model(tmp_path: Path, type_: TokenizerType) -> None:
     path = tmp_path if type_ == "HuggingFaceTokenizer" else tmp_path / "vocab.json"
     for name in ("vocab.json", "tokenizer.json"):
         (tmp_path / name).write_text("[")
     with pytest.raises(UserError, match=f"^--tokenizer-model {path}: cannot be loaded as "):
-        load_tokenizer(TokenizerFlags(type_, str(path)))
+        load_tokenizer(TokenizerFlags(tokenizer_type=type_, tokenizer_model=str(path)))
 
 
 def test_bytes_are_what_the_training_program_is_told() -> None:
-    flags = TokenizerFlags("ByteLevelTokenizer")
-    ours, core = load_tokenizer(flags), from_training(flags.training_flags())
-    assert flags.training_flags() == [
-        "--tokenizer-type", "NullTokenizer", "--vocab-size", "257",
-    ]  # fmt: skip
+    flags = TokenizerFlags(tokenizer_type="ByteLevelTokenizer")
+    ours = load_tokenizer(flags)
+    core = from_training({"tokenizer_type": "NullTokenizer", "vocab_size": 257})
     assert (ours.vocab_size, ours.eod) == (core.vocab_size, core.eod) == (257, 256)
     assert core.pad < 0  # so that no byte is padding
     text = "\x00\x01 naïve 日本 \U0010ffff"
@@ -216,57 +226,42 @@ def test_bytes_are_what_the_training_program_is_told() -> None:
     assert ids[1].size == 0
     assert ours.detokenize([*ids[0].tolist(), 256]) == text
     assert end_of_document_id(ours, "bytes") == 256
-    assert fingerprint(None) == hashlib.sha256(b"").hexdigest()
+    assert model_sha256(None) == hashlib.sha256(b"").hexdigest()
 
 
 def parse(*flags: str) -> TokenizerFlags:
-    parser = argparse.ArgumentParser()
-    add_tokenizer_flags(parser)
-    return tokenizer_flags(parser.parse_args(flags))
+    return command_line.parse(TokenizerFlags, flags, "")
 
 
 def test_the_flags_are_megatrons() -> None:
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.config import TokenizerConfig
-
-    ours, theirs = argparse.ArgumentParser(), argparse.ArgumentParser()
-    add_tokenizer_flags(ours)
-    ArgumentGroupFactory(TokenizerConfig).build_group(theirs, "tokenizer")
     every = [
         "--tokenizer-type", "TikTokenizer", "--tokenizer-model", "m", "--vocab-size", "9",
         "--tokenizer-special-tokens", "a", "b", "--tiktoken-pattern", "v1",
         "--tiktoken-num-special-tokens", "7", "--tokenizer-hf-no-include-special-tokens",
         "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
     ]  # fmt: skip
-    for line in (["--tokenizer-type", "Llama2Tokenizer"], every):
-        given = vars(ours.parse_args(line))
-        assert given == {name: vars(theirs.parse_args(line))[name] for name in given}
-    flags = parse(*every)
-    assert flags == TokenizerFlags(
-        "TikTokenizer", "m", 9, ("a", "b"), "v1", 7,
-        sentencepiece_ignore_extra_whitespaces=False, hf_include_special_tokens=False,
-    )  # fmt: skip
-    assert parse(*flags.training_flags()) == flags
+    for line in (["--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "m"], every):
+        ours, theirs = asdict(parse(*line)), vars(training_parser().parse_args(line))
+        special = ours.pop("tokenizer_special_tokens")
+        assert theirs["special_tokens"] == (special and list(special))
+        assert ours == {name: theirs[name] for name in ours}
+    default = parse("--tokenizer-type", "ByteLevelTokenizer")
+    assert all(value != getattr(default, name) for name, value in asdict(parse(*every)).items())
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tokenizer-type", "TikTokenizer"], "TikTokenizer needs a --tokenizer-model"),
-        (
-            ["--tokenizer-type", "ByteLevelTokenizer", "--tokenizer-model", "m"],
-            "ByteLevelTokenizer has no model; leave --tokenizer-model out",
-        ),
-    ],
-)
-def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse(*flags)
+def test_flags_that_do_not_go_together() -> None:
+    with pytest.raises(UserError, match="TikTokenizer needs a --tokenizer-model"):
+        TokenizerFlags(tokenizer_type="TikTokenizer")
+    with pytest.raises(UserError, match="has no model; leave --tokenizer-model out"):
+        TokenizerFlags(tokenizer_type="ByteLevelTokenizer", tokenizer_model="m")
+    flags = replace(sentencepiece_flags("m"), tokenizer_special_tokens=("<x>",))
+    with pytest.raises(UserError, match="a SentencePiece model takes none later"):
+        load_sentencepiece(flags)
 
 
 def test_no_end_of_document(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
-    tokenizer = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    tokenizer = load_tokenizer(huggingface_flags(directory))
     with pytest.raises(UserError, match=f"the tokenizer {directory} has no end-of-document"):
         end_of_document_id(tokenizer, directory)
 
@@ -274,7 +269,7 @@ def test_no_end_of_document(tmp_path: Path) -> None:
 def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
     tokenizer = train_huggingface(pattern="(a+)+b")
     directory = save_huggingface(tokenizer, tmp_path / "hf")
-    ours = load_tokenizer(TokenizerFlags("HuggingFaceTokenizer", directory))
+    ours = load_tokenizer(huggingface_flags(directory))
     with pytest.raises(ValueError, match="tokenizers library failed: Onig: Regex search error"):
         ours.encode_batch(["a" * 100])
 
@@ -282,7 +277,8 @@ def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
 _COUNT_THREADS = """
 import os, sys
 from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
-tokenizer = load_tokenizer(TokenizerFlags(*sys.argv[1:]))
+flags = TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=sys.argv[1])
+tokenizer = load_tokenizer(flags)
 before = len(os.listdir("/proc/self/task"))
 tokenizer.encode_batch(["the model reads a batch of text " * 2000] * 20)
 print(before, len(os.listdir("/proc/self/task")))
@@ -292,14 +288,40 @@ print(before, len(os.listdir("/proc/self/task")))
 def test_encoding_starts_no_thread(tmp_path: Path) -> None:
     directory = save_huggingface(train_huggingface(), tmp_path / "hf")
     counts = subprocess.run(
-        [sys.executable, "-c", _COUNT_THREADS, "HuggingFaceTokenizer", directory],
+        [sys.executable, "-c", _COUNT_THREADS, directory],
         env=os.environ | {"RAYON_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "true"},
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert counts[0] == counts[1]
 
 
+_START = """
+import sys
+from megatron_rw.data import inspect_dataset, merge_datasets, preprocess_data, split_dataset
+from megatron_rw.data import train_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
+flags = TokenizerFlags(tokenizer_model=sys.argv[1])
+print(load_tokenizer(flags).encode_batch(["the"])[0].dtype)
+load_tokenizer(TokenizerFlags(tokenizer_type="ByteLevelTokenizer"))
+print([name for name in ("torch", "megatron", "transformers") if name in sys.modules])
+"""
+
+
+def test_the_tools_and_the_common_tokenizers_import_nothing_heavy(model: str) -> None:
+    started = subprocess.run(
+        [sys.executable, "-c", _START, model], capture_output=True, text=True, check=True
+    )
+    assert started.stdout == "uint16\n[]\n"
+
+
+def test_the_type_of_ids_is_the_one_that_core_chooses() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
+    for vocab_size in (1, 65_499, 65_500, 1 << 20):
+        assert optimal_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
+
+
 def test_core_tokenizer_is_the_training_programs(model: str) -> None:
-    flags = TokenizerFlags("SentencePieceTokenizer", model)
-    ours, theirs = build_core_tokenizer(flags), from_training(flags.training_flags())
+    flags = sentencepiece_flags(model)
+    ours, theirs = build_core_tokenizer(flags), from_training(asdict(flags))
     assert ours.unique_identifiers == theirs.unique_identifiers

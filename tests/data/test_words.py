@@ -15,11 +15,11 @@ from megatron_rw.data.tokenizers import word_cache as words_module
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     LATER_WORDS,
-    SegmentEncoder,
+    CutTextEncoder,
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.word_cache import (
-    WordEncoder,
+    CachedWordEncoder,
     byte_level_words,
     sentencepiece_words,
 )
@@ -64,12 +64,9 @@ def test_no_word_ends_inside_an_added_token(pattern: str, token: str) -> None:
     assert sum(token in word for word in words) == 3
 
 
-@pytest.mark.parametrize("pattern", [r"\w+", None])
-def test_unknown_patterns_have_no_words(pattern: str | None) -> None:
-    assert byte_level_words(pattern, ()) is None
-
-
-def test_an_added_token_with_white_space_leaves_no_words() -> None:
+def test_some_patterns_and_added_tokens_leave_no_words() -> None:
+    assert byte_level_words(r"\w+", ()) is None
+    assert byte_level_words(None, ()) is None
     assert byte_level_words(GPT2_WORDS, ["a b"]) is None
 
 
@@ -77,6 +74,7 @@ def test_words_of_sentencepiece() -> None:
     words = sentencepiece_words(["th", "the", " the", "))", "._", "12", "  "], SPACE)
     assert words is not None
     text = f" the  model((x_1)) 日本,12{SPACE}the \t "
+    assert sentencepiece_words(["of the"], SPACE) is None
     assert words.findall(text) == [
         *(" the", "  model", "((", "x", "_", "1", "))", " 日本", ",", "12", f"{SPACE}the"),
         *(" \t", " ", ""),
@@ -98,10 +96,6 @@ def test_no_word_ends_inside_a_piece(pieces: list[str], words: list[str]) -> Non
     assert list(filter(None, pattern.findall("f(v2,x"))) == words
 
 
-def test_a_piece_over_two_words_leaves_none() -> None:
-    assert sentencepiece_words(["of the"], SPACE) is None
-
-
 class Library:
     """Gives every character of a text its code point; counts what it is asked for."""
 
@@ -118,32 +112,32 @@ class Library:
         return [np.array(list(map(ord, text)), np.int32) for text in texts]
 
 
-def encoder(library: Library) -> WordEncoder:
-    segments = SegmentEncoder(library.encode_texts, cuts_between_words(GPT2_WORDS), np.int32)
-    return WordEncoder(byte_level(GPT2_WORDS), library.encode_word, segments)
+def encoder(library: Library) -> CachedWordEncoder:
+    segments = CutTextEncoder(library.encode_texts, cuts_between_words(GPT2_WORDS), np.int32)
+    return CachedWordEncoder(byte_level(GPT2_WORDS), library.encode_word, segments)
 
 
-def check(encoder: WordEncoder, texts: Sequence[str]) -> None:
+def check(encoder: CachedWordEncoder, texts: Sequence[str]) -> None:
     encoded = encoder.encode_batch(texts)
     assert ["".join(map(chr, ids)) for ids in encoded] == list(texts)
     assert {ids.dtype for ids in encoded} == {np.dtype(np.int32)}
 
 
 def test_a_word_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_BLOCK", 10)
+    monkeypatch.setattr(words_module, "_BLOCK_CHARACTERS", 10)
     library = Library()
     check(encoder(library), ["the model of the model of the model", "", " of models"])
     assert sorted(filter(None, library.words)) == [" model", " models", " of", " the", "the"]
 
 
 def test_words_that_recur_stay_and_others_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_WORDS", 4)
+    monkeypatch.setattr(words_module, "_CACHED_WORDS", 4)
     library = Library()
     tested = encoder(library)
     for number in range(20):
         check(tested, [f" often word{chr(97 + number)}"])
-        assert len(tested._memory) <= 4
-        assert len(tested._memory._before) <= 4
+        assert len(tested._cache) <= 4
+        assert len(tested._cache._before) <= 4
     assert library.words.count(" often") == 1
     check(tested, [" worda"])
     assert library.words.count(" worda") == 2
@@ -181,7 +175,7 @@ class Clock:
 def test_words_rest_by_what_they_lose(
     monkeypatch: pytest.MonkeyPatch, cost_of_words: float, tries: list[int]
 ) -> None:
-    monkeypatch.setattr(words_module, "_TELLING", 1)
+    monkeypatch.setattr(words_module, "_LEAST_MEASURED", 1)
     library = Library()
     monkeypatch.setattr(words_module, "process_time", Clock(library, cost_of_words / 4, 1.0))
     tested = encoder(library)
@@ -193,16 +187,6 @@ def test_words_rest_by_what_they_lose(
         if library.texts == before:
             tried.append(batch)
     assert tried == tries
-
-
-def test_words_that_recur_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words_module, "_TELLING", 1)
-    library = Library()
-    monkeypatch.setattr(words_module, "process_time", Clock(library, 99.0, 1.0))
-    tested = encoder(library)
-    for _ in range(10):
-        check(tested, [" a b c d e"])
-    assert library.texts == 1
 
 
 def test_small_batches_tell_nothing() -> None:

@@ -62,10 +62,18 @@ def train_sentencepiece(path: Path, **settings: Any) -> str:
     return str(path)
 
 
+def sentencepiece_flags(model: str) -> TokenizerFlags:
+    return TokenizerFlags(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+
+
+def huggingface_flags(directory: str) -> TokenizerFlags:
+    return TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
+
+
 def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
     """The tokenizer of a model with a chosen segment size."""
-    core = build_core_tokenizer(TokenizerFlags("SentencePieceTokenizer", model))
-    return SentencePieceTokenizer(core, segment_characters)
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    return SentencePieceTokenizer(processor, segment_characters)
 
 
 def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tokenizer:
@@ -124,8 +132,8 @@ def save_tiktoken(path: Path) -> TokenizerFlags:
     ]
     path.write_text(json.dumps(content))
     return TokenizerFlags(
-        "TikTokenizer",
-        str(path),
+        tokenizer_type="TikTokenizer",
+        tokenizer_model=str(path),
         vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
         tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
     )

@@ -87,7 +87,7 @@ def test_largest_token_id_is_read_from_the_data(
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from megatron_rw.data.indexed.vocabulary import largest_token_id
+    from megatron_rw.data.indexed.integrity import largest_token_id
 
     prefix = tmp_path / "d_text_document"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)

@@ -15,7 +15,7 @@ _BLOCK = 1 << 22
 
 
 def checksums(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Yields each file with its digest in hexadecimal, one by one as they are read."""
+    """Yields each file and its digest in hexadecimal, as soon as it is read."""
     paths = list(paths)
     progress = Progress("inspect_dataset: reading", sum(path.stat().st_size for path in paths))
     for path in paths:
@@ -31,10 +31,10 @@ def read_checksums(path: Path) -> dict[str, str]:
     """Reads what `--checksum` or `sha256sum` printed.
 
     Returns:
-        Path, as it is there, to digest.
+        Path, as printed, to digest.
 
     Raises:
-        UserError: It is something else.
+        UserError: If it is something else.
     """
     found = {}
     try:
@@ -53,18 +53,14 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def expected(path: Path, listed: dict[str, str]) -> str:
-    """Returns the digest that a file ought to have.
-
-    Args:
-        path: Of the file.
-        listed: As `read_checksums` returns.
+    """Returns the digest that a file ought to have, which is listed by its path or its name.
 
     Raises:
-        UserError: Neither its path nor, without doubt, its name is listed.
+        UserError: If neither is listed, or several files of this name are.
     """
     if str(path) in listed:
         return listed[str(path)]
-    # A copy has another path and the same name.
+    # A copy of the dataset has another path and the same name.
     same = {digest for other, digest in listed.items() if Path(other).name == path.name}
     if len(same) != 1:
         raise UserError(

@@ -6,32 +6,32 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.indexed.integrity import DataError, check_pair
+from megatron_rw.data.indexed.integrity import check_pair
 from megatron_rw.data.indexed.pair import Index, PairWriter, bin_path, idx_path
 from megatron_rw.errors import UserError
 
-# Of a block: what is done once per block costs nothing beside reading it, and it fits a cache.
+# The most that a block holds. Work done once per block costs little beside reading this much.
 _BYTES = 16 << 20
 _DOCUMENTS = 1 << 16
+_REMEDY = "make the dataset again with tools/preprocess_data.py"
 
 
 @dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Consecutive documents.
 
     Attributes:
-        first: number of the first of them in its dataset.
-        sequences: int64 [documents], sequences of each.
+        first: Number of the first document in its dataset, from 0.
+        sequences: int64 [documents], sequences of each document.
         lengths: int32 [sequences], tokens of each sequence.
         tokens: int64 [documents], tokens of each document.
-        offset: where the first begins in the `.bin`, in bytes.
-        size: bytes of all of them there.
+        offset: Where the first document begins in the `.bin`, in bytes.
+        size: Bytes of all documents in the `.bin`.
     """
 
     first: int
@@ -46,17 +46,14 @@ class DatasetReader:
     """Reads a whole dataset in the order of its documents; a context manager.
 
     Args:
-        prefix: path without `.bin` and `.idx`.
+        prefix: Path without `.bin` and `.idx`.
 
     Attributes:
-        prefix: the same.
-        index: of the dataset.
-        dtype: type of a token id.
-        documents: how many it has.
-        tokens: how many it has.
+        documents: Number of documents.
+        tokens: Number of tokens.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: If it is missing or damaged.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -64,10 +61,9 @@ class DatasetReader:
         self.index = Index.open(prefix)
         if not bin_path(prefix).is_file():
             raise UserError(f"{bin_path(prefix)}: no such file, but its .idx is there; copy both")
-        try:
-            check_pair(str(prefix))
-        except DataError as error:
-            raise UserError(str(error)) from error
+        check_pair(str(prefix))
+        if self.index.multimodal:
+            raise UserError(f"{idx_path(prefix)} is of a multimodal dataset; give one of text")
         self.dtype = self.index.dtype
         self.documents = self.index.documents
         self.tokens = os.path.getsize(bin_path(prefix)) // self.dtype.itemsize
@@ -76,20 +72,15 @@ class DatasetReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes the file of the tokens."""
         self._file.close()
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[DocumentBlock]:
         """Yields all documents, some 16 MB of tokens at a time.
 
         Raises:
-            UserError: the tables of the index contradict each other, or documents do not follow
+            UserError: If the tables of the index contradict each other, or documents do not follow
                 one another in the `.bin`; the message names the first such document.
         """
         end = 0
@@ -103,39 +94,27 @@ class DatasetReader:
             documents = edges[bounds - bounds[0]]  # where each begins, in tokens, and the end
             yield from self._cut(first, bounds, lengths, documents)
 
-    def read(self, block: Block) -> NDArray[Any]:
+    def read(self, block: DocumentBlock) -> NDArray[Any]:
         """Reads the tokens of a block."""
-        self._file.seek(block.offset)
-        count = block.size // self.dtype.itemsize
+        return self._read(block.offset, block.size // self.dtype.itemsize)
+
+    def _read(self, offset: int, count: int) -> NDArray[Any]:
+        self._file.seek(offset)
         ids: NDArray[Any] = np.fromfile(self._file, self.dtype, count)
         if len(ids) < count:
             raise UserError(f"{bin_path(self.prefix)}: was cut off while it was read; try again")
         return ids
 
     def document(self, number: int) -> NDArray[Any]:
-        """Reads the tokens of one document.
-
-        Args:
-            number: from 0.
-        """
+        """Reads the tokens of one document, which is numbered from 0."""
         first, last = self.index.bounds[number : number + 2].tolist()
-        lengths = self.index.lengths[first:last]
-        count = int(lengths.sum(dtype=np.int64))
-        offset = int(self.index.offsets[first]) if count else 0
-        tokens = np.array([count])
-        return self.read(
-            Block(
-                number,
-                np.array([last - first]),
-                lengths,
-                tokens,
-                offset,
-                count * self.dtype.itemsize,
-            )
-        )
+        count = int(self.index.lengths[first:last].sum(dtype=np.int64))
+        if count == 0:
+            return np.empty(0, self.dtype)
+        return self._read(int(self.index.offsets[first]), count)
 
-    def copy(self, block: Block, writer: PairWriter) -> None:
-        """Appends the documents of a block to a dataset of the same dtype, inside the kernel."""
+    def copy(self, block: DocumentBlock, writer: PairWriter) -> None:
+        """Appends a block to a dataset of the same dtype, without passing it through Python."""
         writer.copy_tokens(self._file, block.offset, block.size)
         writer.add_documents(block.lengths, block.sequences)
 
@@ -145,13 +124,13 @@ class DatasetReader:
         bounds: NDArray[np.int64],
         lengths: NDArray[np.int32],
         edges: NDArray[np.int64],
-    ) -> Iterator[Block]:
+    ) -> Iterator[DocumentBlock]:
         itemsize = self.dtype.itemsize
         start = 0
         while start < len(bounds) - 1:
             limit = edges[start] + _BYTES // itemsize
             stop = max(start + 1, int(np.searchsorted(edges, limit, side="right")) - 1)
-            yield Block(
+            yield DocumentBlock(
                 first=first + start,
                 sequences=np.diff(bounds[start : stop + 1]),
                 lengths=lengths[bounds[start] - bounds[0] : bounds[stop] - bounds[0]],
@@ -193,19 +172,16 @@ class DatasetReader:
             )
 
 
-_REMEDY = "make the dataset again with tools/preprocess_data.py"
-
-
 def write_selected(
-    ids: NDArray[Any], block: Block, keep: NDArray[np.bool_], writer: PairWriter
+    ids: NDArray[Any], block: DocumentBlock, keep: NDArray[np.bool_], writer: PairWriter
 ) -> int:
-    """Appends some documents of a block to a dataset.
+    """Appends some of a block's documents to a dataset.
 
     Args:
-        ids: the tokens of the block.
-        block: the documents.
-        keep: bool [documents], which of them.
-        writer: of the dataset.
+        ids: The tokens of the block.
+        block: The documents.
+        keep: bool [documents], which of them to append.
+        writer: The writer of the dataset.
 
     Returns:
         The largest token id written, -1 if there is none.

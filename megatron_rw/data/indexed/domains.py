@@ -8,21 +8,25 @@
      "domains": {"wiki": {"prefix": "wiki_text_document", "documents": 185,
                           "tokens": 123456, "max_token_id": 4095}, ...}}
 
-A directory without one is fine: the domain is then read off the file name.
+A directory may lack it; then the file names of its datasets name the domains.
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 
 FILE_NAME = "domains.json"
 VERSION = 1
 _REMEDY = "write it again with tools/preprocess_data.py, or delete it to name domains by file"
+_JSON_NAMES: dict[Any, str] = {int: "an integer", str: "a string", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class TokenizerRecord:
     Attributes:
         type: Megatron's `--tokenizer-type`.
         model: Its `--tokenizer-model`, as given.
-        sha256: Hexadecimal digest of the model (see `tokenizer.fingerprint`).
+        sha256: Hexadecimal digest of the model (see `tokenizer.model_sha256`).
         vocab_size: Number of token ids, before any padding.
     """
 
@@ -44,10 +48,10 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class DomainRecord:
-    """One domain's dataset.
+    """The dataset of one domain.
 
     Attributes:
-        prefix: File name of the dataset without `.bin` or `.idx`, in the same directory.
+        prefix: File name without `.bin` and `.idx`, in the directory of `domains.json`.
         documents: Number of documents.
         tokens: Number of tokens, end-of-document tokens included.
         max_token_id: The largest token id that occurs.
@@ -71,37 +75,41 @@ class DomainsFile:
     tokenizer: TokenizerRecord
     domains: Mapping[str, DomainRecord]
 
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """Prefix to domain name."""
+        return {record.prefix: name for name, record in self.domains.items()}
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a `domains.json`.
 
         Raises:
-            ValueError: If it is malformed; the message names the file and the field.
+            UserError: If it is malformed; the message names the file and the field.
             OSError: If it cannot be read.
         """
-        content = _parse_object(path)
+        try:
+            content = json.loads(Path(path).read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); {_REMEDY}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: not a JSON object; {_REMEDY}")
         version = _field(content, "version", int, path)
         if version != VERSION:
-            raise ValueError(f"{path}: version {version}, but only {VERSION} is known; {_REMEDY}")
-        tokenizer = _field(content, "tokenizer", dict, path)
-        domains = _field(content, "domains", dict, path)
-        records = {
-            name: _domain(_field(domains, name, dict, path, "domains"), name, path)
-            for name in domains
-        }
-        prefixes = [record.prefix for record in records.values()]
-        for prefix in prefixes:
-            if prefixes.count(prefix) > 1:
-                raise ValueError(f"{path}: several domains have the prefix '{prefix}'; {_REMEDY}")
-        return cls(
-            tokenizer=TokenizerRecord(
-                type=_field(tokenizer, "type", str, path, "tokenizer"),
-                model=_field(tokenizer, "model", str, path, "tokenizer"),
-                sha256=_field(tokenizer, "sha256", str, path, "tokenizer"),
-                vocab_size=_field(tokenizer, "vocab_size", int, path, "tokenizer"),
-            ),
-            domains=records,
-        )
+            raise UserError(f"{path}: version {version}, but only {VERSION} is known; {_REMEDY}")
+        tokenizer = _record(TokenizerRecord, content, "tokenizer", path)
+        entries = _field(content, "domains", dict, path)
+        domains = {name: _record(DomainRecord, entries, name, path, "domains.") for name in entries}
+        for name, record in domains.items():
+            if not record.prefix or record.prefix != os.path.basename(record.prefix):
+                raise UserError(
+                    f"{path}: domains.{name}.prefix is '{record.prefix}', not the name of a file "
+                    f"beside it; {_REMEDY}"
+                )
+        for prefix, count in Counter(record.prefix for record in domains.values()).items():
+            if count > 1:
+                raise UserError(f"{path}: several domains have the prefix '{prefix}'; {_REMEDY}")
+        return cls(tokenizer, domains)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `domains.json`; the file is complete whenever it exists under its name."""
@@ -113,102 +121,79 @@ class DomainsFile:
         write_complete(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+class DomainLookup:
+    """Looks datasets up in the `domains.json` beside them, and reads each such file once.
+
+    Datasets are given as paths without `.bin` and `.idx`, as in Megatron's `--data-path`. Every
+    method raises `UserError` if a `domains.json` is malformed.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, DomainsFile | None] = {}
+
+    def name(self, prefix: str) -> str:
+        """Returns the name of a dataset's domain.
+
+        Without a `domains.json` that lists the dataset, it is the file name without a trailing
+        `_text_document` or `_document`.
+        """
+        found, base = self._find(prefix), os.path.basename(prefix)
+        if found:
+            return found[1]
+        for suffix in ("_text_document", "_document"):
+            if base.endswith(suffix) and base != suffix:
+                return base.removesuffix(suffix)
+        return base
+
+    def record(self, prefix: str) -> DomainRecord | None:
+        """Returns what `domains.json` says of a dataset, or None if it is not listed."""
+        found = self._find(prefix)
+        return found[0].domains[found[1]] if found else None
+
+    def tokenizer(self, prefix: str) -> TokenizerRecord | None:
+        """Returns the tokenizer that made a dataset, or None if no `domains.json` lists it."""
+        found = self._find(prefix)
+        return found[0].tokenizer if found else None
+
+    def _find(self, prefix: str) -> tuple[DomainsFile, str] | None:
+        directory, base = os.path.split(prefix)
+        if directory not in self._files:
+            path = Path(directory) / FILE_NAME
+            self._files[directory] = DomainsFile.load(path) if path.is_file() else None
+        file = self._files[directory]
+        return (file, file.names[base]) if file is not None and base in file.names else None
+
+
 def domain_names(prefixes: Sequence[str]) -> list[str]:
-    """Returns the domain name of each data-path prefix.
-
-    It is the name that `domains.json` in the prefix's directory gives to the dataset, or else the
-    file name without a trailing `_text_document` or `_document`. Prefixes that get the same name
-    are the same domain.
-
-    Args:
-        prefixes: Dataset paths without `.bin` or `.idx`, as in Megatron's `--data-path`.
+    """Returns the domain of each dataset; datasets with the same name are of the same domain.
 
     Raises:
-        ValueError: If a `domains.json` is malformed.
+        UserError: If a `domains.json` is malformed.
     """
-    return [_domain_name(prefix) for prefix in prefixes]
+    lookup = DomainLookup()
+    return [lookup.name(prefix) for prefix in prefixes]
 
 
-def domain_record(prefix: str) -> DomainRecord | None:
-    """Returns what `domains.json` says about a data-path prefix, or None if it says nothing.
-
-    Raises:
-        ValueError: If the `domains.json` is malformed.
-    """
-    found = _lookup(prefix)
-    return found[1] if found else None
-
-
-def tokenizer_record(prefix: str) -> TokenizerRecord | None:
-    """Returns the tokenizer that made a dataset, or None if no `domains.json` lists it.
-
-    Raises:
-        ValueError: If the `domains.json` is malformed.
-    """
-    if domain_record(prefix) is None:
-        return None
-    return DomainsFile.load(Path(prefix).with_name(FILE_NAME)).tokenizer
+def _record[Record: (TokenizerRecord, DomainRecord)](
+    kind: type[Record],
+    parent: dict[str, Any],
+    key: str,
+    path: str | os.PathLike[str],
+    where: str = "",
+) -> Record:
+    entry = _field(parent, key, dict, path, where)
+    place = f"{where}{key}."
+    return kind(*(_field(entry, field.name, field.type, path, place) for field in fields(kind)))
 
 
-def _domain_name(prefix: str) -> str:
-    found = _lookup(prefix)
-    if found:
-        return found[0]
-    name = os.path.basename(prefix)
-    for suffix in ("_text_document", "_document"):
-        if name.endswith(suffix) and name != suffix:
-            return name.removesuffix(suffix)
-    return name
-
-
-def _lookup(prefix: str) -> tuple[str, DomainRecord] | None:
-    directory, basename = os.path.split(prefix)
-    path = Path(directory) / FILE_NAME
-    if not path.is_file():
-        return None
-    for name, record in DomainsFile.load(path).domains.items():
-        if record.prefix == basename:
-            return name, record
-    return None
-
-
-def _parse_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); {_REMEDY}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; {_REMEDY}")
-    return content
-
-
-def _domain(record: dict[str, Any], name: str, path: str | os.PathLike[str]) -> DomainRecord:
-    where = f"domains.{name}"
-    prefix = _field(record, "prefix", str, path, where)
-    if not prefix or prefix != os.path.basename(prefix):
-        raise ValueError(
-            f"{path}: {where}.prefix is '{prefix}', not the name of a file beside it; {_REMEDY}"
-        )
-    return DomainRecord(
-        prefix=prefix,
-        documents=_field(record, "documents", int, path, where),
-        tokens=_field(record, "tokens", int, path, where),
-        max_token_id=_field(record, "max_token_id", int, path, where),
-    )
-
-
-def _field[T](
-    record: dict[str, Any], key: str, kind: type[T], path: str | os.PathLike[str], where: str = ""
-) -> T:
-    place = f"{where}.{key}" if where else key
+def _field(
+    record: dict[str, Any], key: str, kind: Any, path: str | os.PathLike[str], where: str = ""
+) -> Any:
     if key not in record:
-        raise ValueError(f"{path}: {place} is missing; {_REMEDY}")
+        raise UserError(f"{path}: {where}{key} is missing; {_REMEDY}")
     value = record[key]
     if type(value) is not kind:  # not isinstance: JSON's true is an int to Python
-        raise ValueError(f"{path}: {place} is {value!r}, not {_JSON_NAMES[kind]}; {_REMEDY}")
+        raise UserError(f"{path}: {where}{key} is {value!r}, not {_JSON_NAMES[kind]}; {_REMEDY}")
     if isinstance(value, int) and value < 0:
-        raise ValueError(f"{path}: {place} is negative ({value}); {_REMEDY}")
+        raise UserError(f"{path}: {where}{key} is negative ({value}); {_REMEDY}")
     return value
-
-
-_JSON_NAMES: dict[type, str] = {int: "an integer", str: "a string", dict: "an object"}

@@ -1,8 +1,8 @@
-"""Which documents are held out, by a seeded hash of what is in them.
+"""Which documents are held out, by a seeded hash of their tokens.
 
-A hash is a number as good as drawn by lot, and the same for every copy of a document. So a
-fraction of the documents is those with hashes in that fraction of the range, and some number of
-them is those with the smallest hashes.
+The hash of a document is as good as a random number, and the same for every copy of the document.
+So a fraction of the documents is those with hashes in that fraction of the range, and a number of
+documents is those with the smallest hashes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _NONE = np.empty(0, np.uint64)
 
 @dataclass(frozen=True)
 class Share:
-    """How much to hold out of each domain: one of the two.
+    """How much to hold out of each domain; at most one of the two is not 0.
 
     Attributes:
-        fraction: About this part of the documents, or 0.
-        documents: As many documents, and the copies of the last of them, or 0.
+        fraction: About this fraction of the documents.
+        documents: This number of documents, and the copies of the last of them.
     """
 
     fraction: float = 0.0
@@ -36,13 +36,13 @@ class Share:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is held out, the same for all domains.
+    """What is held out of all domains.
 
     Attributes:
         below: Documents with smaller hashes are for validation.
-        last: How many of the largest hashes are for test, out of 2^64.
-        valid: [hashes] sorted, more that are for validation.
-        test: [hashes] sorted, more that are for test.
+        last: The number of largest hashes that are for test, out of 2^64.
+        valid: [hashes], sorted: more hashes that are for validation.
+        test: [hashes], sorted: more hashes that are for test.
     """
 
     below: int = 0
@@ -51,30 +51,29 @@ class HeldOut:
     test: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
 
     def sets(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Returns the place in `SETS` of the set that each document is in, [documents]."""
+        """Returns the position in `SETS` of the set of each document, [documents]."""
         valid = (hashes < np.uint64(self.below)) | _among(hashes, self.valid)
         # From the other end of the range, so that two fractions have nothing in common.
         test = (~hashes < np.uint64(self.last)) | _among(hashes, self.test)
         return np.where(valid, 1, np.where(test, 2, 0))
 
 
-def choose(hashes: Mapping[str, Path], valid: Share | None, test: Share | None) -> HeldOut:
+def choose(hashes: Mapping[str, Path], valid: Share, test: Share) -> HeldOut:
     """Chooses what to hold out.
 
-    What one domain holds out is held out of all, so that no copy of it is trained on elsewhere.
+    What is held out of one domain is held out of all, so that no copy of it is trained on.
 
     Args:
         hashes: Domain to a file of its documents' hashes, uint64 each.
-        valid: How much for validation.
-        test: How much for test.
+        valid: How much to hold out for validation.
+        test: How much to hold out for test.
 
     Raises:
-        UserError: A domain would have no document in a set that is asked for, or left to train.
+        UserError: If a domain would have no document left to train on, or none in a set.
     """
-    valid, test = valid or Share(), test or Share()
     held_out = HeldOut(below=int(valid.fraction * 2**64), last=int(test.fraction * 2**64))
     if valid.documents:
-        without_test = replace(held_out, last=0)  # the number is met first, then the fraction
+        without_test = replace(held_out, last=0)  # the number takes precedence over the fraction
         held_out = replace(held_out, valid=_of_each(hashes, valid.documents, without_test))
     if test.documents:
         held_out = replace(held_out, test=_of_each(hashes, test.documents, held_out))
@@ -106,7 +105,7 @@ def _of_each(hashes: Mapping[str, Path], count: int, taken: HeldOut) -> NDArray[
 
 
 def _smallest(path: Path, count: int, taken: HeldOut) -> NDArray[np.uint64]:
-    """The smallest hashes of a domain that together are of `count` documents or just more."""
+    """Returns the fewest smallest hashes of a domain that at least `count` documents have."""
     kept, times = _NONE, np.empty(0, np.int64)
     for block in read_hashes(path):
         free = block[taken.sets(block) == 0]
@@ -116,7 +115,7 @@ def _smallest(path: Path, count: int, taken: HeldOut) -> NDArray[np.uint64]:
         weights = np.concatenate([times, np.ones(len(free), np.int64)])
         times = np.zeros(len(kept), np.int64)
         np.add.at(times, place, weights)
-        # What is dropped is larger than `count` others and cannot come back.
+        # A hash that is dropped is larger than `count` others and cannot be needed later.
         kept, times = kept[:count], times[:count]
     return kept[: int(np.searchsorted(np.cumsum(times), count)) + 1]
 

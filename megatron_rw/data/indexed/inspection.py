@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_rw.data.indexed import domains
 from megatron_rw.data.indexed.documents import DatasetReader
+from megatron_rw.data.indexed.domains import FILE_NAME
+from megatron_rw.data.indexed.inputs import InputDataset
 from megatron_rw.data.indexed.integrity import fingerprint
 from megatron_rw.data.indexed.lengths import Lengths
 from megatron_rw.data.indexed.pair import bin_path, idx_path
@@ -22,19 +22,17 @@ class Report:
     """What was found in a dataset.
 
     Attributes:
-        prefix: Its path without `.bin` and `.idx`.
-        domain: Its name in `domains.json`, or by its file.
+        dataset: The dataset.
         problems: What is wrong with it, a sentence each.
         facts: What its files say, by name; empty if they cannot be read.
-        lengths: Of its documents, up to the first problem.
-        tokens_read: Whether every token was looked at; the three that follow are None if not.
+        lengths: The lengths of its documents, up to the first problem.
+        tokens_read: Whether every token was read; the next three are None if not.
         max_token_id: The largest id, -1 without tokens.
-        eod: The id that ends a document; None if no tokenizer tells.
-        without_eod: Documents that do not end in it.
+        eod: The id that ends a document; None if it is not known.
+        without_eod: The number of documents that do not end in it.
     """
 
-    prefix: Path
-    domain: str
+    dataset: InputDataset
     problems: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths = field(default_factory=Lengths)
@@ -44,11 +42,16 @@ class Report:
     without_eod: int | None = None
 
     def summary(self) -> dict[str, Any]:
-        """Returns all of it, for `json`."""
+        """Returns the whole report, for JSON."""
+        record, tokenizer = self.dataset.record, self.dataset.tokenizer
+        made_by = {
+            "record": asdict(record) if record else None,
+            "tokenizer": asdict(tokenizer) if tokenizer else None,
+        }
         return {
-            "prefix": str(self.prefix),
-            "domain": self.domain,
-            **self.facts,
+            "prefix": str(self.dataset.prefix),
+            "domain": self.dataset.domain,
+            **(self.facts and {**self.facts, **made_by}),
             "lengths": self.lengths.summary(),
             "tokens_read": self.tokens_read,
             "max_token_id": self.max_token_id,
@@ -57,32 +60,54 @@ class Report:
             "problems": self.problems,
         }
 
+    def text(self) -> str:
+        """Returns the report for people to read, in several lines."""
+        lines = [f"{self.dataset.prefix}: domain '{self.dataset.domain}'"]
+        if self.facts:
+            lines += [f"  {name:<13}{value}" for name, value in self._rows()]
+            lines.append(f"{'tokens':>27} {'documents':>15}")
+            lines += self.lengths.text()
+        return "\n".join(lines + [f"  PROBLEM: {problem}" for problem in self.problems])
+
+    def _rows(self) -> list[tuple[str, str]]:
+        record, tokenizer = self.dataset.record, self.dataset.tokenizer
+        rows = [
+            (name, f"{value:,}" if isinstance(value, int) else value)
+            for name, value in self.facts.items()
+        ]
+        listed = [f"{name} {value}" for name, value in asdict(record).items()] if record else []
+        rows.append((FILE_NAME, ", ".join(listed) or "nothing"))
+        if tokenizer is not None:
+            model = f"{tokenizer.type} {tokenizer.model}, vocabulary {tokenizer.vocab_size:,}"
+            rows += [("tokenizer", model), ("its sha256", tokenizer.sha256)]
+        if self.tokens_read:
+            rows.append(("largest id", f"{self.max_token_id:,}"))
+            without = "not known: give --tokenizer-model"
+            if self.without_eod is not None:
+                without = f"{self.without_eod:,} (token {self.eod})"
+            rows.append(("without EOD", without))
+        tokens = f"{self.lengths.shortest:,} to {self.lengths.longest:,} tokens"
+        return [*rows, ("a document", f"{tokens}, {self.lengths.mean:,.1f} on average")]
+
 
 def inspect(
-    prefix: Path, read_tokens: bool = False, vocab_size: int | None = None, eod: int | None = None
+    dataset: InputDataset, read_tokens: bool, vocab_size: int | None = None, eod: int | None = None
 ) -> Report:
     """Looks at the whole index of a dataset, and at its tokens on request.
 
     Args:
-        prefix: Path without `.bin` and `.idx`.
+        dataset: The dataset.
         read_tokens: Whether to read every token.
-        vocab_size: Which token ids must be below; None takes it from `domains.json`.
-        eod: The id that ends a document, if it is known.
+        vocab_size: A bound for the token ids; None takes it from `domains.json`.
+        eod: The id that ends a document; None if it is not known.
 
     Returns:
-        What was found; a damaged dataset is no exception but a problem in it.
-
-    Raises:
-        UserError: The `domains.json` beside it is malformed.
+        What was found. A damaged dataset raises no exception but is a problem in the report.
     """
-    try:
-        report = Report(prefix, domains.domain_names([str(prefix)])[0])
-        record = domains.domain_record(str(prefix))
-        tokenizer = domains.tokenizer_record(str(prefix))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if vocab_size is None and tokenizer is not None:
-        vocab_size = tokenizer.vocab_size
+    report = Report(dataset)
+    if vocab_size is None and dataset.tokenizer is not None:
+        vocab_size = dataset.tokenizer.vocab_size
+    prefix = dataset.prefix
     try:
         with DatasetReader(prefix) as reader:
             report.facts = {
@@ -92,8 +117,6 @@ def inspect(
                 "tokens": reader.tokens,
                 "bytes": bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size,
                 "fingerprint": fingerprint(str(prefix)),
-                "record": asdict(record) if record else None,
-                "tokenizer": asdict(tokenizer) if tokenizer else None,
             }
             if read_tokens:
                 _read_tokens(reader, report, eod)
@@ -103,7 +126,7 @@ def inspect(
     except UserError as error:
         report.problems.append(str(error))
         return report
-    _compare(report, record, vocab_size)
+    _compare(report, vocab_size)
     return report
 
 
@@ -127,22 +150,20 @@ def _read_tokens(reader: DatasetReader, report: Report, eod: int | None) -> None
         report.problems.append(f"{bin_path(reader.prefix)}: a token id is {smallest}")
 
 
-def _compare(report: Report, record: domains.DomainRecord | None, vocab_size: int | None) -> None:
+def _compare(report: Report, vocab_size: int | None) -> None:
     """Adds what contradicts `domains.json` or the vocabulary."""
-    largest = report.max_token_id
+    prefix, largest = report.dataset.prefix, report.max_token_id
     if largest is not None and vocab_size is not None and largest >= vocab_size:
         report.problems.append(
-            f"{bin_path(report.prefix)}: the largest token id is {largest}, and the vocabulary "
-            f"has {vocab_size}"
+            f"{bin_path(prefix)}: the largest token id is {largest}, and the vocabulary has "
+            f"{vocab_size}"
         )
-    if record is None:
-        return
-    found = {"documents": report.facts["documents"], "tokens": report.facts["tokens"]}
+    found = {name: report.facts[name] for name in ("documents", "tokens")}
     if largest is not None:
         found["max_token_id"] = largest
     for name, value in found.items():
-        listed = getattr(record, name)
+        listed = getattr(report.dataset.record, name, value)
         if value != listed:
             report.problems.append(
-                f"{report.prefix}: {name} is {value:,}, and {domains.FILE_NAME} says {listed:,}"
+                f"{prefix}: {name} is {value:,}, and {FILE_NAME} says {listed:,}"
             )

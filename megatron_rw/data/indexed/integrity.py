@@ -1,98 +1,73 @@
-"""Whether a `.bin/.idx` pair is whole, and whether it is still the one that it was."""
+"""Quick checks of a `.bin/.idx` pair: whether it is whole, its token ids, and its fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO
 
 import numpy as np
 
-from megatron_rw.data.indexed.pair import CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
+from megatron_rw.data.indexed.pair import REMEDY, Index, bin_path, idx_path
+from megatron_rw.errors import UserError
 
-_LENGTH, _OFFSET, _BOUND = struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<q")
-_REMEDY = "copy both files again, or make them again with tools/preprocess_data.py"
-
-# Of each file, besides its size: enough to tell datasets apart, and little on a remote disk.
+# What a fingerprint reads of each file: enough to tell datasets apart, little on a remote disk.
 _BLOCKS, _BLOCK_BYTES = 16, 4096
-
-
-class DataError(ValueError):
-    """A dataset is damaged, or not the one that it was; the message names it and the remedy."""
+# Reading a terabyte would take as long as the work that a check is there to spare.
+SCAN_BYTES = 64 << 20
 
 
 def check_pair(prefix: str) -> int:
-    """See that index and tokens are whole and belong together. Reads some 60 bytes.
+    """Checks that index and tokens are whole and belong together. Reads some 60 bytes.
 
     Args:
-        prefix: path without `.bin` and `.idx`; both exist.
+        prefix: Path without `.bin` and `.idx`; both files exist.
 
     Returns:
-        How many sequences it holds, which are its documents unless those are split.
+        The number of sequences, which are the documents unless those are split.
 
     Raises:
-        DataError: they are not.
-        OSError: they cannot be read.
+        UserError: If they are not.
+        OSError: If they cannot be read.
     """
-    index_path, tokens_path = idx_path(prefix), bin_path(prefix)
-    size = os.path.getsize(index_path)
-    with open(index_path, "rb") as index:
-        header = index.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise DataError(f"data path {prefix}: {index_path} is no index of a dataset; {_REMEDY}")
-        _, version, code, sequences, bounds = HEADER.unpack(header)
-        if version != VERSION or code not in CODES:
-            raise DataError(
-                f"data path {prefix}: {index_path} has version {version} and type {code}, which "
-                f"are unknown; {_REMEDY}"
-            )
-        tables = sequences * (_LENGTH.size + _OFFSET.size) + bounds * _BOUND.size
-        # A multimodal dataset has a byte more per sequence.
-        if size not in (HEADER.size + tables, HEADER.size + tables + sequences):
-            raise DataError(
-                f"data path {prefix}: {index_path} has {size:,} bytes, and its header tells of "
-                f"{HEADER.size + tables:,}; {_REMEDY}"
-            )
-        if sequences == 0:
-            raise DataError(f"data path {prefix}: {index_path} lists no documents; leave it out")
-        end = _end_of_tokens(index, sequences, np.dtype(CODES[code]).itemsize)
-    there = os.path.getsize(tokens_path)
+    index, tokens = Index.open(prefix), bin_path(prefix)
+    if len(index.lengths) == 0:
+        raise UserError(f"{idx_path(prefix)} lists no documents; leave this dataset out")
+    end = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
+    there = os.path.getsize(tokens)
     if there != end:
-        cut = "is cut off" if there < end else "belongs to another index"
-        raise DataError(
-            f"data path {prefix}: {tokens_path} {cut}: it has {there:,} bytes, and its index tells "
-            f"of {end:,}; {_REMEDY}"
+        wrong = "is cut off" if there < end else "belongs to another index"
+        raise UserError(
+            f"{tokens} {wrong}: it has {there:,} bytes, and its index tells of {end:,}; {REMEDY}"
         )
-    return int(sequences)
+    return len(index.lengths)
 
 
-def _end_of_tokens(index: BinaryIO, sequences: int, itemsize: int) -> int:
-    lengths = HEADER.size
-    offsets = lengths + sequences * _LENGTH.size
-    index.seek(lengths + (sequences - 1) * _LENGTH.size)
-    (length,) = _LENGTH.unpack(index.read(_LENGTH.size))
-    index.seek(offsets + (sequences - 1) * _OFFSET.size)
-    (offset,) = _OFFSET.unpack(index.read(_OFFSET.size))
-    return int(offset + length * itemsize)
+def largest_token_id(prefix: str, scan_bytes: int = SCAN_BYTES) -> int:
+    """Returns the largest token id in the first `scan_bytes` of a dataset's tokens.
+
+    For a larger file that is a lower bound; each batch is checked again when it is drawn.
+
+    Returns:
+        The id, -1 for a dataset without tokens.
+    """
+    dtype, path = Index.open(prefix).dtype, bin_path(prefix)
+    count = min(os.path.getsize(path), scan_bytes) // dtype.itemsize
+    return int(np.fromfile(path, dtype, count).max()) if count else -1
 
 
 def fingerprint(prefix: str) -> str:
-    """A digest of both files that does not read them whole.
+    """Returns a digest of both files that does not read them whole.
 
-    It covers their sizes and blocks spread evenly over them, so that other data, a re-tokenized
-    corpus or another order is noticed, and a few altered tokens in a large file are not.
+    It covers their sizes and blocks spread evenly over them. So it notices other data, a corpus
+    that was tokenized again or another order, but not a few altered tokens in a large file.
 
     Args:
-        prefix: path without `.bin` and `.idx`.
+        prefix: Path without `.bin` and `.idx`.
 
     Returns:
         16 hexadecimal digits.
-
-    Raises:
-        OSError: they cannot be read.
     """
     digest = hashlib.sha256()
     for path in (idx_path(prefix), bin_path(prefix)):
@@ -107,18 +82,18 @@ def fingerprint(prefix: str) -> str:
 
 
 def fingerprints(prefixes: Sequence[str], workers: int = 16) -> dict[str, str]:
-    """The fingerprint of every dataset, by absolute prefix."""
+    """Returns the fingerprint of every dataset, by absolute prefix."""
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(fingerprint, prefixes)
         return {os.path.abspath(p): f for p, f in zip(prefixes, found, strict=True)}
 
 
 def changed(saved: dict[str, str], mine: dict[str, str]) -> list[str]:
-    """Datasets that were there under the same path, and were others.
+    """Returns the datasets that have the same path and another fingerprint than before.
 
     Args:
-        saved: by absolute prefix, of the checkpoint.
-        mine: of this run. Paths that only one of the two has are no change: a corpus may be
-            moved, and a blend may be altered on purpose.
+        saved: Fingerprints of the checkpoint, by absolute prefix.
+        mine: Fingerprints of this run. A path that only one of the two has is no change: a corpus
+            may be moved, and a blend may be altered on purpose.
     """
     return [prefix for prefix in mine if saved.get(prefix, mine[prefix]) != mine[prefix]]

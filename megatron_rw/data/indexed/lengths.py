@@ -1,4 +1,4 @@
-"""How long documents are: counted by powers of two, shown in a terminal or as a picture."""
+"""The lengths of documents, counted by powers of two, shown as text or as a picture."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from numpy.typing import NDArray
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import complete_file
 
-_BAR = 40
+_BAR_CHARACTERS = 40
 
 
 class Lengths:
-    """Counts documents by their length, however many.
+    """Counts documents by their length, in memory that does not grow with their number.
 
     Attributes:
-        documents: How many were counted.
-        tokens: Of all of them.
-        shortest: Tokens of the shortest.
-        longest: Tokens of the longest.
+        documents: Number of documents.
+        tokens: Tokens of all documents.
+        shortest: Tokens of the shortest document, -1 without documents.
+        longest: Tokens of the longest document.
     """
 
     def __init__(self) -> None:
-        self._bins = np.zeros(65, np.int64)  # bin 0 is of no tokens, bin k of 2^(k-1) to 2^k - 1
+        # Bin 0 counts documents without tokens, bin k those of 2^(k-1) to 2^k - 1 tokens.
+        self._bins = np.zeros(65, np.int64)
         self.documents = self.tokens = self.longest = 0
         self.shortest = -1
 
     def add(self, tokens: NDArray[np.int64]) -> None:
-        """Counts documents, given the tokens of each, [documents]."""
+        """Adds documents by the number of tokens of each, [documents]."""
         if len(tokens) == 0:
             return
         self._bins += np.bincount(np.frexp(tokens)[1], minlength=65)
@@ -43,7 +44,7 @@ class Lengths:
         self.longest = max(int(tokens.max()), self.longest)
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """Returns (fewest tokens, most tokens, documents) of every bin between the filled ones."""
+        """Returns (fewest tokens, most tokens, documents) from the first to the last filled bin."""
         filled = np.flatnonzero(self._bins)
         if len(filled) == 0:
             return []
@@ -52,11 +53,16 @@ class Lengths:
             for number in range(filled[0], filled[-1] + 1)
         ]
 
+    @property
+    def mean(self) -> float:
+        """Tokens of a document on average."""
+        return self.tokens / max(1, self.documents)
+
     def summary(self) -> dict[str, Any]:
-        """Returns what there is to say, for `json`."""
+        """Returns the counts, for JSON."""
         return {
             "shortest": self.shortest,
-            "mean": self.tokens / max(1, self.documents),
+            "mean": self.mean,
             "longest": self.longest,
             "histogram": [
                 {"from": low, "to": high, "documents": count} for low, high, count in self.bins()
@@ -68,16 +74,16 @@ class Lengths:
         most = max((count for _, _, count in self.bins()), default=1)
         return [
             f"{f'{low:,}' if low == high else f'{low:,}-{high:,}':>27} {count:>15,} "
-            f"{'#' * round(_BAR * count / most)}".rstrip()
+            f"{'#' * round(_BAR_CHARACTERS * count / most)}".rstrip()
             for low, high, count in self.bins()
         ]
 
 
 def check_picture(path: Path) -> None:
-    """See that a picture can be drawn and put there.
+    """Checks that a picture can be drawn into this file.
 
     Raises:
-        UserError: It cannot.
+        UserError: If it cannot.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
@@ -96,10 +102,10 @@ def draw(lengths: Mapping[str, Lengths], path: Path) -> None:
     """Draws the share of documents by length, a line for each dataset.
 
     Args:
-        lengths: Name to what was counted.
-        path: Of the picture; its suffix is its kind.
+        lengths: Name of a dataset to the lengths of its documents.
+        path: The picture; its suffix names the format.
     """
-    from matplotlib.figure import Figure  # without pyplot no window is opened anywhere
+    from matplotlib.figure import Figure  # pyplot could open a window
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -5,8 +5,8 @@ numbers of sequences and of document bounds (8 each), then per sequence its leng
 offset in the `.bin` (8), then the document bounds (8 each): bound k is the first sequence of
 document k, and the last one the number of sequences.
 
-core's `IndexedDatasetBuilder` keeps Python lists with an entry per sequence until the end; what is
-here needs the same memory for ten documents and ten billion, and writes the same bytes.
+Core's `IndexedDatasetBuilder` keeps Python lists with an entry per sequence until the end. The
+writer here writes the same bytes, and its memory does not grow with the number of documents.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -27,7 +28,7 @@ from megatron_rw.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-# core's `DType`, repeated so that reading an index does not import torch; a test compares them.
+# Core's `DType`, repeated here so that reading an index does not import torch.
 CODES: dict[int, type[Any]] = {
     1: np.uint8,
     2: np.int8,
@@ -38,17 +39,18 @@ CODES: dict[int, type[Any]] = {
     7: np.float32,
     8: np.uint16,
 }
+REMEDY = "copy both files again, or make them again with tools/preprocess_data.py"
 _BLOCK = 1 << 16
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    """The file of the tokens."""
+    """Returns the path of the tokens."""
     return Path(f"{os.fspath(prefix)}.bin")
 
 
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    """The file of the index."""
+    """Returns the path of the index."""
     return Path(f"{os.fspath(prefix)}.idx")
 
 
@@ -57,16 +59,18 @@ class Index:
     """The index of a dataset, memory-mapped.
 
     Attributes:
-        dtype: type of a token id.
+        dtype: Type of a token id.
         lengths: int32 [sequences], tokens of each sequence.
         offsets: int64 [sequences], where each begins in the `.bin`, in bytes.
         bounds: int64 [documents + 1], the first sequence of each document, and their number.
+        multimodal: Whether a byte per sequence follows, which says the kind of the sequence.
     """
 
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]
     offsets: NDArray[np.int64]
     bounds: NDArray[np.int64]
+    multimodal: bool
 
     @property
     def documents(self) -> int:
@@ -78,49 +82,36 @@ class Index:
         """Maps the index of a dataset.
 
         Args:
-            prefix: path without `.bin` and `.idx`.
+            prefix: Path without `.bin` and `.idx`.
 
         Raises:
-            UserError: it is missing, no index, cut off, or of a multimodal dataset.
+            UserError: If it is missing, no index, or not whole.
         """
         path = idx_path(prefix)
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a dataset's path without .bin and .idx")
-        header = read_header(path)
-        sequences, bounds = header[1], header[2]
-        lengths_at = HEADER.size
-        offsets_at = lengths_at + 4 * sequences
-        bounds_at = offsets_at + 8 * sequences
-        size = path.stat().st_size
-        if size != bounds_at + 8 * bounds:
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
+            size = os.fstat(file.fileno()).st_size
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise UserError(f"{path} is no index of a dataset; {REMEDY}")
+        _, version, code, sequences, bounds = HEADER.unpack(header)
+        if version != VERSION or code not in CODES:
             raise UserError(
-                f"{path}: {size:,} bytes, where its header tells of {bounds_at + 8 * bounds:,}; "
-                "it is cut off or of a multimodal dataset, copy or make it again"
+                f"{path} has version {version} and type {code}, which are unknown; {REMEDY}"
             )
+        offsets_at = HEADER.size + 4 * sequences
+        bounds_at = offsets_at + 8 * sequences
+        end = bounds_at + 8 * bounds
+        if size not in (end, end + sequences):
+            raise UserError(f"{path} has {size:,} bytes, and its header tells of {end:,}; {REMEDY}")
         return cls(
-            dtype=np.dtype(header[0]),
-            lengths=_mapped(path, np.int32, lengths_at, sequences),
-            offsets=_mapped(path, np.int64, offsets_at, sequences),
-            bounds=_mapped(path, np.int64, bounds_at, bounds),
+            np.dtype(CODES[code]),
+            _mapped(path, np.int32, HEADER.size, sequences),
+            _mapped(path, np.int64, offsets_at, sequences),
+            _mapped(path, np.int64, bounds_at, bounds),
+            multimodal=size > end,
         )
-
-
-def read_header(path: Path) -> tuple[type[Any], int, int]:
-    """The dtype, number of sequences and number of document bounds that an index tells of.
-
-    Raises:
-        UserError: it is no index of a dataset.
-    """
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise UserError(f"{path}: no index of a Megatron dataset; copy or make it again")
-    _, version, code, sequences, bounds = HEADER.unpack(header)
-    if version != VERSION or code not in CODES:
-        raise UserError(
-            f"{path}: version {version} and type {code} are unknown; make the dataset again"
-        )
-    return CODES[code], sequences, bounds
 
 
 def _mapped(path: Path, dtype: type[Any], offset: int, count: int) -> NDArray[Any]:
@@ -132,22 +123,24 @@ def _mapped(path: Path, dtype: type[Any], offset: int, count: int) -> NDArray[An
 class PairWriter:
     """Writes a `.bin/.idx` pair a piece at a time; a context manager.
 
-    The files have their final names from the start and are complete after `finalize`, so write
-    into a directory of one's own and move them. Leaving the context without it removes them.
+    The files have their final names from the start but are complete only after `finalize`, so they
+    should be written into a scratch directory and moved. Leaving the context without `finalize`
+    removes them.
 
     Args:
-        prefix: path without `.bin` and `.idx`.
-        dtype: type of a token id.
+        prefix: Path without `.bin` and `.idx`.
+        dtype: Type of a token id.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._lengths_path = Path(f"{os.fspath(prefix)}.lengths")
-        self._bounds_path = Path(f"{os.fspath(prefix)}.bounds")
-        self._bin = bin_path(prefix).open("wb")
-        self._lengths = self._lengths_path.open("w+b")
-        self._bounds = self._bounds_path.open("w+b")
+        self._open = stack = ExitStack()
+        self._bin = stack.enter_context(bin_path(prefix).open("wb"))
+        # The tables of the index, whose sizes are known only in the end.
+        folder = bin_path(prefix).parent
+        self._lengths = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
+        self._bounds = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
         self._bounds.write(np.int64(0).tobytes())
         self._finalized = False
         self.sequences = 0
@@ -157,27 +150,16 @@ class PairWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes the files, and removes them unless they are complete."""
-        for file in (self._bin, self._lengths, self._bounds):
-            file.close()
+        self._open.close()
         if not self._finalized:
-            for path in (
-                bin_path(self._prefix),
-                idx_path(self._prefix),
-                self._lengths_path,
-                self._bounds_path,
-            ):
+            for path in (bin_path(self._prefix), idx_path(self._prefix)):
                 path.unlink(missing_ok=True)
 
     def write_tokens(self, ids: NDArray[Any]) -> None:
         """Appends token ids, of the dataset's own type, to the `.bin`."""
-        if ids.dtype != self._dtype:  # a cast would wrap around without a word
+        if ids.dtype != self._dtype:  # a cast would wrap around silently
             raise TypeError(f"token ids are {ids.dtype}, and the dataset's {self._dtype}")
         self._bin.write(ids.tobytes())
 
@@ -185,7 +167,7 @@ class PairWriter:
         """Appends `size` bytes of a file of the same dtype, from `offset`, to the `.bin`.
 
         Raises:
-            UserError: the file ends before.
+            UserError: If the file ends before.
         """
         self._bin.flush()
         copy_bytes(source, offset, size, self._bin)
@@ -194,8 +176,8 @@ class PairWriter:
         """Appends documents, whose tokens are or will be in the `.bin`, to the index.
 
         Args:
-            lengths: [sequences] tokens of each sequence.
-            sequences: [documents] sequences of each document; None if each has one.
+            lengths: [sequences], tokens of each sequence.
+            sequences: [documents], sequences of each document; None if each has one.
         """
         lengths = np.asarray(lengths, np.int32)
         counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences)
@@ -210,7 +192,7 @@ class PairWriter:
         """Writes the index and puts both files onto the disk.
 
         Raises:
-            RuntimeError: the tokens written are not those of the documents added.
+            RuntimeError: If the tokens written are not those of the documents added.
         """
         self._bin.flush()
         written = os.fstat(self._bin.fileno()).st_size
@@ -228,8 +210,6 @@ class PairWriter:
             self._append(self._bounds, index)
             index.flush()
             os.fsync(index.fileno())
-        self._lengths_path.unlink()
-        self._bounds_path.unlink()
         self._finalized = True
 
     @staticmethod
@@ -249,10 +229,10 @@ class PairWriter:
 
 
 def copy_bytes(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> None:
-    """Appends a piece of one file to another inside the kernel; the target has been flushed.
+    """Appends a piece of one file to another inside the kernel; the target must be flushed.
 
     Raises:
-        UserError: the source ends before.
+        UserError: If the source ends before.
     """
     copy = _copy_file_range
     left = size
@@ -260,7 +240,7 @@ def copy_bytes(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> No
         try:
             copied = copy(source.fileno(), target.fileno(), offset, left)
         except OSError as error:
-            # Two file systems, or one that cannot: sendfile works everywhere.
+            # The files are on two file systems, or on one that cannot do it; sendfile always works.
             if copy is _sendfile or error.errno not in _NOT_IN_KERNEL:
                 raise
             copy = _sendfile

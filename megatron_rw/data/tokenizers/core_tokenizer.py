@@ -2,47 +2,68 @@
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.errors import UserError
+from megatron_rw.platform.quiet import silence
 
 
 def build_core_tokenizer(flags: TokenizerFlags) -> Any:
-    """Returns what the training program builds from the same flags, a `MegatronTokenizerText`."""
+    """Returns what the training program builds from the same flags, a `MegatronTokenizerText`.
+
+    The import takes seconds, as it imports torch.
+
+    Raises:
+        UserError: If the model cannot be loaded.
+    """
+    silence("cpu")
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    return build_tokenizer(
-        Namespace(
-            tokenizer_type=flags.type,
-            tokenizer_model=flags.model,
-            vocab_size=flags.vocab_size,
-            special_tokens=None if flags.special_tokens is None else list(flags.special_tokens),
-            tiktoken_pattern=flags.tiktoken_pattern,
-            tiktoken_num_special_tokens=flags.tiktoken_num_special_tokens,
-            tokenizer_sentencepiece_ignore_extra_whitespaces=(
-                flags.sentencepiece_ignore_extra_whitespaces
-            ),
-            tokenizer_hf_no_include_special_tokens=not flags.hf_include_special_tokens,
-            # The rest changes no id, or is not offered by the tools; Megatron's defaults.
-            tokenizer_sentencepiece_legacy=False,
-            tokenizer_hf_no_use_fast=False,
-            trust_remote_code=False,
-            vocab_file=None,
-            merge_file=None,
-            chat_template=None,
-            metadata_path=None,
-            pad_vocab_size=False,
-        )
+    settings = {field.name: getattr(flags, field.name) for field in fields(TokenizerFlags)}
+    special = settings.pop("tokenizer_special_tokens")
+    arguments = Namespace(
+        **settings,
+        special_tokens=None if special is None else list(special),
+        # These change no id, or the tools do not offer them; the values are Megatron's defaults.
+        tokenizer_sentencepiece_legacy=False,
+        tokenizer_hf_no_use_fast=False,
+        trust_remote_code=False,
+        vocab_file=None,
+        merge_file=None,
+        chat_template=None,
+        metadata_path=None,
+        pad_vocab_size=False,
     )
+    with library_errors(flags):
+        return build_tokenizer(arguments)
+
+
+@contextmanager
+def library_errors(flags: TokenizerFlags) -> Iterator[None]:
+    """Reports a model that a library cannot load as the user's mistake.
+
+    Raises:
+        UserError: If the body, a call of the library, raises any exception; each library has its
+            own.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"--tokenizer-model {flags.tokenizer_model}: cannot be loaded as "
+            f"{flags.tokenizer_type} ({error})"
+        ) from error
 
 
 class CoreTokenizer:
-    """Encodes text by text, whole, with Megatron's own class.
+    """Encodes one whole text after the other with Megatron's own class.
 
     Args:
         core: A `MegatronTokenizerText`.
@@ -63,21 +84,21 @@ class CoreTokenizer:
         return str(self._core.detokenize([int(id_) for id_ in ids]))
 
 
-def require_package(name: str, needed_by: str) -> None:
-    """Sees that an optional package is installed.
+def require_package(name: str, needed_for: str) -> None:
+    """Checks that an optional package is installed.
 
     Raises:
         UserError: If it is not.
     """
     if importlib.util.find_spec(name) is None:
         raise UserError(
-            f"--tokenizer-type {needed_by} needs a package that is not installed; "
-            f"run: pip install {name}"
+            f"{needed_for} needs a package that is not installed; run: pip install {name}"
         )
 
 
 def optimal_dtype(vocab_size: int) -> type[Any]:
-    """Returns the NumPy type in which Megatron stores the ids of a vocabulary of this size."""
-    from megatron.core.datasets.indexed_dataset import DType
+    """Returns the NumPy type in which Megatron stores the ids of a vocabulary of this size.
 
-    return cast(type[Any], DType.optimal_dtype(vocab_size))
+    The rule is that of core's `DType.optimal_dtype`, whose import takes seconds.
+    """
+    return np.uint16 if vocab_size < 65500 else np.int32

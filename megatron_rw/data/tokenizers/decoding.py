@@ -3,63 +3,74 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.documents import DatasetReader
 from megatron_rw.data.indexed.domains import TokenizerRecord
-from megatron_rw.data.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from megatron_rw.data.tokenizers.tokenizer_flags import BYTE_LEVEL, TokenizerFlags, tokenizer_flags
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, model_sha256
+from megatron_rw.data.tokenizers.tokenizer_flags import (
+    BYTE_LEVEL,
+    TokenizerFlags,
+    TokenizerOptions,
+    TokenizerType,
+)
 from megatron_rw.errors import UserError
-from megatron_rw.platform.quiet import silence
 
-_CONTEXT = 40
+_CONTEXT_CHARACTERS = 40
 
 
-def tokenizer_of(args: Namespace, record: TokenizerRecord | None) -> Tokenizer:
-    """Loads the tokenizer that flags name, or else the one that made the dataset.
+@dataclass(frozen=True, kw_only=True)
+class DecodingFlags(TokenizerOptions):
+    """The flags that choose the tokenizer of a dataset, which may leave that to domains.json."""
 
-    Says so on stderr if it is not the one that made the dataset.
+    tokenizer_type: TokenizerType | None = None
+    """The kind of tokenizer; by default the one that domains.json names."""
 
-    Args:
-        args: of a command line that `add_tokenizer_flags` prepared; without a type and a model
-            they are those of the record.
-        record: What `domains.json` says of the dataset's tokenizer, if there is one.
+    def is_named(self, record: TokenizerRecord | None) -> bool:
+        """Whether the flags, or a record whose model is still there, name a tokenizer."""
+        if self.tokenizer_model is not None or self.tokenizer_type == BYTE_LEVEL:
+            return True
+        return record is not None and (record.type == BYTE_LEVEL or Path(record.model).exists())
 
-    Raises:
-        UserError: None is named, or it is not there.
-    """
-    named = args.tokenizer_model is not None or args.tokenizer_type == BYTE_LEVEL
-    if not named and record is None:
-        raise UserError(
-            "no domains.json tells which tokenizer made this dataset; give --tokenizer-model"
-        )
-    kind = args.tokenizer_type or (record.type if record else None) or "SentencePieceTokenizer"
-    model = args.tokenizer_model
-    if not named and record is not None and kind != BYTE_LEVEL:
-        model = record.model
-        if not Path(model).exists():
+    def load(self, record: TokenizerRecord | None) -> Tokenizer:
+        """Loads the tokenizer that the flags name, or else the one that made the dataset.
+
+        Warns on standard error if it is not the one that made the dataset.
+
+        Args:
+            record: What `domains.json` says of the dataset's tokenizer, if it is there.
+
+        Raises:
+            UserError: If no tokenizer is named, or its model is not there.
+        """
+        if not self.is_named(record):
             raise UserError(
-                f"{model}, the tokenizer that domains.json names, is not there; give "
+                "no domains.json tells which tokenizer made this dataset; give --tokenizer-model"
+                if record is None
+                else f"{record.model}, the tokenizer that domains.json names, is not there; give "
                 "--tokenizer-model"
             )
-    chosen = {**vars(args), "tokenizer_type": kind, "tokenizer_model": model}
-    return _load(tokenizer_flags(Namespace(**chosen)), record)
+        settings = {field.name: getattr(self, field.name) for field in fields(DecodingFlags)}
+        recorded = record.type if record is not None else "SentencePieceTokenizer"
+        settings["tokenizer_type"] = self.tokenizer_type or cast(TokenizerType, recorded)
+        if self.tokenizer_model is None and settings["tokenizer_type"] != BYTE_LEVEL and record:
+            settings["tokenizer_model"] = record.model
+        return _load(TokenizerFlags(**settings), record)
 
 
-@cache  # of the many domains of a directory, which one tokenizer made
+@cache  # the domains of a directory have one tokenizer
 def _load(flags: TokenizerFlags, record: TokenizerRecord | None) -> Tokenizer:
-    silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
     tokenizer = load_tokenizer(flags)
-    if record is not None and (digest := fingerprint(flags.model)) != record.sha256:
+    if record is not None and (digest := model_sha256(flags.tokenizer_model)) != record.sha256:
         print(
-            f"warning: {flags.model} is not the tokenizer that made this dataset: its sha256 is "
-            f"{digest}, and domains.json says {record.sha256}",
+            f"warning: {flags.tokenizer_model} is not the tokenizer that made this dataset: its "
+            f"sha256 is {digest}, and domains.json says {record.sha256}",
             file=sys.stderr,
         )
     return tokenizer
@@ -69,7 +80,7 @@ def decode(tokenizer: Tokenizer, ids: NDArray[Any]) -> str:
     """Returns the text of token ids, [tokens].
 
     Raises:
-        UserError: An id is beyond the tokenizer's vocabulary.
+        UserError: If an id is beyond the tokenizer's vocabulary.
     """
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         raise UserError(
@@ -80,13 +91,13 @@ def decode(tokenizer: Tokenizer, ids: NDArray[Any]) -> str:
 
 
 def find(reader: DatasetReader, text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
-    """Yields the documents of a dataset that contain a text.
+    """Finds the documents of a dataset that contain a text.
 
-    Every document is decoded, since a text may be other tokens within other words.
+    Every document is decoded, since other words around a text can change its tokens.
 
     Yields:
-        Number of the document, how often it contains the text, and the first place with some 40
-        characters on either side.
+        The number of the document, how often it contains the text, and the first occurrence with
+        up to 40 characters on either side.
     """
     for block in reader.blocks():
         ids = reader.read(block)
@@ -95,5 +106,6 @@ def find(reader: DatasetReader, text: str, tokenizer: Tokenizer) -> Iterator[tup
             document = decode(tokenizer, ids[start : start + count])
             start += count
             if (place := document.find(text)) >= 0:
-                begin, end = max(0, place - _CONTEXT), place + len(text) + _CONTEXT
+                begin = max(0, place - _CONTEXT_CHARACTERS)
+                end = place + len(text) + _CONTEXT_CHARACTERS
                 yield number, document.count(text), document[begin:end]

@@ -1,11 +1,11 @@
-"""Hugging Face tokenizers, by their Rust library alone where `transformers` would change nothing.
+"""Hugging Face tokenizers, encoded by their Rust library.
 
-Core's class leaves the reading of a directory to the `AutoTokenizer` of `transformers`, which for
-some models builds the tokenizer anew by rules of its own and adds tokens that other files name.
-Where the files rule that out, `tokenizer.json` is all there is to read; for the other directories
-core's class is asked, and what it made is used in the same way.
+`transformers` loads a directory through core's class, as in the training program. Where it is not
+installed, a tokenizer.json is read as it stands, if no other file of the directory could make
+`transformers` change it.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,44 +20,40 @@ from numpy.typing import NDArray
 from megatron_rw.data.tokenizers.core_tokenizer import (
     CoreTokenizer,
     build_core_tokenizer,
+    library_errors,
     optimal_dtype,
     require_package,
 )
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     SEGMENT_CHARACTERS,
-    SegmentEncoder,
+    CutTextEncoder,
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import WordEncoder, byte_level_words
+from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, byte_level_words
 from megatron_rw.errors import UserError
 
-# What `transformers` loads from tokenizer.json as it stands.
-_PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-# Settings that change ids, and files that change the class or its tokens.
-_OTHER_SETTINGS = (
-    "auto_map",
-    "init_inputs",
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "split_special_tokens",
-    "fix_mistral_regex",
+# The settings of a tokenizer_config.json with which `transformers` uses tokenizer.json unchanged.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_SPECIAL_TOKENS = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
+_HARMLESS_SETTINGS = (
+    *("tokenizer_class", "model_max_length", "chat_template", "clean_up_tokenization_spaces"),
+    *_SPECIAL_TOKENS,
 )
-_OTHER_FILES = ("config.json", "added_tokens.json")
+_PLAIN_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
 class HuggingFaceTokenizer:
     """Encodes with a `tokenizers.Tokenizer`, into arrays.
 
-    Texts are cut into words or segments where that is safe (see `known_words`); other tokenizers
-    see every text whole, whose working memory is then 90 to 170 bytes per character.
+    Texts are cut into words or segments where that is safe (see `known_word_pattern`). Other
+    tokenizers are given every text whole, which takes 90 to 170 bytes of memory per character.
 
     Args:
         tokenizer: The Rust tokenizer; its truncation and padding are switched off.
         eod: The id that ends a document.
-        include_special_tokens: Whether to encode with the special tokens around a text, as `<s>`,
+        include_special_tokens: Whether to add the special tokens around a text, such as `<s>`,
             that the tokenizer's post-processor adds.
         segment_characters: The least length of a segment.
     """
@@ -78,21 +74,21 @@ class HuggingFaceTokenizer:
         self.eod = eod
         self._dtype = optimal_dtype(self.vocab_size)
         definition = json.loads(tokenizer.to_str())
-        pattern = known_words(definition)
+        pattern = known_word_pattern(definition)
         next_cut = cuts_between_words(pattern)
-        segments = SegmentEncoder(
-            # The special tokens around a text are none of its segments'.
+        segments = CutTextEncoder(
+            # Where texts are cut, the special tokens around a text are added afterwards.
             partial(self._encode, next_cut is None and include_special_tokens),
             next_cut,
             self._dtype,
             segment_characters,
         )
-        self._encoder: SegmentEncoder | WordEncoder = segments
+        self._encoder: CutTextEncoder | CachedWordEncoder = segments
         added = definition["added_tokens"]
         words = byte_level_words(pattern, [token["content"] for token in added])
         # Whether a token of the kind single_word is one depends on the character before it.
         if next_cut and words and not any(token["single_word"] for token in added):
-            self._encoder = WordEncoder(words, self._encode_word, segments)
+            self._encoder = CachedWordEncoder(words, self._encode_word, segments)
         around: tuple[list[int], list[int]] = ([], [])
         if next_cut and include_special_tokens:
             around = _special_tokens_around(tokenizer)
@@ -133,94 +129,6 @@ def _panics_as_errors() -> Iterator[None]:
         raise ValueError(f"the tokenizers library failed: {error}") from error
 
 
-def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokenizer:
-    """Loads the tokenizer of a directory.
-
-    Raises:
-        UserError: If it is a file, or needs a package that is not installed.
-    """
-    directory = Path(str(flags.model))
-    if directory.is_file():
-        raise UserError(
-            f"--tokenizer-model {directory}: give the directory that holds the file, as the "
-            f"training program needs it: {directory.parent}"
-        )
-    require_package("tokenizers", flags.type)
-    if is_self_contained(directory):
-        tokenizer, eod = _read(directory, flags.special_tokens or ())
-    else:
-        require_package("transformers", f"{flags.type}, to read {directory},")
-        core = build_core_tokenizer(flags)
-        tokenizer, eod = getattr(core._tokenizer.tokenizer, "backend_tokenizer", None), core.eod
-        if tokenizer is None:  # a tokenizer in Python
-            return CoreTokenizer(core)
-    return HuggingFaceTokenizer(tokenizer, eod, flags.hf_include_special_tokens)
-
-
-def is_self_contained(directory: Path) -> bool:
-    """Whether `transformers` would load the directory's tokenizer.json as it stands."""
-    if not (directory / "tokenizer.json").is_file():
-        return False
-    if any((directory / name).exists() for name in _OTHER_FILES):
-        return False
-    settings = _settings(directory)
-    if settings.get("tokenizer_class") not in _PLAIN_CLASSES:
-        return False
-    if any(settings.get(name) for name in _OTHER_SETTINGS):
-        return False
-    definition = json.loads((directory / "tokenizer.json").read_text("utf-8"))
-    added = {token["id"]: token for token in definition["added_tokens"]}
-    contents = {token["content"] for token in added.values()}
-    named = {content for key in settings for content in _contents(key, settings[key])}
-    listed = settings.get("added_tokens_decoder", {})
-    return named <= contents and all(
-        added.get(int(id_)) == {"id": int(id_), **token} for id_, token in listed.items()
-    )
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """Returns tokenizer_config.json, with special_tokens_map.json where `transformers` reads it."""
-    settings: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / name
-        if path.exists() and "added_tokens_decoder" not in settings:
-            settings |= json.loads(path.read_text("utf-8"))
-    return settings
-
-
-def _contents(key: str, value: Any) -> list[str]:
-    """Returns the texts of the special tokens that a setting names."""
-    if key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = list(value.values()) if isinstance(value, dict) else value or []
-    else:
-        tokens = [value] if key.endswith("_token") else []
-    texts = [token["content"] if isinstance(token, dict) else token for token in tokens]
-    return [text for text in texts if isinstance(text, str)]
-
-
-def _read(directory: Path, extra: Sequence[str]) -> tuple[Any, int | None]:
-    """Returns the tokenizer with the special tokens that core's class adds, and the eod."""
-    from tokenizers import AddedToken, Tokenizer
-
-    settings = _settings(directory)
-
-    def named(key: str) -> str | None:
-        return next(iter(_contents(key, settings.get(key))), None)
-
-    eos, sep, bos, cls = (named(f"{name}_token") for name in ("eos", "sep", "bos", "cls"))
-    added = [*extra]
-    if bos is None or cls is None:
-        added.insert(0, bos or cls or "")
-    if eos is None or sep is None:
-        added.insert(0, eos or sep or "")
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in added if text]
-    )
-    eod = eos or sep
-    return tokenizer, None if eod is None else tokenizer.token_to_id(eod)
-
-
 def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the ids that the post-processor puts before and after every text."""
     text = tokenizer.encode("a", add_special_tokens=False)
@@ -229,11 +137,75 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return with_special.ids[: inner[0]], with_special.ids[inner[-1] + 1 :]
 
 
-def known_words(definition: dict[str, Any]) -> str | None:
-    """Returns the pattern of a tokenizer's words if its texts may be cut between them.
+def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokenizer:
+    """Loads the tokenizer of a directory.
 
-    It looks for tokens in one word at a time if it is byte-level BPE over a known pattern of words;
-    no added token may reach over white space, and normalization, NFC at most, joins nothing to it.
+    Raises:
+        UserError: If it is a file, or needs a package that is not installed.
+    """
+    directory = Path(str(flags.tokenizer_model))
+    if directory.is_file():
+        raise UserError(
+            f"--tokenizer-model {directory}: give the directory that holds the file, as the "
+            f"training program needs it: {directory.parent}"
+        )
+    if importlib.util.find_spec("transformers") is None:
+        require_package("tokenizers", f"--tokenizer-type {flags.tokenizer_type}")
+        tokenizer, eod = _load_plain(directory, flags)
+    else:
+        core = build_core_tokenizer(flags)
+        tokenizer, eod = getattr(core._tokenizer.tokenizer, "backend_tokenizer", None), core.eod
+        if tokenizer is None:  # a tokenizer written in Python
+            return CoreTokenizer(core)
+    include_special_tokens = not flags.tokenizer_hf_no_include_special_tokens
+    return HuggingFaceTokenizer(tokenizer, eod, include_special_tokens)
+
+
+def _load_plain(directory: Path, flags: TokenizerFlags) -> tuple[Any, int | None]:
+    """Returns the tokenizer of a tokenizer.json, and the id that ends a document.
+
+    Raises:
+        UserError: If `transformers` could load another tokenizer from the directory.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    more = f"--tokenizer-model {directory}: reading more than a plain tokenizer.json"
+    path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not path.exists():
+        require_package("transformers", more)
+    with library_errors(flags):
+        tokenizer = Tokenizer.from_file(str(path))
+        settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    if not _is_plain(directory, settings, json.loads(tokenizer.to_str())["added_tokens"]):
+        require_package("transformers", more)
+    extra = flags.tokenizer_special_tokens or ()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in extra])
+    eod = settings.get("eos_token") or settings.get("sep_token")
+    return tokenizer, None if eod is None else tokenizer.token_to_id(eod)
+
+
+def _is_plain(directory: Path, settings: dict[str, Any], added: list[dict[str, Any]]) -> bool:
+    """Whether nothing beside tokenizer.json can change ids: no other file, and known settings."""
+    if not {path.name for path in directory.iterdir() if path.is_file()} <= _PLAIN_FILES:
+        return False
+    if settings.get("tokenizer_class", _PLAIN_CLASSES[0]) not in _PLAIN_CLASSES:
+        return False
+    plain = [
+        token["content"]
+        for token in added
+        if token["special"]
+        and not any(token[name] for name in ("single_word", "lstrip", "rstrip", "normalized"))
+    ]
+    special = [settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None]
+    return set(settings) <= set(_HARMLESS_SETTINGS) and all(token in plain for token in special)
+
+
+def known_word_pattern(definition: dict[str, Any]) -> str | None:
+    """Returns the pattern of a tokenizer's words if its texts may be cut between words, else None.
+
+    They may be cut if the tokenizer is a byte-level BPE, which encodes each word by itself, over a
+    known pattern of words, if no added token reaches over white space, and if the normalization is
+    at most NFC, which joins nothing to white space.
 
     Args:
         definition: The content of its tokenizer.json.

@@ -1,4 +1,4 @@
-"""SentencePiece models, encoded in words or segments where that changes nothing."""
+"""SentencePiece models, encoded in words or segments where that changes no id."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,46 +12,54 @@ from numpy.typing import NDArray
 from megatron_rw.data.tokenizers.core_tokenizer import (
     CoreTokenizer,
     build_core_tokenizer,
+    library_errors,
     optimal_dtype,
 )
-from megatron_rw.data.tokenizers.safe_cuts import SEGMENT_CHARACTERS, NextCut, SegmentEncoder
+from megatron_rw.data.tokenizers.safe_cuts import SEGMENT_CHARACTERS, CutTextEncoder, NextCut
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import WordEncoder, sentencepiece_words
+from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, sentencepiece_words
+from megatron_rw.errors import UserError
 
 _SPACE = "\u2581"  # what SentencePiece turns spaces into
 
 
 class SentencePieceTokenizer:
-    """Encodes with the processor of core's class, into arrays.
+    """Encodes as core's SentencePieceTokenizer does without `legacy`, into arrays.
 
-    Texts are cut where `cutting_of` says; a model for which it says None sees every text whole,
-    whose working memory is then about 45 bytes per character.
+    Texts are cut where `safe_cuts_of` allows it. A model for which it allows nothing is given every
+    text whole, which takes about 45 bytes of memory per character.
 
     Args:
-        core: A `MegatronTokenizerText` over core's SentencePieceTokenizer, without `legacy`.
+        processor: A `SentencePieceProcessor` of the model.
         segment_characters: The least length of a segment.
     """
 
-    def __init__(self, core: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
+    def __init__(self, processor: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.vocab_size: int = core.vocab_size
-        self.eod: int | None = core.eod
-        self._processor = core._tokenizer.tokenizer
-        cutting = cutting_of(self._processor.serialized_model_proto())
+        self._processor = processor
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eod: int | None = self._processor.eos_id()
+        cuts = safe_cuts_of(self._processor.serialized_model_proto())
         encode, self._prefix = self._processor.encode, ""
-        if cutting and cutting.unprefixed is not None:
-            encode = SentencePieceProcessor(model_proto=cutting.unprefixed).encode
+        if cuts and cuts.unprefixed is not None:
+            encode = SentencePieceProcessor(model_proto=cuts.unprefixed).encode
             self._prefix = " "
-        segments = SegmentEncoder(
+        segments = CutTextEncoder(
             partial(encode, return_type="numpy", num_threads=1),
-            cutting.next_cut if cutting else None,
+            cuts.next_cut if cuts else None,
             optimal_dtype(self.vocab_size),
             segment_characters,
         )
-        self._encoder: SegmentEncoder | WordEncoder = segments
-        if cutting and cutting.words:
-            self._encoder = WordEncoder(cutting.words, encode, segments)
+        self._encoder: CutTextEncoder | CachedWordEncoder = segments
+        if cuts and cuts.words:
+            self._encoder = CachedWordEncoder(cuts.words, encode, segments)
+
+    @property
+    def folds_spaces(self) -> bool:
+        """Whether the model makes one space of several."""
+        one, two = (self._processor.encode(text, out_type=str) for text in ("x y", "x  y"))
+        return bool(one == two)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
@@ -66,22 +74,31 @@ class SentencePieceTokenizer:
 
 def load_sentencepiece(flags: TokenizerFlags) -> SentencePieceTokenizer | CoreTokenizer:
     """Loads a SentencePiece model."""
-    core = build_core_tokenizer(flags)
-    wrapper = core._tokenizer
-    if wrapper.removed_extra_spaces and not wrapper.ignore_extra_whitespaces:
-        return CoreTokenizer(core)  # puts a mark between the spaces and takes it out again
-    return SentencePieceTokenizer(core)
+    from sentencepiece import SentencePieceProcessor
+
+    if flags.tokenizer_special_tokens:
+        raise UserError(
+            "--tokenizer-special-tokens: a SentencePiece model takes none later; give them to "
+            "tools/train_tokenizer.py as --special-tokens"
+        )
+    with library_errors(flags):
+        processor = SentencePieceProcessor(model_file=str(flags.tokenizer_model))
+    tokenizer = SentencePieceTokenizer(processor)
+    if tokenizer.folds_spaces and not flags.tokenizer_sentencepiece_ignore_extra_whitespaces:
+        # Core's class puts a mark between the spaces and takes it out again.
+        return CoreTokenizer(build_core_tokenizer(flags))
+    return tokenizer
 
 
 @dataclass(frozen=True)
-class Cutting:
+class SafeCuts:
     """How texts may be cut for a model.
 
     Attributes:
         next_cut: Where they may be cut.
-        words: Matches words between which they may be cut; None if that is not worth it.
-        unprefixed: For a model that puts a space of its own before every text: the bytes of a model
-            that does not and is the same otherwise. The spaces are then the caller's to put.
+        words: Matches words between which they may be cut; None if that would not be faster.
+        unprefixed: Only for a model that puts a space before every text: the bytes of a model that
+            does not and is the same otherwise. The caller then puts the space.
     """
 
     next_cut: NextCut
@@ -89,15 +106,15 @@ class Cutting:
     unprefixed: bytes | None
 
 
-def cutting_of(model: bytes) -> Cutting | None:
-    """Returns how texts may be cut for a model; None for not at all.
+def safe_cuts_of(model: bytes) -> SafeCuts | None:
+    """Returns how texts may be cut for a model; None if they may not.
 
     Byte-pair encoding only ever joins neighbours into a piece of the vocabulary. So a place between
     two characters that are neighbours in no piece stays a border of tokens, and what is joined on
     one side of it has no influence on the other. Before a space after a word that holds for nearly
     every model; with bytes for unknown characters, for most pairs of rare characters as well.
 
-    Not to be cut:
+    Texts may not be cut for these:
 
     - Unigram models add up scores in single precision from the start of the text, so what was
       before can change how a tie is rounded.
@@ -143,7 +160,7 @@ def cutting_of(model: bytes) -> Cutting | None:
     if normalizer.add_dummy_prefix:
         normalizer.add_dummy_prefix = False
         unprefixed = proto.SerializeToString()
-    return Cutting(partial(_next_cut, inside, known), words, unprefixed)
+    return SafeCuts(partial(_next_cut, inside, known), words, unprefixed)
 
 
 def _spellings(character: str) -> str:

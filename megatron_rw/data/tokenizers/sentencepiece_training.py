@@ -1,26 +1,28 @@
-"""Trains a SentencePiece model, and says in our words why it could not.
+"""Trains a SentencePiece model.
 
 The model keeps every character: no Unicode normalisation, no folding of white space, no dummy
 prefix, and bytes for characters outside the vocabulary, so that code decodes to itself. The one
 exception is U+2581, SentencePiece's own mark for the space: it decodes to a space.
 
-Newlines, tabs and other control characters are byte tokens and never part of a longer piece: the
-text is trained line by line, and SentencePiece reserves the tab.
+Newlines, tabs and other control characters are byte tokens and never part of a longer piece, since
+the model is trained line by line and SentencePiece reserves the tab.
 
 Token ids: 0 `<unk>`, 1 `<s>`, 2 `</s>` (Megatron's end of document), 3 `<pad>`, then the special
-tokens of one's own, the 256 bytes and the learnt pieces. Padding has an id of its own because
-core's GPTDataset takes the loss off every label that equals it; were it the end of document,
-documents would never learn to end.
+tokens of the user, the 256 bytes and the learnt pieces. Padding has its own id because core's
+GPTDataset masks the loss of every label that equals it; with the id of the end of document, the
+model would never learn to end a document.
 
-The four are control symbols: no text encodes to them. Special tokens of one's own are what
-SentencePiece calls user-defined symbols: wherever one stands in a text it is that one id, and
-never part of a longer piece. That is what Megatron needs of the marks of a chat template, since it
-fills in the template and tokenizes the text that comes out.
+These four are control symbols: no text encodes to them. The special tokens of the user are what
+SentencePiece calls user-defined symbols: each is one id wherever it occurs in a text, and never
+part of a longer piece. Megatron needs that for the marks of a chat template, since it tokenizes the
+text of the filled template.
 """
 
 import io
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from megatron_rw.errors import UserError
 
@@ -29,9 +31,8 @@ CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>", "<pad>")
 # The control symbols and the bytes.
 FIXED_TOKENS = len(CONTROL_SYMBOLS) + 256
 
-# Characters that no piece may hold: line ends and other control characters, which the .vocab file
-# could not show; the tab and U+2585, for which SentencePiece would drop the whole line; U+2581, its
-# mark for the space.
+# Characters that no piece may hold: line ends and other control characters, which would break the
+# .vocab file; the tab and U+2585, for which SentencePiece drops a whole line; U+2581, its own mark.
 _NOT_IN_PIECES = re.compile("[\x00-\x1f\u2581\u2585]+")
 _NOT_IN_SPECIAL_TOKENS = re.compile("[\x00-\x1f\u2581\u2585\\s]")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -45,7 +46,7 @@ def check_special_tokens(tokens: Sequence[str]) -> None:
     """Checks that each of `--special-tokens` can be one id in any text.
 
     Raises:
-        UserError: For the first that cannot.
+        UserError: For the first one that cannot.
     """
     for index, token in enumerate(tokens):
         problem = None
@@ -62,29 +63,35 @@ def check_special_tokens(tokens: Sequence[str]) -> None:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yields the pieces of a text that SentencePiece is to see as lines, none of them empty."""
+    """Yields the parts of a text that SentencePiece is given as lines, none of them empty."""
     for line in _NOT_IN_PIECES.split(text):
         for start in range(0, len(line), _MAX_CHARACTERS):
             yield line[start : start + _MAX_CHARACTERS]
 
 
-def train(
-    lines: Iterator[str],
-    text_bytes: int,
-    vocab_size: int,
-    model_type: str,
-    special_tokens: Sequence[str],
-    threads: int,
-) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class VocabularyFlags:
+    """The flags of a SentencePiece vocabulary."""
+
+    vocab_size: int = 32000
+    """Number of token ids, special tokens and bytes included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """The algorithm."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that are one id each, from 4 on, wherever they occur in a text, as the marks of a chat
+    template must be. Remove them from texts in which they should mean nothing."""
+    threads: int = 8
+    """Training threads. The number changes the bytes of the model, so it is not taken from the
+    machine."""
+
+
+def train(lines: Iterator[str], text_bytes: int, flags: VocabularyFlags) -> bytes:
     """Trains a model.
 
     Args:
-        lines: Text as `sentences` gives it.
+        lines: Text as `sentences` yields it.
         text_bytes: About how many UTF-8 bytes that is.
-        vocab_size: Number of token ids, fixed and special ones included.
-        model_type: `bpe` or `unigram`.
-        special_tokens: Ids 4 and up, in this order.
-        threads: Part of what makes the bytes the same.
+        flags: The vocabulary.
 
     Returns:
         The bytes of the `.model` file.
@@ -99,9 +106,9 @@ def train(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            num_threads=threads,
+            vocab_size=flags.vocab_size,
+            model_type=flags.model_type,
+            num_threads=flags.threads,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -112,27 +119,28 @@ def train(
             bos_id=BOS_ID,
             eos_id=EOD_ID,
             pad_id=PAD_ID,
-            user_defined_symbols=list(special_tokens),
+            user_defined_symbols=list(flags.special_tokens),
             train_extremely_large_corpus=text_bytes > _LARGE_BYTES,
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(_explain(str(error), vocab_size, len(special_tokens))) from error
+        raise UserError(_explain(str(error), flags)) from error
     return model.getvalue()
 
 
-def _explain(message: str, vocab_size: int, special_tokens: int) -> str:
-    """Turns SentencePiece's message into one that names our flag and the remedy."""
+def _explain(message: str, flags: VocabularyFlags) -> str:
+    """Turns SentencePiece's message into one that names the flag and the remedy."""
     if "!sentences_.empty()" in message:
         return "--input: no text to train on"
     if too_small := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        fixed = FIXED_TOKENS + len(flags.special_tokens)
         return (
-            f"--vocab-size {vocab_size} is too small: the {FIXED_TOKENS + special_tokens} fixed "
-            f"tokens and the characters of this text alone are {too_small[1]}; give more than that"
+            f"--vocab-size {flags.vocab_size} is too small: the {fixed} fixed tokens and the "
+            f"characters of this text alone are {too_small[1]}; give more than that"
         )
     if too_large := re.search(r"size too high .*<= (\d+)", message):
         return (
-            f"--vocab-size {vocab_size} is too large for so little text: give at most "
+            f"--vocab-size {flags.vocab_size} is too large for so little text: give at most "
             f"{too_large[1]}, or more text"
         )
     return f"SentencePiece could not train: {message}"

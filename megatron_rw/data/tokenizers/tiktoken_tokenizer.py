@@ -14,11 +14,11 @@ from megatron_rw.data.tokenizers.core_tokenizer import (
 )
 from megatron_rw.data.tokenizers.safe_cuts import (
     SEGMENT_CHARACTERS,
-    SegmentEncoder,
+    CutTextEncoder,
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import WordEncoder, byte_level_words
+from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, byte_level_words
 
 
 class TikTokenizer:
@@ -41,13 +41,13 @@ class TikTokenizer:
         next_cut = None
         if not any(map(str.isspace, chain.from_iterable(special))):
             next_cut = cuts_between_words(self._encoding._pat_str)
-        segments = SegmentEncoder(
+        segments = CutTextEncoder(
             self._encode, next_cut, optimal_dtype(self.vocab_size), segment_characters
         )
-        self._encoder: SegmentEncoder | WordEncoder = segments
+        self._encoder: CutTextEncoder | CachedWordEncoder = segments
         words = byte_level_words(self._encoding._pat_str, special)
         if next_cut and words:
-            self._encoder = WordEncoder(words, self._encode_word, segments)
+            self._encoder = CachedWordEncoder(words, self._encode_word, segments)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """See `tokenizer.Tokenizer`."""
@@ -74,5 +74,5 @@ def load_tiktoken(flags: TokenizerFlags) -> TikTokenizer:
     Raises:
         UserError: If tiktoken is not installed.
     """
-    require_package("tiktoken", flags.type)
+    require_package("tiktoken", f"--tokenizer-type {flags.tokenizer_type}")
     return TikTokenizer(build_core_tokenizer(flags))

@@ -1,8 +1,8 @@
-"""The tokenizers of the data tools: Megatron's, encoding batches of texts into NumPy arrays.
+"""The tokenizers of the data tools, which encode batches of texts into NumPy arrays.
 
-`load_tokenizer` gives what `megatron.core.tokenizers.utils.build_tokenizer` gives the training
-program for the same flags, id by id; only the way to the ids is faster. One type has another name
-there: see `TokenizerFlags.training_flags`.
+For the same flags, `load_tokenizer` returns a tokenizer that makes the same ids as the one that
+`megatron.core.tokenizers.utils.build_tokenizer` returns to the training program, and makes them
+faster. The training program has another name for one type: see `ByteLevelTokenizer`.
 
 A tokenizer works in one thread, so that the tools can run one process per core.
 """
@@ -21,26 +21,23 @@ from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepie
 from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.tokenizer_flags import (
     BYTE_LEVEL,
-    SENTENCEPIECE_TYPES,
     TokenizerFlags,
-    add_tokenizer_flags,
-    tokenizer_flags,
 )
 from megatron_rw.errors import UserError
 
 __all__ = [
     "Tokenizer",
     "TokenizerFlags",
-    "add_tokenizer_flags",
     "end_of_document_id",
-    "fingerprint",
     "load_tokenizer",
+    "model_sha256",
     "optimal_dtype",
-    "tokenizer_flags",
 ]
 
 _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
-    **dict.fromkeys(SENTENCEPIECE_TYPES, load_sentencepiece),
+    "SentencePieceTokenizer": load_sentencepiece,
+    "GPTSentencePieceTokenizer": load_sentencepiece,
+    "Llama2Tokenizer": load_sentencepiece,
     "HuggingFaceTokenizer": load_huggingface,
     "TikTokenizer": load_tiktoken,
 }
@@ -60,18 +57,17 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]` of `optimal_dtype(vocab_size)`.
 
-        Empty for a text that has no token, as the empty one.
+        An array is empty if its text has no token.
 
         Raises:
-            ValueError: If the library cannot encode one of them, as ten million spaces in a row
-                for which its regular expressions need too many steps.
+            ValueError: If the library cannot encode one of them, such as ten million spaces in a
+                row, for which its regular expressions need too many steps.
         """
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, for people to read.
 
-        It is the text that was encoded where the tokenizer loses nothing. Special tokens are shown
-        or left out as the tokenizer's library does.
+        Special tokens are shown or left out as the tokenizer's library does.
         """
 
 
@@ -81,31 +77,21 @@ def load_tokenizer(flags: TokenizerFlags) -> Tokenizer:
     Raises:
         UserError: If the model is not there or cannot be loaded.
     """
-    if flags.type == BYTE_LEVEL:
+    if flags.tokenizer_type == BYTE_LEVEL:
         return ByteLevelTokenizer()
-    if not Path(str(flags.model)).exists():
+    if not Path(str(flags.tokenizer_model)).exists():
         raise UserError(
-            f"--tokenizer-model {flags.model}: no such file; make one with tools/train_tokenizer.py"
+            f"--tokenizer-model {flags.tokenizer_model}: no such file; make one with "
+            "tools/train_tokenizer.py"
         )
-    try:
-        return _LOADERS[flags.type](flags)
-    except UserError:
-        raise
-    except Exception as error:  # each library raises its own
-        raise UserError(
-            f"--tokenizer-model {flags.model}: cannot be loaded as {flags.type} ({error})"
-        ) from error
+    return _LOADERS[flags.tokenizer_type](flags)
 
 
 def end_of_document_id(tokenizer: Tokenizer, model: str) -> int:
     """Returns the id of the end-of-document token.
 
-    Args:
-        tokenizer: The tokenizer.
-        model: Its path, for the message.
-
     Raises:
-        UserError: If it has none.
+        UserError: If the tokenizer has none; the message names the path of its model.
     """
     eod = tokenizer.eod
     if eod is None or eod < 0:
@@ -116,12 +102,12 @@ def end_of_document_id(tokenizer: Tokenizer, model: str) -> int:
     return eod
 
 
-def fingerprint(model: str | None) -> str:
+def model_sha256(model: str | None) -> str:
     """Returns the SHA-256 of a tokenizer model in hexadecimal.
 
-    For a file that is what `sha256sum` prints. For a directory it is the digest of the lines
-    `<sha256>  <relative path>` of its files, sorted by path. Bytes, which have no model, have the
-    digest of nothing.
+    For a file it is what `sha256sum` prints. For a directory it is the digest of the lines
+    `<sha256>  <relative path>` of its files, sorted by path. For ByteLevelTokenizer, which has no
+    model, it is the digest of no bytes.
     """
     if model is None:
         return hashlib.sha256().hexdigest()

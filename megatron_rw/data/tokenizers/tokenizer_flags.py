@@ -1,135 +1,65 @@
 """The command-line flags that choose a tokenizer, with Megatron's names and defaults."""
 
-from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from megatron_rw.data.tokenizers import byte_tokenizer
 from megatron_rw.errors import UserError
 
-SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-# Types that need a --tokenizer-model.
-MODEL_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer")
-BYTE_LEVEL = "ByteLevelTokenizer"
-TYPES = (*MODEL_TYPES, BYTE_LEVEL)
+TokenizerType = Literal[
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "TikTokenizer",
+    "ByteLevelTokenizer",
+]
+TYPES: tuple[TokenizerType, ...] = get_args(TokenizerType)
+BYTE_LEVEL: TokenizerType = "ByteLevelTokenizer"
 
 
-@dataclass(frozen=True)
-class TokenizerFlags:
-    """The flags that choose a tokenizer, with Megatron's names and defaults.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerOptions:
+    """The flags of a tokenizer beside its type, with Megatron's names and defaults."""
 
-    Attributes:
-        type: `--tokenizer-type`, one of `TYPES`.
-        model: `--tokenizer-model`: a file, or for Hugging Face a directory. None for bytes.
-        vocab_size: `--vocab-size`, of TikTokenizer alone: its special tokens and ranks.
-        special_tokens: `--tokenizer-special-tokens`, of TikTokenizer and HuggingFaceTokenizer.
-        tiktoken_pattern: `--tiktoken-pattern`, "v1" or "v2".
-        tiktoken_num_special_tokens: `--tiktoken-num-special-tokens`.
-        sentencepiece_ignore_extra_whitespaces: Not
-            `--no-tokenizer-sentencepiece-ignore-extra-whitespaces`.
-        hf_include_special_tokens: Not `--tokenizer-hf-no-include-special-tokens`.
-    """
-
-    type: str
-    model: str | None = None
+    tokenizer_model: str | None = None
+    """A SentencePiece .model, a Hugging Face directory, or a .json vocabulary of tiktoken."""
     vocab_size: int | None = None
-    special_tokens: tuple[str, ...] | None = None
-    tiktoken_pattern: str | None = None
+    """For TikTokenizer: the number of token ids, special tokens included; Megatron takes 131072 if
+    it is not given."""
+    tokenizer_special_tokens: tuple[str, ...] | None = None
+    """For TikTokenizer and HuggingFaceTokenizer: special tokens to add."""
+    tiktoken_pattern: Literal["v1", "v2"] | None = None
+    """For TikTokenizer: how text is cut into words; Megatron takes v2 if it is not given."""
     tiktoken_num_special_tokens: int = 1000
-    sentencepiece_ignore_extra_whitespaces: bool = True
-    hf_include_special_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        if self.type in MODEL_TYPES and self.model is None:
-            raise UserError(f"--tokenizer-type {self.type} needs a --tokenizer-model")
-        if self.type == BYTE_LEVEL and self.model is not None:
-            raise UserError(
-                f"--tokenizer-type {BYTE_LEVEL} has no model; leave --tokenizer-model out"
-            )
-
-    def training_flags(self) -> list[str]:
-        """Returns the flags that give the training program this tokenizer."""
-        if self.type == BYTE_LEVEL:
-            size = str(byte_tokenizer.VOCAB_SIZE)
-            return ["--tokenizer-type", "NullTokenizer", "--vocab-size", size]
-        flags = ["--tokenizer-type", self.type, "--tokenizer-model", str(self.model)]
-        if self.vocab_size is not None:
-            flags += ["--vocab-size", str(self.vocab_size)]
-        if self.special_tokens is not None:
-            flags += ["--tokenizer-special-tokens", *self.special_tokens]
-        if self.type == "TikTokenizer":
-            if self.tiktoken_pattern is not None:
-                flags += ["--tiktoken-pattern", self.tiktoken_pattern]
-            flags += ["--tiktoken-num-special-tokens", str(self.tiktoken_num_special_tokens)]
-        if not self.sentencepiece_ignore_extra_whitespaces:
-            flags.append("--no-tokenizer-sentencepiece-ignore-extra-whitespaces")
-        if not self.hf_include_special_tokens:
-            flags.append("--tokenizer-hf-no-include-special-tokens")
-        return flags
+    """For TikTokenizer: how many of the first ids are kept for special tokens."""
+    tokenizer_sentencepiece_ignore_extra_whitespaces: bool = True
+    """Keep runs of spaces that the SentencePiece model would fold."""
+    tokenizer_hf_no_include_special_tokens: bool = False
+    """Leave out the special tokens that a Hugging Face tokenizer puts around every text, such as
+    <s>."""
 
 
-def add_tokenizer_flags(parser: ArgumentParser) -> None:
-    """Adds the flags of `TokenizerFlags` to a tool's command line."""
-    defaults = TokenizerFlags(BYTE_LEVEL)
-    group = parser.add_argument_group("tokenizer", "with the names and defaults of Megatron")
-    group.add_argument(
-        "--tokenizer-type",
-        choices=TYPES,
-        default="SentencePieceTokenizer",
-        metavar="TYPE",
-        help=f"{', '.join(TYPES)} (%(default)s); {BYTE_LEVEL} gives the UTF-8 bytes and is "
-        "trained with --tokenizer-type NullTokenizer --vocab-size 257",
-    )
-    group.add_argument(
-        "--tokenizer-model",
-        metavar="PATH",
-        help="a SentencePiece .model, a Hugging Face directory, or tiktoken's .json vocabulary",
-    )
-    group.add_argument(
-        "--vocab-size", type=int, metavar="N", help="of TikTokenizer: number of token ids (131072)"
-    )
-    group.add_argument(
-        "--tokenizer-special-tokens",
-        nargs="+",
-        dest="special_tokens",
-        metavar="TOKEN",
-        help="of TikTokenizer and HuggingFaceTokenizer",
-    )
-    group.add_argument(
-        "--tiktoken-pattern", choices=["v1", "v2"], help="how text is cut into words (v2)"
-    )
-    group.add_argument(
-        "--tiktoken-num-special-tokens",
-        type=int,
-        default=defaults.tiktoken_num_special_tokens,
-        metavar="N",
-        help="first ids, kept for special tokens (%(default)s)",
-    )
-    group.add_argument(
-        "--no-tokenizer-sentencepiece-ignore-extra-whitespaces",
-        dest="tokenizer_sentencepiece_ignore_extra_whitespaces",
-        action="store_false",
-        help="keep runs of spaces that the SentencePiece model would fold",
-    )
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
-        help="leave out what a Hugging Face tokenizer puts around every text, as <s>",
-    )
-
-
-def tokenizer_flags(args: Namespace) -> TokenizerFlags:
-    """Returns the flags of a command line that `add_tokenizer_flags` prepared.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFlags(TokenizerOptions):
+    """The flags that choose a tokenizer.
 
     Raises:
         UserError: If they do not go together.
     """
-    return TokenizerFlags(
-        type=args.tokenizer_type,
-        model=args.tokenizer_model,
-        vocab_size=args.vocab_size,
-        special_tokens=None if args.special_tokens is None else tuple(args.special_tokens),
-        tiktoken_pattern=args.tiktoken_pattern,
-        tiktoken_num_special_tokens=args.tiktoken_num_special_tokens,
-        sentencepiece_ignore_extra_whitespaces=args.tokenizer_sentencepiece_ignore_extra_whitespaces,
-        hf_include_special_tokens=not args.tokenizer_hf_no_include_special_tokens,
-    )
+
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """The kind of tokenizer. ByteLevelTokenizer gives the UTF-8 bytes; train on them with
+    --tokenizer-type NullTokenizer --vocab-size 257."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer_type not in TYPES:
+            raise UserError(
+                f"--tokenizer-type {self.tokenizer_type}: is not known; give one of "
+                f"{', '.join(TYPES)}"
+            )
+        if self.tokenizer_type != BYTE_LEVEL and self.tokenizer_model is None:
+            raise UserError(f"--tokenizer-type {self.tokenizer_type} needs a --tokenizer-model")
+        if self.tokenizer_type == BYTE_LEVEL and self.tokenizer_model is not None:
+            raise UserError(
+                f"--tokenizer-type {BYTE_LEVEL} has no model; leave --tokenizer-model out"
+            )

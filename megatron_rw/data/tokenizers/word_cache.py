@@ -1,10 +1,10 @@
-"""Encodes texts word by word and remembers the ids of words, as most words were seen before.
+"""Encodes texts word by word and keeps the ids of words, since most words of a text occur often.
 
-A word here is what a regular expression matches such that no token crosses its ends and nothing
-beyond them changes its ids, whatever the text. That is proved from the tokenizer's definition, as
-for `segments.NextCut`, and from two neighbouring characters alone: a word ends between them if they
-are of different classes (letters, digits, others), and before white space. Characters for which
-that would tear a token apart are of no class, and words do not end beside them.
+A word here is what a regular expression matches such that no token crosses its ends and no text
+outside of it changes its ids. The tokenizer's definition proves that, as for `safe_cuts.NextCut`.
+Whether a word ends between two characters depends on these two alone: it does if they are of
+different classes (letters, digits, others), and before white space. A character for which that
+would cut a token into two is in no class, and words do not end beside it.
 """
 
 import math
@@ -18,73 +18,78 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.tokenizers.safe_cuts import GPT2_WORDS, LATER_WORDS, SegmentEncoder, split
+from megatron_rw.data.tokenizers.safe_cuts import GPT2_WORDS, LATER_WORDS, CutTextEncoder, cut_text
 
-# Words that are remembered, twice, and the longest one: about 16 MB of English.
-_WORDS, _LONGEST = 1 << 16, 64
+# Words in each of the two halves of the cache, and characters of the longest word that is kept:
+# about 16 MB of English.
+_CACHED_WORDS, _LONGEST_WORD = 1 << 16, 64
 # Characters of a text whose words are listed at a time.
-_BLOCK = 1 << 16
-# Where words cost more than segments, as where few recur, words rest so long that trying them now
-# and then costs a twentieth. Batches of fewer characters tell nothing.
-_REST_PER_LOSS, _LONGEST_REST, _TELLING = 20, 200, 1 << 14
+_BLOCK_CHARACTERS = 1 << 16
+# Where words are slower than segments, because few words recur, segments are used for so many
+# batches that the occasional batch in words costs at most a twentieth of the time.
+_BATCHES_PER_LOSS, _MOST_BATCHES = 20, 200
+# The time that a batch takes is measured from this many characters on.
+_LEAST_MEASURED = 1 << 14
 
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _DIGIT = r"\d"
 
 
-class WordEncoder:
-    """Encodes texts word by word while that is faster than segments.
+class CachedWordEncoder:
+    """Encodes texts word by word while that is faster than in segments.
 
     Args:
         words: Matches any text, word by word.
-        encode_word: Gives the ids of one word.
-        segments: The other way, of a tokenizer whose texts may be cut; words end at every cut.
+        encode_word: Returns the ids of one word.
+        segments: The encoder in segments. Words end wherever it may cut a text.
     """
 
     def __init__(
         self,
         words: re.Pattern[str],
         encode_word: Callable[[str], Sequence[int]],
-        segments: SegmentEncoder,
+        segments: CutTextEncoder,
     ) -> None:
         self.segments = segments
         self._words = words
-        self._memory = _Memory(encode_word, np.dtype(segments.dtype).char)
-        self._resting = 0
-        self._segments_cost = 0.0  # seconds a character, when last seen
+        self._cache = _WordCache(encode_word, np.dtype(segments.dtype).char)
+        self._batches_in_segments = 0
+        self._segment_cost = 0.0  # seconds per character, when last measured
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]`."""
-        resting = self._resting > 0
+        in_segments = self._batches_in_segments > 0
         start = process_time()
-        encoded = self.segments.encode_batch(texts) if resting else list(map(self._encode, texts))
+        encoded = (
+            self.segments.encode_batch(texts) if in_segments else list(map(self._encode, texts))
+        )
         characters = sum(map(len, texts))
-        if characters >= _TELLING:
-            self._judge(resting, (process_time() - start) / characters)
+        if characters >= _LEAST_MEASURED:
+            self._choose_next(in_segments, (process_time() - start) / characters)
         return encoded
 
-    def _judge(self, resting: bool, cost: float) -> None:
-        if resting:
-            self._segments_cost = cost
-            self._resting -= 1
-        elif self._segments_cost == 0:
-            self._resting = 1
-        elif cost > self._segments_cost:
-            loss = cost / self._segments_cost - 1
-            self._resting = min(_LONGEST_REST, math.ceil(_REST_PER_LOSS * loss))
+    def _choose_next(self, in_segments: bool, cost: float) -> None:
+        if in_segments:
+            self._segment_cost = cost
+            self._batches_in_segments -= 1
+        elif self._segment_cost == 0:
+            self._batches_in_segments = 1
+        elif cost > self._segment_cost:
+            loss = cost / self._segment_cost - 1
+            self._batches_in_segments = min(_MOST_BATCHES, math.ceil(_BATCHES_PER_LOSS * loss))
 
     def _encode(self, text: str) -> NDArray[Any]:
-        ids_of, words_of = self._memory.__getitem__, self._words.findall
-        blocks = split(text, self.segments.next_cut, _BLOCK)
+        ids_of, words_of = self._cache.__getitem__, self._words.findall
+        blocks = cut_text(text, self.segments.next_cut, _BLOCK_CHARACTERS)
         ids = [b"".join(map(ids_of, words_of(block))) for block in blocks]
         return np.frombuffer(b"".join(ids), self.segments.dtype)
 
 
-class _Memory(dict[str, bytes]):
-    """Words to the bytes of their ids; a word that is missing is encoded.
+class _WordCache(dict[str, bytes]):
+    """Maps words to the bytes of their ids, and encodes a word that is missing.
 
-    When it is full, it begins anew, and words that were there before are moved over when they are
-    met again: those that recur stay.
+    When it is full, it starts again empty and keeps the words until then as a second half. Words
+    that occur again are moved over from there, so that frequent words stay.
     """
 
     def __init__(self, encode: Callable[[str], Sequence[int]], typecode: str) -> None:
@@ -96,8 +101,8 @@ class _Memory(dict[str, bytes]):
         ids = self._before.get(word)
         if ids is None:
             ids = array(self._typecode, self._encode(word)).tobytes()
-        if len(word) <= _LONGEST:
-            if len(self) >= _WORDS:
+        if len(word) <= _LONGEST_WORD:
+            if len(self) >= _CACHED_WORDS:
                 self._before = dict(self)
                 self.clear()
             self[word] = ids
@@ -105,14 +110,14 @@ class _Memory(dict[str, bytes]):
 
 
 def sentencepiece_words(pieces: Sequence[str], space: str) -> re.Pattern[str] | None:
-    """Returns what matches the words of a byte-pair encoding with bytes for unknown characters.
+    """Returns an expression for the words of a byte-pair encoding with bytes for rare characters.
 
     Args:
-        pieces: The pieces that text can become, with spaces for the model's own character.
-        space: The model's own character, which is the same to it as a space.
+        pieces: The pieces that text can become, with a space in place of the model's own mark.
+        space: The model's own mark for a space, which it takes for a space in texts as well.
 
     Returns:
-        The expression; None if a piece goes on after a space.
+        The expression; None if a piece has a space inside.
     """
 
     def words(stuck: set[str]) -> re.Pattern[str]:
@@ -128,15 +133,16 @@ def sentencepiece_words(pieces: Sequence[str], space: str) -> re.Pattern[str] | 
 
 
 def byte_level_words(pattern: str | None, added: Iterable[str]) -> re.Pattern[str] | None:
-    r"""Returns what matches words, or several, of a byte-level tokenizer.
+    r"""Returns an expression that matches one or several words of a byte-level tokenizer.
 
-    The classes are of ASCII alone, so that no version of Unicode matters. An apostrophe is in none,
-    as `'s` is a word, and in the patterns after GPT-2's what stands before a letter may belong to
-    it. There, line ends belong to what is before them, but for a slash after them.
+    The classes hold ASCII characters only, so that the version of Unicode does not matter. The
+    apostrophe is in none of them, as `'s` is a word. In the patterns that came after GPT-2's, a
+    mark before a letter may belong to its word, and line ends belong to what is before them unless
+    a slash follows.
 
     Args:
-        pattern: The regular expression that matches the tokenizer's words.
-        added: The added tokens, which are looked for before words are.
+        pattern: The regular expression of the tokenizer's words.
+        added: The added tokens, which the tokenizer looks for before it looks for words.
 
     Returns:
         The expression; None if `pattern` is not known, or an added token has white space in it.
@@ -171,7 +177,11 @@ def _that_keep_whole(
 
     Args:
         tokens: The tokens.
-        words: Gives the expression without some characters, which are as in a character class.
+        words: Returns the expression with some characters, written as in a character class, in no
+            class.
+
+    Returns:
+        The expression; None if a token has white space inside.
     """
     stuck: set[str] = set()
     while True:

@@ -11,9 +11,8 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_rw.data.indexed import integrity
-from megatron_rw.data.indexed.domains import tokenizer_record
-from megatron_rw.data.indexed.vocabulary import largest_token_id
-from megatron_rw.data.tokenizers.tokenizer import fingerprint
+from megatron_rw.data.indexed.domains import DomainLookup, TokenizerRecord
+from megatron_rw.data.tokenizers.tokenizer import model_sha256
 from megatron_rw.errors import UserError
 
 
@@ -35,8 +34,7 @@ def check_files(args: Namespace) -> None:
         args: parsed, not validated yet.
 
     Raises:
-        UserError: one is not there.
-        DataError: one is damaged.
+        UserError: one is not there, or damaged.
     """
     for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
         path = getattr(args, name)
@@ -139,11 +137,14 @@ def check_vocabulary(args: Namespace) -> None:
     """
     if args.mock_data or args.sft:
         return
+    domains, model = DomainLookup(), args.tokenizer_model
+    digest = model_sha256(model) if model is not None and os.path.exists(model) else None
     for prefix in data_prefixes(args):
         if is_object_storage_path(prefix):
             continue
-        _check_tokenizer(args, prefix)
-        largest = largest_token_id(prefix)
+        _check_tokenizer(prefix, domains.tokenizer(prefix), model, digest)
+        record = domains.record(prefix)
+        largest = record.max_token_id if record else integrity.largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
             raise UserError(
                 f"data path {prefix} holds token id {largest}, but the model's vocabulary has "
@@ -152,13 +153,11 @@ def check_vocabulary(args: Namespace) -> None:
             )
 
 
-def _check_tokenizer(args: Namespace, prefix: str) -> None:
-    """Compare the tokenizer's files with the ones that made the data, where that is known."""
-    made_by = tokenizer_record(prefix)
-    model = args.tokenizer_model
-    if made_by is None or model is None or not os.path.exists(model):
-        return
-    if fingerprint(model) != made_by.sha256:
+def _check_tokenizer(
+    prefix: str, made_by: TokenizerRecord | None, model: str | None, digest: str | None
+) -> None:
+    """Compare the tokenizer's files with the ones that made the data, where both are known."""
+    if made_by is not None and digest is not None and digest != made_by.sha256:
         raise UserError(
             f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
             "another model: give that one, or tokenize the text again."
