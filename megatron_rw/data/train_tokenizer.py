@@ -22,6 +22,7 @@ from megatron_rw.data.text.sources import add_domain_flags, add_source_flags, fi
 from megatron_rw.data.text.spread_reading import DocumentReader, how_to_read
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     check_special_tokens,
+    sentences,
     train,
     vocabulary_listing,
 )
@@ -174,7 +175,7 @@ def _run(args: argparse.Namespace) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
 
     reader = DocumentReader(reading, args.json_key, args.domain_key, args.max_bad_fraction)
-    sample = draw_sample(parts, reader, domain_of, weights, args.max_bytes)
+    sample = draw_sample(parts, reader, domain_of, weights, args.max_bytes, sentences)
     kept = sample.kept()
     _report_sample(sample.seen, kept, all(part.fraction == 1 for part in parts))
     if reader.bad:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.compared import differences, incomplete
 from tests.data.datasets import write_directory
 from tests.data.killed import POINTS
 from tests.data.preprocess_campaign import (
@@ -14,6 +13,8 @@ from tests.data.preprocess_campaign import (
     WITH_WORKERS,
     Campaign,
     Kill,
+    differences,
+    incomplete,
     kills,
 )
 

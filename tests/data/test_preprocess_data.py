@@ -14,16 +14,14 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import preprocess_data
+from megatron_rw.command_line import parse
 from megatron_rw.data.indexed import domains
+from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text import chunks
-from tests.data.conftest import make_texts, write_jsonl
+from megatron_rw.errors import UserError
+from tests.data.conftest import datasets, files, make_texts, preprocess, write_jsonl
 
 EOD = 2
-
-
-def preprocess(*flags: object) -> int:
-    return preprocess_data.main([str(flag) for flag in flags])
 
 
 def megatron_tokenize(model: str) -> Callable[[str], list[int]]:
@@ -50,18 +48,6 @@ def read_back(prefix: Path | str) -> tuple[Any, list[list[int]]]:
     dataset = IndexedDataset(str(prefix))
     assert list(dataset.document_indices) == list(range(len(dataset) + 1))
     return dataset, [dataset[index].tolist() for index in range(len(dataset))]
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-
-def datasets(directory: Path) -> dict[str, bytes]:
-    return {
-        name: content
-        for name, content in files(directory).items()
-        if name.endswith((".bin", ".idx", ".json", ".jsonl"))
-    }
 
 
 @pytest.fixture
@@ -169,23 +155,32 @@ def files_and_folders(directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        ([], ["x", "y"]),
+        ([], ["web", "y"]),
+        (["--domain-by", "file"], ["part-01", "part-02", "y"]),
         (["--domain-by", "directory"], ["web", "code"]),
         (["--domain", "all"], ["all"]),
         (["--domain-key", "domain"], ["b", "a", "c"]),
     ],
 )
 def test_the_domain_is_where_it_is_said_to_be(
-    tmp_path: Path, model: str, flags: list[str], names: list[str]
+    tmp_path: Path,
+    model: str,
+    flags: list[str],
+    names: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for path, domain in (("in/web/x.1.jsonl", "ba"), ("in/code/y.jsonl", "bc")):
-        (tmp_path / path).parent.mkdir(parents=True)
+    for path, domain in (
+        ("in/web/part-01.jsonl", "ba"), ("in/web/part-02.jsonl", "a"), ("in/code/y.jsonl", "bc"),
+    ):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / path, [{"text": "a b", "domain": name} for name in domain])
     assert preprocess(
         "--input", tmp_path / "in/web", tmp_path / "in" / "code", "--output-dir", tmp_path / "out",
         "--tokenizer-model", model, "--workers", 1, *flags,
     ) == 0  # fmt: skip
     assert list(domains.DomainsFile.load(tmp_path / "out" / "domains.json").domains) == names
+    told = "in part-01.jsonl, name no domain; the domains are: web (2 files), y (1 file)"
+    assert (told in capsys.readouterr().err) is (not flags)
 
 
 @pytest.mark.usefixtures("many_chunks")
@@ -418,7 +413,6 @@ def test_files_without_documents_are_an_error(
         (["--tokenizer-model", "gone.model"], "--tokenizer-model gone.model: no such file"),
         (["--tokenizer-model", __file__], "cannot be loaded as SentencePieceTokenizer"),
         (["--output-dir", "a b"], "Megatron splits blend.txt at white space"),
-        (["--domain", "a/b"], "--domain: the domain 'a/b' cannot be part of a file name"),
         (["--shard", "0/2"], "--shard 0/2: there are 1 files, and a file is the least"),
         (["--blend-weights", "wiki=1"], "--blend-weights"),
     ],
@@ -446,21 +440,24 @@ def test_a_bad_flag_stops_with_its_name(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers: 0 is no number of at least 1"),
-        (["--max-bad-fraction", "2"], "--max-bad-fraction: 2 is no number from 0 to 1"),
-        (["--shard", "2/2"], "--shard: '2/2': shards count from 0, the last is 1/2"),
-        (["--blend-weights", "wiki"], "--blend-weights: wiki is not like wiki=0.3"),
-        (["--json-keys", "a", "a"], "--json-keys: a field is given twice"),
-        (["--domain", "a", "--domain-key", "b"], "not allowed with argument"),
+        ("--workers 0", "--workers 0: give a number of at least 1"),
+        ("--max-bad-fraction 2", "--max-bad-fraction 2.0: give a number from 0 to 1"),
+        ("--max-document-tokens 1", "--max-document-tokens 1: give a number above 1"),
+        ("--blend-temperature 0", "--blend-temperature 0.0: give a number above 0"),
+        ("--shard 2/2", "--shard 2/2: shards count from 0, so the last is 1/2"),
+        ("--shard 2", "--shard 2: give it like 0/8"),
+        ("--blend-weights wiki", "--blend-weights wiki: give DOMAIN=WEIGHT"),
+        ("--blend-weights a=0 b=1", "--blend-weights a= 0.0: give a weight above 0"),
+        ("--json-keys a a", "--json-keys a a: give each once"),
+        ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
+        ("--domain a/b", "--domain: the domain 'a/b' cannot be part of a file name"),
+        ("--split-sentences --max-document-tokens 9", "cannot be combined"),
     ],
 )
-def test_a_value_out_of_range_is_refused(
-    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    usual = ["--input", "in.jsonl", "--output-dir", "out", "--tokenizer-model", "m"]
-    with pytest.raises(SystemExit, match="2"):
-        preprocess(*usual, *flags)
-    assert message in capsys.readouterr().err
+def test_settings_that_cannot_be_are_refused(flags: str, message: str) -> None:
+    usual = "--input in.jsonl --output-dir out --tokenizer-model m "
+    with pytest.raises(UserError, match=message):
+        parse(PreprocessConfig, (usual + flags).split(), "")
 
 
 def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(

@@ -1,6 +1,7 @@
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rw.data.text.chunks import Reading, tasks
-from megatron_rw.data.text.readers import documents, read
+from megatron_rw.data.text.readers import read
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, Raw
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.errors import UserError
@@ -30,6 +31,17 @@ ANY_FILE = settings(max_examples=60)
 def reading(chunk_bytes: int = 1 << 20, limit: int = LIMIT, **changes: Any) -> Reading:
     usual: dict[str, Any] = {"columns": ("text",), "whole_files": False}
     return Reading(chunk_bytes=chunk_bytes, max_line_bytes=limit, **{**usual, **changes})
+
+
+def documents(source: Source, reading: Reading) -> Iterator[Raw]:
+    """All documents of a source in order; a `line` counts from the start of the file."""
+    before = 0
+    work = tasks([source], reading, 1, lambda _: frozenset())
+    for task in sorted(work, key=lambda task: task.number):
+        for chunk in read(task, reading):
+            for raw in chunk.documents:
+                yield replace(raw, line=before + raw.line)
+            before += chunk.lines
 
 
 def write(path: Path, content: bytes) -> Source:

@@ -14,8 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from megatron_rw.data.text import chunks
-from tests.data.conftest import make_texts, write_jsonl
-from tests.data.test_preprocess_data import datasets, preprocess
+from tests.data.conftest import datasets, make_texts, preprocess, write_jsonl
 
 
 class StoreError(Exception):

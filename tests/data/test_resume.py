@@ -17,8 +17,7 @@ from megatron_rw.data.indexed import domains
 from megatron_rw.data.indexed.output import publish
 from megatron_rw.data.resume import FOLDER
 from megatron_rw.data.text import chunks
-from tests.data.conftest import make_texts, write_jsonl
-from tests.data.test_preprocess_data import datasets, files, preprocess
+from tests.data.conftest import datasets, files, make_texts, preprocess, write_jsonl
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ def blend_weights(
     Args:
         records: Domain to what is in it.
         by: What is counted.
-        temperature: Above 0.
-        given: Domain to weight, of any sum; the other two are then of no meaning.
+        temperature: A number above 0.
+        given: Domain to weight, of any sum; `by` and `temperature` are then ignored.
 
     Returns:
         Domain to weight, above 0 and of sum 1, in the order of `records`.
@@ -44,7 +44,7 @@ def blend_weights(
     for name, count in counts.items():
         if count == 0:
             raise UserError(f"the domain '{name}' has no {by} to weigh it by; leave it out")
-    # By logarithms, since a low temperature takes a count beyond what a float can hold.
+    # In logarithms, since a low temperature takes a count beyond what a float can hold.
     logs = {name: math.log(count) / temperature for name, count in counts.items()}
     largest = max(logs.values(), default=0.0)
     weights = {name: math.exp(log - largest) for name, log in logs.items()}

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from megatron_rw.data.text.records import LineReader, Raw
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source, damage, damage_errors, open_source
+from megatron_rw.data.text.sources import (
+    STANDARD_INPUT,
+    Source,
+    damage,
+    damage_errors,
+    open_source,
+    parquet_file,
+)
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
 _CHUNKS = 2048
-# What compressed text is taken to become; only a guess at how many chunks there will be.
-_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,10 @@ class Reading:
     """How documents are read; the same for every source.
 
     Attributes:
-        chunk_bytes: about how many bytes of text make a chunk.
-        max_line_bytes: bytes of the longest line that is taken.
-        columns: the fields that are read, the text first.
-        whole_files: whether a .txt file is one document, rather than each of its lines.
+        chunk_bytes: About how many bytes of text make a chunk.
+        max_line_bytes: Bytes of the longest line that is taken.
+        columns: The fields that are read, the text first.
+        whole_files: Whether a .txt file is one document, rather than each of its lines.
     """
 
     chunk_bytes: int
@@ -47,17 +51,16 @@ class Task:
     """Work for one worker: one chunk, or all of a source.
 
     Attributes:
-        source: where the documents are.
-        number: the chunk's number; -1 for all chunks of the source, one after the other.
-        finished: with all of a source, the numbers of those that are there already.
-        start: first byte in which a line of the chunk may begin; first row of Parquet.
-        end: the byte after the last one.
-        row_groups: of Parquet, those of the chunk.
-        lines: of a compressed file, the documents themselves, as only one process can read it.
-        line_count: number of lines that those were, blank ones included.
-        last: whether this is the source's last chunk; of a whole source its reading will tell.
-        stored_bytes: bytes of the source that are done with it, for the progress.
-        skipped_bytes: bytes of the source since the task before that were done already.
+        number: The chunk's number; -1 for all chunks of the source, one after the other.
+        finished: Numbers of the chunks that are there already, if the task is a whole source.
+        start: First byte at which a line of the chunk may begin; for Parquet the first row.
+        end: The byte after the last one.
+        row_groups: Parquet's row groups of the chunk.
+        lines: The documents themselves, if only one process can read the source.
+        line_count: Number of lines that those were, blank ones included.
+        last: Whether this is the source's last chunk; unknown for a whole source.
+        stored_bytes: Bytes of the source that the task reads, for the progress.
+        skipped_bytes: Bytes between the task before and this one that were done already.
     """
 
     source: Source
@@ -74,9 +77,9 @@ class Task:
 
 
 def chunk_size(sources: Sequence[Source]) -> int:
-    """Bytes of text to a chunk: a few thousand of them, neither tiny nor a burden to memory."""
-    text = sum(source.size * (_RATIO if source.compression else 1) for source in sources)
-    return min(max(_SMALLEST, text // _CHUNKS), _LARGEST)
+    """Returns the bytes of text in a chunk, so that there are at most a few thousand chunks."""
+    text_bytes = sum(source.text_bytes for source in sources)
+    return min(max(_SMALLEST, text_bytes // _CHUNKS), _LARGEST)
 
 
 def tasks(
@@ -89,16 +92,16 @@ def tasks(
 
     Sources that must be read from start to end go whole to a worker, the largest first, unless one
     is so large that the others would wait for it: then this process reads it and hands out its
-    lines, chunk by chunk. What can be entered anywhere fills the gaps at the end.
+    lines, chunk by chunk. Sources that can be entered anywhere fill the gaps at the end.
 
     Args:
-        sources: the inputs.
-        reading: how they are read.
-        workers: number of processes.
-        finished: numbers of a source's chunks that are there already; None if all are.
+        sources: The inputs.
+        reading: How they are read.
+        workers: Number of processes.
+        finished: Gives the numbers of a source's chunks that are there already; None if all are.
 
     Raises:
-        UserError: a source is damaged, or Parquet without a column that is asked for.
+        UserError: If a source is damaged, or Parquet lacks a column.
     """
     left = [(source, done) for source in sources if (done := finished(source)) is not None]
     share = sum(source.size for source in sources) / (4 * workers)
@@ -185,28 +188,23 @@ def _rows(source: Source, reading: Reading) -> Iterator[Task]:
 
 
 def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, ...]]]:
-    """The first row and the row groups of each chunk of a Parquet file."""
-    from megatron_rw.data.text.readers import parquet_file
-
+    """Returns the first row and the row groups of each chunk of a Parquet file."""
     with open_source(source) as (stream, _):
         parquet = parquet_file(source, stream)
         names = parquet.schema_arrow.names
         for column in reading.columns:
             if column not in names:
                 raise UserError(f"{source.path}: no column '{column}'; it has: {', '.join(names)}")
-        return _grouped(parquet.metadata, reading.chunk_bytes)
-
-
-def _grouped(metadata: Any, chunk_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
+        metadata = parquet.metadata
     chunks: list[tuple[int, tuple[int, ...]]] = []
-    row = first_row = size = 0
     groups: list[int] = []
+    row = first_row = size = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         groups.append(index)
         row += group.num_rows
         size += group.total_byte_size
-        if size >= chunk_bytes:
+        if size >= reading.chunk_bytes:
             chunks.append((first_row, tuple(groups)))
             first_row, size, groups = row, 0, []
     if groups or not chunks:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_rw.data.text.chunks import Reading, Task
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, LineReader, Raw, seek_line
-from megatron_rw.data.text.sources import Source, damage, damage_errors, open_source
+from megatron_rw.data.text.sources import Source, damage, damage_errors, open_source, parquet_file
 from megatron_rw.errors import UserError
 
 _BATCH_BYTES = 8 << 20
 _BLANK = b" \t\r\n"
+_END = object()
 
 
 @dataclass
@@ -20,10 +22,10 @@ class Chunk:
     """The documents of one chunk.
 
     Attributes:
-        number: its place in the source, from 0.
-        documents: to be read to the end before the next chunk is asked for.
-        lines: number of lines in it, blank ones included; known at the end of `documents`.
-        last: whether it is the source's last one; known at the end of `documents`.
+        number: Its place in the source, from 0.
+        documents: Must be read to the end before the next chunk is asked for.
+        lines: Number of lines in it, blank ones included; known at the end of `documents`.
+        last: Whether it is the source's last one; known at the end of `documents`.
     """
 
     number: int
@@ -36,7 +38,7 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
     """Yields the chunks of a task, those that are finished already included.
 
     Raises:
-        UserError: the file is damaged; the message names the place.
+        UserError: If the file is damaged; the message names the place.
     """
     if task.lines is not None:
         yield Chunk(task.number, iter(task.lines), task.line_count, task.last)
@@ -55,43 +57,6 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
             yield _whole(stream, source, reading)
         else:
             yield from _json(stream, source, reading)
-
-
-def documents(source: Source, reading: Reading) -> Iterator[Raw]:
-    """Yields all documents of a source in order; a `line` counts from the start of the file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    from megatron_rw.data.text.chunks import tasks
-
-    before = 0
-    for task in sorted(
-        tasks([source], reading, 1, lambda _: frozenset()), key=lambda task: task.number
-    ):
-        for chunk in read(task, reading):
-            for raw in chunk.documents:
-                yield replace(raw, line=before + raw.line)
-            before += chunk.lines
-
-
-def parquet_file(source: Source, stream: BinaryIO) -> Any:
-    """Opens a Parquet file.
-
-    Raises:
-        UserError: it is none, or the package is missing.
-    """
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UserError(
-            f"{source.path}: reading it needs a package; run: pip install pyarrow"
-        ) from error
-    try:
-        return ParquetFile(stream)
-    except (ArrowException, OSError) as error:
-        raise damage(source, 0, error) from error
 
 
 def _range(stream: BinaryIO, task: Task, reading: Reading) -> Chunk:
@@ -159,7 +124,7 @@ def _rows(parquet: Any, task: Task, reading: Reading, chunk: Chunk) -> Iterator[
 
 
 def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
-    """Chunks of a `.json` file: an array of objects, or objects one after the other."""
+    """Yields the chunks of a `.json` file: an array of objects, or objects one after the other."""
     try:
         import ijson
     except ImportError as error:
@@ -172,7 +137,7 @@ def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]
         first = guarded.first()
     except damage_errors(source) as error:
         raise damage(source, 0, error) from error
-    if not first:  # which ijson takes for a file that is cut off
+    if not first:  # an empty file, which ijson takes for one that is cut off
         yield Chunk(0, iter(()), last=True)
         return
     elements = ijson.items(guarded, "item" if first == b"[" else "", multiple_values=True)
@@ -185,7 +150,7 @@ def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]
 
 
 class _Guarded:
-    """A stream for ijson that ends an element that grows too long, and tells where it is."""
+    """A stream for ijson that refuses an element that is too long, and tells where it is."""
 
     def __init__(self, stream: BinaryIO, source: Source, limit: int) -> None:
         self._stream = stream
@@ -198,7 +163,7 @@ class _Guarded:
         self.ended = False
 
     def first(self) -> bytes:
-        """The first byte that is no white space, which stays in the stream."""
+        """Returns the first byte that is no white space, and leaves it in the stream."""
         while piece := self._stream.read(1 << 16):
             if stripped := piece.removeprefix(BYTE_ORDER_MARK).lstrip(_BLANK):
                 self._head = stripped
@@ -225,7 +190,7 @@ def _elements(elements: Any, guarded: _Guarded, chunk_bytes: int, chunk: Chunk) 
     source = guarded.source
     size = 0
     try:
-        # By the elements themselves, as how far ijson has read depends on its buffer.
+        # The size is that of the elements, since how far ijson has read depends on its buffer.
         while size < chunk_bytes:
             element = next(elements, _END)
             if element is _END:
@@ -236,15 +201,7 @@ def _elements(elements: Any, guarded: _Guarded, chunk_bytes: int, chunk: Chunk) 
             chunk.lines += 1
             record = element if isinstance(element, dict) else {}
             size += 1 + sum(len(value) for value in record.values() if isinstance(value, str))
-            yield Raw(chunk.lines, record or _as_json(element), 0)
+            other = b"" if record else json.dumps(element, default=str).encode("utf-8", "replace")
+            yield Raw(chunk.lines, record or other, 0)
     except (ijson.JSONError, UnicodeDecodeError, *damage_errors(source)) as error:
         raise damage(source, guarded.element, error) from error
-
-
-_END = object()
-
-
-def _as_json(element: Any) -> bytes:
-    import json
-
-    return json.dumps(element, default=str).encode("utf-8", errors="replace")

@@ -2,6 +2,9 @@
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from megatron_rw.data.tokenizers import byte_tokenizer
 from megatron_rw.errors import UserError
@@ -29,14 +32,16 @@ class TokenizerFlags:
         hf_include_special_tokens: Not `--tokenizer-hf-no-include-special-tokens`.
     """
 
-    type: str
-    model: str | None = None
+    type: Annotated[str, arg(name="tokenizer-type")] = "SentencePieceTokenizer"
+    model: Annotated[str | None, arg(name="tokenizer-model")] = None
     vocab_size: int | None = None
-    special_tokens: tuple[str, ...] | None = None
-    tiktoken_pattern: str | None = None
+    special_tokens: Annotated[tuple[str, ...] | None, arg(name="tokenizer-special-tokens")] = None
+    tiktoken_pattern: Literal["v1", "v2"] | None = None
     tiktoken_num_special_tokens: int = 1000
-    sentencepiece_ignore_extra_whitespaces: bool = True
-    hf_include_special_tokens: bool = True
+    sentencepiece_ignore_extra_whitespaces: Annotated[
+        bool, arg(name="tokenizer-sentencepiece-ignore-extra-whitespaces")
+    ] = True
+    hf_include_special_tokens: Annotated[bool, arg(name="hf-include-special-tokens")] = True
 
     def __post_init__(self) -> None:
         if self.type in MODEL_TYPES and self.model is None:
@@ -45,6 +50,16 @@ class TokenizerFlags:
             raise UserError(
                 f"--tokenizer-type {BYTE_LEVEL} has no model; leave --tokenizer-model out"
             )
+
+    @property
+    def tokenizer_type(self) -> str:
+        """`--tokenizer-type`."""
+        return self.type
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """`--tokenizer-model`."""
+        return self.model
 
     def training_flags(self) -> list[str]:
         """Returns the flags that give the training program this tokenizer."""
