@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.parts import Counts, Group, Part, Store, checksum
 from megatron_rw.data.preprocess_config import PreprocessConfig
-from megatron_rw.data.text.chunks import Task
 from megatron_rw.data.text.dedup import HASH_BYTES
 from megatron_rw.data.text.domain_names import safe_domain
-from megatron_rw.data.text.readers import Chunk, read
+from megatron_rw.data.text.readers import Chunk, Task, read
 from megatron_rw.data.text.records import BadRecordError, Raw, parse, text_field
 from megatron_rw.data.text.sentences import sentence_splitter
 from megatron_rw.data.text.sources import Source

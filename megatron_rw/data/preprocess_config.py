@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from megatron_rw.command_line import require
-from megatron_rw.data.text.chunks import Reading
 from megatron_rw.data.text.domain_names import check_domain
 from megatron_rw.data.text.domain_sampling import parse_weights
 from megatron_rw.data.text.input_flags import ONE_DOMAIN_FLAG, InputFlags
+from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.records import MAX_LINE_BYTES
 from megatron_rw.data.text.shards import InputShard
 from megatron_rw.data.text.sources import Source
@@ -22,13 +21,6 @@ from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.workers import available_cores
 from megatron_rw.errors import UserError
 
-_SHARD = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="I/N",
-    instance_from_str=lambda arguments: InputShard.parse(arguments[0]),
-    is_instance=lambda value: isinstance(value, InputShard),
-    str_from_instance=lambda shard: [f"{shard.index}/{shard.count}"],
-)
 # Flags that do not change what is in a part of the output.
 _NOT_OF_PARTS = (
     "input", "max_bad_fraction", "shard", "output_dir", "overwrite", "workers",
@@ -72,7 +64,7 @@ class PreprocessConfig:
     """End with an error if more than this share of the lines are no documents. Fewer are left out
     and listed in rejects.jsonl."""
 
-    shard: Annotated[Annotated[InputShard, _SHARD] | None, arg(metavar="I/N")] = None
+    shard: Annotated[str | None, arg(metavar="I/N")] = None
     """Take share I, from 0, of N of the input files, as one task of a job array; join the shards'
     outputs with tools/merge_datasets.py."""
 
@@ -121,6 +113,8 @@ class PreprocessConfig:
             )
         if self.domain is not None:
             check_domain(self.domain, "--domain")
+        if self.shard is not None:
+            InputShard.parse(self.shard)
         self.weights_given()
 
     def weights_given(self) -> dict[str, float] | None:

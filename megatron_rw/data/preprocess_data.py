@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
-from megatron_rw.data.indexed.blend import blend_weights
+from megatron_rw.data.indexed.blend import blend_weights, check_weights
 from megatron_rw.data.indexed.joining import (
     REJECTS_FILE,
     Joined,
@@ -46,7 +46,7 @@ from megatron_rw.data.text.chunks import chunk_size, tasks
 from megatron_rw.data.text.records import too_many_bad
 from megatron_rw.data.text.shards import shard_of
 from megatron_rw.data.text.sources import Source, find_sources
-from megatron_rw.data.tokenizers.tokenizer import fingerprint, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError, reported
 
@@ -90,7 +90,7 @@ def run(config: PreprocessConfig) -> None:
     record = domains.TokenizerRecord(
         type=flags.tokenizer_type,
         model=flags.tokenizer_model or flags.tokenizer_type,
-        sha256=fingerprint(flags.tokenizer_model),
+        sha256=model_sha256(flags.tokenizer_model),
         vocab_size=tokenizer.vocab_size,
     )
     output_dir = config.output_dir.absolute()
@@ -137,11 +137,8 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
         return
     files = Counter(config.domain_of(source) for source in sources)
     given = config.weights_given()
-    if given and given.keys() != files.keys():
-        raise UserError(
-            f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
-            f"{', '.join(sorted(files))}; give each of them one"
-        )
+    if given is not None:
+        check_weights(files, given)
     numbered = [source for source in sources if source.domain("file") != source.domain("corpus")]
     if numbered and config.domain is None and config.inputs.domain_by == "corpus":
         listed = ", ".join(

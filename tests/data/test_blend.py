@@ -44,25 +44,10 @@ def test_given_weights_are_normalized_in_the_order_of_the_domains() -> None:
     assert list(weights.items()) == [("a", 0.25), ("b", 0.75)]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"a": 1, "b": 1, "wki": 1}, "given for 'wki', which is no domain; the domains are a, b"),
-        ({"a": 1}, "no weight is given for the domain 'b'"),
-        ({"a": 1, "b": 0}, "the domain 'b' is given the weight 0; give one above 0"),
-        ({"a": 1, "b": math.nan}, "the domain 'b' is given the weight nan"),
-        ({"a": math.inf, "b": 1}, "the domain 'a' is given the weight inf"),
-    ],
-)
-def test_a_bad_weight_is_named(given: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("given", [{"a": 1, "b": 1, "wki": 1}, {"a": 1}])
+def test_every_domain_and_nothing_else_is_given_a_weight(given: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"are of {', '.join(given)}, and the domains are a, b"):
         blend_weights(records({"a": 1, "b": 1}), given=given)
-
-
-@pytest.mark.parametrize("temperature", [0, -1, math.nan])
-def test_a_temperature_is_above_0(temperature: float) -> None:
-    with pytest.raises(UserError, match="the temperature of the blend is"):
-        blend_weights(records({"a": 1}), temperature=temperature)
 
 
 def test_a_weight_too_small_for_a_float_is_an_error() -> None:

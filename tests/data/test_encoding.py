@@ -12,17 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed.joining import join, write_rejects
 from megatron_rw.data.indexed.parts import Store
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text.chunks import tasks
-from megatron_rw.data.text.input_flags import InputFlags
 from megatron_rw.data.text.sentences import sentence_splitter
-from megatron_rw.data.text.shards import InputShard, shard_of
+from megatron_rw.data.text.shards import shard_of
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.data.tokenizers.tokenizer import optimal_dtype
-from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError
 from tests.data.conftest import write_jsonl
@@ -52,19 +51,14 @@ class FakeTokenizer:
 
 
 def made_of(
-    texts: list[str], directory: Path, vocab_size: int = 1000, **changes: Any
+    texts: list[str], directory: Path, vocab_size: int = 1000, flags: str = ""
 ) -> list[list[list[int]]]:
     """The documents that come of some texts, each a list of sequences, as core reads them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     sources = find_sources([str(write_jsonl(directory / "in.jsonl", [{"text": t} for t in texts]))])
-    config = PreprocessConfig(
-        inputs=InputFlags(input=("in.jsonl",)),
-        tokenizer=TokenizerFlags("ByteLevelTokenizer"),
-        output_dir=directory,
-        domain="d",
-        **changes,
-    )
+    usual = "--input in.jsonl --domain d --tokenizer-type ByteLevelTokenizer --output-dir out "
+    config = parse(PreprocessConfig, (usual + flags).split(), "")
     store = Store(directory, sources)
     encoder = Encoder(config, FakeTokenizer(vocab_size), 1 << 20, store)
     store.prepare()
@@ -120,7 +114,8 @@ def test_long_documents_are_cut_and_lose_nothing(
         for document in documents
         for start in range(0, len(document), room)
     ]
-    assert made_of(texts, tmp_path, max_document_tokens=limit, append_eod=eod) == expected
+    flags = f"--max-document-tokens {limit}" + " --append-eod" * eod
+    assert made_of(texts, tmp_path, flags=flags) == expected
 
 
 def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
@@ -128,7 +123,7 @@ def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
     text = "We saw 1 of Mr. 2.  It was 3!\n\nno number here. 4 5"
     assert "".join(split(text)) == text
     texts = [text.replace("2.", "2 ."), "6"]
-    made = made_of(texts, tmp_path, split_sentences=True, append_eod=True)
+    made = made_of(texts, tmp_path, flags="--split-sentences --append-eod")
     assert made == [[[1, 2], [4, 5, EOD]], [[6, EOD]]]  # "3!" is no number to this tokenizer
 
 
@@ -151,13 +146,13 @@ def test_shards_hold_every_file_once_and_none_is_empty(sizes: list[int], count: 
     sources = [Source(f"{i}.jsonl", "jsonl", None, size, "") for i, size in enumerate(sizes)]
     if count > len(sizes):
         with pytest.raises(UserError, match=f"there are {len(sizes)} files"):
-            shard_of(sources, InputShard(0, count))
+            shard_of(sources, f"0/{count}")
         return
-    shards = [shard_of(sources, InputShard(index, count)) for index in range(count)]
+    shards = [shard_of(sources, f"{index}/{count}") for index in range(count)]
     assert all(shards)
     assert [source for shard in shards for source in shard] == sources
 
 
 def test_shards_of_equal_files_are_equal() -> None:
     sources = [Source(f"{i}.jsonl", "jsonl", None, 10, "") for i in range(24)]
-    assert [len(shard_of(sources, InputShard(i, 8))) for i in range(8)] == [3] * 8
+    assert [len(shard_of(sources, f"{i}/8")) for i in range(8)] == [3] * 8

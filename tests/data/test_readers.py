@@ -10,8 +10,8 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import Reading, tasks
-from megatron_rw.data.text.readers import read
+from megatron_rw.data.text.chunks import tasks
+from megatron_rw.data.text.readers import Reading, read
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, Raw
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.errors import UserError

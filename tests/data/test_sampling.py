@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import Reading
 from megatron_rw.data.text.domain_sampling import TextSample, divide, draw_sample, plan_reading
+from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.sources import find_sources
 from megatron_rw.data.text.spread_reading import DocumentReader, Portion, how_to_read, plan
 from megatron_rw.errors import UserError

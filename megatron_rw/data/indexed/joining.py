@@ -73,20 +73,26 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
                 keep = ~copies.slice(start, start + part.records)
             start += part.records
             with path.with_suffix(".bin").open("rb") as tokens:
-                for group, documents in _groups(part, np.dtype(dtype).itemsize):
+                for group, before, sequences, documents in _groups(part):
                     name = (group.key, group.domain)
-                    kept = keep[documents.origins]
+                    kept = keep[part.origins[documents]]
                     joined.duplicates += len(kept) - int(kept.sum())
                     if not kept.any():
                         continue  # a domain that holds nothing but copies gets no dataset
                     if name not in writers:
-                        writers[name] = stack.enter_context(
-                            PairWriter(directories[group.key] / dataset_name(group.domain), dtype)
-                        )
+                        prefix = directories[group.key] / dataset_name(group.domain)
+                        writers[name] = stack.enter_context(PairWriter(prefix, dtype))
                         joined.counts[name] = Counts()
-                    written = _append(writers[name], tokens, documents, kept)
-                    # The largest token id stays that of all documents, copies included.
-                    written.max_token_id = group.counts.max_token_id
+                    lengths, splits = part.lengths[sequences], part.splits[documents]
+                    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+                    bounds = (before + bounds) * np.dtype(dtype).itemsize
+                    written = Counts(
+                        documents=int(kept.sum()),
+                        tokens=_append(writers[name], tokens, lengths, bounds, splits, kept),
+                        text_bytes=int(part.text_bytes[documents][kept].sum()),
+                        # That of all documents, copies included.
+                        max_token_id=group.counts.max_token_id,
+                    )
                     joined.counts[name].add(written)
         for writer in writers.values():
             writer.finalize()
@@ -130,61 +136,42 @@ def _duplicates(store: Store, directory: Path) -> Bitmap:
         return finder.duplicates()
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """The documents of a group.
-
-    Attributes:
-        offset: Byte in the part's `.bin` at which their tokens begin.
-        itemsize: Bytes of a token.
-    """
-
-    offset: int
-    itemsize: int
-    lengths: NDArray[np.int32]
-    splits: NDArray[np.int32]
-    origins: NDArray[np.int32]
-    text_bytes: NDArray[np.int64]
-
-
-def _groups(part: Part, itemsize: int) -> Iterator[tuple[Group, _Documents]]:
-    offset = sequence = document = 0
+def _groups(part: Part) -> Iterator[tuple[Group, int, slice, slice]]:
+    """Yields each group, the tokens before it, and the slices of its sequences and documents."""
+    tokens = sequence = document = 0
     for group in part.groups:
         sequences = slice(sequence, sequence + group.sequences)
         documents = slice(document, document + group.counts.documents)
-        yield (
-            group,
-            _Documents(
-                offset,
-                itemsize,
-                part.lengths[sequences],
-                part.splits[documents],
-                part.origins[documents],
-                part.text_bytes[documents],
-            ),
-        )
+        yield group, tokens, sequences, documents
         sequence, document = sequences.stop, documents.stop
-        offset += group.counts.tokens * itemsize
+        tokens += group.counts.tokens
 
 
 def _append(
-    writer: PairWriter, tokens: BinaryIO, documents: _Documents, kept: NDArray[np.bool_]
-) -> Counts:
-    """Appends some of the documents and returns their sizes."""
-    lengths, splits = documents.lengths, documents.splits
+    writer: PairWriter,
+    file: BinaryIO,
+    lengths: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    splits: NDArray[np.int32],
+    kept: NDArray[np.bool_],
+) -> int:
+    """Appends some of a group's documents and returns their number of tokens.
+
+    Args:
+        writer: Takes them.
+        file: Holds their tokens.
+        lengths: [sequences] tokens of each.
+        bounds: [sequences + 1] offset in the file at which each begins, and the end; in bytes.
+        splits: [documents] sequences of each.
+        kept: [documents] whether to append it.
+    """
     sequence_kept = np.repeat(kept, splits)
-    ends = documents.offset + np.cumsum(lengths, dtype=np.int64) * documents.itemsize
     # Runs of sequences that are kept, as the positions at which that changes.
     changes = np.flatnonzero(np.diff(np.concatenate([[0], sequence_kept.view(np.int8), [0]])))
-    for first, behind in changes.reshape(-1, 2):
-        start = documents.offset if first == 0 else int(ends[first - 1])
-        writer.copy_tokens(tokens, start, int(ends[behind - 1]) - start)
+    for first, last in bounds[changes].reshape(-1, 2).tolist():
+        writer.copy_tokens(file, first, last - first)
     writer.add_documents(lengths[sequence_kept], splits[kept])
-    return Counts(
-        documents=int(kept.sum()),
-        tokens=int(lengths[sequence_kept].sum(dtype=np.int64)),
-        text_bytes=int(documents.text_bytes[kept].sum()),
-    )
+    return int(lengths[sequence_kept].sum(dtype=np.int64))
 
 
 def _allow_many_files() -> None:

@@ -8,72 +8,14 @@ before or after an interruption, are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from megatron_rw.data.text.records import LineReader, Raw
-from megatron_rw.data.text.sources import (
-    STANDARD_INPUT,
-    Source,
-    damage,
-    damage_errors,
-    open_source,
-    parquet_file,
-)
+from megatron_rw.data.text.readers import Reading, Task, read_lines
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source, parquet_file
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
 _CHUNKS = 2048
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read; the same for every source.
-
-    Attributes:
-        chunk_bytes: About how many bytes of text make a chunk.
-        max_line_bytes: Bytes of the longest line that is taken.
-        columns: The fields that are read, the text first.
-        whole_files: Whether a .txt file is one document, rather than each of its lines.
-    """
-
-    chunk_bytes: int
-    max_line_bytes: int
-    columns: tuple[str, ...]
-    whole_files: bool
-
-    def by_lines(self, source: Source) -> bool:
-        """Whether each line of the source is a document."""
-        return source.format == "jsonl" or (source.format == "txt" and not self.whole_files)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Work for one worker: one chunk, or all of a source.
-
-    Attributes:
-        number: The chunk's number; -1 for all chunks of the source, one after the other.
-        finished: Numbers of the chunks that are there already, if the task is a whole source.
-        start: First byte at which a line of the chunk may begin; for Parquet the first row.
-        end: The byte after the last one.
-        row_groups: Parquet's row groups of the chunk.
-        lines: The documents themselves, if only one process can read the source.
-        line_count: Number of lines that those were, blank ones included.
-        last: Whether this is the source's last chunk; unknown for a whole source.
-        stored_bytes: Bytes of the source that the task reads, for the progress.
-        skipped_bytes: Bytes between the task before and this one that were done already.
-    """
-
-    source: Source
-    number: int
-    finished: frozenset[int] = frozenset()
-    start: int = 0
-    end: int = 0
-    row_groups: tuple[int, ...] = ()
-    lines: tuple[Raw, ...] | None = field(default=None, repr=False)
-    line_count: int = 0
-    last: bool = False
-    stored_bytes: int = 0
-    skipped_bytes: int = 0
 
 
 def chunk_size(sources: Sequence[Source]) -> int:
@@ -105,7 +47,7 @@ def tasks(
     """
     left = [(source, done) for source in sources if (done := finished(source)) is not None]
     share = sum(source.size for source in sources) / (4 * workers)
-    streams = [item for item in left if _only_from_start(item[0], reading)]
+    streams = [item for item in left if reading.only_from_start(item[0])]
     fed = [
         item
         for item in streams
@@ -134,16 +76,6 @@ def _missing(every: Iterator[Task], done: frozenset[int]) -> Iterator[Task]:
             skipped = 0
 
 
-def _only_from_start(source: Source, reading: Reading) -> bool:
-    if source.format == "parquet":
-        return False
-    return (
-        source.compression is not None
-        or source.path == STANDARD_INPUT
-        or not reading.by_lines(source)
-    )
-
-
 def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
     count = max(1, -(-source.size // reading.chunk_bytes))
     for number in range(count):
@@ -155,23 +87,19 @@ def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
 
 def _fed(source: Source, reading: Reading) -> Iterator[Task]:
     with open_source(source) as (stream, stored):
-        lines = LineReader(stream, reading.max_line_bytes)
-        number = told = 0
-        while not lines.ended:
-            try:
-                raws = tuple(lines.until((number + 1) * reading.chunk_bytes))
-            except damage_errors(source) as error:
-                raise damage(source, lines.total, error) from error
+        told = 0
+        for chunk in read_lines(stream, source, reading):
+            lines = tuple(chunk.documents)
             position = stored.tell() if stored.seekable() else 0
             yield Task(
                 source,
-                number,
-                lines=raws,
-                line_count=lines.lines,
-                last=lines.ended,
+                chunk.number,
+                lines=lines,
+                line_count=chunk.lines,
+                last=chunk.last,
                 stored_bytes=position - told,
             )
-            number, told = number + 1, position
+            told = position
 
 
 def _rows(source: Source, reading: Reading) -> Iterator[Task]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megatron_rw.data.text.chunks import Reading
+from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.sources import Source
 from megatron_rw.data.text.spread_reading import DocumentReader, Portion, plan
 from megatron_rw.errors import UserError

@@ -4,17 +4,81 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megatron_rw.data.text.chunks import Reading, Task
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, LineReader, Raw, seek_line
-from megatron_rw.data.text.sources import Source, damage, damage_errors, open_source, parquet_file
+from megatron_rw.data.text.sources import (
+    STANDARD_INPUT,
+    Source,
+    damage,
+    damage_errors,
+    open_source,
+    parquet_file,
+)
 from megatron_rw.errors import UserError
 
 _BATCH_BYTES = 8 << 20
 _BLANK = b" \t\r\n"
 _END = object()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read; the same for every source.
+
+    Attributes:
+        chunk_bytes: About how many bytes of text make a chunk.
+        max_line_bytes: Bytes of the longest line that is taken.
+        columns: The fields that are read, the text first.
+        whole_files: Whether a .txt file is one document, rather than each of its lines.
+    """
+
+    chunk_bytes: int
+    max_line_bytes: int
+    columns: tuple[str, ...]
+    whole_files: bool
+
+    def by_lines(self, source: Source) -> bool:
+        """Tells whether each line of the source is a document."""
+        return source.format == "jsonl" or (source.format == "txt" and not self.whole_files)
+
+    def only_from_start(self, source: Source) -> bool:
+        """Tells whether the source cannot be entered in the middle."""
+        if source.format == "parquet":
+            return False
+        special = source.compression is not None or source.path == STANDARD_INPUT
+        return special or not self.by_lines(source)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work for one worker: one chunk, or all of a source.
+
+    Attributes:
+        number: The chunk's number; -1 for all chunks of the source, one after the other.
+        finished: Numbers of the chunks that are there already, if the task is a whole source.
+        start: First byte at which a line of the chunk may begin; for Parquet the first row.
+        end: The byte after the last one.
+        row_groups: Parquet's row groups of the chunk.
+        lines: The documents themselves, if only one process can read the source.
+        line_count: Number of lines that those were, blank ones included.
+        last: Whether this is the source's last chunk; unknown for a whole source.
+        stored_bytes: Bytes of the source that the task reads, for the progress.
+        skipped_bytes: Bytes between the task before and this one that were done already.
+    """
+
+    source: Source
+    number: int
+    finished: frozenset[int] = frozenset()
+    start: int = 0
+    end: int = 0
+    row_groups: tuple[int, ...] = ()
+    lines: tuple[Raw, ...] | None = field(default=None, repr=False)
+    line_count: int = 0
+    last: bool = False
+    stored_bytes: int = 0
+    skipped_bytes: int = 0
 
 
 @dataclass
@@ -29,7 +93,7 @@ class Chunk:
     """
 
     number: int
-    documents: Iterator[Raw]
+    documents: Iterator[Raw] = field(default_factory=lambda: iter(()))
     lines: int = 0
     last: bool = False
 
@@ -40,39 +104,36 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
     Raises:
         UserError: If the file is damaged; the message names the place.
     """
-    if task.lines is not None:
-        yield Chunk(task.number, iter(task.lines), task.line_count, task.last)
-        return
     source = task.source
+    chunk = Chunk(task.number, lines=task.line_count, last=task.last)
+    if task.lines is not None:
+        chunk.documents = iter(task.lines)
+        yield chunk
+        return
     with open_source(source) as (stream, _):
         if source.format == "parquet":
-            chunk = Chunk(task.number, iter(()), last=task.last)
             chunk.documents = _rows(parquet_file(source, stream), task, reading, chunk)
             yield chunk
         elif task.number >= 0:
-            yield _range(stream, task, reading)
+            start = seek_line(stream, task.start, task.end)
+            if start is not None:
+                lines = LineReader(stream, reading.max_line_bytes, start)
+                chunk.documents = _lines(lines, task.end, source, chunk)
+            yield chunk
         elif reading.by_lines(source):
-            yield from _stream(stream, source, reading)
+            yield from read_lines(stream, source, reading)
         elif source.format == "txt":
-            yield _whole(stream, source, reading)
+            yield Chunk(0, _whole(stream, source, reading), lines=1, last=True)
         else:
             yield from _json(stream, source, reading)
 
 
-def _range(stream: BinaryIO, task: Task, reading: Reading) -> Chunk:
-    chunk = Chunk(task.number, iter(()), last=task.last)
-    start = seek_line(stream, task.start, task.end)
-    if start is not None:
-        lines = LineReader(stream, reading.max_line_bytes, start)
-        chunk.documents = _lines(lines, task.end, task.source, chunk)
-    return chunk
-
-
-def _stream(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
+def read_lines(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
+    """Yields the chunks of a file of lines that is read from its start."""
     lines = LineReader(stream, reading.max_line_bytes)
     number = 0
     while not lines.ended:
-        chunk = Chunk(number, iter(()))
+        chunk = Chunk(number)
         chunk.documents = _lines(lines, (number + 1) * reading.chunk_bytes, source, chunk)
         yield chunk
         number += 1
@@ -87,40 +148,37 @@ def _lines(lines: LineReader, end: int, source: Source, chunk: Chunk) -> Iterato
     chunk.last = chunk.last or lines.ended
 
 
-def _whole(stream: BinaryIO, source: Source, reading: Reading) -> Chunk:
+def _whole(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Raw]:
+    size = 0
     try:
         content = stream.read(reading.max_line_bytes + 1)
-        size = 0
         if len(content) > reading.max_line_bytes:
             size = len(content)
             while piece := stream.read(1 << 20):
                 size += len(piece)
-            content = content[:200]
     except damage_errors(source) as error:
         raise damage(source, 0, error) from error
     content = content.removeprefix(BYTE_ORDER_MARK)
-    documents = [Raw(1, content, size)] if content.strip() else []
-    return Chunk(0, iter(documents), lines=1, last=True)
+    if content.strip():
+        yield Raw(1, content[:200] if size else content, size)
 
 
 def _rows(parquet: Any, task: Task, reading: Reading, chunk: Chunk) -> Iterator[Raw]:
     from pyarrow import ArrowException
 
-    sizes = [parquet.metadata.row_group(group) for group in task.row_groups]
-    rows = sum(group.num_rows for group in sizes)
-    row_bytes = sum(group.total_byte_size for group in sizes) // max(1, rows)
+    groups = [parquet.metadata.row_group(group) for group in task.row_groups]
+    rows = sum(group.num_rows for group in groups)
+    row_bytes = sum(group.total_byte_size for group in groups) // max(1, rows)
     batch = min(max(1, _BATCH_BYTES // max(1, row_bytes)), 8192)
-    line = 0
     try:
         for table in parquet.iter_batches(
             batch_size=batch, row_groups=list(task.row_groups), columns=list(reading.columns)
         ):
             for record in table.to_pylist():
-                line += 1
-                yield Raw(line, record, 0)
+                chunk.lines += 1
+                yield Raw(chunk.lines, record, 0)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damage(task.source, task.start + line, error) from error
-    chunk.lines = line
+        raise damage(task.source, task.start + chunk.lines, error) from error
 
 
 def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
@@ -138,12 +196,12 @@ def _json(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]
     except damage_errors(source) as error:
         raise damage(source, 0, error) from error
     if not first:  # an empty file, which ijson takes for one that is cut off
-        yield Chunk(0, iter(()), last=True)
+        yield Chunk(0, last=True)
         return
     elements = ijson.items(guarded, "item" if first == b"[" else "", multiple_values=True)
     number = 0
     while not guarded.ended:
-        chunk = Chunk(number, iter(()))
+        chunk = Chunk(number)
         chunk.documents = _elements(elements, guarded, reading.chunk_bytes, chunk)
         yield chunk
         number += 1

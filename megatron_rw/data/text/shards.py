@@ -34,12 +34,12 @@ class InputShard:
         return cls(int(index), int(count))
 
 
-def shard_of(sources: Sequence[Source], shard: InputShard | None) -> list[Source]:
+def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
     """Returns a shard's sources, which are consecutive, so that merged shards equal one run.
 
     Args:
         sources: All inputs, the same in every task.
-        shard: Which share; None takes all.
+        flag: Which share, as `--shard` has it; None takes all.
 
     Returns:
         At least one source; the shards' bytes are as even as whole files allow.
@@ -47,13 +47,14 @@ def shard_of(sources: Sequence[Source], shard: InputShard | None) -> list[Source
     Raises:
         UserError: If there are fewer files than shards, or standard input is among them.
     """
-    if shard is None:
+    if flag is None:
         return list(sources)
+    shard = InputShard.parse(flag)
     if any(source.path == STANDARD_INPUT for source in sources):
         raise UserError("--shard: standard input cannot be shared; give files")
     if len(sources) < shard.count:
         raise UserError(
-            f"--shard {shard.index}/{shard.count}: there are {len(sources)} files, and a file is "
+            f"--shard {flag}: there are {len(sources)} files, and a file is "
             "the least that a shard takes; use fewer shards, or split the files"
         )
     bounds = _bounds([source.size for source in sources], shard.count)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rw.data.text.chunks import Reading, Task, tasks
-from megatron_rw.data.text.readers import read
+from megatron_rw.data.text.chunks import tasks
+from megatron_rw.data.text.readers import Reading, Task, read
 from megatron_rw.data.text.records import (
     MAX_LINE_BYTES,
     BadRecordError,
@@ -69,14 +69,15 @@ def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Po
     share = max_bytes / max(1, sum(source.text_bytes for source in sources))
     if share >= 1:
         return [Portion(task, 1.0) for task in pieces]
-    whole = _Spaced(sum(task.number < 0 for task in pieces), share)
-    chunks = _Spaced(sum(task.number >= 0 for task in pieces), share)
-    return [
-        Portion(task, spaced.fraction)
-        for task in pieces
-        for spaced in [whole if task.number < 0 else chunks]
-        if spaced.take()
-    ]
+    chosen: dict[int, float] = {}
+    for of_whole_files in (True, False):
+        places = [i for i, task in enumerate(pieces) if (task.number < 0) == of_whole_files]
+        count, taken = len(places), max(1, int(len(places) * share))
+        for rank, place in enumerate(places, start=1):
+            # Starting in the middle, since the first of many files is no better than any other.
+            if (count // 2 + rank * taken) % count < taken:
+                chosen[place] = taken / count
+    return [Portion(pieces[place], fraction) for place, fraction in sorted(chosen.items())]
 
 
 def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
@@ -84,24 +85,6 @@ def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
     if source.path == STANDARD_INPUT:  # asking for its chunks would read it
         return iter([Task(source, -1)])
     return tasks([source], reading, 1, lambda _: frozenset())
-
-
-class _Spaced:
-    """Takes about a share of `count` things, evenly spaced, and at least one."""
-
-    def __init__(self, count: int, share: float) -> None:
-        self._count = count
-        self._taken = max(1, int(count * share))
-        # Starting in the middle, since the first of many files is no better than any other.
-        self._phase = count // 2
-
-    @property
-    def fraction(self) -> float:
-        return self._taken / self._count
-
-    def take(self) -> bool:
-        self._phase = (self._phase + self._taken) % self._count
-        return self._phase < self._taken
 
 
 class DocumentReader:

@@ -134,3 +134,6 @@ def fingerprint(model: str | None) -> str:
         if file.is_file()
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+model_sha256 = fingerprint
