@@ -46,14 +46,13 @@ class Encoder:
     """Turns the chunks of tasks into parts.
 
     Args:
-        config: The settings.
-        tokenizer: Gives the token ids.
         chunk_bytes: About how many bytes of text make a chunk.
         store: Takes the parts.
 
     Attributes:
         dtype: Type of a token id in the parts.
-        reading: How documents are read.
+        ending: [0 or 1] token ids that end every document.
+        sentences: Cuts a text into the sequences of its document.
 
     Raises:
         UserError: If the tokenizer lacks an end-of-document token that is asked for, or the package
@@ -116,13 +115,7 @@ class _OpenGroup:
 
 
 class _PartBuilder:
-    """Collects the documents of a chunk.
-
-    Args:
-        encoder: The settings and the tokenizer.
-        source: The file that the chunk is of.
-        path: Index of the part that is made.
-    """
+    """Collects the documents of a chunk of a source, and writes the part of that path."""
 
     def __init__(self, encoder: Encoder, source: Source, path: Path) -> None:
         self._encoder = encoder

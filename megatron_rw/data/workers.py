@@ -36,8 +36,8 @@ def run_unordered[Task, Result](
     Only a few tasks more than there are workers are taken at a time.
 
     Args:
-        function: Need not be picklable, as workers inherit it.
-        tasks: Arguments of the function; they must be picklable.
+        function: Need not be picklable, since workers inherit it.
+        tasks: Its arguments; they must be picklable.
         workers: Number of processes; with one, none is started.
 
     Raises:

@@ -52,14 +52,9 @@ class Joined:
 def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicate: bool) -> Joined:
     """Writes `<domain>_text_document.bin/.idx` from the parts of all sources.
 
-    The parts stay where they are. Memory does not grow with the sources, but for a bit for each
-    document where duplicates are left out.
-
-    Args:
-        store: The parts, all of them.
-        directories: Where the datasets of each key go.
-        dtype: Type of a token id.
-        deduplicate: Whether to keep only the first of several lines with the same text.
+    The datasets of each key go to a directory of their own. `dtype` is the type of a token id. With
+    `deduplicate`, only the first of several lines with the same text is kept, which takes a bit of
+    memory for each document; else memory does not grow with the sources. The parts stay.
     """
     _allow_many_files()
     joined = Joined()
@@ -157,13 +152,9 @@ def _append(
 ) -> int:
     """Appends some of a group's documents and returns their number of tokens.
 
-    Args:
-        writer: Takes them.
-        file: Holds their tokens.
-        lengths: [sequences] tokens of each.
-        bounds: [sequences + 1] offset in the file at which each begins, and the end; in bytes.
-        splits: [documents] sequences of each.
-        kept: [documents] whether to append it.
+    `lengths` [sequences] are numbers of tokens, `bounds` [sequences + 1] the offsets in the file at
+    which sequences begin, and the last one's end, in bytes; `splits` [documents] are numbers of
+    sequences, and `kept` [documents] tells which documents are appended.
     """
     sequence_kept = np.repeat(kept, splits)
     # Runs of sequences that are kept, as the positions at which that changes.

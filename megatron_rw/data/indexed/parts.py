@@ -122,11 +122,7 @@ class Part:
 
 
 def checksum(path: Path) -> int:
-    """Returns the CRC-32 of the files beside a part's index: token ids, and rejected lines if any.
-
-    Raises:
-        OSError: If the token ids cannot be read.
-    """
+    """Returns the CRC-32 of the files beside a part's index: its token ids and rejected lines."""
     crc = 0
     for suffix in (".bin", ".rejects"):
         file = path.with_suffix(suffix)
@@ -138,12 +134,7 @@ def checksum(path: Path) -> int:
 
 
 class Store:
-    """The parts of all sources.
-
-    Args:
-        directory: Where they are.
-        sources: In the order of their documents.
-    """
+    """The parts of all sources, which are in the order of their documents."""
 
     def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
         self.directory = directory

@@ -36,11 +36,7 @@ def tasks(
     is so large that the others would wait for it: then this process reads it and hands out its
     lines, chunk by chunk. Sources that can be entered anywhere fill the gaps at the end.
 
-    Args:
-        sources: The inputs.
-        reading: How they are read.
-        workers: Number of processes.
-        finished: Gives the numbers of a source's chunks that are there already; None if all are.
+    `finished` gives the numbers of a source's chunks that are there already, or None for all.
 
     Raises:
         UserError: If a source is damaged, or Parquet lacks a column.

@@ -60,12 +60,9 @@ def plan_reading(
 ) -> list[Portion]:
     """Chooses what to read of the inputs for a sample.
 
-    Args:
-        sources: The inputs.
-        reading: How they are read.
-        domain_of: The domain of a source's documents; None if each document names its own.
-        weights: Domain to weight; `{}` gives all the same, None is in proportion to size.
-        limit: UTF-8 bytes of the sample.
+    `domain_of` gives the domain of a source's documents; it is None if each document names its own.
+    `weights` are of domains; `{}` gives all the same, None is in proportion to size. `limit` is the
+    size of the sample in UTF-8 bytes.
 
     Raises:
         UserError: If sources name the domains and one has no weight, or some weight no source.
@@ -100,15 +97,9 @@ def draw_sample(
     limit: int,
     cut: Callable[[str], Iterator[str]],
 ) -> TextSample:
-    """Reads the parts and keeps a sample of them.
+    """Reads what `plan_reading` chose for the same arguments, and keeps a sample of it.
 
-    Args:
-        parts: What to read.
-        reader: Reads it.
-        domain_of: The same as for `plan_reading`.
-        weights: The same as for `plan_reading`.
-        limit: UTF-8 bytes to keep.
-        cut: Cuts a text into the lines of the sample.
+    `cut` cuts a text into the lines of the sample.
 
     Raises:
         UserError: If too many lines are bad, a domain has no weight or a weight no domain.
@@ -190,13 +181,10 @@ class TextSample:
         self.seen: Counter[str] = Counter()
 
     def add(self, domain: str, lines: Iterator[str], fraction: float = 1.0) -> None:
-        """Adds a document.
+        """Adds the lines of a document, without line feeds.
 
-        Args:
-            domain: Its domain.
-            lines: Its text, without line feeds.
-            fraction: The share of such documents that are read at all. Where only one in ten is
-                read, each stands for ten.
+        `fraction` is the share of such documents that are read at all: where only one in ten is
+        read, each stands for ten.
         """
         name = "" if self._weights is None else domain
         pool = self._pools.get(name)
@@ -265,12 +253,9 @@ def divide(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[i
     One that is smaller than its share gives all it has, and the others share what it leaves.
 
     Args:
-        sizes: Size of each.
+        sizes: What each has to give.
         weights: Positive weight of each.
         total: What may be taken from all of them together.
-
-    Returns:
-        What to take from each, at most its size.
     """
     budgets = [0] * len(sizes)
     left = total

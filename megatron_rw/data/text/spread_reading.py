@@ -53,14 +53,8 @@ def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
 def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Portion]:
     """Chooses what to read of some sources.
 
-    Args:
-        sources: The inputs.
-        reading: How they are read.
-        max_bytes: Bytes to read of all of them together, uncompressed; of compressed files about,
-            and at least one of them.
-
-    Returns:
-        Parts in the order of the sources: all of them, if that is no more than `max_bytes`.
+    All of them together are about `max_bytes` of uncompressed text, and at least one compressed
+    file. Portions are in the order of the sources.
 
     Raises:
         UserError: If a Parquet file is damaged or lacks a column.
@@ -91,7 +85,6 @@ class DocumentReader:
     """Reads the documents of portions and leaves bad lines out, if they are few.
 
     Args:
-        reading: How they are read.
         json_key: Field of the text.
         domain_key: Field of the domain, or None.
         max_bad_fraction: The share of lines that may be bad.
@@ -138,11 +131,7 @@ class DocumentReader:
         self._check(at_end=False)
 
     def finish(self) -> None:
-        """Checks that not too many of all lines were bad.
-
-        Raises:
-            UserError: If they were.
-        """
+        """Refuses the inputs if too many of all lines were bad."""
         self._check(at_end=True)
 
     def _reject(self, task: Task, line: int, error: BadRecordError) -> None:
