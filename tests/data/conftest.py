@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -50,6 +50,22 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return path
+
+
+class Preprocess(Protocol):
+    def __call__(self, inputs: object, output: Path, flags: str = "", workers: int = 1) -> int: ...
+
+
+@pytest.fixture(scope="session")
+def run(model: str) -> Preprocess:
+    """Runs preprocess_data on one or several inputs, with the tokenizer of `model`."""
+
+    def call(inputs: object, output: Path, flags: str = "", workers: int = 1) -> int:
+        paths = inputs if isinstance(inputs, list) else [inputs]
+        usual = ("--output-dir", output, "--tokenizer-model", model, "--workers", workers)
+        return preprocess("--input", *paths, *usual, *flags.split())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,10 @@ VARIANTS = {
 }
 BAD = [b"no json\n", b'{"txt": "no text"}\n', b'{"text": 1}\n', b"\xff\n", b'{"text": ""}\n']
 WORKERS, LOG = 2, "parts.log"
-# What a repeated call says if the one before was killed when all but its own end was done.
+# What a repeated call says if the earlier one was killed when it had only to end.
 COMPLETE = "holds datasets already"
+# What it says if a worker was killed.
+WORKER_KILLED = "a worker process was killed"
 # How long a call may take at most, and processes that are left to notice; and how often it may
 # have to be repeated.
 PATIENCE_S, NOTICE_S, ATTEMPTS = 120.0, 20.0, 3
@@ -122,6 +124,8 @@ class Campaign:
         shutil.rmtree(self._output, ignore_errors=True)
         ended = self._call(kill, seconds)
         reached = ended.status != 0
+        if reached and kill.who == "worker" and WORKER_KILLED not in ended.error:
+            return f"UNEXPLAINED: status {ended.status}: {ended.error[-300:]}"
         attempts, reused = 1, 0
         while True:
             if ended.status is None:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ LINES = st.lists(
     max_size=14,
 )
 LIMIT = 30
+CUT = gzip.compress(b"{}\n" * 9999, mtime=0)[:-12]
 ANY_FILE = settings(max_examples=60)
 
 
@@ -208,9 +211,6 @@ def test_a_json_element_is_not_held_whatever_its_size(tmp_path: Path) -> None:
 def test_parquet_rows_are_documents(
     tmp_path: Path, texts: list[str | None], row_group: int, chunk_bytes: int
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "in.parquet"
     table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
     pq.write_table(table, path, row_group_size=row_group)
@@ -221,9 +221,6 @@ def test_parquet_rows_are_documents(
 
 
 def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
     source = find_sources([str(tmp_path / "in.parquet")])[0]
     with pytest.raises(UserError, match=r"in\.parquet: no column 'text'; it has: body"):
@@ -235,7 +232,7 @@ def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
     [
         (
             "a.jsonl.gz",
-            gzip.compress(b"{}\n" * 9999, mtime=0)[:-12],
+            CUT,
             r"damaged gzip data after line \d+ \(C",
         ),
         ("a.jsonl.gz", b"{}\n", r"damaged gzip data after line 0 \(Not a gzipped file"),

@@ -83,14 +83,6 @@ def test_a_part_read_in_ten_stands_for_ten() -> None:
     assert kept["read in part"] / sum(kept.values()) == pytest.approx(1 / 2, abs=0.12)
 
 
-def test_a_sample_never_holds_more_than_its_limit() -> None:
-    sample = TextSample(20_000, {})
-    for number in range(300):
-        fill(sample, f"d{number % 7}", 1)
-        assert sum(sample.kept().values()) <= 20_000
-    assert sum(sample.kept().values()) > 18_000
-
-
 @given(st.lists(st.integers(0, 3000), max_size=60), st.integers(0, 50_000))
 def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> None:
     def kept(limit: int) -> Counter[str]:
@@ -131,8 +123,9 @@ def test_chunks_hold_every_line_once(
 
 
 @pytest.mark.parametrize("bad", [0, 40, 99])
-@pytest.mark.parametrize("chunk", [230, 1000, 10_000])
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("c.jsonl", 230), ("c.jsonl", 9999), ("c.jsonl.gz", 1)]
+)
 def test_a_bad_line_has_its_number_in_the_file(
     tmp_path: Path, bad: int, chunk: int, name: str
 ) -> None:
