@@ -1,8 +1,6 @@
-"""Turns JSON-lines text into Megatron datasets, one per domain; see `--help`."""
-
-import sys
+"""Turns text into Megatron datasets, one per domain; see `--help`."""
 
 from megatron_rw.data.preprocess_data import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,273 +1,260 @@
 """Turns text into Megatron datasets, one per domain.
 
-Into `--output-dir` go `<domain>_text_document.bin/.idx` for each domain, `domains.json` (see
+`--output-dir` gets `<domain>_text_document.bin/.idx` for each domain, `domains.json` (see
 `domains`), `blend.txt` for Megatron's `--data-args-path`, and `rejects.jsonl` with the lines that
 are no documents, if there are any. They appear under their names only when all of them are
 complete, `domains.json` last. Documents keep the order of the inputs whatever the number of
 workers, so the bytes are the same for any.
 
 Workers read, tokenize and write a part of the output for each chunk of the input; in the end the
-parts are joined. An interrupted call goes on from its parts when it is repeated.
+parts are joined. An interrupted call continues from its parts when it is repeated.
 """
 
-import argparse
-import dataclasses
+from __future__ import annotations
+
 import shutil
-import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_rw.data.command import exit_status
-from megatron_rw.data.encoding import Encoder, Encoding, check_domain
+from megatron_rw.command_line import parse
+from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
-from megatron_rw.data.indexed.blend import blend_weights
-from megatron_rw.data.indexed.joining import REJECTS_FILE, Joined, dataset_name, join, write_rejects
-from megatron_rw.data.indexed.output import check_output_dir, publish
-from megatron_rw.data.indexed.parts import Rejects, Store
-from megatron_rw.data.preprocess_flags import parse
-from megatron_rw.data.progress import Progress
+from megatron_rw.data.indexed.blend import blend_weights, check_weights
+from megatron_rw.data.indexed.joining import (
+    REJECTS_FILE,
+    Joined,
+    Rejects,
+    dataset_name,
+    join,
+    write_rejects,
+)
+from megatron_rw.data.indexed.output import check_output_dir, publish, table
+from megatron_rw.data.indexed.parts import Store
+from megatron_rw.data.preprocess_config import PreprocessConfig
+from megatron_rw.data.progress import Progress, duration, say
 from megatron_rw.data.resume import (
     earlier_chunk_bytes,
+    folder_of,
     is_published,
     is_unfinished,
     set_published,
     work_folder,
 )
-from megatron_rw.data.summary import say, table, too_many_bad
-from megatron_rw.data.text.chunks import Reading, chunk_size, tasks
-from megatron_rw.data.text.sentences import sentence_splitter
+from megatron_rw.data.text.chunks import chunk_size, tasks
+from megatron_rw.data.text.records import too_many_bad
 from megatron_rw.data.text.shards import shard_of
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source, find_sources
-from megatron_rw.data.tokenizers.tokenizer import end_of_document_id, load_tokenizer, model_sha256
-from megatron_rw.data.tokenizers.tokenizer_flags import tokenizer_flags
+from megatron_rw.data.text.sources import Source, find_sources
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from megatron_rw.data.workers import run_unordered
-from megatron_rw.errors import UserError
-from megatron_rw.platform.quiet import silence
+from megatron_rw.errors import UserError, reported
 
-# Before this many lines, a bad one says little about the rest.
-_EARLIEST_VERDICT = 10_000
+_TOOL = "preprocess_data"
+_DESCRIPTION = """Tokenize text into Megatron .bin/.idx datasets, one per domain.
+
+example:
+  python tools/preprocess_data.py --input corpus/*.jsonl.gz --domain-key domain --append-eod \\
+      --tokenizer-model tokenizer/bpe8k.model --output-dir data/train
+  then train with --data-args-path data/train/blend.txt
+
+An interrupted call continues where it was when it is repeated. docs/data.md has the whole way from
+raw text to a training run."""
+# As many domains are listed, at most, in the message about shards.
+_LISTED_DOMAINS = 10
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
-    args = parse(argv)
-    return exit_status(lambda: _run(args))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Raises:
+        SystemExit: If the user made a mistake, in one line and with status 2.
+    """
+    with reported("preprocessing text"):
+        run(parse(PreprocessConfig, argv, _DESCRIPTION))
 
 
-def _run(args: argparse.Namespace) -> None:
-    silence("cpu")  # what megatron.core says at import about GPU packages; none is used here
+def run(config: PreprocessConfig) -> None:
+    """Makes the datasets.
+
+    Raises:
+        UserError: If the inputs, the tokenizer or the output directory cannot be used, or too many
+            lines are bad.
+    """
     started = time.monotonic()
-    sources = shard_of(find_sources(args.input), args.shard)
-    # What an interrupted call has published is in nobody's way: it is this one's, or else
-    # work_folder refuses.
-    may_replace = args.overwrite or is_unfinished(args.output_dir)
-    output_dir = check_output_dir(args.output_dir, may_replace)
-    if len(args.json_keys) > 1:
-        for key in args.json_keys:
-            check_output_dir(args.output_dir / key, may_replace)
-    reading, encoding = _plan(args, sources, output_dir)
-    flags = tokenizer_flags(args)
-    tokenizer = load_tokenizer(flags)
-    if args.append_eod:
-        eod = end_of_document_id(tokenizer, flags.tokenizer_model or flags.tokenizer_type)
-        encoding = dataclasses.replace(encoding, eod=eod)
+    sources = shard_of(find_sources(config.inputs.input), config.shard)
+    outputs = _outputs(config)
+    _check_sources(config, sources)
+    tokenizer = load_tokenizer(config.tokenizer)
+    flags = config.tokenizer
     record = domains.TokenizerRecord(
         type=flags.tokenizer_type,
         model=flags.tokenizer_model or flags.tokenizer_type,
         sha256=model_sha256(flags.tokenizer_model),
         vocab_size=tokenizer.vocab_size,
     )
-    settings = _settings(args, reading, record)
-    with work_folder(output_dir, settings, args.overwrite) as folder:
-        if is_published(folder, sources):
-            say("everything was in its place already")
+    output_dir = config.output_dir.absolute()
+    chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(sources)
+    store = Store(folder_of(output_dir), sources)
+    encoder = Encoder(config, tokenizer, chunk_bytes, store)
+    settings = {
+        "format": 2,
+        "chunk_bytes": chunk_bytes,
+        "tokenizer sha256": record.sha256,
+        **config.part_settings(),
+    }
+    with work_folder(output_dir, settings, config.overwrite):
+        if is_published(store.directory, sources):
+            say(_TOOL, "everything was in its place already")
             return
-        store = Store(folder)
-        encoder = Encoder(tokenizer, reading, encoding, store)
-        _encode(args, sources, encoder, folder)
-        joined = _join(args, sources, encoder, folder, output_dir, record)
-        set_published(folder, sources)
-    names = {(key, domain): domain for key, domain in joined.counts if key == 0}
-    print(
-        table(
-            {domain: joined.counts[name] for name, domain in names.items()},
-            joined.rejects,
-            joined.duplicates,
-            time.monotonic() - started,
-        )
-    )
+        _encode(config, store, encoder)
+        joined, rejects = _join(config, store, encoder, outputs, record)
+        set_published(store.directory, sources)
+    _report(joined, rejects, time.monotonic() - started)
 
 
-def _plan(
-    args: argparse.Namespace, sources: Sequence[Source], output_dir: Path
-) -> tuple[Reading, Encoding]:
-    """How documents are read and what becomes of them; the end-of-document id is still missing."""
-    columns = [*args.json_keys, *([args.domain_key] if args.domain_key else [])]
+def _outputs(config: PreprocessConfig) -> list[Path]:
+    """Returns the directory of each key's datasets, absolute; they need not exist."""
+    keys = config.json_keys
+    # Datasets that an interrupted call has published may be replaced: they are this call's, or
+    # else `work_folder` refuses.
+    may_replace = config.overwrite or is_unfinished(config.output_dir)
+    output_dir = check_output_dir(config.output_dir, may_replace)
+    if len(keys) == 1:
+        return [output_dir]
+    return [check_output_dir(config.output_dir / key, may_replace) for key in keys]
+
+
+def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
+    """Refuses at the start what would be refused after all is tokenized, and tells the domains."""
     for source in sources:
-        if source.format == "txt" and len(columns) > 1:
+        if source.format == "txt" and len(config.reading(1).columns) > 1:
             raise UserError(
                 f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
                 "of --json-keys, or convert it to .jsonl"
             )
-    if args.domain_key is None:
-        _check_given_weights({_domain_of(source, args) for source in sources}, args)
-    reading = Reading(
-        chunk_bytes=earlier_chunk_bytes(output_dir) or chunk_size(sources),
-        max_line_bytes=args.max_line_bytes,
-        columns=tuple(dict.fromkeys(columns)),
-        whole_files=args.txt_documents == "file",
-    )
-    encoding = Encoding(
-        keys=tuple(args.json_keys),
-        domain_key=args.domain_key,
-        domain_of=lambda source: _domain_of(source, args),
-        eod=None,
-        max_document_tokens=args.max_document_tokens,
-        splitter=sentence_splitter(args.sentence_language) if args.split_sentences else None,
-        hashed=args.dedup == "exact",
-    )
-    return reading, encoding
-
-
-def _domain_of(source: Source, args: argparse.Namespace) -> str:
-    if args.domain is not None:
-        return check_domain(args.domain, "--domain")
-    where = f"{source.path}: rename it, or give --domain-by or --domain"
-    if args.domain_by == "directory":
-        where = f"{source.path} (--domain-by directory)"
-    return check_domain(source.domain(args.domain_by), where)
-
-
-def _check_given_weights(names: set[str], args: argparse.Namespace) -> None:
-    """Refuses now what would be refused when all is tokenized."""
-    given = dict(args.blend_weights or ())
-    if given and given.keys() != names:
-        raise UserError(
-            f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
-            f"{', '.join(sorted(names))}; give each of them one"
+    if config.inputs.domain_key is not None:
+        return
+    files = Counter(config.domain_of(source) for source in sources)
+    given = config.weights_given()
+    if given is not None:
+        check_weights(files, given)
+    numbered = [source for source in sources if source.domain("file") != source.domain("corpus")]
+    if numbered and config.domain is None and config.inputs.domain_by == "corpus":
+        listed = ", ".join(
+            f"{name} ({count:,} file{'s'[: count > 1]})"
+            for name, count in files.most_common(_LISTED_DOMAINS)
+        )
+        more = f" and {len(files) - _LISTED_DOMAINS} more" if len(files) > _LISTED_DOMAINS else ""
+        say(
+            _TOOL,
+            f"the numbers of shards, as in {numbered[0].name}, name no domain; the domains are: "
+            f"{listed}{more} (--domain-by file makes each file its own)",
         )
 
 
-def _settings(
-    args: argparse.Namespace, reading: Reading, record: domains.TokenizerRecord
-) -> dict[str, Any]:
-    """Everything that decides what is in a part."""
-    flags = dataclasses.asdict(tokenizer_flags(args))
-    return {
-        "format": 1,
-        "chunk_bytes": reading.chunk_bytes,
-        "tokenizer": {**flags, "sha256": record.sha256},
-        **{
-            f"--{name.replace('_', '-')}": getattr(args, name)
-            for name in (
-                "json_keys",
-                "domain",
-                "domain_key",
-                "domain_by",
-                "append_eod",
-                "split_sentences",
-                "sentence_language",
-                "max_document_tokens",
-                "max_line_bytes",
-                "txt_documents",
-                "dedup",
-            )
-        },
-    }
-
-
-def _encode(
-    args: argparse.Namespace, sources: Sequence[Source], encoder: Encoder, folder: Path
-) -> None:
+def _encode(config: PreprocessConfig, store: Store, encoder: Encoder) -> None:
     """Makes the parts that are missing."""
-    store = Store(folder)
-    rejects, records, done_bytes = Rejects(), 0, 0
-    finished: dict[Source, frozenset[int] | None] = {}
-    for source in sources:
-        if source.path == STANDARD_INPUT:
-            shutil.rmtree(store.folder(source), ignore_errors=True)  # it cannot be read again
-        store.folder(source).mkdir(exist_ok=True)
-        store.drop_damaged(source)
-        numbers, whole = store.finished(source)
-        finished[source] = None if whole else numbers
-        done_bytes += source.size if whole else 0
-        for _, part in store.parts(source):
-            rejects.merge(part.rejects)
-            records += part.records
+    store.prepare()
+    records, rejects = 0, 0
+    for _, _, part in store.parts():
+        records += part.records
+        rejects += part.rejects.total()
     if records:
-        say(f"going on from {records:,} documents that are done")
-    progress = Progress("preprocess_data", sum(source.size for source in sources))
-    progress.skip(done_bytes)
-    work = tasks(sources, encoder.reading, args.workers, finished.__getitem__)
-    for task, done in run_unordered(encoder, work, args.workers):
-        records += done.records
-        rejects.merge(done.rejects)
-        _check(args, rejects, max(records, _EARLIEST_VERDICT), sources, store)
+        say(_TOOL, f"going on from {records:,} documents that are done")
+    sources = store.sources
+    progress = Progress(_TOOL, sum(source.size for source in sources))
+    progress.skip(sum(source.size for source in sources if store.finished(source) is None))
+    work = tasks(sources, encoder.reading, config.workers, store.finished)
+    for task, result in run_unordered(encoder, work, config.workers):
+        records += result.records
+        rejects += result.rejects.total()
+        if too_many_bad(rejects, records, config.max_bad_fraction, at_end=False):
+            raise _bad_lines(config, store, records)
         progress.skip(task.skipped_bytes)
-        progress.advance(task.stored_bytes, done.records, done.text_bytes)
-    _check(args, rejects, records, sources, store)
+        progress.advance(task.stored_bytes, result.records, result.text_bytes)
+    if too_many_bad(rejects, records, config.max_bad_fraction, at_end=True):
+        raise _bad_lines(config, store, records)
     if records == 0:
-        raise UserError(f"--input {' '.join(args.input)}: no documents")
+        raise UserError(f"--input {' '.join(config.inputs.input)}: no documents")
 
 
-def _check(
-    args: argparse.Namespace,
-    rejects: Rejects,
-    records: int,
-    sources: Sequence[Source],
-    store: Store,
-) -> None:
-    if rejects.total > args.max_bad_fraction * (rejects.total + records):
-        path = store.directory / REJECTS_FILE
-        listed = write_rejects(sources, store, path)
-        raise too_many_bad(listed, records, args.max_bad_fraction, path)
+def _bad_lines(config: PreprocessConfig, store: Store, records: int) -> UserError:
+    """Returns the error of more bad lines than allowed, with the first line of each kind."""
+    path = store.directory / REJECTS_FILE
+    rejects = write_rejects(store, path)
+    examples = "".join(
+        f"\n  {count:,} x {kind}; {file}, line {line}: {reason}"
+        for kind, count in rejects.counts.most_common()
+        for file, line, reason in [rejects.first[kind]]
+    )
+    total = rejects.counts.total()
+    return UserError(
+        f"{total:,} of {total + records:,} lines are bad, more than --max-bad-fraction "
+        f"{config.max_bad_fraction:g} allows; correct them, or allow more and repeat the call, "
+        f"which goes on from what is done. All of them are in {path}{examples}"
+    )
 
 
 def _join(
-    args: argparse.Namespace,
-    sources: Sequence[Source],
+    config: PreprocessConfig,
+    store: Store,
     encoder: Encoder,
-    folder: Path,
-    output_dir: Path,
-    record: domains.TokenizerRecord,
-) -> Joined:
+    outputs: Sequence[Path],
+    tokenizer: domains.TokenizerRecord,
+) -> tuple[Joined, Rejects]:
     """Joins the parts and gives everything its final name."""
-    scratch = folder / "joined"
+    say(_TOOL, "joining the parts")
+    scratch = store.directory / "joined"
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    several = len(args.json_keys) > 1
-    outputs = [output_dir / key if several else output_dir for key in args.json_keys]
-    directories = [scratch / key if several else scratch for key in args.json_keys]
+    directories = [scratch / str(key) for key in range(len(outputs))]
     for directory in directories:
-        directory.mkdir(exist_ok=True)
-    say("joining the parts")
-    rejects = folder / REJECTS_FILE
-    joined = join(
-        sources, Store(folder), directories, encoder.dtype, args.dedup == "exact", rejects
-    )
-    if joined.rejects.total:
-        rejects.replace(output_dir / REJECTS_FILE)
+        directory.mkdir(parents=True)
+    joined = join(store, directories, encoder.dtype, config.dedup == "exact")
+    listed, final = store.directory / REJECTS_FILE, config.output_dir / REJECTS_FILE
+    rejects = write_rejects(store, listed)
+    if rejects.counts:
+        listed.replace(final)
     else:
-        (output_dir / REJECTS_FILE).unlink(missing_ok=True)
-    given = dict(args.blend_weights) if args.blend_weights else None
+        final.unlink(missing_ok=True)
     for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
-        records = {
-            domain: domains.DomainRecord(
-                prefix=dataset_name(domain),
-                documents=counts.documents,
-                tokens=counts.tokens,
-                max_token_id=counts.max_token_id,
-            )
-            for (of_key, domain), counts in joined.counts.items()
-            if of_key == key
-        }
-        weights = blend_weights(records, args.blend_by, args.blend_temperature, given)
+        records = _records(joined, key)
+        weights = blend_weights(
+            records, config.blend_by, config.blend_temperature, config.weights_given()
+        )
         output.mkdir(exist_ok=True)
-        publish(directory, output, records, weights, record)
-    return joined
+        publish(directory, output, records, weights, tokenizer)
+    return joined, rejects
+
+
+def _records(joined: Joined, key: int) -> dict[str, domains.DomainRecord]:
+    """Returns domain to what is in the dataset of one of `--json-keys`."""
+    return {
+        domain: domains.DomainRecord(
+            prefix=dataset_name(domain),
+            documents=counts.documents,
+            tokens=counts.tokens,
+            max_token_id=counts.max_token_id,
+        )
+        for (of_key, domain), counts in joined.counts.items()
+        if of_key == key
+    }
+
+
+def _report(joined: Joined, rejects: Rejects, seconds: float) -> None:
+    """Prints what was made."""
+    text_bytes = {
+        domain: counts.text_bytes for (key, domain), counts in joined.counts.items() if key == 0
+    }
+    print(table(_records(joined, 0), text_bytes))
+    if rejects.counts:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
+        print(f"rejected: {rejects.counts.total():,} lines ({kinds}), listed in {REJECTS_FILE}")
+    if joined.duplicates:
+        print(f"duplicates left out: {joined.duplicates:,}")
+    megabytes = sum(text_bytes.values()) / 1e6
+    print(f"{megabytes:,.1f} MB in {duration(seconds)}, {megabytes / seconds:.1f} MB/s")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""What a tool says while it works for hours."""
+"""What a tool prints about its own work: progress, messages and durations."""
 
 import sys
 from time import monotonic
@@ -7,11 +7,11 @@ _SECONDS = 5.0
 
 
 class Progress:
-    """A line on stderr every few seconds: what is done, how fast, and the time that is left.
+    """Prints a line every few seconds: what is done, how fast, and the time that is left.
 
     Args:
-        work: The tool, and what it does if that is several things; how the line begins.
-        total: Bytes to read, as they are stored; 0 if nobody knows.
+        work: The tool, and what it is doing if it does several things; begins the line.
+        total: Bytes to read, as they are stored; 0 if unknown.
     """
 
     def __init__(self, work: str, total: int) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self._started = self._reported = monotonic()
 
     def skip(self, size: int) -> None:
-        """Counts bytes that an earlier call has read: they are done, and tell nothing of speed."""
+        """Counts bytes that an earlier call has read; they do not count for the speed."""
         self._before += size
         self._done += size
 
@@ -31,8 +31,8 @@ class Progress:
 
         Args:
             size: Bytes as they are stored.
-            documents: Documents in them, where they are counted.
-            text_bytes: Bytes that they stand for, if not themselves.
+            documents: Documents in them, where documents are counted.
+            text_bytes: Bytes of text in them, if that is another number.
         """
         self._done += size
         self._documents += documents
@@ -40,7 +40,7 @@ class Progress:
         now = monotonic()
         if now - self._reported >= _SECONDS:
             self._reported = now
-            print(self._line(now - self._started), file=sys.stderr, flush=True)
+            say(self._work, self._line(now - self._started))
 
     def _line(self, seconds: float) -> str:
         megabytes = self._text_bytes / 1e6
@@ -50,11 +50,16 @@ class Progress:
             left = max(0, self._total - self._done)
             remaining = seconds * left / (self._done - self._before)
             parts += [f"{1 - left / self._total:.0%}", f"{duration(remaining)} left"]
-        return f"{self._work}: {', '.join(parts)}"
+        return ", ".join(parts)
+
+
+def say(work: str, message: str) -> None:
+    """Prints a message about the work of a tool to standard error."""
+    print(f"{work}: {message}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """A time for people."""
+    """Returns a time for people to read."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 2 * 3600:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_rw.data.summary import say
+from megatron_rw.data.progress import say
 from megatron_rw.data.text.sources import Source
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
@@ -24,20 +24,20 @@ _PUBLISHED = "published"
 
 @contextmanager
 def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) -> Iterator[Path]:
-    """Makes or finds the folder of unfinished work; one process at a time has it.
+    """Makes or finds the folder of unfinished work, for one process at a time.
 
     Args:
-        output_dir: where it is, under a hidden name.
-        settings: everything that decides what is in it, by the flag's name; values of JSON.
-        restart: whether to drop what is there if it was made with other settings.
+        output_dir: Holds the folder.
+        settings: Everything that decides what is in it, by the flag's name; values of JSON.
+        restart: Whether to drop what is there if it was made with other settings.
 
     Yields:
         The folder. It stays if the body raises or the process dies, and is removed otherwise.
 
     Raises:
-        UserError: another process works there, or what is there was made with other settings.
+        UserError: If another process works there, or what is there was made with other settings.
     """
-    folder = output_dir / FOLDER
+    folder = folder_of(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (output_dir / f"{FOLDER}.lock").open("w") as lock:
         _lock(lock, output_dir)
@@ -50,6 +50,11 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
         (output_dir / f"{FOLDER}.lock").unlink()
 
 
+def folder_of(output_dir: Path) -> Path:
+    """Returns the folder of unfinished work, which may not be there."""
+    return output_dir / FOLDER
+
+
 def _lock(file: TextIO, output_dir: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,18 +64,19 @@ def _lock(file: TextIO, output_dir: Path) -> None:
             "give another directory"
         ) from error
     except OSError as error:
-        # Lustre without its mount option flock, and NFS without its lock daemon.
+        # So do Lustre without its mount option flock, and NFS without its lock daemon.
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         say(
-            f"the file system of {output_dir} has no locks ({error.strerror}): see to it yourself "
-            "that no other process writes there"
+            "preprocess_data",
+            f"the file system of {output_dir} has no locks ({error.strerror}): make sure "
+            "that no other process writes there",
         )
 
 
 def is_unfinished(output_dir: Path) -> bool:
-    """Whether a call was interrupted there; what has a final name is then its own."""
-    return (output_dir / FOLDER).exists()
+    """Tells whether a call was interrupted there; any finished datasets are then its own."""
+    return folder_of(output_dir).exists()
 
 
 def set_published(folder: Path, sources: Sequence[Source]) -> None:
@@ -79,7 +85,7 @@ def set_published(folder: Path, sources: Sequence[Source]) -> None:
 
 
 def is_published(folder: Path, sources: Sequence[Source]) -> bool:
-    """Whether everything that is made of these sources, as they are now, has its final name."""
+    """Tells whether everything made of these sources, as they are now, has its final name."""
     path = folder / _PUBLISHED
     return path.exists() and path.read_text() == _digest(sources)
 
@@ -89,7 +95,7 @@ def _digest(sources: Sequence[Source]) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the folder such that a call that dies in between can still be repeated."""
+    """Removes the folder in an order that lets a call that dies meanwhile be repeated."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -99,8 +105,8 @@ def _remove(folder: Path) -> None:
 
 
 def earlier_chunk_bytes(output_dir: Path) -> int | None:
-    """The `chunk_bytes` of the unfinished work, as it may have been begun with fewer inputs."""
-    held = _held_settings(output_dir / FOLDER)
+    """Returns the `chunk_bytes` of the unfinished work, which may have had fewer inputs."""
+    held = _held_settings(folder_of(output_dir))
     return None if held is None else int(held["chunk_bytes"])
 
 
@@ -109,22 +115,18 @@ def _held_settings(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def _differences(mine: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-    """The settings that differ, as `name is a now and was b`."""
-    return [
-        f"{name} is {json.dumps(mine.get(name))} now and was {json.dumps(others.get(name))}"
-        for name in sorted(mine.keys() | others.keys())
-        if mine.get(name) != others.get(name)
-    ]
-
-
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     held = _held_settings(folder)
-    if held is not None:
-        if different := _differences(settings, held):
-            raise UserError(
-                f"--output-dir {folder.parent}: holds unfinished work of another call: "
-                f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
-            )
+    if held is None:
+        write_complete(folder / _SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
         return
-    write_complete(folder / _SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
+    different = [
+        f"{name} is {json.dumps(settings.get(name))} now and was {json.dumps(held.get(name))}"
+        for name in sorted(settings.keys() | held.keys())
+        if settings.get(name) != held.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"--output-dir {folder.parent}: holds unfinished work of another call: "
+            f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
+        )

@@ -1,4 +1,4 @@
-"""Worker processes: as many as there are cores to run them on, gone when their parent is."""
+"""Worker processes, which end when their parent does, and the number of cores for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def available_cores() -> int:
-    """How many cores this process may keep busy: its affinity, or a container's quota if less."""
+    """Returns how many cores this process may use: its affinity, or a container's quota if less."""
     cores = len(os.sched_getaffinity(0))
     if _QUOTA.is_file():
         quota, period = _QUOTA.read_text().split()
@@ -31,24 +31,24 @@ def available_cores() -> int:
 def run_unordered[Task, Result](
     function: Callable[[Task], Result], tasks: Iterator[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Runs a function over tasks in processes and yields what is done, whatever came first.
+    """Runs a function over tasks in worker processes and yields results in the order they come.
 
     Only a few tasks more than there are workers are taken at a time.
 
     Args:
-        function: what each worker has; it need not be picklable.
-        tasks: what it is called with; these are sent, so they are.
-        workers: number of processes; with one, none is started.
+        function: Need not be picklable, since workers inherit it.
+        tasks: Its arguments; they must be picklable.
+        workers: Number of processes; with one, none is started.
 
     Raises:
-        UserError: a worker process was killed; what the function raises is passed on.
+        UserError: If a worker process was killed. What the function raises is passed on.
     """
     if workers == 1:
         for task in tasks:
             yield task, function(task)
         return
-    # fork, because what the function holds and the seconds of importing torch are then shared; the
-    # pool starts all of its processes at the first submit, before it starts a thread.
+    # By fork, so that what the function holds and the imported modules are shared. The pool starts
+    # all of its processes at the first submit, before it starts a thread.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("fork"), _start_worker, (function,)
     )

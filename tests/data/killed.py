@@ -1,9 +1,10 @@
-"""Runs tools/preprocess_data.py as it is, and kills it when it reaches a point.
+"""Runs tools/preprocess_data.py, and kills it when it reaches a point.
 
     KILL='{"point": "rename", "count": 3, "who": "group"}' python -m tests.data.killed --input ...
 
-The point is one of `POINTS`; `count` is how often it is passed before. With `PARTS_LOG` the path of
-every part that is completed goes to that file, a line each.
+The point is one of `POINTS`, which is passed `count` times before. `who` is killed: the process
+itself (`worker`), the one that all workers have as parent (`parent`), or all (`group`). The path of
+every part that is completed goes to the file `PARTS_LOG`, a line each.
 """
 
 from __future__ import annotations
@@ -30,104 +31,56 @@ POINTS = {
 }
 
 
-class Trap:
-    """Kills when it is reached often enough.
+def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:
+    """Returns a function that is told of every point, and kills at the chosen one."""
+    main, left = os.getpid(), count
 
-    Args:
-        who: `worker` is the process itself, `parent` the one that the workers have, `group` all.
-        count: how often it is reached before.
-    """
-
-    def __init__(self, who: str, count: int) -> None:
-        self._who = who
-        self._left = count
-        self._main = os.getpid()
-
-    def reached(self) -> None:
-        self._left -= 1
-        if self._left >= 0:
-            return
-        if self._who == "group":
+    def reached(passed: str) -> None:
+        nonlocal left
+        left -= passed == point
+        if left < 0 and who == "group":
             os.killpg(0, signal.SIGKILL)
-        os.kill(self._main if self._who == "parent" else os.getpid(), signal.SIGKILL)
+        elif left < 0:
+            os.kill(main if who == "parent" else os.getpid(), signal.SIGKILL)
+
+    return reached
 
 
-def set_trap(point: str, trap: Trap) -> None:
-    """Has the trap reached at a point."""
-    rename = Path.replace
-    main = os.getpid()
+def watch(reached: Callable[[str], None], log: Path) -> None:
+    """Has a trap told of every point, and every completed part written to a file."""
+    rename, unlink, add_documents = Path.replace, os.unlink, PairWriter.add_documents
+    main, published = os.getpid(), False
 
-    def part(path: Path, target: Any) -> Path:
-        if Path(target).suffix == ".npz":
-            trap.reached()
-        return rename(path, target)
-
-    def final(path: Path, target: Any) -> Path:
-        if os.getpid() != main or FOLDER in Path(target).parts:
-            return rename(path, target)
-        trap.reached()
+    def replace(path: Path, target: Any) -> Path:
+        nonlocal published
+        is_part = Path(target).suffix == ".npz"
+        is_final = os.getpid() == main and FOLDER not in Path(target).parts
+        point = "part" if is_part else "rename" if is_final else ""
+        reached(point)
         renamed = rename(path, target)
-        trap.reached()
-        return renamed
-
-    if point == "part":
-        Path.replace = part  # type: ignore[method-assign, assignment]
-    elif point == "rename":
-        Path.replace = final  # type: ignore[method-assign, assignment]
-    elif point == "join":
-        PairWriter.add_documents = _after(PairWriter.add_documents, trap)  # type: ignore[method-assign]
-    else:
-        _trap_removal(trap)
-
-
-def _after(function: Callable[..., None], trap: Trap) -> Callable[..., None]:
-    def both(*arguments: Any) -> None:
-        function(*arguments)
-        trap.reached()
-
-    return both
-
-
-def _trap_removal(trap: Trap) -> None:
-    """Has it reached at every file that is removed once a list of datasets has its final name."""
-    rename, unlink = Path.replace, os.unlink
-    main = os.getpid()
-    done = False
-
-    def final(path: Path, target: Any) -> Path:
-        nonlocal done
-        renamed = rename(path, target)
-        done = done or renamed.name == FILE_NAME
-        return renamed
-
-    def removed(path: Any, *, dir_fd: int | None = None) -> None:
-        if done and os.getpid() == main:
-            trap.reached()
-        unlink(path, dir_fd=dir_fd)
-
-    Path.replace = final  # type: ignore[method-assign, assignment]
-    os.unlink = removed
-
-
-def log_parts(log: Path) -> None:
-    """Has every part that is completed written to a file."""
-    rename = Path.replace
-
-    def logged(path: Path, target: Any) -> Path:
-        renamed = rename(path, target)
-        if renamed.suffix == ".npz":
+        if is_part:
             with log.open("a") as file:
                 file.write(f"{renamed}\n")
+        else:
+            reached(point)
+        published = published or renamed.name == FILE_NAME
         return renamed
 
-    Path.replace = logged  # type: ignore[method-assign, assignment]
+    def remove(path: Any, *, dir_fd: int | None = None) -> None:
+        if published and os.getpid() == main:
+            reached("cleanup")
+        unlink(path, dir_fd=dir_fd)
+
+    def add(*arguments: Any) -> None:
+        add_documents(*arguments)
+        reached("join")
+
+    Path.replace = replace  # type: ignore[method-assign, assignment]
+    os.unlink = remove
+    PairWriter.add_documents = add  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
-    if "PARTS_LOG" in os.environ:
-        log_parts(Path(os.environ["PARTS_LOG"]))
-    if "KILL" in os.environ:
-        wanted = json.loads(os.environ["KILL"])
-        set_trap(wanted["point"], Trap(wanted["who"], wanted["count"]))
+    watch(trap_of(**json.loads(os.environ["KILL"])), Path(os.environ["PARTS_LOG"]))
     sys.argv[0] = str(TOOL)
     runpy.run_path(str(TOOL), run_name="__main__")

@@ -14,6 +14,7 @@ trial and the count. Exit status 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import os
@@ -26,14 +27,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from backports import zstd
 
-from tests.data.compared import differences, incomplete
-from tests.data.killed import POINTS
-from tests.data.killed_corpus import write_inputs
+from megatron_rw.data import train_tokenizer
+from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile
+from megatron_rw.data.resume import FOLDER
+from tests.data.conftest import make_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 WHO = ("group", "worker", "parent")
@@ -45,9 +48,12 @@ VARIANTS = {
     "one field": [],
     "two fields": ["--json-keys", "text", "title"],
 }
+BAD = [b"no json\n", b'{"txt": "no text"}\n', b'{"text": 1}\n', b"\xff\n", b'{"text": ""}\n']
 WORKERS, LOG = 2, "parts.log"
-# What a repeated call says if the one before was killed when all but its own end was done.
+# What a repeated call says if the earlier one was killed when it had only to end.
 COMPLETE = "holds datasets already"
+# What it says if a worker was killed.
+WORKER_KILLED = "a worker process was killed"
 # How long a call may take at most, and processes that are left to notice; and how often it may
 # have to be repeated.
 PATIENCE_S, NOTICE_S, ATTEMPTS = 120.0, 20.0, 3
@@ -58,11 +64,11 @@ class Kill:
     """What happens to a call.
 
     Attributes:
-        variant: of the call.
+        variant: One of `VARIANTS`.
         point: `any time`, `parts` or one of `killed.POINTS`.
-        count: how often the point is passed before; parts there; of any time, thousandths of the
-            time that the undisturbed call takes from when it has all workers.
-        who: is killed.
+        count: How often the point is passed before; for `parts` the parts that are there; for `any
+            time` thousandths of the undisturbed call's time from when it has all workers.
+        who: `worker`, `parent` or `group`.
     """
 
     variant: str
@@ -71,12 +77,11 @@ class Kill:
     who: str
 
     def __str__(self) -> str:
-        """For the table."""
         return f"{self.variant:11}{self.point:9}{self.count:>4}  {self.who:6}"
 
 
 def kills(seed: int, points: int) -> Iterator[Kill]:
-    """Random ones: every kind of point in turn."""
+    """Yields random ones, of every kind of point in turn."""
     rng = random.Random(seed)
     for point in itertools.islice(itertools.cycle(COUNTS), points):
         who = rng.choice(WHO if point in WITH_WORKERS else ("group", "parent"))
@@ -88,11 +93,11 @@ class Ended:
     """How a call ended.
 
     Attributes:
-        status: of its process, negative if killed; None if it took too long.
-        seconds: it took from when it had all workers.
-        error: what it wrote to stderr.
-        left: processes of its own that were still there so many seconds after.
-        made: parts that were completed.
+        status: Exit status, negative if killed; None if it took too long.
+        seconds: Time from when it had all workers.
+        error: What it wrote to stderr.
+        left: Number of its processes that were still there a while after.
+        made: Parts that were completed.
     """
 
     status: int | None
@@ -103,13 +108,7 @@ class Ended:
 
 
 class Campaign:
-    """Runs trials.
-
-    Args:
-        folder: for everything.
-        model: of the tokenizer.
-        megabytes: of text.
-    """
+    """Runs trials in a folder, with a tokenizer model and so many megabytes of text."""
 
     def __init__(self, folder: Path, model: str, megabytes: float) -> None:
         self._folder = folder
@@ -120,11 +119,13 @@ class Campaign:
         self._expected: dict[str, tuple[Path, float]] = {}
 
     def trial(self, kill: Kill) -> str:
-        """What came of it: `ok` and how, or what went wrong."""
+        """Returns what came of it: `ok` and how, or what went wrong."""
         expected, seconds = self.undisturbed(kill.variant)
         shutil.rmtree(self._output, ignore_errors=True)
         ended = self._call(kill, seconds)
         reached = ended.status != 0
+        if reached and kill.who == "worker" and WORKER_KILLED not in ended.error:
+            return f"UNEXPLAINED: status {ended.status}: {ended.error[-300:]}"
         attempts, reused = 1, 0
         while True:
             if ended.status is None:
@@ -153,7 +154,7 @@ class Campaign:
         return f"ok, {attempts} attempts, {reused} parts reused"
 
     def undisturbed(self, variant: str) -> tuple[Path, float]:
-        """The files of a call that nobody disturbs, and the seconds that it takes."""
+        """Returns the files of a call that nobody disturbs, and the seconds that it takes."""
         if variant not in self._expected:
             shutil.rmtree(self._output, ignore_errors=True)
             ended = self._call(Kill(variant, "none", 0, ""), PATIENCE_S)
@@ -171,9 +172,8 @@ class Campaign:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "PARTS_LOG": str(log),
+            "KILL": json.dumps({"point": kill.point, "count": kill.count, "who": kill.who}),
         }
-        if kill.point in POINTS:
-            environment["KILL"] = json.dumps(asdict(kill))
         command = [
             *(sys.executable, "-m", "tests.data.killed", "--input", str(self._inputs)),
             *("--output-dir", str(self._output), "--tokenizer-model", self._model),
@@ -208,7 +208,7 @@ class Campaign:
         kill: Kill,
         undisturbed_s: float,
     ) -> None:
-        """Kills from without, at the points that need nothing within."""
+        """Kills from outside, at the points that the process itself does not know."""
         if kill.point == "any time":
             try:
                 process.wait(kill.count / 1000 * undisturbed_s)
@@ -233,7 +233,7 @@ class Campaign:
 
 
 def _workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Those of a call, once it has all of them; none if it ends before."""
+    """Returns the workers of a call, once it has all of them; none if it ends before."""
     while process.poll() is None:
         workers = psutil.Process(process.pid).children()
         if len(workers) == WORKERS:  # fewer may be what an import starts for a moment
@@ -262,10 +262,65 @@ def _group(pid: int) -> int:
         return 0
 
 
-def main() -> int:
-    """Run the campaign, print a line a trial."""
-    from tests.data.killed_corpus import train_model
+def write_inputs(folder: Path, megabytes: float) -> None:
+    """Writes a plain file and two compressed ones, of a third of the text each."""
+    folder.mkdir()
+    for seed, name in enumerate(("code.jsonl", "math.jsonl.gz", "wiki.jsonl.zst")):
+        content = _lines(random.Random(seed), megabytes * 1e6 / 3)
+        if name.endswith(".gz"):
+            content = gzip.compress(content, 1, mtime=0)
+        elif name.endswith(".zst"):
+            content = zstd.compress(content)
+        (folder / name).write_bytes(content)
 
+
+def _lines(rng: random.Random, size: float) -> bytes:
+    """Documents of which a tenth are in every file, with a bad line in a thousand."""
+    everywhere = make_texts(100, 0)
+    lines: list[bytes] = []
+    written = 0
+    while written < size:
+        text = "\n".join(make_texts(8, rng.randrange(1 << 30)))
+        if rng.random() < 0.1:
+            text = rng.choice(everywhere)
+        lines.append(json.dumps({"text": text, "title": text[:40]}).encode() + b"\n")
+        if rng.random() < 0.001:
+            lines.append(rng.choice(BAD))
+        written += len(text)
+    return b"".join(lines)
+
+
+def incomplete(expected: Path, found: Path) -> str | None:
+    """Returns what is wrong with a directory's files that have their final names, if anything."""
+    for path in sorted(found.rglob("*")):
+        relative = path.relative_to(found)
+        if path.suffix in (".bin", ".idx") and FOLDER not in relative.parts:
+            if path.read_bytes() != (expected / relative).read_bytes():
+                return f"{relative} is not that of the undisturbed run"
+        elif path.name == FILE_NAME:
+            for record in DomainsFile.load(path).domains.values():
+                for suffix in (".bin", ".idx"):
+                    if not path.with_name(record.prefix + suffix).exists():
+                        return f"{relative} lists {record.prefix}{suffix}, which is not there"
+    return None
+
+
+def differences(expected: Path, found: Path) -> str | None:
+    """Returns the first file that is in one directory alone or differs, hidden ones included."""
+    names = [
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (expected, found)
+    ]
+    for name in sorted(names[0] ^ names[1]):
+        return f"{name} is {'missing' if name in names[0] else 'left behind'}"
+    for name in sorted(names[0]):
+        if (expected / name).read_bytes() != (found / name).read_bytes():
+            return f"{name} differs"
+    return None
+
+
+def main() -> int:
+    """Runs the campaign and prints a line a trial."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -274,7 +329,10 @@ def main() -> int:
     options = parser.parse_args()
     failed = done = 0
     with tempfile.TemporaryDirectory(prefix="preprocess-campaign-") as name:
-        campaign = Campaign(Path(name), train_model(Path(name)), options.megabytes)
+        texts = [{"text": text} for text in make_texts(300, 0)]
+        flags = ["--input", str(write_jsonl(Path(name, "t.jsonl"), texts)), "--vocab-size", "400"]
+        train_tokenizer.main([*flags, "--output-prefix", f"{name}/bpe"])
+        campaign = Campaign(Path(name), f"{name}/bpe.model", options.megabytes)
         for number, kill in enumerate(kills(options.seed, options.points)):
             if options.only is not None and number != options.only:
                 continue

@@ -44,33 +44,15 @@ def test_given_weights_are_normalized_in_the_order_of_the_domains() -> None:
     assert list(weights.items()) == [("a", 0.25), ("b", 0.75)]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"a": 1, "b": 1, "wki": 1}, "given for 'wki', which is no domain; the domains are a, b"),
-        ({"a": 1}, "no weight is given for the domain 'b'"),
-        ({"a": 1, "b": 0}, "the domain 'b' is given the weight 0; give one above 0"),
-        ({"a": 1, "b": math.nan}, "the domain 'b' is given the weight nan"),
-        ({"a": math.inf, "b": 1}, "the domain 'a' is given the weight inf"),
-    ],
-)
-def test_a_bad_weight_is_named(given: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("given", [{"a": 1, "b": 1, "wki": 1}, {"a": 1}])
+def test_every_domain_and_nothing_else_is_given_a_weight(given: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"are of {', '.join(given)}, and the domains are a, b"):
         blend_weights(records({"a": 1, "b": 1}), given=given)
 
 
-@pytest.mark.parametrize("temperature", [0, -1, math.nan])
-def test_a_temperature_is_above_0(temperature: float) -> None:
-    with pytest.raises(UserError, match="the temperature of the blend is"):
-        blend_weights(records({"a": 1}), temperature=temperature)
-
-
-def test_a_weight_too_small_for_a_float_is_an_error() -> None:
+def test_a_weight_of_0_is_an_error() -> None:
     with pytest.raises(UserError, match="leaves the domain 'b' a weight of 0; give a higher one"):
         blend_weights(records({"a": 10**9, "b": 1}), temperature=0.01)
-
-
-def test_nothing_to_count_is_an_error() -> None:
     with pytest.raises(UserError, match="the domain 'b' has no tokens to weigh it by"):
         blend_weights(records({"a": 1, "b": 0}))
 
@@ -121,12 +103,9 @@ def test_without_a_tokenizer_there_is_no_domains_file(tmp_path: Path) -> None:
         check_output_dir(tmp_path / "out", overwrite=False)
 
 
-def test_a_broken_domains_file_is_not_replaced(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
     (tmp_path / "domains.json").write_text("{")
     with pytest.raises(UserError, match=r"domains\.json: not JSON"):
         check_output_dir(tmp_path, overwrite=True)
-
-
-def test_a_path_with_white_space_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Megatron splits blend\.txt at white space"):
         check_output_dir(tmp_path / "a b", overwrite=True)

@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "build_corpus.py"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 MAX_BYTES = 40_000
+Corpus = dict[str, dict[str, list[Any]]]
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,11 @@ def build_corpus() -> ModuleType:
     return module
 
 
-def run(build_corpus: ModuleType, out: Path, *flags: str) -> dict[str, dict[str, list[Any]]]:
+def run(build_corpus: ModuleType, out: Path, *flags: str) -> Corpus:
     """Runs the script; returns split to domain to records."""
     usual = ["--output-dir", str(out), "--max-bytes-per-domain", str(MAX_BYTES)]
     assert build_corpus.main([*usual, *flags]) == 0
-    corpus: dict[str, dict[str, list[Any]]] = {"train": {}, "valid": {}}
+    corpus: Corpus = {"train": {}, "valid": {}}
     for path in sorted(out.glob("*/*")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         corpus[path.parent.name][path.name.removesuffix(".jsonl")] = records
@@ -38,9 +39,7 @@ def run(build_corpus: ModuleType, out: Path, *flags: str) -> dict[str, dict[str,
 
 
 @pytest.fixture(scope="module")
-def corpus(
-    build_corpus: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, list[Any]]]:
+def corpus(build_corpus: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return run(build_corpus, tmp_path_factory.mktemp("corpus"))
 
 
@@ -48,37 +47,25 @@ def size(records: list[Any]) -> int:
     return sum(len(record["text"].encode()) for record in records)
 
 
-def test_domains_and_fields(corpus: dict[str, dict[str, list[Any]]]) -> None:
+def test_documents_are_split_by_source_and_of_the_size_asked_for(corpus: Corpus) -> None:
     assert set(corpus["train"]) == set(corpus["valid"])
     assert set(corpus["train"]) in (
         {"code", "prose", kind, "noise"} for kind in ("tests", "tables")
     )
-    for split in corpus.values():
-        for domain, records in split.items():
-            assert records
-            for record in records:
-                assert set(record) == {"text", "domain", "source"}
-                assert record["domain"] == domain
-                assert record["text"].strip()
-
-
-def test_sizes(corpus: dict[str, dict[str, list[Any]]]) -> None:
     for domain, train in corpus["train"].items():
-        total = size(train) + size(corpus["valid"][domain])
-        assert 0.85 * MAX_BYTES < total <= MAX_BYTES
-        assert 0.045 < size(corpus["valid"][domain]) / total <= 0.08
-
-
-def test_no_source_is_in_both_splits(corpus: dict[str, dict[str, list[Any]]]) -> None:
-    for domain in set(corpus["train"]) - {"noise"}:
-        sources = [
-            {record["source"] for record in split[domain]} for split in corpus.values()
-        ]  # fmt: skip
-        assert sources[0].isdisjoint(sources[1])
+        valid = corpus["valid"][domain]
+        for record in [*train, *valid]:
+            assert set(record) == {"text", "domain", "source"}
+            assert record["domain"] == domain
+            assert record["text"].strip()
+        assert 0.85 * MAX_BYTES < size(train) + size(valid) <= MAX_BYTES
+        assert 0.045 < size(valid) / (size(train) + size(valid)) <= 0.08
+        if domain != "noise":
+            assert not {r["source"] for r in train} & {r["source"] for r in valid}
 
 
 def test_noise_says_what_it_is_and_keeps_to_its_split(
-    corpus: dict[str, dict[str, list[Any]]],
+    corpus: Corpus,
 ) -> None:
     for split in corpus.values():
         prose = {record["source"] for record in split["prose"]}
@@ -95,7 +82,7 @@ def test_noise_says_what_it_is_and_keeps_to_its_split(
 
 
 def test_same_seed_same_bytes_and_another_seed_other_files(
-    build_corpus: ModuleType, tmp_path: Path, corpus: dict[str, dict[str, list[Any]]]
+    build_corpus: ModuleType, tmp_path: Path, corpus: Corpus
 ) -> None:
     assert run(build_corpus, tmp_path / "a") == corpus
     other = run(build_corpus, tmp_path / "b", "--seed", "7")
@@ -132,15 +119,11 @@ def without_docstrings(tree: ast.Module) -> str:
     return ast.dump(tree)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["json/decoder.py", "heapq.py", "dataclasses.py", "email/message.py", "abc.py", "difflib.py"],
-)
+@pytest.mark.parametrize("name", ["dataclasses.py", "email/message.py", "difflib.py"])
 def test_stripping_leaves_the_program(build_corpus: ModuleType, name: str) -> None:
     source = (STDLIB / name).read_text("utf-8")
     stripped = build_corpus.strip_code(source)
-    tree = ast.parse(stripped)
-    assert without_docstrings(ast.parse(source)) == ast.dump(tree)
+    assert without_docstrings(ast.parse(source)) == ast.dump(ast.parse(stripped))
     assert len(stripped) < len(source)
 
 
@@ -163,20 +146,20 @@ def test_stripping_in_detail(build_corpus: ModuleType) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("paragraph", "expected"),
-    [
-        ("Return the value of the option, or the default if it is not given.", True),
-        ("This isn't (as far as we know) a bug, but it is not nice either.", True),
-        ("Too short to be kept.", False),
-        (">>> f(1) and this is the result of it in a doctest, as is plain.", False),
-        ("json.loads(s, *, cls=None, object_hook=None, parse_float=None, parse_int=None).", False),
-        ("for i in range(10): if x is not None and y is in z: x = a[i]", False),
-        ("name type size offset alignment padding checksum magic flags version reserved.", False),
-    ],
-)
-def test_is_prose(build_corpus: ModuleType, paragraph: str, expected: bool) -> None:
-    assert build_corpus.is_prose(paragraph) is expected
+def test_is_prose(build_corpus: ModuleType) -> None:
+    for paragraph in (
+        "Return the value of the option, or the default if it is not given.",
+        "This isn't (as far as we know) a bug, but it is not nice either.",
+    ):
+        assert build_corpus.is_prose(paragraph)
+    for paragraph in (
+        "Too short to be kept.",
+        ">>> f(1) and this is the result of it in a doctest, as is plain.",
+        "json.loads(s, *, cls=None, object_hook=None, parse_float=None, parse_int=None).",
+        "for i in range(10): if x is not None and y is in z: x = a[i]",
+        "name type size offset alignment padding checksum magic flags version reserved.",
+    ):
+        assert not build_corpus.is_prose(paragraph)
 
 
 def test_extract_prose_takes_docstrings_and_comment_blocks_once(build_corpus: ModuleType) -> None:

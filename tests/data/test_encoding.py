@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megatron_rw.data.encoding import Encoder, Encoding
-from megatron_rw.data.indexed.joining import join
+from megatron_rw.command_line import parse
+from megatron_rw.data.encoding import Encoder
+from megatron_rw.data.indexed.joining import join, write_rejects
 from megatron_rw.data.indexed.parts import Store
-from megatron_rw.data.text.chunks import Reading, tasks
+from megatron_rw.data.preprocess_config import PreprocessConfig
+from megatron_rw.data.text.chunks import tasks
 from megatron_rw.data.text.sentences import sentence_splitter
-from megatron_rw.data.text.shards import Shard, shard_of
+from megatron_rw.data.text.shards import shard_of
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.data.tokenizers.tokenizer import optimal_dtype
 from megatron_rw.data.workers import run_unordered
@@ -49,25 +51,23 @@ class FakeTokenizer:
 
 
 def made_of(
-    texts: list[str], directory: Path, vocab_size: int = 1000, **changes: Any
+    texts: list[str], directory: Path, vocab_size: int = 1000, flags: str = ""
 ) -> list[list[list[int]]]:
     """The documents that come of some texts, each a list of sequences, as core reads them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     sources = find_sources([str(write_jsonl(directory / "in.jsonl", [{"text": t} for t in texts]))])
-    reading = Reading(1 << 20, 1 << 20, ("text",), whole_files=True)
-    usual: dict[str, Any] = {
-        "keys": ("text",), "domain_key": None, "domain_of": lambda _: "d", "eod": None,
-        "max_document_tokens": None, "splitter": None, "hashed": False,
-    }  # fmt: skip
-    store = Store(directory)
-    encoder = Encoder(FakeTokenizer(vocab_size), reading, Encoding(**{**usual, **changes}), store)
-    store.folder(sources[0]).mkdir(exist_ok=True)
-    for task in tasks(sources, reading, 1, lambda _: frozenset()):
+    usual = "--input in.jsonl --domain d --tokenizer-type ByteLevelTokenizer --output-dir out "
+    config = parse(PreprocessConfig, (usual + flags).split(), "")
+    store = Store(directory, sources)
+    encoder = Encoder(config, FakeTokenizer(vocab_size), 1 << 20, store)
+    store.prepare()
+    for task in tasks(sources, encoder.reading, 1, lambda _: frozenset()):
         encoder(task)
     out = directory / "joined"
     out.mkdir(exist_ok=True)
-    join(sources, store, [out], encoder.dtype, False, directory / "rejects.jsonl")
+    join(store, [out], encoder.dtype, False)
+    write_rejects(store, directory / "rejects.jsonl")
     dataset = IndexedDataset(str(out / "d_text_document"))
     assert dataset.index.dtype == encoder.dtype
     bounds = dataset.document_indices.tolist()
@@ -102,29 +102,29 @@ def test_text_that_the_tokenizer_gives_up_on_is_rejected(tmp_path: Path) -> None
 @given(
     documents=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1),
     limit=st.integers(2, 7),
-    eod=st.sampled_from([None, EOD]),
+    eod=st.booleans(),
 )
 def test_long_documents_are_cut_and_lose_nothing(
-    tmp_path: Path, documents: list[list[int]], limit: int, eod: int | None
+    tmp_path: Path, documents: list[list[int]], limit: int, eod: bool
 ) -> None:
     texts = [" ".join(map(str, document)) for document in documents]
-    room = limit - (eod is not None)
+    room = limit - eod
     expected = [
-        [document[start : start + room] + ([EOD] if eod is not None else [])]
+        [document[start : start + room] + [EOD] * eod]
         for document in documents
         for start in range(0, len(document), room)
     ]
-    assert made_of(texts, tmp_path, max_document_tokens=limit, eod=eod) == expected
+    flags = f"--max-document-tokens {limit}" + " --append-eod" * eod
+    assert made_of(texts, tmp_path, flags=flags) == expected
 
 
 def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
     split = sentence_splitter("en")
     text = "We saw 1 of Mr. 2.  It was 3!\n\nno number here. 4 5"
     assert "".join(split(text)) == text
-    assert made_of([text.replace("2.", "2 ."), "6"], tmp_path, splitter=split, eod=EOD) == [
-        [[1, 2], [4, 5, EOD]],
-        [[6, EOD]],
-    ]  # "3!" is no number to this tokenizer
+    texts = [text.replace("2.", "2 ."), "6"]
+    made = made_of(texts, tmp_path, flags="--split-sentences --append-eod")
+    assert made == [[[1, 2], [4, 5, EOD]], [[6, EOD]]]  # "3!" is no number to this tokenizer
 
 
 def fail(task: int) -> int:
@@ -146,13 +146,13 @@ def test_shards_hold_every_file_once_and_none_is_empty(sizes: list[int], count: 
     sources = [Source(f"{i}.jsonl", "jsonl", None, size, "") for i, size in enumerate(sizes)]
     if count > len(sizes):
         with pytest.raises(UserError, match=f"there are {len(sizes)} files"):
-            shard_of(sources, Shard(0, count))
+            shard_of(sources, f"0/{count}")
         return
-    shards = [shard_of(sources, Shard(index, count)) for index in range(count)]
+    shards = [shard_of(sources, f"{index}/{count}") for index in range(count)]
     assert all(shards)
     assert [source for shard in shards for source in shard] == sources
 
 
 def test_shards_of_equal_files_are_equal() -> None:
     sources = [Source(f"{i}.jsonl", "jsonl", None, 10, "") for i in range(24)]
-    assert [len(shard_of(sources, Shard(i, 8))) for i in range(8)] == [3] * 8
+    assert [len(shard_of(sources, f"{i}/8")) for i in range(8)] == [3] * 8

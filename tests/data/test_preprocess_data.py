@@ -1,11 +1,9 @@
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,33 +12,26 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data import preprocess_data
+from megatron_rw.command_line import parse
 from megatron_rw.data.indexed import domains
+from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text import chunks
-from tests.data.conftest import make_texts, write_jsonl
+from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.errors import UserError
+from tests.data.conftest import Preprocess, datasets, files, make_texts, preprocess, write_jsonl
 
 EOD = 2
 
 
-def preprocess(*flags: object) -> int:
-    return preprocess_data.main([str(flag) for flag in flags])
+def settings_of(flags: str) -> PreprocessConfig:
+    usual = "--input in.jsonl --output-dir out --tokenizer-model m "
+    return parse(PreprocessConfig, (usual + flags).split(), "")
 
 
 def megatron_tokenize(model: str) -> Callable[[str], list[int]]:
     """The tokenizer as Megatron's training program builds it from its flags."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    flags = SimpleNamespace(
-        tokenizer_type="SentencePieceTokenizer",
-        tokenizer_model=model,
-        chat_template=None,
-        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
-        tokenizer_sentencepiece_legacy=False,
-        special_tokens=None,
-        metadata_path=None,
-        pad_vocab_size=False,
-    )
-    tokenize: Callable[[str], list[int]] = build_tokenizer(flags).tokenize
+    flags = settings_of(f"--tokenizer-model {model}").tokenizer
+    tokenize: Callable[[str], list[int]] = build_core_tokenizer(flags).tokenize
     return tokenize
 
 
@@ -50,18 +41,6 @@ def read_back(prefix: Path | str) -> tuple[Any, list[list[int]]]:
     dataset = IndexedDataset(str(prefix))
     assert list(dataset.document_indices) == list(range(len(dataset) + 1))
     return dataset, [dataset[index].tolist() for index in range(len(dataset))]
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-
-def datasets(directory: Path) -> dict[str, bytes]:
-    return {
-        name: content
-        for name, content in files(directory).items()
-        if name.endswith((".bin", ".idx", ".json", ".jsonl"))
-    }
 
 
 @pytest.fixture
@@ -93,13 +72,14 @@ def records_of(paths: list[Path]) -> list[dict[str, str]]:
 
 
 def test_datasets_hold_what_the_tokenizer_makes(
-    tmp_path: Path, corpus: list[Path], model: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    corpus: list[Path],
+    model: str,
+    run: Preprocess,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "deep" / "out"
-    assert preprocess(
-        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model,
-        "--domain-key", "domain", "--append-eod", "--workers", 1,
-    ) == 0  # fmt: skip
+    assert run(corpus, out, "--domain-key domain --append-eod") == 0
     names = [f"{domain}_text_document.{kind}" for domain in "abc" for kind in ("bin", "idx")]
     assert sorted(files(out)) == sorted([*names, "blend.txt", "domains.json"])
 
@@ -127,69 +107,66 @@ def test_datasets_hold_what_the_tokenizer_makes(
     assert table[5].startswith("0.0 MB in ")
 
 
-def test_megatron_reads_the_blend(tmp_path: Path, corpus: list[Path], model: str) -> None:
+def test_megatron_reads_the_blend(tmp_path: Path, corpus: list[Path], run: Preprocess) -> None:
     from megatron.core.datasets.utils import get_blend_from_list
 
     out = tmp_path / "out"
-    preprocess(
-        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model, "--workers", 1
-    )  # fmt: skip
+    run(corpus, out)
     prefixes, weights = get_blend_from_list((out / "blend.txt").read_text().split())
-    assert all(os.path.isabs(prefix) for prefix in prefixes)
-    assert domains.domain_names(prefixes) == ["first", "second"]
+    records = domains.DomainsFile.load(out / "domains.json").domains
+    assert list(records) == ["first", "second"]
+    assert prefixes == [str(out / record.prefix) for record in records.values()]
     tokens = [sum(map(len, read_back(prefix)[1])) for prefix in prefixes]
-    records = [domains.DomainLookup().record(prefix) for prefix in prefixes]
-    assert [record.tokens for record in records if record] == tokens
+    assert [record.tokens for record in records.values()] == tokens
     assert weights == pytest.approx([count / sum(tokens) for count in tokens], rel=1e-5)
 
 
-def test_every_key_gets_a_directory(tmp_path: Path, corpus: list[Path], model: str) -> None:
+def test_every_key_gets_a_directory(
+    tmp_path: Path, corpus: list[Path], model: str, run: Preprocess
+) -> None:
     out = tmp_path / "out"
-    assert preprocess(
-        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model,
-        "--json-keys", "body", "text", "--workers", 1,
-    ) == 0  # fmt: skip
+    assert run(corpus, out, "--json-keys body text") == 0
     tokenize = megatron_tokenize(model)
     for key in ("body", "text"):
         for path, domain in zip(corpus, ("first", "second"), strict=True):
             _, found = read_back(out / key / f"{domain}_text_document")
             assert found == [tokenize(record[key]) for record in records_of([path])]
         assert domains.DomainsFile.load(out / key / "domains.json").domains
-    assert sorted(files_and_folders(out)) == ["body", "text"]
-    assert preprocess(
-        "--input", *corpus, "--output-dir", out, "--tokenizer-model", model,
-        "--json-keys", "body", "text",
-    ) == 2  # fmt: skip
-
-
-def files_and_folders(directory: Path) -> list[str]:
-    return [path.name for path in directory.iterdir()]
+    assert sorted(path.name for path in out.iterdir()) == ["body", "text"]
+    assert run(corpus, out, "--json-keys body text") == 2
 
 
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        ([], ["x", "y"]),
-        (["--domain-by", "directory"], ["web", "code"]),
-        (["--domain", "all"], ["all"]),
-        (["--domain-key", "domain"], ["b", "a", "c"]),
+        ("", ["web", "y"]),
+        ("--domain-by file", ["part-01", "part-02", "y"]),
+        ("--domain-by directory", ["web", "code"]),
+        ("--domain all", ["all"]),
+        ("--domain-key domain", ["b", "a", "c"]),
     ],
 )
 def test_the_domain_is_where_it_is_said_to_be(
-    tmp_path: Path, model: str, flags: list[str], names: list[str]
+    tmp_path: Path,
+    run: Preprocess,
+    flags: str,
+    names: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for path, domain in (("in/web/x.1.jsonl", "ba"), ("in/code/y.jsonl", "bc")):
-        (tmp_path / path).parent.mkdir(parents=True)
+    for path, domain in (
+        ("in/web/part-01.jsonl", "ba"), ("in/web/part-02.jsonl", "a"), ("in/code/y.jsonl", "bc"),
+    ):  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(tmp_path / path, [{"text": "a b", "domain": name} for name in domain])
-    assert preprocess(
-        "--input", tmp_path / "in/web", tmp_path / "in" / "code", "--output-dir", tmp_path / "out",
-        "--tokenizer-model", model, "--workers", 1, *flags,
-    ) == 0  # fmt: skip
+    inputs = [tmp_path / "in" / "web", tmp_path / "in" / "code"]
+    assert run(inputs, tmp_path / "out", flags) == 0
     assert list(domains.DomainsFile.load(tmp_path / "out" / "domains.json").domains) == names
+    told = "in part-01.jsonl, name no domain; the domains are: web (2 files), y (1 file)"
+    assert (told in capsys.readouterr().err) is (not flags)
 
 
 @pytest.mark.usefixtures("many_chunks")
-def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, model: str) -> None:
+def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, run: Preprocess) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -208,11 +185,8 @@ def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, model: str
         ("in.jsonl.zst", 2), ("in.json", 2), ("in.parquet", 1), ("in.parquet", 2),
     ):  # fmt: skip
         out = tmp_path / "out"
-        assert preprocess(
-            "--input", tmp_path / name, "--output-dir", out, "--tokenizer-model", model,
-            "--overwrite", "--domain-key", "domain", "--append-eod", "--workers", workers,
-            "--dedup", "exact",
-        ) == 0  # fmt: skip
+        flags = "--overwrite --domain-key domain --append-eod --dedup exact"
+        assert run(tmp_path / name, out, flags, workers=workers) == 0
         outputs.append(files(out))
     assert all(output == outputs[0] for output in outputs)
 
@@ -235,6 +209,7 @@ def test_any_text_is_stored_as_core_would(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     model: str,
+    run: Preprocess,
     documents: list[tuple[str, str]],
     eod: bool,
     dedup: bool,
@@ -247,11 +222,8 @@ def test_any_text_is_stored_as_core_would(
     path = write_jsonl(directory / "in.jsonl", records)
     monkeypatch.setattr(chunks, "_SMALLEST", chunk_bytes)
     monkeypatch.setattr(chunks, "_LARGEST", chunk_bytes)
-    flags = (["--append-eod"] if eod else []) + (["--dedup", "exact"] if dedup else [])
-    assert preprocess(
-        "--input", path, "--output-dir", directory / "out", "--tokenizer-model", model,
-        "--domain-key", "d", "--workers", 1, *flags,
-    ) == 0  # fmt: skip
+    flags = "--domain-key d" + " --append-eod" * eod + " --dedup exact" * dedup
+    assert run(path, directory / "out", flags) == 0
     tokenize = megatron_tokenize(model)
     if dedup:
         first: dict[str, tuple[str, str]] = {}
@@ -296,6 +268,7 @@ BAD_LINES = [
 def test_bad_lines_are_listed_and_left_out(
     tmp_path: Path,
     model: str,
+    run: Preprocess,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,11 +279,8 @@ def test_bad_lines_are_listed_and_left_out(
     paths[1].write_bytes(gzip.compress(content))
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
-        assert preprocess(
-            "--input", *paths, "--output-dir", out, "--tokenizer-model", model,
-            "--domain-key", "domain", "--workers", workers, "--max-bad-fraction", 0.5,
-            "--max-line-bytes", 200_000,
-        ) == 0  # fmt: skip
+        flags = "--domain-key domain --max-bad-fraction 0.5 --max-line-bytes 200000"
+        assert run(paths, out, flags, workers=workers) == 0
         rejects = [json.loads(line) for line in (out / "rejects.jsonl").open()]
         places = [(reject["file"], reject["line"]) for reject in rejects]
         numbers = range(3, 3 * len(BAD_LINES) + 1, 3)
@@ -325,41 +295,32 @@ def test_bad_lines_are_listed_and_left_out(
     assert datasets(tmp_path / "out1") == datasets(tmp_path / "out2")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 def test_too_many_bad_lines_end_it_with_the_worst(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str], workers: int
+    tmp_path: Path, run: Preprocess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(GOOD * 20 + b'{"text": ""}\n' + b"{\n" * 3 + GOOD)
     out = tmp_path / "out"
-    flags = (
-        "--input", path, "--output-dir", out, "--tokenizer-model", model, "--workers", workers
-    )  # fmt: skip
-    assert preprocess(*flags) == 2
+    assert run(path, out, workers=2) == 2
     listed = out / ".preprocess_data" / "rejects.jsonl"
-    assert capsys.readouterr().err.splitlines()[-3:] == [
-        "error: 4 of 25 lines are bad, more than --max-bad-fraction 0.001 allows; correct them, "
-        "or allow more and repeat the call, which goes on from what is done. All of them are in "
-        f"{listed}",
-        f"  3 x invalid JSON; {path}, line 22: Expecting property name enclosed in double quotes: "
-        "line 1 column 2 (char 1)",
-        f"  1 x empty text; {path}, line 21: field 'text' (--json-keys) is empty",
-    ]
+    error, worst, other = capsys.readouterr().err.splitlines()[-3:]
+    assert error.startswith("error: 4 of 25 lines are bad, more than --max-bad-fraction 0.001 ")
+    assert error.endswith(f"All of them are in {listed}")
+    assert worst.startswith(f"  3 x invalid JSON; {path}, line 22: Expecting property name")
+    assert other == f"  1 x empty text; {path}, line 21: field 'text' (--json-keys) is empty"
     assert len(listed.read_text().splitlines()) == 4
     assert not list(out.glob("*.bin"))
-    assert preprocess(*flags, "--max-bad-fraction", 0.16) == 0
+    assert run(path, out, "--max-bad-fraction 0.16", workers=2) == 0
     assert "going on from 21 documents that are done" in capsys.readouterr().err
     assert len((out / "rejects.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.usefixtures("many_chunks")
-def test_too_many_bad_lines_end_it_early(tmp_path: Path, model: str) -> None:
+def test_too_many_bad_lines_end_it_early(tmp_path: Path, run: Preprocess) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"{\n" * 400 + GOOD * 400)
     out = tmp_path / "out"
-    assert preprocess(
-        "--input", path, "--output-dir", out, "--tokenizer-model", model, "--workers", 1
-    ) == 2  # fmt: skip
+    assert run(path, out) == 2
     assert len(list(out.glob(".preprocess_data/*/*.npz"))) == 1
 
 
@@ -367,45 +328,27 @@ def test_too_many_bad_lines_end_it_early(tmp_path: Path, model: str) -> None:
     ("name", "content", "message"),
     [
         ("cut.jsonl.gz", gzip.compress(GOOD * 2000, mtime=0)[:-12], "damaged gzip data after line"),
-        ("cut.jsonl.zst", zstd.compress(GOOD * 2000)[:-12], "damaged zstd data after line"),
-        ("not.jsonl.gz", GOOD, "damaged gzip data after line 0 (Not a gzipped file"),
         ("-d.jsonl", GOOD, "the domain '-d' cannot be part of a file name here"),
         ("text.csv", GOOD, "only .jsonl, .json, .txt (each also with .gz or .zst) and .parquet"),
+        ("empty.jsonl", b"\n \n", "no documents"),
     ],
 )
 def test_a_bad_file_stops_with_its_name(
     tmp_path: Path,
-    model: str,
+    run: Preprocess,
     capsys: pytest.CaptureFixture[str],
     name: str,
     content: bytes,
     message: str,
 ) -> None:
-    good = tmp_path / "good.jsonl"
-    good.write_bytes(GOOD)
     (tmp_path / name).write_bytes(content)
     out = tmp_path / "out"
-    status = preprocess(
-        "--input", good, tmp_path / name, "--output-dir", out, "--tokenizer-model", model,
-        "--workers", 2,
-    )  # fmt: skip
+    assert run(tmp_path / name, out, workers=2) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2
     assert error.startswith("error: ")
     assert name in error
     assert message in error
     assert not out.exists() or not list(out.glob("*_document.*"))
-
-
-def test_files_without_documents_are_an_error(
-    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty.jsonl").write_bytes(b"\n \n")
-    assert preprocess(
-        "--input", tmp_path / "empty.jsonl", "--output-dir", tmp_path / "out",
-        "--tokenizer-model", model,
-    ) == 2  # fmt: skip
-    assert "empty.jsonl: no documents" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -418,7 +361,6 @@ def test_files_without_documents_are_an_error(
         (["--tokenizer-model", "gone.model"], "--tokenizer-model gone.model: no such file"),
         (["--tokenizer-model", __file__], "cannot be loaded as SentencePieceTokenizer"),
         (["--output-dir", "a b"], "Megatron splits blend.txt at white space"),
-        (["--domain", "a/b"], "--domain: the domain 'a/b' cannot be part of a file name"),
         (["--shard", "0/2"], "--shard 0/2: there are 1 files, and a file is the least"),
         (["--blend-weights", "wiki=1"], "--blend-weights"),
     ],
@@ -440,47 +382,47 @@ def test_a_bad_flag_stops_with_its_name(
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {flags[0]}")
     assert message in error
-    assert sorted(files_and_folders(tmp_path)) == ["in.jsonl", "nothing"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "nothing"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workers", "0"], "--workers: 0 is no number of at least 1"),
-        (["--max-bad-fraction", "2"], "--max-bad-fraction: 2 is no number from 0 to 1"),
-        (["--shard", "2/2"], "--shard: '2/2': shards count from 0, the last is 1/2"),
-        (["--blend-weights", "wiki"], "--blend-weights: wiki is not like wiki=0.3"),
-        (["--json-keys", "a", "a"], "--json-keys: a field is given twice"),
-        (["--domain", "a", "--domain-key", "b"], "not allowed with argument"),
+        ("--workers 0", "--workers 0: give a number of at least 1"),
+        ("--max-bad-fraction 2", "--max-bad-fraction 2.0: give a number from 0 to 1"),
+        ("--max-document-tokens 1", "--max-document-tokens 1: give a number above 1"),
+        ("--blend-temperature 0", "--blend-temperature 0.0: give a number above 0"),
+        ("--shard 2/2", "--shard 2/2: shards count from 0, so the last is 1/2"),
+        ("--shard 2", "--shard 2: give it like 0/8"),
+        ("--blend-weights wiki", "--blend-weights wiki: give DOMAIN=WEIGHT"),
+        ("--blend-weights a=0 b=1", "--blend-weights a= 0.0: give a weight above 0"),
+        ("--json-keys a a", "--json-keys a a: give each once"),
+        ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
+        ("--domain a/b", "--domain: the domain 'a/b' cannot be part of a file name"),
+        ("--split-sentences --max-document-tokens 9", "cannot be combined"),
     ],
 )
-def test_a_value_out_of_range_is_refused(
-    capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    usual = ["--input", "in.jsonl", "--output-dir", "out", "--tokenizer-model", "m"]
-    with pytest.raises(SystemExit, match="2"):
-        preprocess(*usual, *flags)
-    assert message in capsys.readouterr().err
+def test_settings_that_cannot_be_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        settings_of(flags)
 
 
 def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
-    tmp_path: Path, corpus: list[Path], model: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, corpus: list[Path], run: Preprocess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    usual = ("--output-dir", out, "--tokenizer-model", model, "--workers", 1)
-    preprocess("--input", *corpus, *usual)
+    run(corpus, out)
     before = files(out)
-
-    assert preprocess("--input", corpus[0], *usual) == 2
+    assert run(corpus[0], out) == 2
     assert "holds datasets already (domains.json); give another directory, or --overwrite" in (
         capsys.readouterr().err
     )
     bad = tmp_path / "first.jsonl"
     bad.write_bytes(GOOD + b"{")
-    assert preprocess("--input", bad, *usual, "--overwrite") == 2
+    assert run(bad, out, "--overwrite") == 2
     assert {name: files(out)[name] for name in before} == before
 
-    assert preprocess("--input", corpus[0], *usual, "--overwrite", "--append-eod") == 0
+    assert run(corpus[0], out, "--overwrite --append-eod") == 0
     assert sorted(files(out)) == [
         "blend.txt", "domains.json", "first_text_document.bin", "first_text_document.idx",
     ]  # fmt: skip
@@ -488,14 +430,11 @@ def test_datasets_are_replaced_only_when_asked_and_only_by_complete_ones(
 
 
 def test_standard_input_is_json_lines(
-    tmp_path: Path, corpus: list[Path], model: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: list[Path], run: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = ("--tokenizer-model", model, "--domain-key", "domain", "--workers")
-    content = corpus[0].read_bytes()
+    run(corpus[0], tmp_path / "file", "--domain-key domain")
     for workers in (1, 2):
-        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(content)))
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(corpus[0].read_bytes())))
         out = tmp_path / f"stdin{workers}"
-        assert preprocess("--input", "-", "--output-dir", out, *usual, workers) == 0
-    preprocess("--input", corpus[0], "--output-dir", tmp_path / "file", *usual, 1)
-    assert datasets(tmp_path / "stdin1") == datasets(tmp_path / "file")
-    assert datasets(tmp_path / "stdin2") == datasets(tmp_path / "file")
+        assert run("-", out, "--domain-key domain", workers=workers) == 0
+        assert datasets(out) == datasets(tmp_path / "file")

@@ -50,36 +50,18 @@ def test_what_an_earlier_call_did_is_no_speed(
     )
 
 
-def test_of_an_unknown_size_nothing_is_said_to_be_left(
+def test_what_is_left_is_not_told_of_an_unknown_size_and_never_below_zero(
     after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress = Progress("preprocess_data", 0)
+    unknown, too_much = Progress("preprocess_data", 0), Progress("inspect_dataset: reading", GB)
     after(10)
-    progress.advance(0, 1, GB)
+    unknown.advance(0, 1, GB)
     assert capsys.readouterr().err == "preprocess_data: 1 documents, 1,000.0 MB, 100.0 MB/s\n"
-
-
-def test_more_than_was_there_at_the_start_is_the_whole(
-    after: Callable[[float], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    progress = Progress("inspect_dataset: reading", GB)
-    after(10)
-    progress.advance(2 * GB)
+    too_much.advance(2 * GB)
     assert capsys.readouterr().err.endswith(" MB/s, 100%, 0.0 s left\n")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.04, "0.0 s"),
-        (9.9, "9.9 s"),
-        (10, "10 s"),
-        (119, "119 s"),
-        (120, "2 min"),
-        (7199, "120 min"),
-        (7200, "2.0 h"),
-        (360_000, "100.0 h"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_durations() -> None:
+    seconds = (0.04, 9.9, 10, 119, 120, 7199, 7200, 360_000)
+    texts = ["0.0 s", "9.9 s", "10 s", "119 s", "2 min", "120 min", "2.0 h", "100.0 h"]
+    assert list(map(duration, seconds)) == texts

@@ -1,16 +1,19 @@
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import Reading, tasks
-from megatron_rw.data.text.readers import documents, read
+from megatron_rw.data.text.chunks import tasks
+from megatron_rw.data.text.readers import Reading, read
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, Raw
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.errors import UserError
@@ -24,12 +27,24 @@ LINES = st.lists(
     max_size=14,
 )
 LIMIT = 30
+CUT = gzip.compress(b"{}\n" * 9999, mtime=0)[:-12]
 ANY_FILE = settings(max_examples=60)
 
 
 def reading(chunk_bytes: int = 1 << 20, limit: int = LIMIT, **changes: Any) -> Reading:
     usual: dict[str, Any] = {"columns": ("text",), "whole_files": False}
     return Reading(chunk_bytes=chunk_bytes, max_line_bytes=limit, **{**usual, **changes})
+
+
+def documents(source: Source, reading: Reading) -> Iterator[Raw]:
+    """All documents of a source in order; a `line` counts from the start of the file."""
+    before = 0
+    work = tasks([source], reading, 1, lambda _: frozenset())
+    for task in sorted(work, key=lambda task: task.number):
+        for chunk in read(task, reading):
+            for raw in chunk.documents:
+                yield replace(raw, line=before + raw.line)
+            before += chunk.lines
 
 
 def write(path: Path, content: bytes) -> Source:
@@ -196,9 +211,6 @@ def test_a_json_element_is_not_held_whatever_its_size(tmp_path: Path) -> None:
 def test_parquet_rows_are_documents(
     tmp_path: Path, texts: list[str | None], row_group: int, chunk_bytes: int
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / "in.parquet"
     table = pa.table({"id": list(range(len(texts))), "text": pa.array(texts, pa.string())})
     pq.write_table(table, path, row_group_size=row_group)
@@ -209,9 +221,6 @@ def test_parquet_rows_are_documents(
 
 
 def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
     source = find_sources([str(tmp_path / "in.parquet")])[0]
     with pytest.raises(UserError, match=r"in\.parquet: no column 'text'; it has: body"):
@@ -223,7 +232,7 @@ def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
     [
         (
             "a.jsonl.gz",
-            gzip.compress(b"{}\n" * 9999, mtime=0)[:-12],
+            CUT,
             r"damaged gzip data after line \d+ \(C",
         ),
         ("a.jsonl.gz", b"{}\n", r"damaged gzip data after line 0 \(Not a gzipped file"),

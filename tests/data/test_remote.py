@@ -14,8 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from megatron_rw.data.text import chunks
-from tests.data.conftest import make_texts, write_jsonl
-from tests.data.test_preprocess_data import datasets, preprocess
+from tests.data.conftest import Preprocess, datasets, make_texts, write_jsonl
 
 
 class StoreError(Exception):
@@ -73,28 +72,25 @@ def inputs(tmp_path: Path, bucket: MemoryFileSystem) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("pattern", ["", "/*.*"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("pattern", "workers"), [("", 1), ("/*.*", 2)])
 def test_what_is_read_is_what_local_files_hold(
     tmp_path: Path,
     inputs: list[Path],
-    model: str,
+    run: Preprocess,
     pattern: str,
     workers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 1000)
-    usual = ("--tokenizer-model", model, "--workers", workers)
-    url = f"memory://bucket{pattern}"
-    assert preprocess("--input", url, "--output-dir", tmp_path / "url", *usual) == 0
-    preprocess("--input", *inputs, "--output-dir", tmp_path / "file", *usual)
+    assert run(f"memory://bucket{pattern}", tmp_path / "url", workers=workers) == 0
+    run(inputs, tmp_path / "file", workers=workers)
     assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
 
 
 def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
     tmp_path: Path,
     bucket: MemoryFileSystem,
-    model: str,
+    run: Preprocess,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -103,7 +99,6 @@ def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
     records = [{"text": text} for text in make_texts(1000, 4)]
     local = write_jsonl(tmp_path / "a.jsonl", records)
     bucket.pipe("/bucket/a.jsonl", local.read_bytes())
-    usual = ("--tokenizer-model", model, "--workers", 1, "--output-dir")
     fetch = RangedFile._fetch_range
 
     def hang_up(file: RangedFile, start: int, end: int) -> bytes:
@@ -113,20 +108,20 @@ def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
 
     with monkeypatch.context() as context:
         context.setattr(RangedFile, "_fetch_range", hang_up)
-        assert preprocess("--input", "memory://bucket/a.jsonl", *usual, tmp_path / "url") == 2
+        assert run("memory://bucket/a.jsonl", tmp_path / "url") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: memory:///bucket/a.jsonl: the store hung up"
 
-    assert preprocess("--input", "memory://bucket/a.jsonl", *usual, tmp_path / "url") == 0
+    assert run("memory://bucket/a.jsonl", tmp_path / "url") == 0
     assert "going on from" in capsys.readouterr().err
-    preprocess("--input", local, *usual, tmp_path / "file")
+    run(local, tmp_path / "file")
     assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
 
 
 def test_a_url_that_nothing_opens_is_an_error(
     tmp_path: Path,
     bucket: MemoryFileSystem,
-    model: str,
+    run: Preprocess,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -148,7 +143,5 @@ def test_a_url_that_nothing_opens_is_an_error(
         ("memory://bucket/denied", "no credentials"),
         ("memory://bucket/slow", "TimeoutError"),
     ):
-        assert preprocess(
-            "--input", url, "--output-dir", tmp_path / "out", "--tokenizer-model", model
-        ) == 2  # fmt: skip
+        assert run(url, tmp_path / "out") == 2
         assert f"error: --input {url}: {message}" in capsys.readouterr().err

@@ -9,23 +9,22 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import Reading
-from megatron_rw.data.text.domain_sampling import draw_sample, plan_reading
-from megatron_rw.data.text.sampling import Sample, divide
+from megatron_rw.data.text.domain_sampling import TextSample, divide, draw_sample, plan_reading
+from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.sources import find_sources
-from megatron_rw.data.text.spread_reading import DocumentReader, Part, how_to_read, plan, volume
+from megatron_rw.data.text.spread_reading import DocumentReader, Portion, how_to_read, plan
 from megatron_rw.errors import UserError
 from tests.data.conftest import write_jsonl
 
 LINE = "x" * 1000  # a passage of its own
 
 
-def fill(sample: Sample, domain: str, lines: int, fraction: float = 1.0) -> None:
+def fill(sample: TextSample, domain: str, lines: int, fraction: float = 1.0) -> None:
     for number in range(lines):
         sample.add(domain, iter([f"{number:06} {LINE[7:]}"]), fraction)
 
 
-def numbers(sample: Sample) -> list[int]:
+def numbers(sample: TextSample) -> list[int]:
     return [int(line[:6]) for line in sample.take()]
 
 
@@ -47,7 +46,7 @@ def test_divide(parts: list[tuple[int, float]], total: int) -> None:
 def test_a_sample_has_its_shares_whatever_comes_first() -> None:
     for order in (["big", "small", "tiny"], ["tiny", "small", "big"]):
         sizes = {"big": 500, "small": 50, "tiny": 5}
-        sample = Sample(100_000, {"big": 3.0, "small": 1.0, "tiny": 1.0})
+        sample = TextSample(100_000, {"big": 3.0, "small": 1.0, "tiny": 1.0})
         for domain in order:
             fill(sample, domain, sizes[domain])
         kept = sample.kept()
@@ -58,7 +57,7 @@ def test_a_sample_has_its_shares_whatever_comes_first() -> None:
 
 
 def test_without_weights_a_sample_has_the_shares_of_the_whole() -> None:
-    sample = Sample(300_000, None)
+    sample = TextSample(300_000, None)
     fill(sample, "big", 2000)
     fill(sample, "small", 1000)
     kept = sample.kept()
@@ -66,7 +65,7 @@ def test_without_weights_a_sample_has_the_shares_of_the_whole() -> None:
 
 
 def test_a_sample_is_spread_over_the_whole_and_in_order() -> None:
-    sample = Sample(500_000, {})
+    sample = TextSample(500_000, {})
     fill(sample, "d", 5000)
     found = numbers(sample)
     assert found == sorted(found)
@@ -77,25 +76,17 @@ def test_a_sample_is_spread_over_the_whole_and_in_order() -> None:
 
 
 def test_a_part_read_in_ten_stands_for_ten() -> None:
-    sample = Sample(200_000, None)
+    sample = TextSample(200_000, None)
     fill(sample, "read whole", 2000)
     fill(sample, "read in part", 200, fraction=0.1)
     kept = sample.kept()
     assert kept["read in part"] / sum(kept.values()) == pytest.approx(1 / 2, abs=0.12)
 
 
-def test_a_sample_never_holds_more_than_its_limit() -> None:
-    sample = Sample(20_000, {})
-    for number in range(300):
-        fill(sample, f"d{number % 7}", 1)
-        assert sum(sample.kept().values()) <= 20_000
-    assert sum(sample.kept().values()) > 18_000
-
-
 @given(st.lists(st.integers(0, 3000), max_size=60), st.integers(0, 50_000))
 def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> None:
     def kept(limit: int) -> Counter[str]:
-        sample = Sample(limit, {})
+        sample = TextSample(limit, {})
         for number, size in enumerate(sizes):
             sample.add("d", iter([f"{number} " + "é" * size]))
         lines = Counter(sample.take())
@@ -106,7 +97,7 @@ def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> N
     assert sum(kept(10**6).values()) == len(sizes)
 
 
-def read_texts(parts: list[Part], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
+def read_texts(parts: list[Portion], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
     reader = DocumentReader(reading, "text", None, max_bad_fraction)
     texts = [text for part in parts for _, text in reader.documents(part)]
     reader.finish()
@@ -132,8 +123,9 @@ def test_chunks_hold_every_line_once(
 
 
 @pytest.mark.parametrize("bad", [0, 40, 99])
-@pytest.mark.parametrize("chunk", [230, 1000, 10_000])
-@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("c.jsonl", 230), ("c.jsonl", 9999), ("c.jsonl.gz", 1)]
+)
 def test_a_bad_line_has_its_number_in_the_file(
     tmp_path: Path, bad: int, chunk: int, name: str
 ) -> None:
@@ -179,7 +171,7 @@ def test_of_many_compressed_files_some_are_read_whole(tmp_path: Path) -> None:
         write_jsonl(tmp_path / f"{number:02}.jsonl.gz", [{"text": str(number)}] * 50)
     sources = find_sources([str(tmp_path)])
     reading = how_to_read(["text"], 0)
-    total = sum(map(volume, sources))
+    total = sum(source.text_bytes for source in sources)
     assert [part.task.source for part in plan(sources, reading, total)] == sources
     some = plan(sources, reading, total // 5)
     assert [(part.task.number, part.fraction) for part in some] == [(-1, 0.2)] * 4
@@ -210,6 +202,8 @@ def test_reading_stops_short_of_a_large_domain_and_not_of_a_small_one(tmp_path: 
     assert read["small.jsonl"] >= sources[1].size
     assert 100_000 < read["big.jsonl"] < 400_000
     reader = DocumentReader(reading, "text", None, 0)
-    kept = draw_sample(parts, reader, lambda source: source.name, {}, 20_000).kept()
+    kept = draw_sample(
+        parts, reader, lambda source: source.name, {}, 20_000, lambda text: iter([text])
+    ).kept()
     assert kept["big.jsonl"] == pytest.approx(10_000, abs=1100)
     assert kept["small.jsonl"] == pytest.approx(10_000, abs=1100)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -27,24 +27,23 @@ def blend_weights(
     Args:
         records: Domain to what is in it.
         by: What is counted.
-        temperature: Above 0.
-        given: Domain to weight, of any sum; the other two are then of no meaning.
+        temperature: A number above 0.
+        given: Domain to weight, above 0 and of any sum; the other two are then ignored.
 
     Returns:
         Domain to weight, above 0 and of sum 1, in the order of `records`.
 
     Raises:
-        UserError: If a weight is given for no domain, or a domain has none above 0.
+        UserError: If the given weights are not those of the domains, or a weight would be 0.
     """
     if given is not None:
-        return _normalized(_checked(records, given))
-    if not temperature > 0:
-        raise UserError(f"the temperature of the blend is {temperature:g}; give one above 0")
+        check_weights(records, given)
+        return _normalized({name: given[name] for name in records})
     counts = {name: getattr(record, by) for name, record in records.items()}
     for name, count in counts.items():
         if count == 0:
             raise UserError(f"the domain '{name}' has no {by} to weigh it by; leave it out")
-    # By logarithms, since a low temperature takes a count beyond what a float can hold.
+    # In logarithms, since a low temperature takes a count beyond what a float can hold.
     logs = {name: math.log(count) / temperature for name, count in counts.items()}
     largest = max(logs.values(), default=0.0)
     weights = {name: math.exp(log - largest) for name, log in logs.items()}
@@ -67,21 +66,17 @@ def blend_text(weights: Mapping[str, float], prefixes: Mapping[str, Path]) -> st
     return "".join(f"{weight:.6g} {prefixes[name]}\n" for name, weight in weights.items())
 
 
-def _checked(records: Iterable[str], given: Mapping[str, float]) -> dict[str, float]:
-    domains = list(records)
-    there = f"the domains are {', '.join(domains)}"
-    unknown = [name for name in given if name not in domains]
-    if unknown:
-        raise UserError(f"a weight is given for '{unknown[0]}', which is no domain; {there}")
-    missing = [name for name in domains if name not in given]
-    if missing:
-        raise UserError(f"no weight is given for the domain '{missing[0]}'; give it one")
-    for name in domains:
-        if not 0 < given[name] < math.inf:
-            raise UserError(
-                f"the domain '{name}' is given the weight {given[name]:g}; give one above 0"
-            )
-    return {name: given[name] for name in domains}
+def check_weights(domains: Collection[str], given: Mapping[str, float]) -> None:
+    """Checks that every domain is given a weight, and nothing else.
+
+    Raises:
+        UserError: If not.
+    """
+    if set(given) != set(domains):
+        raise UserError(
+            f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
+            f"{', '.join(sorted(domains))}; give each of them one"
+        )
 
 
 def _normalized(weights: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
     """Returns the absolute path of a directory into which datasets may be put.
 
     Args:
-        output_dir: As given by `--output-dir`; it need not exist.
+        output_dir: The value of `--output-dir`; the directory need not exist.
         overwrite: Whether datasets that it holds may be replaced.
 
     Raises:
@@ -34,7 +34,7 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
             f"--output-dir {output_dir}: holds datasets already ({there[0]}); give another "
             "directory, or --overwrite to replace them"
         )
-    _listed_files(absolute / domains.FILE_NAME)  # a malformed one is told of before the work
+    _listed_files(absolute / domains.FILE_NAME)  # refuses a malformed file before the work
     return absolute
 
 
@@ -47,14 +47,15 @@ def publish(
 ) -> None:
     """Moves finished datasets to their names, `domains.json` last.
 
-    That file goes first when datasets are replaced: while it is there, what it says is true.
+    When datasets are replaced, the old `domains.json` is removed first, so that one that is there
+    is always true.
 
     Args:
         scratch: Directory of the `.bin/.idx` files and nothing else, on the same file system.
-        output_dir: Absolute path of where they belong; it exists.
+        output_dir: Absolute path of an existing directory.
         records: Domain to what is in it.
         weights: Domain to its weight in the blend.
-        tokenizer: What made the token ids; None, if it is not known, writes no `domains.json`.
+        tokenizer: What made the token ids; None, if unknown, writes no `domains.json`.
     """
     manifest, blend = output_dir / domains.FILE_NAME, output_dir / BLEND_FILE
     stale = _listed_files(manifest)
@@ -83,11 +84,7 @@ def _listed_files(manifest: Path) -> set[str]:
 
 
 def check_space(directory: Path, size: int) -> None:
-    """See that a directory's disk has room.
-
-    Args:
-        directory: It exists.
-        size: What will be written, in bytes.
+    """Checks that the disk of an existing directory has room for that many bytes.
 
     Raises:
         UserError: If it has not.
@@ -100,13 +97,23 @@ def check_space(directory: Path, size: int) -> None:
         )
 
 
-def table(records: Mapping[str, domains.DomainRecord]) -> str:
-    """Returns documents, tokens and share of the tokens, a domain a line, for people to read."""
+def table(
+    records: Mapping[str, domains.DomainRecord], text_bytes: Mapping[str, int] | None = None
+) -> str:
+    """Returns documents, tokens and share of the tokens, a domain a line, for people to read.
+
+    Args:
+        records: Domain to what is in it.
+        text_bytes: Domain to UTF-8 bytes of text; where it is given, so are the bytes per token.
+    """
     rows = [(name, record.documents, record.tokens) for name, record in records.items()]
-    documents, tokens = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    sizes = None if text_bytes is None else [*text_bytes.values(), sum(text_bytes.values())]
     width = max(map(len, ["domain", *records]))
-    lines = [f"{'domain':<{width}} {'documents':>15} {'tokens':>19} {'share':>7}"]
-    for name, of_documents, of_tokens in [*rows, ("all", documents, tokens)]:
-        share = of_tokens / max(1, tokens)
-        lines.append(f"{name:<{width}} {of_documents:>15,} {of_tokens:>19,} {share:>7.1%}")
+    bytes_title = "" if sizes is None else f" {'bytes/token':>11}"
+    lines = [f"{'domain':<{width}} {'documents':>15} {'tokens':>19}{bytes_title} {'share':>7}"]
+    for index, (name, documents, tokens) in enumerate(rows):
+        share = tokens / max(1, rows[-1][2])
+        per_token = "" if sizes is None else f" {sizes[index] / tokens:>11.2f}"
+        lines.append(f"{name:<{width}} {documents:>15,} {tokens:>19,}{per_token} {share:>7.1%}")
     return "\n".join(lines)

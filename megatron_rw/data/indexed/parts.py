@@ -1,42 +1,41 @@
 """Parts: what workers make of chunks, kept on disk until all of them are there to be joined.
 
-A part is up to three files in the folder of its source, named by the chunk's number: `.bin`, token
-ids, one domain after the other; `.rejects`, a line of JSON for each rejected line; and `.npz`, the
-index and the counts, which is written last and makes the part complete.
+A part is up to three files in the directory of its source, named by the chunk's number: `.bin`,
+token ids, one domain after the other; `.rejects`, a line of JSON for each rejected line; and
+`.npz`, the index and the counts, which is written last and makes the part complete.
 
-Nothing is forced onto the disk here, as that would cost more than what is lost when the power is:
-what an interrupted call left behind is compared with its checksums before it is used.
+Nothing is forced onto the disk here, since that would cost more than a power failure does: what an
+interrupted call left behind is compared with its checksums before it is used.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.text.records import Reject
-from megatron_rw.data.text.sources import Source
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source
 
-_EXAMPLES = 3
-_BLOCK = 1 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass
 class Counts:
-    """What was written of a domain, or of a part of it.
+    """Sizes of a domain, or of a part of it.
 
     Attributes:
-        documents: number of documents.
-        tokens: number of tokens, end-of-document tokens included.
+        tokens: Number of tokens, end-of-document tokens included.
         text_bytes: UTF-8 bytes of text.
-        max_token_id: the largest token id, -1 if there is none.
+        max_token_id: The largest token id, -1 if there is none.
     """
 
     documents: int = 0
@@ -45,43 +44,11 @@ class Counts:
     max_token_id: int = -1
 
     def add(self, other: Counts) -> None:
-        """Adds what was written elsewhere."""
+        """Adds the sizes of something else."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.text_bytes += other.text_bytes
         self.max_token_id = max(self.max_token_id, other.max_token_id)
-
-
-@dataclass
-class Rejects:
-    """How many lines were rejected, by kind, with a few of each.
-
-    Attributes:
-        counts: kind to number of lines.
-        examples: kind to the first few, as `(file, line, reason)`.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[tuple[str, int, str]]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Number of rejected lines."""
-        return sum(self.counts.values())
-
-    def add(self, path: str, reject: Reject) -> None:
-        """Counts a rejected line."""
-        self.counts[reject.kind] = self.counts.get(reject.kind, 0) + 1
-        examples = self.examples.setdefault(reject.kind, [])
-        if len(examples) < _EXAMPLES:
-            examples.append((path, reject.line, reject.reason))
-
-    def merge(self, other: Rejects) -> None:
-        """Adds what was rejected elsewhere."""
-        for kind, count in other.counts.items():
-            self.counts[kind] = self.counts.get(kind, 0) + count
-            examples = self.examples.setdefault(kind, [])
-            examples += other.examples[kind][: _EXAMPLES - len(examples)]
 
 
 @dataclass(frozen=True)
@@ -89,10 +56,8 @@ class Group:
     """The documents of a part that go to one dataset, one after the other.
 
     Attributes:
-        key: number of the text's field among `--json-keys`.
-        domain: their domain.
-        counts: what they are.
-        sequences: number of sequences; the documents unless those are split into sentences.
+        key: Number of the text's field among `--json-keys`.
+        sequences: Number of sequences; the documents unless those are split into sentences.
     """
 
     key: int
@@ -106,48 +71,38 @@ class Part:
     """What was made of a chunk.
 
     Attributes:
-        lines: number of lines of the chunk, blank ones included.
-        records: number of lines that were taken.
-        rejects: those that were not; their lines count from the start of the chunk.
-        groups: its documents.
-        last: whether the chunk is its source's last one.
-        checksum: of the other files, see `checksum`.
+        lines: Number of lines of the chunk, blank ones included.
+        records: Number of lines that were taken.
+        rejects: Kind of reject to number of lines.
+        last: Whether the chunk is its source's last one.
+        checksum: See the function `checksum`.
         lengths: int32 [sequences], tokens of each, group by group.
-        splits: int32 [documents], sequences of each; None if each has one.
-        origins: int32 [documents], which of the taken lines each is from; None unless hashed.
-        text_bytes: int64 [documents], UTF-8 bytes of each document's text; None unless hashed.
-        hashes: uint8 [records, 16] of the text of each taken line; None unless asked for.
+        splits: int32 [documents], sequences of each.
+        origins: int32 [documents], which of the taken lines each is from.
+        text_bytes: int64 [documents], UTF-8 bytes of each document's text.
+        hashes: uint8 [records, 16] of the text of each taken line; [0, 16] unless duplicates are
+            left out.
     """
 
     lines: int
     records: int
-    rejects: Rejects
+    rejects: Counter[str]
     groups: list[Group]
     last: bool
     checksum: int
     lengths: NDArray[np.int32]
-    splits: NDArray[np.int32] | None
-    origins: NDArray[np.int32] | None
-    text_bytes: NDArray[np.int64] | None
-    hashes: NDArray[np.uint8] | None
+    splits: NDArray[np.int32]
+    origins: NDArray[np.int32]
+    text_bytes: NDArray[np.int64]
+    hashes: NDArray[np.uint8]
 
     def save(self, path: Path) -> None:
         """Writes the index; it is complete whenever it exists under its name."""
-        head = {
-            "lines": self.lines,
-            "records": self.records,
-            "rejects": asdict(self.rejects),
-            "groups": [asdict(group) for group in self.groups],
-            "last": self.last,
-            "checksum": self.checksum,
-        }
-        arrays: dict[str, Any] = {
-            "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
-            "lengths": self.lengths,
-        }
-        for name in ("splits", "origins", "text_bytes", "hashes"):
-            if (array := getattr(self, name)) is not None:
-                arrays[name] = array
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["groups"] = [asdict(group) for group in self.groups]
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        head = json.dumps({name: value for name, value in values.items() if name not in arrays})
+        arrays["head"] = np.frombuffer(head.encode(), np.uint8)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -156,90 +111,69 @@ class Part:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Reads an index."""
-        with np.load(path, allow_pickle=False) as arrays:
-            head = json.loads(arrays["head"].tobytes())
-            return cls(
-                lines=head["lines"],
-                records=head["records"],
-                rejects=Rejects(
-                    head["rejects"]["counts"],
-                    {
-                        kind: [(path, line, reason) for path, line, reason in examples]
-                        for kind, examples in head["rejects"]["examples"].items()
-                    },
-                ),
-                groups=[
-                    Group(
-                        group["key"], group["domain"], Counts(**group["counts"]), group["sequences"]
-                    )
-                    for group in head["groups"]
-                ],
-                last=head["last"],
-                checksum=head["checksum"],
-                lengths=arrays["lengths"],
-                splits=arrays.get("splits"),
-                origins=arrays.get("origins"),
-                text_bytes=arrays.get("text_bytes"),
-                hashes=arrays.get("hashes"),
-            )
+        with np.load(path, allow_pickle=False) as file:
+            arrays: dict[str, Any] = dict(file)
+        head = json.loads(arrays.pop("head").tobytes())
+        head["rejects"] = Counter(head["rejects"])
+        head["groups"] = [
+            Group(**{**group, "counts": Counts(**group["counts"])}) for group in head["groups"]
+        ]
+        return cls(**head, **arrays)
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of the files beside a part's index: the token ids, and the rejected lines if any.
-
-    Raises:
-        OSError: the token ids cannot be read.
-    """
+    """Returns the CRC-32 of the files beside a part's index: its token ids and rejected lines."""
     crc = 0
     for suffix in (".bin", ".rejects"):
         file = path.with_suffix(suffix)
         if suffix == ".bin" or file.exists():
             with file.open("rb") as stream:
-                while block := stream.read(_BLOCK):
+                while block := stream.read(_BLOCK_BYTES):
                     crc = zlib.crc32(block, crc)
     return crc
 
 
 class Store:
-    """The parts of all sources in one directory.
+    """The parts of all sources, which are in the order of their documents."""
 
-    Args:
-        directory: where they are.
-    """
-
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, sources: Sequence[Source]) -> None:
         self.directory = directory
-
-    def folder(self, source: Source) -> Path:
-        """Where the parts of a source are."""
-        return self.directory / source.key
+        self.sources = sources
 
     def path(self, source: Source, number: int) -> Path:
-        """The index of a part; its other files differ in the suffix."""
-        return self.folder(source) / f"{number:06d}.npz"
+        """Returns the path of a part's index; its other files differ in the suffix."""
+        return self.directory / source.key / f"{number:06d}.npz"
 
-    def drop_damaged(self, source: Source) -> None:
-        """Removes parts that the power failed upon; their chunks are then done again."""
-        for path in self.folder(source).glob("*.npz"):
-            try:
-                whole = Part.load(path).checksum == checksum(path)
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-                whole = False
-            if not whole:
-                path.unlink()
+    def prepare(self) -> None:
+        """Makes the directories of parts and removes the parts that cannot be used.
 
-    def finished(self, source: Source) -> tuple[frozenset[int], bool]:
-        """The numbers of a source's parts, and whether these are all."""
-        numbers = frozenset(int(path.stem) for path in self.folder(source).glob("*.npz"))
-        if not numbers:
-            return numbers, False
-        highest = max(numbers)
-        whole = len(numbers) == highest + 1 and Part.load(self.path(source, highest)).last
-        return numbers, whole
+        Those are the parts that a power failure damaged, and all of standard input, which cannot
+        be read again.
+        """
+        for source in self.sources:
+            folder = self.directory / source.key
+            if source.path == STANDARD_INPUT:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(exist_ok=True, parents=True)
+            for path in folder.glob("*.npz"):
+                try:
+                    whole = Part.load(path).checksum == checksum(path)
+                except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
+                    whole = False
+                if not whole:
+                    path.unlink()
 
-    def parts(self, source: Source) -> Iterator[tuple[Path, Part]]:
-        """Yields the parts of a source that are there, in order."""
-        numbers, _ = self.finished(source)
-        for number in sorted(numbers):
-            path = self.path(source, number)
-            yield path, Part.load(path)
+    def finished(self, source: Source) -> frozenset[int] | None:
+        """Returns the numbers of a source's parts; None if all of its parts are there."""
+        numbers = frozenset(int(path.stem) for path in (self.directory / source.key).glob("*.npz"))
+        highest = max(numbers, default=-1)
+        if numbers and len(numbers) == highest + 1 and Part.load(self.path(source, highest)).last:
+            return None
+        return numbers
+
+    def parts(self) -> Iterator[tuple[Source, Path, Part]]:
+        """Yields the parts that are there, in the order of their documents."""
+        for source in self.sources:
+            paths = (self.directory / source.key).glob("*.npz")
+            for path in sorted(paths, key=lambda path: int(path.stem)):
+                yield source, path, Part.load(path)

@@ -8,75 +8,20 @@ before or after an interruption, are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-from megatron_rw.data.text.records import LineReader, Raw
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source, damage, damage_errors, open_source
+from megatron_rw.data.text.readers import Reading, Task, read_lines
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source, parquet_file
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
 _CHUNKS = 2048
-# What compressed text is taken to become; only a guess at how many chunks there will be.
-_RATIO = 4
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read; the same for every source.
-
-    Attributes:
-        chunk_bytes: about how many bytes of text make a chunk.
-        max_line_bytes: bytes of the longest line that is taken.
-        columns: the fields that are read, the text first.
-        whole_files: whether a .txt file is one document, rather than each of its lines.
-    """
-
-    chunk_bytes: int
-    max_line_bytes: int
-    columns: tuple[str, ...]
-    whole_files: bool
-
-    def by_lines(self, source: Source) -> bool:
-        """Whether each line of the source is a document."""
-        return source.format == "jsonl" or (source.format == "txt" and not self.whole_files)
-
-
-@dataclass(frozen=True)
-class Task:
-    """Work for one worker: one chunk, or all of a source.
-
-    Attributes:
-        source: where the documents are.
-        number: the chunk's number; -1 for all chunks of the source, one after the other.
-        finished: with all of a source, the numbers of those that are there already.
-        start: first byte in which a line of the chunk may begin; first row of Parquet.
-        end: the byte after the last one.
-        row_groups: of Parquet, those of the chunk.
-        lines: of a compressed file, the documents themselves, as only one process can read it.
-        line_count: number of lines that those were, blank ones included.
-        last: whether this is the source's last chunk; of a whole source its reading will tell.
-        stored_bytes: bytes of the source that are done with it, for the progress.
-        skipped_bytes: bytes of the source since the task before that were done already.
-    """
-
-    source: Source
-    number: int
-    finished: frozenset[int] = frozenset()
-    start: int = 0
-    end: int = 0
-    row_groups: tuple[int, ...] = ()
-    lines: tuple[Raw, ...] | None = field(default=None, repr=False)
-    line_count: int = 0
-    last: bool = False
-    stored_bytes: int = 0
-    skipped_bytes: int = 0
 
 
 def chunk_size(sources: Sequence[Source]) -> int:
-    """Bytes of text to a chunk: a few thousand of them, neither tiny nor a burden to memory."""
-    text = sum(source.size * (_RATIO if source.compression else 1) for source in sources)
-    return min(max(_SMALLEST, text // _CHUNKS), _LARGEST)
+    """Returns the bytes of text in a chunk, so that there are at most a few thousand chunks."""
+    text_bytes = sum(source.text_bytes for source in sources)
+    return min(max(_SMALLEST, text_bytes // _CHUNKS), _LARGEST)
 
 
 def tasks(
@@ -89,20 +34,16 @@ def tasks(
 
     Sources that must be read from start to end go whole to a worker, the largest first, unless one
     is so large that the others would wait for it: then this process reads it and hands out its
-    lines, chunk by chunk. What can be entered anywhere fills the gaps at the end.
+    lines, chunk by chunk. Sources that can be entered anywhere fill the gaps at the end.
 
-    Args:
-        sources: the inputs.
-        reading: how they are read.
-        workers: number of processes.
-        finished: numbers of a source's chunks that are there already; None if all are.
+    `finished` gives the numbers of a source's chunks that are there already, or None for all.
 
     Raises:
-        UserError: a source is damaged, or Parquet without a column that is asked for.
+        UserError: If a source is damaged, or Parquet lacks a column.
     """
     left = [(source, done) for source in sources if (done := finished(source)) is not None]
     share = sum(source.size for source in sources) / (4 * workers)
-    streams = [item for item in left if _only_from_start(item[0], reading)]
+    streams = [item for item in left if reading.only_from_start(item[0])]
     fed = [
         item
         for item in streams
@@ -131,16 +72,6 @@ def _missing(every: Iterator[Task], done: frozenset[int]) -> Iterator[Task]:
             skipped = 0
 
 
-def _only_from_start(source: Source, reading: Reading) -> bool:
-    if source.format == "parquet":
-        return False
-    return (
-        source.compression is not None
-        or source.path == STANDARD_INPUT
-        or not reading.by_lines(source)
-    )
-
-
 def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
     count = max(1, -(-source.size // reading.chunk_bytes))
     for number in range(count):
@@ -152,23 +83,19 @@ def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
 
 def _fed(source: Source, reading: Reading) -> Iterator[Task]:
     with open_source(source) as (stream, stored):
-        lines = LineReader(stream, reading.max_line_bytes)
-        number = told = 0
-        while not lines.ended:
-            try:
-                raws = tuple(lines.until((number + 1) * reading.chunk_bytes))
-            except damage_errors(source) as error:
-                raise damage(source, lines.total, error) from error
+        told = 0
+        for chunk in read_lines(stream, source, reading):
+            lines = tuple(chunk.documents)
             position = stored.tell() if stored.seekable() else 0
             yield Task(
                 source,
-                number,
-                lines=raws,
-                line_count=lines.lines,
-                last=lines.ended,
+                chunk.number,
+                lines=lines,
+                line_count=chunk.lines,
+                last=chunk.last,
                 stored_bytes=position - told,
             )
-            number, told = number + 1, position
+            told = position
 
 
 def _rows(source: Source, reading: Reading) -> Iterator[Task]:
@@ -185,28 +112,23 @@ def _rows(source: Source, reading: Reading) -> Iterator[Task]:
 
 
 def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, ...]]]:
-    """The first row and the row groups of each chunk of a Parquet file."""
-    from megatron_rw.data.text.readers import parquet_file
-
+    """Returns the first row and the row groups of each chunk of a Parquet file."""
     with open_source(source) as (stream, _):
         parquet = parquet_file(source, stream)
         names = parquet.schema_arrow.names
         for column in reading.columns:
             if column not in names:
                 raise UserError(f"{source.path}: no column '{column}'; it has: {', '.join(names)}")
-        return _grouped(parquet.metadata, reading.chunk_bytes)
-
-
-def _grouped(metadata: Any, chunk_bytes: int) -> list[tuple[int, tuple[int, ...]]]:
+        metadata = parquet.metadata
     chunks: list[tuple[int, tuple[int, ...]]] = []
-    row = first_row = size = 0
     groups: list[int] = []
+    row = first_row = size = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         groups.append(index)
         row += group.num_rows
         size += group.total_byte_size
-        if size >= chunk_bytes:
+        if size >= reading.chunk_bytes:
             chunks.append((first_row, tuple(groups)))
             first_row, size, groups = row, 0, []
     if groups or not chunks:

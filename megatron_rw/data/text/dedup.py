@@ -12,14 +12,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 HASH_BYTES = 16
-# The order of the two halves is of no meaning, only that equal hashes have equal halves.
+# Which half of a hash is the high one does not matter, only that equal hashes have equal halves.
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 # Sorting takes the entries themselves, their two keys and an order of them.
 _BYTES_PER_SORTED_ENTRY = 3 * _ENTRY.itemsize
@@ -33,7 +32,7 @@ def hash_documents(
     Args:
         tokens: [tokens] of the documents, one after the other.
         lengths: [documents] tokens of each.
-        key: at most 64 bytes; another key gives other hashes.
+        key: At most 64 bytes; another key gives other hashes.
 
     Returns:
         uint8 [documents, 16].
@@ -49,11 +48,7 @@ def hash_documents(
 
 
 class Bitmap:
-    """A bit per document, all unset at first.
-
-    Args:
-        size: number of documents.
-    """
+    """A bit per document, all unset at first."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -68,11 +63,11 @@ class Bitmap:
         np.bitwise_or.at(self._bytes, positions >> 3, bits)
 
     def count(self) -> int:
-        """How many are set."""
+        """Returns how many are set."""
         return int(np.bitwise_count(self._bytes).sum(dtype=np.int64))
 
     def slice(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Those of the documents `start` up to `stop`, bool [stop - start]."""
+        """Returns those of the documents `start` up to `stop`, bool [stop - start]."""
         first = start // 8
         bits = np.unpackbits(self._bytes[first : -(-stop // 8)], bitorder="little")
         return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
@@ -84,12 +79,12 @@ class DuplicateFinder:
     It needs 24 bytes of disk per document until the context is left.
 
     Args:
-        directory: where to put its files, which are its own; it exists.
-        buckets: number of files, at most 65,536. All of them are open at the same time.
-        memory_bytes: about how much to sort at a time.
+        directory: Takes its files; it exists.
+        buckets: Number of files, at most 65,536. All of them are open at the same time.
+        memory_bytes: About how much to sort at a time.
 
     Attributes:
-        total: number of documents added.
+        total: Number of documents added.
     """
 
     def __init__(self, directory: Path, buckets: int = 256, memory_bytes: int = 512 << 20) -> None:
@@ -102,22 +97,16 @@ class DuplicateFinder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Removes its files."""
         for file in self._files.values():
             file.close()
             os.unlink(file.name)
 
     def add(self, hashes: NDArray[np.uint8]) -> None:
-        """Adds the next documents, in the order in which the first of several copies is kept.
+        """Adds the hashes of the next documents, uint8 [documents, 16].
 
-        Args:
-            hashes: uint8 [documents, 16], as `hash_documents` returns.
+        The first of several copies, in the order of the calls, is no duplicate.
         """
         halves = np.ascontiguousarray(hashes).view("<u8")
         entries = np.empty(len(hashes), _ENTRY)
@@ -135,11 +124,7 @@ class DuplicateFinder:
         self.total += len(hashes)
 
     def duplicates(self) -> Bitmap:
-        """Finds the documents that have the hash of an earlier one; nothing is added afterwards.
-
-        Returns:
-            A bit per document, by its place in the order of `add`.
-        """
+        """Finds the documents that have the hash of an earlier one; nothing is added afterwards."""
         found = Bitmap(self.total)
         for file in self._files.values():
             file.close()
@@ -155,11 +140,12 @@ class DuplicateFinder:
         return self._files[bucket]
 
     def _find(self, path: str, part: int, parts: int, found: Bitmap) -> None:
-        """Finds the copies among one part of a bucket's hashes, by what is left on division."""
+        """Finds the copies among a bucket's hashes that leave `part` on division by `parts`."""
         firsts = [np.empty(0, _ENTRY)]
         for entries in _read(path, self._sorted_entries):
             mine = entries[entries["low"] % np.uint64(parts) == part]
-            # Here already, so that a page that a crawl met a billion times takes no memory.
+            # Copies are left out here already, so that a page that a crawl met a billion times
+            # takes no memory.
             firsts.append(_without_copies(mine, found))
         _without_copies(np.concatenate(firsts), found)
 
@@ -171,7 +157,7 @@ def _read(path: str, count: int) -> Iterator[NDArray[Any]]:
 
 
 def _without_copies(entries: NDArray[Any], found: Bitmap) -> NDArray[Any]:
-    """Sets the bits of all but the first of equal hashes; returns the firsts, in their order."""
+    """Sets the bits of all but the first of equal hashes, and returns the first ones in order."""
     high, low = entries["high"], entries["low"]
     order = np.lexsort((low, high))  # stable: of equal ones, the earliest comes first
     high, low = high[order], low[order]

@@ -1,31 +1,38 @@
-"""What a sample takes of each domain: the same of all, by weight, or in proportion to size."""
+"""A sample of text in bounded memory: by weight over domains, evenly spread within each.
+
+Every passage of a text draws a rank at random, from a fixed seed, and of each domain those of the
+lowest ranks are kept. So a sample is always a fair one of what has been read so far, nobody needs
+to know beforehand how much will come, and the same passages in the same order give the same sample.
+"""
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from megatron_rw.data.text.chunks import Reading
-from megatron_rw.data.text.sampling import Sample, divide
+from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.sources import Source
-from megatron_rw.data.text.spread_reading import DocumentReader, Part, plan, volume
-from megatron_rw.data.tokenizers.sentencepiece_training import sentences
+from megatron_rw.data.text.spread_reading import DocumentReader, Portion, plan
 from megatron_rw.errors import UserError
 
-# Text is only a part of what is read of a line, and a domain of what a file holds.
+# Text is only a part of what is read of a line, and a domain only a part of what a file holds.
 READ_PER_KEPT = 16
+_SEED = 0
+_PASSAGE_CHARACTERS = 1000
 
 DomainOf = Callable[[Source], str]
 
 
-def parse_weights(values: Sequence[str]) -> dict[str, float]:
-    """Parses `--domain-weights`.
-
-    Args:
-        values: Each `DOMAIN=WEIGHT`.
+def parse_weights(values: Sequence[str], flag: str = "--domain-weights") -> dict[str, float]:
+    """Parses the values of a flag, each of which is `DOMAIN=WEIGHT`.
 
     Raises:
-        UserError: For one that is not, or is given twice, or if none is above zero.
+        UserError: If a value is not of that form, a domain is given twice, or no weight is above 0.
     """
     weights: dict[str, float] = {}
     for value in values:
@@ -35,14 +42,12 @@ def parse_weights(values: Sequence[str]) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not domain or not 0 <= weight < math.inf:
-            raise UserError(
-                f"--domain-weights {value}: give DOMAIN=WEIGHT, the weight zero or more"
-            )
+            raise UserError(f"{flag} {value}: give DOMAIN=WEIGHT, the weight zero or more")
         if domain in weights:
-            raise UserError(f"--domain-weights {value}: {domain} is given twice; give it once")
+            raise UserError(f"{flag} {value}: {domain} is given twice; give it once")
         weights[domain] = weight
     if weights and not any(weights.values()):
-        raise UserError("--domain-weights: all are 0; give one that is more")
+        raise UserError(f"{flag}: all are 0; give one that is more")
     return weights
 
 
@@ -52,15 +57,12 @@ def plan_reading(
     domain_of: DomainOf | None,
     weights: Mapping[str, float] | None,
     limit: int,
-) -> list[Part]:
+) -> list[Portion]:
     """Chooses what to read of the inputs for a sample.
 
-    Args:
-        sources: The inputs.
-        reading: How they are read.
-        domain_of: The domain of a source's documents; None if each document names its own.
-        weights: Domain to weight; `{}` gives all the same, None is in proportion to size.
-        limit: UTF-8 bytes of the sample.
+    `domain_of` gives the domain of a source's documents; it is None if each document names its own.
+    `weights` are of domains; `{}` gives all the same, None is in proportion to size. `limit` is the
+    size of the sample in UTF-8 bytes.
 
     Raises:
         UserError: If sources name the domains and one has no weight, or some weight no source.
@@ -76,7 +78,7 @@ def plan_reading(
         _check_domains(weights, groups)
         groups = {domain: group for domain, group in groups.items() if weights[domain] > 0}
     budgets = divide(
-        [sum(map(volume, group)) for group in groups.values()],
+        [sum(source.text_bytes for source in group) for group in groups.values()],
         [weights.get(domain, 1.0) for domain in groups],
         limit,
     )
@@ -88,25 +90,21 @@ def plan_reading(
 
 
 def draw_sample(
-    parts: Sequence[Part],
+    parts: Sequence[Portion],
     reader: DocumentReader,
     domain_of: DomainOf | None,
     weights: Mapping[str, float] | None,
     limit: int,
-) -> Sample:
-    """Reads the parts and keeps a sample of them.
+    cut: Callable[[str], Iterator[str]],
+) -> TextSample:
+    """Reads what `plan_reading` chose for the same arguments, and keeps a sample of it.
 
-    Args:
-        parts: What to read.
-        reader: Reads it.
-        domain_of: As for `plan_reading`.
-        weights: As for `plan_reading`.
-        limit: UTF-8 bytes to keep.
+    `cut` cuts a text into the lines of the sample.
 
     Raises:
         UserError: If too many lines are bad, a domain has no weight or a weight no domain.
     """
-    sample = Sample(limit, weights)
+    sample = TextSample(limit, weights)
     found = set()
     for part in parts:
         of_source = domain_of(part.task.source) if domain_of is not None else ""
@@ -117,7 +115,7 @@ def draw_sample(
                 _check_weight(domain, weights, part.task.source)
                 if weights[domain] == 0:
                     continue
-            sample.add(domain, sentences(text), part.fraction)
+            sample.add(domain, cut(text), part.fraction)
     reader.finish()
     if domain_of is None and weights:
         _check_domains(weights, found)
@@ -139,3 +137,131 @@ def _check_domains(weights: Mapping[str, float], found: Collection[str]) -> None
                 f"--domain-weights: no domain '{domain}' in --input, which has "
                 f"{', '.join(sorted(found))}; leave it out"
             )
+
+
+class _Passage(NamedTuple):
+    """A passage that is kept; a heap of them has the one of the highest rank first."""
+
+    negative_rank: float
+    number: int
+    size: int
+    domain: str
+    lines: str
+
+
+@dataclass
+class _Pool:
+    weight: float
+    kept: int = 0
+    # The lowest rank that was dropped. Passages of a higher rank may not come in later, or early
+    # passages would be kept less often than late ones.
+    threshold: float = math.inf
+    passages: list[_Passage] = field(default_factory=list)
+
+
+class TextSample:
+    """Keeps a sample of the lines that are added, of a given size at most.
+
+    Each domain's share of the size is in proportion to its weight. A domain that has too little for
+    that gives all it has, and the others share what it leaves.
+
+    Args:
+        max_bytes: UTF-8 bytes to keep.
+        weights: Domain to weight, positive; `{}` gives all the same. None makes no difference
+            between domains: each then has the share of the sample that it has of the whole.
+    """
+
+    def __init__(self, max_bytes: int, weights: Mapping[str, float] | None) -> None:
+        self._max_bytes = max_bytes
+        self._weights = weights
+        self._pools: dict[str, _Pool] = {}
+        self._random = random.Random(_SEED)
+        self._number = 0
+        self._kept = 0
+        self.seen: Counter[str] = Counter()
+
+    def add(self, domain: str, lines: Iterator[str], fraction: float = 1.0) -> None:
+        """Adds the lines of a document, without line feeds.
+
+        `fraction` is the share of such documents that are read at all: where only one in ten is
+        read, each stands for ten.
+        """
+        name = "" if self._weights is None else domain
+        pool = self._pools.get(name)
+        if pool is None:
+            weight = self._weights.get(name, 1.0) if self._weights else 1.0
+            pool = self._pools[name] = _Pool(weight)
+        for passage in _passages(lines):
+            size = _size(passage)
+            self._number += 1
+            self.seen[domain] += size
+            rank = self._random.random() * fraction
+            if rank >= pool.threshold:
+                continue
+            heapq.heappush(pool.passages, _Passage(-rank, self._number, size, domain, passage))
+            pool.kept += size
+            self._kept += size
+            while self._kept > self._max_bytes:
+                self._drop()
+
+    def _drop(self) -> None:
+        pool = max(self._pools.values(), key=lambda pool: pool.kept / pool.weight)
+        passage = heapq.heappop(pool.passages)
+        pool.threshold = -passage.negative_rank
+        pool.kept -= passage.size
+        self._kept -= passage.size
+
+    def kept(self) -> dict[str, int]:
+        """Returns the UTF-8 bytes kept of each domain, in order of appearance."""
+        kept = dict.fromkeys(self.seen, 0)
+        for pool in self._pools.values():
+            for passage in pool.passages:
+                kept[passage.domain] += passage.size
+        return kept
+
+    def take(self) -> Iterator[str]:
+        """Yields the lines kept, in the order they came, and forgets each, so as to save memory."""
+        passages = [passage for pool in self._pools.values() for passage in pool.passages]
+        self._pools.clear()
+        passages.sort(key=lambda passage: passage.number, reverse=True)
+        while passages:
+            yield from passages.pop().lines.split("\n")
+
+
+def _passages(lines: Iterator[str]) -> Iterator[str]:
+    """Joins lines into passages of about `_PASSAGE_CHARACTERS`, so that fewer need a rank."""
+    passage: list[str] = []
+    characters = 0
+    for line in lines:
+        passage.append(line)
+        characters += len(line)
+        if characters >= _PASSAGE_CHARACTERS:
+            yield "\n".join(passage)
+            passage, characters = [], 0
+    if passage:
+        yield "\n".join(passage)
+
+
+def _size(passage: str) -> int:
+    """UTF-8 bytes of a passage's lines."""
+    return len(passage if passage.isascii() else passage.encode()) - passage.count("\n")
+
+
+def divide(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
+    """Divides a budget in proportion to weights as far as sizes allow.
+
+    One that is smaller than its share gives all it has, and the others share what it leaves.
+
+    Args:
+        sizes: What each has to give.
+        weights: Positive weight of each.
+        total: What may be taken from all of them together.
+    """
+    budgets = [0] * len(sizes)
+    left = total
+    fullest_first = sorted(range(len(sizes)), key=lambda index: sizes[index] / weights[index])
+    for rank, index in enumerate(fullest_first):
+        remaining = sum(weights[other] for other in fullest_first[rank:])
+        budgets[index] = min(sizes[index], int(left * (weights[index] / remaining)))
+        left -= budgets[index]
+    return budgets

@@ -7,36 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-# Longer than any line worth training on, and small enough to hold a few times over.
+# Longer than any line worth training on, and small enough for several of them to fit into memory.
 MAX_LINE_BYTES = 128 << 20
+# A verdict on the share of bad lines is not given on fewer lines, except at the end.
+_EARLIEST_VERDICT = 10_000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EXCERPT = 200
 _SKIP_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A line that is no document.
-
-    Attributes:
-        line: its number in the file, from 1; of Parquet the row, of a JSON array the element.
-        kind: one of a few words, to count by.
-        reason: what is wrong with it.
-        excerpt: how it begins.
-    """
-
-    line: int
-    kind: str
-    reason: str
-    excerpt: str
 
 
 class BadRecordError(Exception):
     """A line is no document.
 
     Args:
-        kind: as in `Reject`.
-        reason: as in `Reject`.
+        kind: A few words, to count such lines by.
+        reason: What is wrong with this one.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -49,9 +34,9 @@ class Raw:
     """A document as it stands in its file, still to be parsed.
 
     Attributes:
-        line: its number, from 1 at the start of the chunk or of the file; the reader says which.
-        content: a line without its end, or the fields themselves.
-        size: 0; bytes of the line if it is too long, of which `content` is then the start.
+        line: Its number, from 1 at the start of the chunk; the row of Parquet, the element of JSON.
+        content: A line without its end, or the fields themselves.
+        size: 0, or the bytes of a line that is too long, of which `content` is then the start.
     """
 
     line: int
@@ -59,7 +44,7 @@ class Raw:
     size: int
 
     def excerpt(self) -> str:
-        """How it begins, for a message."""
+        """Returns how it begins, for a message."""
         if isinstance(self.content, bytes):
             return self.content[:_EXCERPT].decode("utf-8", errors="replace").rstrip("\r\n")
         return repr(self.content)[:_EXCERPT]
@@ -69,15 +54,15 @@ class LineReader:
     """Reads lines from a stream without holding one that is too long.
 
     Args:
-        stream: at the start of a line.
-        limit: bytes of a line, without its end, of which longer ones are only skipped.
-        position: what the position of the stream is called.
+        stream: A stream at the start of a line.
+        limit: The most bytes that a line may have, without its end. Longer ones are skipped.
+        position: Offset of that line in the file.
 
     Attributes:
-        position: offset of the next line.
-        lines: number of lines that the last call of `until` read, blank ones included.
-        total: number of lines that all calls read.
-        ended: whether the stream is at its end.
+        position: Offset of the next line.
+        lines: Number of lines that the last call of `until` read, blank ones included.
+        total: Number of lines that all calls read.
+        ended: Whether the stream is at its end.
     """
 
     def __init__(self, stream: BinaryIO, limit: int, position: int = 0) -> None:
@@ -88,15 +73,11 @@ class LineReader:
         self.total = 0
         self.ended = False
 
-    def until(self, end: int | None) -> Iterator[Raw]:
-        """Yields the lines that begin before `end`, counted from 1, without blank ones.
-
-        Args:
-            end: an offset; None reads to the end of the stream.
-        """
+    def until(self, end: int) -> Iterator[Raw]:
+        """Yields the lines that begin before `end`, counted from 1, without blank ones."""
         self.lines = 0
-        while not self.ended and (end is None or self.position < end):
-            # With room for "\r\n" at the end of the longest.
+        while not self.ended and self.position < end:
+            # The longest line that is taken may have "\r\n" behind it.
             line = self._stream.readline(self._limit + 2)
             if not line:
                 self.ended = True
@@ -127,11 +108,6 @@ class LineReader:
 def seek_line(stream: BinaryIO, start: int, end: int) -> int | None:
     """Moves a stream to the first line that begins in `[start, end)`.
 
-    Args:
-        stream: one that can seek.
-        start: an offset in bytes.
-        end: an offset in bytes.
-
     Returns:
         The offset of that line; None if none begins there.
     """
@@ -150,16 +126,29 @@ def seek_line(stream: BinaryIO, start: int, end: int) -> int | None:
     return None
 
 
+def too_many_bad(bad: int, taken: int, allowed: float, at_end: bool) -> bool:
+    """Tells whether the share of bad lines is above `--max-bad-fraction`.
+
+    Args:
+        bad: Number of bad lines so far.
+        taken: Number of other lines so far.
+        allowed: The share that is allowed.
+        at_end: Whether all lines are counted. Until then a few bad lines decide nothing.
+    """
+    taken = taken if at_end else max(taken, _EARLIEST_VERDICT)
+    return bad > allowed * (bad + taken)
+
+
 def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
     """Returns the fields of a document.
 
     Args:
-        raw: the document.
-        limit: bytes that a line may have.
-        text_key: the field that plain text is given out as; None of lines of JSON.
+        raw: The document.
+        limit: The most bytes that a line may have, for the message.
+        text_key: Name of the field that plain text becomes; None if the line is JSON.
 
     Raises:
-        BadRecordError: it is too long, or not what it should be in UTF-8.
+        BadRecordError: If it is too long, not UTF-8, or no JSON object.
     """
     if isinstance(raw.content, dict):
         return raw.content
@@ -179,7 +168,7 @@ def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
         raise BadRecordError("invalid JSON", str(error)) from error
     if not isinstance(record, dict):
         raise BadRecordError(
-            "not an object", f'{json_type(record)}, where a line must be like {{"text": "..."}}'
+            "not an object", f'{_json_type(record)}, where a line must be like {{"text": "..."}}'
         )
     return record
 
@@ -188,12 +177,12 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
     """Returns the text that a document holds under `key`.
 
     Args:
-        record: the document's fields.
-        flag: the flag that chose the key, for the message.
-        key: the field.
+        record: The document's fields.
+        flag: The flag that chose the key, for the message.
+        key: The field.
 
     Raises:
-        BadRecordError: it is missing, not a string, empty, or holds what is not text.
+        BadRecordError: If it is missing, not a string, empty, or holds what is not text.
     """
     value = record.get(key, record)
     if value is record:
@@ -203,7 +192,7 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
         )
     if not isinstance(value, str):
         raise BadRecordError(
-            "not a string", f"field '{key}' ({flag}) is {json_type(value)}, not a string"
+            "not a string", f"field '{key}' ({flag}) is {_json_type(value)}, not a string"
         )
     if not value:
         raise BadRecordError("empty text", f"field '{key}' ({flag}) is empty")
@@ -222,11 +211,6 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
     return value
 
 
-def json_type(value: object) -> str:
-    """What JSON calls the type of a value."""
-    return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
-
-
 _JSON_TYPES: dict[type, str] = {
     type(None): "null",
     bool: "true or false",
@@ -236,3 +220,7 @@ _JSON_TYPES: dict[type, str] = {
     list: "an array",
     dict: "an object",
 }
+
+
+def _json_type(value: object) -> str:
+    return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")

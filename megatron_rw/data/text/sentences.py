@@ -1,4 +1,4 @@
-"""Cuts texts into sentences, for those who train on sentences as sequences."""
+"""Cuts texts into sentences, for training on sentences as sequences."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Callable
 from megatron_rw.errors import UserError
 
 
-def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """Returns a function that cuts a text into sentences, of which nothing is lost.
+def sentence_splitter(language: str | None) -> Callable[[str], list[str]]:
+    """Returns a function that cuts a text into sentences without losing anything.
 
     Args:
-        language: code of the language, such as `en`.
+        language: Code of the language, such as `en`; None leaves texts whole.
 
     Raises:
-        UserError: the package that does it is missing.
+        UserError: If the package that finds sentences is missing.
     """
+    if language is None:
+        return lambda text: [text]
     try:
         from sentencex import segment
     except ImportError as error:

@@ -11,47 +11,50 @@ from megatron_rw.errors import UserError
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Task `index` of `count`, from 0."""
+class InputShard:
+    """Share `index` of `count`, from 0."""
 
     index: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads `i/n`.
+        """Reads `--shard i/n`.
 
         Raises:
-            ValueError: it is not that, or i is not below n.
+            UserError: If it is not of that form, or i is not below n.
         """
         index, slash, count = text.partition("/")
         if not slash or not index.isdecimal() or not count.isdecimal():
-            raise ValueError(f"'{text}' is not like 0/8")
+            raise UserError(f"--shard {text}: give it like 0/8")
         if int(index) >= int(count):
-            raise ValueError(f"'{text}': shards count from 0, the last is {int(count) - 1}/{count}")
+            raise UserError(
+                f"--shard {text}: shards count from 0, so the last is {int(count) - 1}/{count}"
+            )
         return cls(int(index), int(count))
 
 
-def shard_of(sources: Sequence[Source], shard: Shard | None) -> list[Source]:
-    """The sources of a shard: consecutive ones, so that shards merged in order equal one run.
+def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
+    """Returns a shard's sources, which are consecutive, so that merged shards equal one run.
 
     Args:
-        sources: all inputs, the same in every task.
-        shard: which share; None takes all.
+        sources: All inputs, the same in every task.
+        flag: Which share, as `--shard` has it; None takes all.
 
     Returns:
         At least one source; the shards' bytes are as even as whole files allow.
 
     Raises:
-        UserError: there are fewer files than shards, or standard input is among them.
+        UserError: If there are fewer files than shards, or standard input is among them.
     """
-    if shard is None:
+    if flag is None:
         return list(sources)
+    shard = InputShard.parse(flag)
     if any(source.path == STANDARD_INPUT for source in sources):
         raise UserError("--shard: standard input cannot be shared; give files")
     if len(sources) < shard.count:
         raise UserError(
-            f"--shard {shard.index}/{shard.count}: there are {len(sources)} files, and a file is "
+            f"--shard {flag}: there are {len(sources)} files, and a file is "
             "the least that a shard takes; use fewer shards, or split the files"
         )
     bounds = _bounds([source.size for source in sources], shard.count)
@@ -59,7 +62,7 @@ def shard_of(sources: Sequence[Source], shard: Shard | None) -> list[Source]:
 
 
 def _bounds(sizes: Sequence[int], count: int) -> list[int]:
-    """Cuts a list into `count` runs, none empty, each ended where its share of the whole is met."""
+    """Cuts a list into `count` runs, none empty, of about the same sum."""
     total = sum(sizes)
     bounds = [0]
     seen = 0
@@ -68,7 +71,7 @@ def _bounds(sizes: Sequence[int], count: int) -> list[int]:
         if left == 0:
             break
         if position > bounds[-1]:
-            # The middle of this file is beyond the share: it belongs to the next shard.
+            # A file whose middle is beyond the share belongs to the next shard.
             beyond = (2 * seen + size) * count >= 2 * total * len(bounds)
             if beyond or len(sizes) - position == left:
                 bounds.append(position)

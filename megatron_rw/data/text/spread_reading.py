@@ -1,8 +1,8 @@
-"""Reads parts of inputs that are too large to read, spread over the whole of them.
+"""Reads evenly spaced portions of inputs that are too large to be read whole.
 
-Where a file can be entered anywhere, chunks are read that are evenly spaced over all such files
-together; what can only be read from its start, as a compressed file, is read to its end, but of
-many such files evenly spaced ones. Which they are follows from names and sizes alone.
+Of files that can be entered anywhere, evenly spaced chunks are read. Files that can only be read
+from their start, such as compressed ones, are read to their end, but only evenly spaced ones of
+them. The choice follows from names and sizes alone.
 """
 
 from __future__ import annotations
@@ -10,47 +10,38 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rw.data.text.chunks import Reading, Task, tasks
-from megatron_rw.data.text.readers import read
-from megatron_rw.data.text.records import MAX_LINE_BYTES, BadRecordError, parse, text_field
+from megatron_rw.data.text.chunks import tasks
+from megatron_rw.data.text.readers import Reading, Task, read
+from megatron_rw.data.text.records import (
+    MAX_LINE_BYTES,
+    BadRecordError,
+    parse,
+    text_field,
+    too_many_bad,
+)
 from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source
 from megatron_rw.errors import UserError
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 16 << 20
-# Enough for a sample to be spread, each large enough for seeking to cost nothing.
+# Enough chunks for a sample to be spread, each large enough for seeking to cost nothing.
 _CHUNKS = 256
 _COUNT_BYTES = 1 << 20
-# What a byte of compressed text comes to. It decides only how many files are read.
-_EXPANSION = 4
-# Before this many lines, a bad one says little about the rest.
-_EARLIEST_VERDICT = 10_000
 
 
 @dataclass(frozen=True)
-class Part:
+class Portion:
     """Some documents of a source, or all.
 
     Attributes:
-        task: What to read.
-        fraction: The share of such parts that are read at all.
+        fraction: The share of such portions that are read at all.
     """
 
     task: Task
     fraction: float
 
 
-def volume(source: Source) -> int:
-    """About how many bytes reading a source gives."""
-    return source.size * (_EXPANSION if source.compression else 1)
-
-
 def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
-    """Returns how documents are read where `max_bytes` in all are to be.
-
-    Args:
-        columns: The fields that are needed.
-        max_bytes: As for `plan`.
-    """
+    """Returns how documents are read where `plan` chooses `max_bytes` of them."""
     return Reading(
         chunk_bytes=min(max(_SMALLEST_CHUNK, max_bytes // _CHUNKS), _LARGEST_CHUNK),
         max_line_bytes=MAX_LINE_BYTES,
@@ -59,65 +50,41 @@ def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
     )
 
 
-def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Part]:
+def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Portion]:
     """Chooses what to read of some sources.
 
-    Args:
-        sources: The inputs.
-        reading: How they are read.
-        max_bytes: Bytes to read of all of them together, uncompressed; of compressed files about,
-            and at least one of them.
-
-    Returns:
-        Parts in the order of the sources: all of them, if that is no more than `max_bytes`.
+    All of them together are about `max_bytes` of uncompressed text, and at least one compressed
+    file. Portions are in the order of the sources.
 
     Raises:
         UserError: If a Parquet file is damaged or lacks a column.
     """
     pieces = [task for source in sources for task in _pieces(source, reading)]
-    share = max_bytes / max(1, sum(map(volume, sources)))
+    share = max_bytes / max(1, sum(source.text_bytes for source in sources))
     if share >= 1:
-        return [Part(task, 1.0) for task in pieces]
-    whole = _Spaced(sum(task.number < 0 for task in pieces), share)
-    chunks = _Spaced(sum(task.number >= 0 for task in pieces), share)
-    return [
-        Part(task, spaced.fraction)
-        for task in pieces
-        for spaced in [whole if task.number < 0 else chunks]
-        if spaced.take()
-    ]
+        return [Portion(task, 1.0) for task in pieces]
+    chosen: dict[int, float] = {}
+    for of_whole_files in (True, False):
+        places = [i for i, task in enumerate(pieces) if (task.number < 0) == of_whole_files]
+        count, taken = len(places), max(1, int(len(places) * share))
+        for rank, place in enumerate(places, start=1):
+            # Starting in the middle, since the first of many files is no better than any other.
+            if (count // 2 + rank * taken) % count < taken:
+                chosen[place] = taken / count
+    return [Portion(pieces[place], fraction) for place, fraction in sorted(chosen.items())]
 
 
 def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
-    """The chunks of a source; one task for the whole of it if it must be read from its start."""
-    if source.path == STANDARD_INPUT:  # of which asking for chunks would read it
+    """Returns a task for each chunk of a source, or for all of it if it is read from its start."""
+    if source.path == STANDARD_INPUT:  # asking for its chunks would read it
         return iter([Task(source, -1)])
     return tasks([source], reading, 1, lambda _: frozenset())
 
 
-class _Spaced:
-    """Takes about a share of so many, evenly spaced, and at least one."""
-
-    def __init__(self, count: int, share: float) -> None:
-        self._count = count
-        self._taken = max(1, int(count * share))
-        # From the middle: the first of a long row of files is no better than any other.
-        self._phase = count // 2
-
-    @property
-    def fraction(self) -> float:
-        return self._taken / self._count
-
-    def take(self) -> bool:
-        self._phase = (self._phase + self._taken) % self._count
-        return self._phase < self._taken
-
-
 class DocumentReader:
-    """Reads the documents of parts and leaves out lines that are none, if they are few.
+    """Reads the documents of portions and leaves bad lines out, if they are few.
 
     Args:
-        reading: How they are read.
         json_key: Field of the text.
         domain_key: Field of the domain, or None.
         max_bad_fraction: The share of lines that may be bad.
@@ -138,7 +105,7 @@ class DocumentReader:
         self.bad = 0
         self.first_bad = ""
 
-    def documents(self, part: Part) -> Iterator[tuple[str | None, str]]:
+    def documents(self, part: Portion) -> Iterator[tuple[str | None, str]]:
         """Yields the domain, if a field holds it, and the text of every document of a part.
 
         Raises:
@@ -161,15 +128,11 @@ class DocumentReader:
                 self._records += 1
                 yield domain, text
             lines += chunk.lines
-        self._check(max(self._records, _EARLIEST_VERDICT))
+        self._check(at_end=False)
 
     def finish(self) -> None:
-        """Sees that not too many of all lines were bad.
-
-        Raises:
-            UserError: If they were.
-        """
-        self._check(self._records)
+        """Refuses the inputs if too many of all lines were bad."""
+        self._check(at_end=True)
 
     def _reject(self, task: Task, line: int, error: BadRecordError) -> None:
         self.bad += 1
@@ -177,8 +140,8 @@ class DocumentReader:
             number = _lines_before(task) + line
             self.first_bad = f"{task.source.path}, line {number}: {error}"
 
-    def _check(self, records: int) -> None:
-        if self.bad > self._max_bad_fraction * (self.bad + records):
+    def _check(self, at_end: bool) -> None:
+        if too_many_bad(self.bad, self._records, self._max_bad_fraction, at_end):
             raise UserError(
                 f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
                 f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
@@ -190,7 +153,7 @@ def _lines_before(task: Task) -> int:
     """Counts the lines, of Parquet the rows, that begin before a task's documents."""
     if task.number < 0 or task.start == 0 or task.source.format == "parquet":
         return task.start
-    # In the middle of a file a line's number is known only by counting; so it is asked for once.
+    # In the middle of a file a line's number is known only by counting, so it is asked for once.
     count = 1
     with open_source(task.source) as (stream, _):
         left = task.start - 1

@@ -1,0 +1,152 @@
+"""The settings of preprocess_data, each of which is a flag."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from megatron_rw.command_line import require
+from megatron_rw.data.text.domain_names import check_domain
+from megatron_rw.data.text.domain_sampling import parse_weights
+from megatron_rw.data.text.input_flags import ONE_DOMAIN_FLAG, InputFlags
+from megatron_rw.data.text.readers import Reading
+from megatron_rw.data.text.records import MAX_LINE_BYTES
+from megatron_rw.data.text.shards import InputShard
+from megatron_rw.data.text.sources import Source
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
+from megatron_rw.data.workers import available_cores
+from megatron_rw.errors import UserError
+
+# Flags that do not change what is in a part of the output.
+_NOT_OF_PARTS = (
+    "input", "max_bad_fraction", "shard", "output_dir", "overwrite", "workers",
+    "blend_by", "blend_temperature", "blend_weights",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """Settings of preprocess_data."""
+
+    inputs: InputFlags
+    """Input."""
+
+    tokenizer: TokenizerFlags
+    """Tokenizer, with the names and defaults of Megatron's flags."""
+
+    output_dir: Annotated[Path, arg(metavar="DIR")]
+    """Directory of the datasets, made if it is not there."""
+
+    overwrite: bool = False
+    """Replace the datasets that --output-dir holds, and drop the unfinished work of another call
+    there."""
+
+    json_keys: Annotated[tuple[str, ...], arg(aliases=("--json-key",), metavar="KEY [KEY ...]")] = (
+        "text",
+    )
+    """Field or column that holds the text. With several, each gets a directory of its own in
+    --output-dir."""
+
+    domain: Annotated[str | None, ONE_DOMAIN_FLAG, arg(metavar="NAME")] = None
+    """One domain for all documents."""
+
+    txt_documents: Literal["file", "line"] = "file"
+    """What of a .txt file is a document."""
+
+    max_line_bytes: Annotated[int, arg(metavar="N")] = MAX_LINE_BYTES
+    """Longer lines are rejected, and no more than this of one is held in memory."""
+
+    max_bad_fraction: Annotated[float, arg(metavar="F")] = 0.001
+    """End with an error if more than this share of the lines are no documents. Fewer are left out
+    and listed in rejects.jsonl."""
+
+    shard: Annotated[str | None, arg(metavar="I/N")] = None
+    """Take share I, from 0, of N of the input files, as one task of a job array; join the shards'
+    outputs with tools/merge_datasets.py."""
+
+    append_eod: bool = False
+    """End every document with the tokenizer's end-of-document token."""
+
+    max_document_tokens: Annotated[int | None, arg(metavar="N")] = None
+    """Cut longer documents into several, each of which --append-eod ends."""
+
+    split_sentences: bool = False
+    """Make every sentence a sequence of its document."""
+
+    sentence_language: Annotated[str, arg(metavar="CODE")] = "en"
+    """Language for --split-sentences."""
+
+    dedup: Literal["none", "exact"] = "none"
+    """With "exact", keep only the first of documents with the same text, in whatever file and
+    domain they are."""
+
+    blend_by: Literal["tokens", "documents"] = "tokens"
+    """What the weights of domains in blend.txt are in proportion to."""
+
+    blend_temperature: Annotated[float, arg(metavar="T")] = 1.0
+    """Raise the weights to the power 1/T; above 1 evens out the domains."""
+
+    blend_weights: Annotated[tuple[str, ...], arg(metavar="DOMAIN=W [DOMAIN=W ...]")] = ()
+    """The weight of every domain, instead of a computed one."""
+
+    workers: Annotated[int, arg(metavar="N")] = field(default_factory=available_cores)
+    """Number of processes, by default one per available core. It does not change the output."""
+
+    def __post_init__(self) -> None:
+        limit, keys = self.max_document_tokens, " ".join(self.json_keys)
+        temperature, bad = self.blend_temperature, self.max_bad_fraction
+        line, at_least_1 = self.max_line_bytes, "a number of at least 1"
+        require(self.workers >= 1, "--workers", self.workers, at_least_1)
+        require(line >= 1, "--max-line-bytes", line, at_least_1)
+        require(limit is None or limit >= 2, "--max-document-tokens", limit, "a number above 1")
+        require(0 <= bad <= 1, "--max-bad-fraction", bad, "a number from 0 to 1")
+        require(0 < temperature < inf, "--blend-temperature", temperature, "a number above 0")
+        require(bool(self.json_keys), "--json-keys", keys, "at least one field")
+        require(len(set(self.json_keys)) == len(self.json_keys), "--json-keys", keys, "each once")
+        if self.split_sentences and limit is not None:
+            raise UserError(
+                "--split-sentences and --max-document-tokens cannot be combined; leave one out"
+            )
+        if self.domain is not None:
+            check_domain(self.domain, "--domain")
+        if self.shard is not None:
+            InputShard.parse(self.shard)
+        self.weights_given()
+
+    def weights_given(self) -> dict[str, float] | None:
+        """Returns domain to weight as `--blend-weights` says; None if it is not there."""
+        if not self.blend_weights:
+            return None
+        weights = parse_weights(self.blend_weights, "--blend-weights")
+        for domain, weight in weights.items():
+            require(weight > 0, f"--blend-weights {domain}=", weight, "a weight above 0")
+        return weights
+
+    def domain_of(self, source: Source) -> str:
+        """Returns the domain of a source's documents where no field holds it."""
+        return self.domain if self.domain is not None else self.inputs.domain_of(source)
+
+    def reading(self, chunk_bytes: int) -> Reading:
+        """Returns how documents are read, in chunks of that many bytes."""
+        domain_key = self.inputs.domain_key
+        columns = (*self.json_keys, *([domain_key] if domain_key else []))
+        return Reading(
+            chunk_bytes=chunk_bytes,
+            max_line_bytes=self.max_line_bytes,
+            columns=tuple(dict.fromkeys(columns)),
+            whole_files=self.txt_documents == "file",
+        )
+
+    def part_settings(self) -> dict[str, Any]:
+        """Returns the flags that decide what is in a part of the output, as JSON has them."""
+        values = asdict(self)
+        tokenizer = values.pop("tokenizer")
+        values |= values.pop("inputs")
+        flags = {name: value for name, value in values.items() if name not in _NOT_OF_PARTS}
+        flags["json_keys"] = list(self.json_keys)
+        named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+        return {**named, "tokenizer": tokenizer}

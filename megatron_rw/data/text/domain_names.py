@@ -1,0 +1,90 @@
+"""Names of domains: taken from the path of a file, and checked for use in file names."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from megatron_rw.data.text.records import BadRecordError
+from megatron_rw.errors import UserError
+
+DomainBy = Literal["corpus", "file", "directory"]
+
+# A number at the end of a name, as in `part-00003`, `train-00000-of-00128`, Spark's
+# `part-00003-<uuid>-c000` or `train-00000-of-00128-<hash>` of the Hugging Face hub.
+_NUMBER = re.compile(
+    r"(?:^|[-_])(?P<word>(?:part|shard|chunk|split|piece|batch|segment|file)[-_]?)?(?P<number>\d+)"
+    r"(?P<suffix>[-_]of[-_]\d+)?"
+    r"(?P<hash>-[0-9a-f]{16}|-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?:-c\d+)?)?$",
+    re.IGNORECASE,
+)
+# Years, months and days, such as 2023, 202301 and 20230131.
+_DATE = re.compile(r"(?:19|20)\d\d(?:(?:0[1-9]|1[0-2])(?:[0-3]\d)?)?")
+_SHORTEST_SHARD_NUMBER = 3
+
+
+def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
+    """Returns the domain of a file's documents.
+
+    Args:
+        name: Name of the file.
+        folder: Name of the directory that it is in.
+        by: `file` takes the name up to the first dot; `corpus` the same without a shard number at
+            its end, or the directory if nothing else is left; `directory` always the directory.
+    """
+    if by == "directory":
+        return folder
+    stem = name.split(".")[0]
+    return stem if by == "file" else without_shard_number(stem) or folder
+
+
+def without_shard_number(stem: str) -> str:
+    """Removes the number that tells a shard of a corpus from the others.
+
+    It looks at the one name alone, so that each task of a job array, and a call that is repeated
+    with more files, gives a file the same domain. A number is a shard's if it follows a word such
+    as `part` (which is then removed as well), if `of` and the number of shards follow, if the name
+    is nothing else, or if it has three digits or more and a `-` or `_` before it. Dates are not
+    removed, as those of `2023` and `news-20230131`, and neither are short numbers without such a
+    word, as those of `cc-2019-35`, `wiki-2` and `v2`.
+    """
+    while found := _NUMBER.search(stem):
+        rest, number = stem[: found.start()], found["number"]
+        marked = found["word"] or found["suffix"] or found["hash"]
+        short = rest and len(number) < _SHORTEST_SHARD_NUMBER
+        if not marked and (short or _DATE.fullmatch(number)):
+            break
+        stem = rest
+    return stem
+
+
+def safe_domain(name: str) -> str:
+    """Returns a domain's name if it can be part of a file name.
+
+    Raises:
+        BadRecordError: If it cannot.
+    """
+    characters = name.replace("_", "a").replace("-", "a").replace(".", "a")
+    if name[:1] in "-." or len(name) > 100 or not (characters.isascii() and characters.isalnum()):
+        raise BadRecordError(
+            "unusable domain",
+            f"the domain {name[:120]!r} cannot be part of a file name here; use at most 100 "
+            "letters, digits, '_', '-' and '.', and neither '-' nor '.' first",
+        )
+    return name
+
+
+def check_domain(name: str, origin: str) -> str:
+    """Returns the name of a domain that was not read from a document, if it is usable.
+
+    Args:
+        name: The domain.
+        origin: Where it is from, for the message.
+
+    Raises:
+        UserError: If it cannot be part of a file name.
+    """
+    try:
+        return safe_domain(name)
+    except BadRecordError as error:
+        raise UserError(f"{origin}: {error}") from error
