@@ -36,53 +36,40 @@ Experts with a capacity (--moe-expert-capacity-factor) make a loss depend on the
 
 --save, --split, --global-batch-size and other flags on steps and checkpoints are ignored.
 It was run on the CPU over gloo; not on GPUs yet. One process writes: 4 bytes a token.
+
+The model's flags are left out here (pretrain_gpt_rw.py --help lists them); scoring's own are:
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
 
-from megatron_rw.platform import DeviceError, select_device
-from megatron_rw.platform.launch import LaunchError, prepare_process
+from megatron_rw.command_line import parse_known
+from megatron_rw.errors import reported
+from megatron_rw.platform import select_device
+from megatron_rw.platform.launch import prepare_process
 
 
 def main() -> None:
     """Run the tool."""
     argv = sys.argv[1:]
-    try:
+    with reported("scoring datasets"):
         prepare_process()
         device = select_device(argv)
-    except (LaunchError, DeviceError) as error:
-        _refuse(error)
 
-    from megatron_rw.errors import UserError
-    from megatron_rw.observability.memory import explaining
-    from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
-    from megatron_rw.scoring.folder import ScoreFolder
-    from megatron_rw.scoring.job import run
-    from megatron_rw.training.arguments import one_message
+        # They import Megatron, which has to wait until the device is chosen.
+        from megatron_rw.observability.memory import explaining
+        from megatron_rw.resilience.watchdog import Progress
+        from megatron_rw.scoring.config import ScoreConfig, job_flags
+        from megatron_rw.scoring.job import run
+        from megatron_rw.scoring.refusals import check_scoring
+        from megatron_rw.training.tool_arguments import parse_job_flags
 
-    job: dict[str, Any] | None = None
-    done: dict[str, int] | None = None
-    progress = Progress()
-    try:
-        with one_message():
-            config, flags = split_flags(argv, __doc__)
-            args = scoring_arguments(config, flags, device)
-            plan = plan_of(config, args)
-        if args.rank == 0:
-            job = describe(args, plan)
-            done = ScoreFolder(config.score_dir).begin(job)
-        explaining(run, args, progress)(args, config, plan, job, done, progress)
-    except (UserError, OSError) as error:
-        _refuse(error)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        config, flags = parse_known(ScoreConfig, argv, __doc__)
+        args = parse_job_flags(job_flags(config, flags), device)
+        check_scoring(config, args)
+        progress = Progress()
+        explaining(run, args, progress)(args, config, progress)
 
 
 if __name__ == "__main__":

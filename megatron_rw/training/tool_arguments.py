@@ -1,50 +1,50 @@
-"""The command line of a tool that takes the flags of a job beside its own."""
+"""The flags of a job, as a tool takes them beside its own."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 from megatron.training import global_vars
 
 from megatron_rw.errors import UserError
 from megatron_rw.platform import Device
-from megatron_rw.training.arguments import parse_args
-
-
-class ToolParser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse would print the usage on every rank."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise UserError(message)
+from megatron_rw.training.arguments import explain, parse_args
 
 
 def parse_job_flags(flags: Sequence[str], device: Device) -> Namespace:
-    """Parse, check and validate the flags of a job, without its logs.
+    """Parses, checks and validates the flags of a job, without setting up the job's logs.
 
     Args:
-        flags: its command line.
-        device: what `platform.select_device` chose.
+        flags: The job's command line without the program's name.
+        device: What `platform.select_device` chose.
 
     Raises:
-        UserError, AssertionError, ValueError, OSError: what the job would refuse.
+        UserError: What the job would refuse.
+        OSError: A file of the job cannot be read.
     """
-    # They are set up while arguments are parsed; a tool is no run to be logged.
+    # Megatron sets up the job's logs while it parses; a tool must not write to them.
     for writer in ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger"):
         setattr(global_vars, writer, lambda args: None)
     sys.argv = [sys.argv[0], *flags]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(said), refusals_as_user_errors():
             return parse_args(device)
     finally:
-        # But for the list of all arguments.
+        # Megatron's list of all arguments is left out.
         for line in said.getvalue().splitlines():
             if line.startswith(("WARNING", "> ")):
                 print(line, flush=True)
+
+
+@contextlib.contextmanager
+def refusals_as_user_errors() -> Iterator[None]:
+    """Raises a `UserError` in place of what Megatron raises when it refuses flags."""
+    try:
+        yield
+    except (AssertionError, ValueError) as refusal:
+        raise UserError(explain(refusal)) from refusal

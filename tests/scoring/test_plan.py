@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_rw.data.indexed.pair import Index, PairWriter, idx_path
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.plan import Blocks, Plan, row_lengths, share
+from megatron_rw.scoring.plan import Blocks, Plan, row_lengths
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=20).filter(any)
 
@@ -86,11 +86,3 @@ def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "empty", [0, 0])
     with pytest.raises(UserError, match="holds no tokens"):
         plan(256).blocks(str(tmp_path / "empty"))
-
-
-@given(count=st.integers(0, 20), ranks=st.integers(1, 7))
-def test_ranks_share_all(count: int, ranks: int) -> None:
-    batches = plan(256, 1).micro_batches(np.full(count, 200))
-    shares = [share(batches, rank, ranks) for rank in range(ranks)]
-    assert [id(b) for part in shares for b in part] == [id(b) for b in batches]
-    assert max(map(len, shares)) <= -(-count // ranks)

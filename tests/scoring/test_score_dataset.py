@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rw.command_line import parse_known
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.pair import Index, PairWriter
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.config import expanded, split_flags
+from megatron_rw.scoring.config import ScoreConfig, expanded, job_flags
 from megatron_rw.scoring.folder import ARRAYS
 from megatron_rw.scoring.plan import MicroBatch
 from megatron_rw.scoring.scorer import to_samples
@@ -248,9 +249,12 @@ def test_flags(tmp_path: Path, data: Path) -> None:
     with pytest.raises(UserError, match=r"a folder without a domains.json"):
         expanded([str(tmp_path)])
     of_a_job = "--save there --async-save --split 98,1,1 --global-batch-size 7 --lr 1".split()
-    _, flags = split_flags(["--load", "c", "--score-dir", "s", *of_a_job], "")
+    argv = ["--load", "c", "--score-dir", "s", *of_a_job]
+    flags = job_flags(*parse_known(ScoreConfig, argv, ""))
     assert flags[:4] == ["--lr", "1", "--load", "c"]
     assert not {"--save", "--async-save", "--global-batch-size", "98,1,1"} & set(flags)
     for given, missing in (("--load", "--score-dir"), ("--score-dir", "--load")):
         with pytest.raises(UserError, match=f"{missing} DIR is missing"):
-            split_flags([given, "somewhere"], "")
+            parse_known(ScoreConfig, [given, "somewhere"], "")
+    with pytest.raises(UserError, match="--score-stride must be at least 1, not 0"):
+        parse_known(ScoreConfig, [*argv, "--score-stride", "0"], "")

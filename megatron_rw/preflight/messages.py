@@ -1,0 +1,103 @@
+"""Messages between the ranks of a job, and the names of the ranks that do not answer.
+
+They go through a `TCPStore`, before there is any process group: when a rank does not join a group,
+torch cannot say which one. Messages are JSON values under keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+_POLL_S = 0.05
+
+
+class NoAnswerError(Exception):
+    """A rank has not sent a message within the time; the text names the rank."""
+
+
+class RankMessages:
+    """Messages to and from all ranks of a job.
+
+    Args:
+        store: The job's.
+        rank: Of this process.
+        size: Number of ranks.
+        wait_s: Seconds to wait for a message.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, wait_s: float) -> None:
+        self.store, self.rank, self.size, self.wait_s = store, rank, size, wait_s
+
+    def send(self, key: str, value: Any) -> None:
+        """Sends a value to all who ask for this key of this rank."""
+        self.store.set(_name(f"{key}/{self.rank}"), json.dumps(value))
+
+    def receive(self, key: str, rank: int, wait_s: float | None = None) -> Any:
+        """Returns what a rank sends, after waiting for it.
+
+        Raises:
+            NoAnswerError: It sent nothing.
+        """
+        name = _name(f"{key}/{rank}")
+        seconds = self.wait_s if wait_s is None else wait_s
+        try:
+            self.store.wait([name], timedelta(seconds=seconds))
+            return json.loads(self.store.get(name))
+        except DistError as error:
+            raise NoAnswerError(
+                f"rank {rank} has not answered within {seconds:g} s, or rank 0 is gone"
+            ) from error
+
+    def receive_all(
+        self, key: str, ranks: Sequence[int] | None = None, wait_s: float | None = None
+    ) -> tuple[dict[int, Any], list[int]]:
+        """Returns what ranks send, by rank, and those of them that sent nothing in time.
+
+        Args:
+            key: Of the message.
+            ranks: All by default.
+            wait_s: Of this class by default.
+        """
+        ranks = range(self.size) if ranks is None else ranks
+        missing = list(ranks)
+        deadline = time.monotonic() + (self.wait_s if wait_s is None else wait_s)
+        while missing:
+            missing = [r for r in missing if not self.store.check([_name(f"{key}/{r}")])]
+            if not missing or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
+        there = [rank for rank in ranks if rank not in missing]
+        values = self.store.multi_get([_name(f"{key}/{rank}") for rank in there]) if there else []
+        return {r: json.loads(v) for r, v in zip(there, values, strict=True)}, missing
+
+
+def open_store(wait_s: float, env: Mapping[str, str] = os.environ) -> Any:
+    """Connects to the job's store, which rank 0 holds, or torchrun where it does.
+
+    This is what torch's `env://` does, except that it does not wait for all ranks there.
+
+    Args:
+        wait_s: Seconds to wait for the store.
+        env: Complete, see `platform.launch`.
+    """
+    with_torchrun = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        int(env["WORLD_SIZE"]),
+        is_master=env["RANK"] == "0" and not with_torchrun,
+        timeout=timedelta(seconds=wait_s),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
+def _name(key: str) -> str:
+    return f"megatron_rw/preflight/{key}"
