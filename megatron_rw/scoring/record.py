@@ -10,7 +10,6 @@ from typing import Any
 from megatron_rw.data.indexed.domains import domain_names
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
-from megatron_rw.resilience.resuming import SHAPING
 from megatron_rw.scoring.plan import Plan
 from megatron_rw.training.data_checks import data_prefixes
 
@@ -18,6 +17,15 @@ _VERSION = 1
 _DEFINITION = (
     "token_losses[i] = -ln p(token i of the .bin | the tokens before it in its document, as many "
     "as its row holds), nats; NaN for the first token of a document"
+)
+# Arguments of the model. Files that are written already have exactly these, so that a killed run goes
+# on and a finished one is recognised only as long as they stay.
+_MODEL = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
+    *("group_query_attention", "num_query_groups", "multi_latent_attention", "swiglu"),
+    *("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
+    *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
+    *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
 # Arguments that do not change a row's shape, but the last bits of its losses.
 _PRECISION = (
@@ -57,7 +65,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
         "version": _VERSION,
         "definition": _DEFINITION,
         "checkpoint": {"path": os.path.abspath(args.load), "iteration": _iteration(args)},
-        "model": {name: _plain(getattr(args, name)) for name in SHAPING},
+        "model": {name: _plain(getattr(args, name)) for name in _MODEL},
         "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
         "rows": {
             "seq_length": plan.seq_length,
