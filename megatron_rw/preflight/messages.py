@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError
+from torch.distributed.rendezvous import rendezvous
 
 _POLL_S = 0.05
 
@@ -78,25 +79,21 @@ class RankMessages:
         return {r: json.loads(v) for r, v in zip(there, values, strict=True)}, missing
 
 
-def open_store(wait_s: float, env: Mapping[str, str] = os.environ) -> Any:
+def open_store(wait_s: float) -> Any:
     """Connects to the job's store, which rank 0 holds, or torchrun where it does.
 
-    This is what torch's `env://` does, except that it does not wait for all ranks there.
+    This is torch's `env://`, except that it does not wait for all ranks.
 
     Args:
         wait_s: Seconds to wait for the store.
-        env: Complete, see `platform.launch`.
     """
-    with_torchrun = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return TCPStore(
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        int(env["WORLD_SIZE"]),
-        is_master=env["RANK"] == "0" and not with_torchrun,
-        timeout=timedelta(seconds=wait_s),
-        wait_for_workers=False,
-        multi_tenant=True,
+    # Told the true number of ranks torch would wait for them here, and not say who is missing.
+    store, _, _ = next(
+        rendezvous(
+            "env://", int(os.environ["RANK"]), world_size=1, timeout=timedelta(seconds=wait_s)
+        )
     )
+    return store
 
 
 def _name(key: str) -> str:

@@ -3,10 +3,11 @@ r"""Losses of a checkpoint on every token and every document of Megatron dataset
     torchrun --nproc-per-node 8 tools/score_dataset.py <the model's flags> \
         --load checkpoints/reference --data-path data/train --score-dir scores
 
-The model's flags are those of pretrain_gpt_rw.py, which a job's can be given as they are, or
---use-checkpoint-args; any tensor, pipeline and expert parallelism, the rest is data parallel
-(context parallelism is refused). The folder of --score-dir, which all hosts must share, then holds
-for every dataset NAME.bin/.idx:
+The model's flags are those of pretrain_gpt_rw.py: a job's can be given as they are, or
+--use-checkpoint-args. Flags on steps and checkpoints, such as --save, are ignored. Any tensor,
+pipeline and expert parallelism is possible, the rest is data parallel; context parallelism is
+refused. The folder of --score-dir, which all hosts must share, then holds for every dataset
+NAME.bin/.idx:
 
   NAME.token_losses.npy     float32, value i is the loss of token i of NAME.bin: -ln p of it, in
                             nats, given the tokens before it in its document. NaN for the first
@@ -18,26 +19,14 @@ for every dataset NAME.bin/.idx:
   scores.json               checkpoint, model, datasets with their fingerprints, and figures and
                             a histogram of each domain, which are also printed.
 
-All arrays open with numpy.load(path, mmap_mode="r"). A training sample is made of pieces of
-documents, whose places in the .bin its dataset knows: the losses of the same places, averaged
-over the sample's loss mask, are its reference loss, however samples are packed and shuffled. The
-reference sees one document at a time, and no tokens of the document that is before it in a sample.
+A document longer than --seq-length is scored in several rows; --score-stride gives the first tokens
+of each row more context. A killed run goes on when it is started again with the same flags, on any
+number of data-parallel ranks, and ends in the same bytes. Another tensor-parallel size or
+--micro-batch-size, or other hardware, changes the last bits of the losses. Experts with a capacity
+(--moe-expert-capacity-factor) make a loss depend on the other rows.
 
-Each document begins a row of its own. One longer than --seq-length goes on in further rows, whose
-first tokens have little context: --score-stride gives them more, for more work. Rows are padded,
-to --seq-length halved as often as they fit, and micro-batches hold --micro-batch-size x
---seq-length tokens in every case.
-
-A run that was killed goes on from the last block that is on the disk when it is started again
-with the same flags, on any number of data-parallel ranks: the bytes are the same, as every
-micro-batch has the same rows and shape whatever computes it. Another tensor-parallel size or
---micro-batch-size, or other hardware, changes the last bits of the losses.
-Experts with a capacity (--moe-expert-capacity-factor) make a loss depend on the other rows.
-
---save, --split, --global-batch-size and other flags on steps and checkpoints are ignored.
-It was run on the CPU over gloo; not on GPUs yet. One process writes: 4 bytes a token.
-
-The model's flags are left out here (pretrain_gpt_rw.py --help lists them); scoring's own are:
+It was run on the CPU over gloo; not on GPUs yet. pretrain_gpt_rw.py --help lists the model's
+flags; scoring's own are:
 """
 
 from __future__ import annotations

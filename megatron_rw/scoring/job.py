@@ -21,7 +21,7 @@ from megatron_rw.resilience.watchdog import Meeting, Progress, watch
 from megatron_rw.scoring import summary
 from megatron_rw.scoring.config import ScoreConfig
 from megatron_rw.scoring.folder import ScoreFolder
-from megatron_rw.scoring.plan import Plan, plan_of
+from megatron_rw.scoring.plan import Blocks, Plan, plan_of
 from megatron_rw.scoring.record import describe
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.embeddings import embedding_ranks
@@ -105,15 +105,17 @@ def _score(
     progress: Progress,
 ) -> None:
     """Scores and writes the blocks that are missing, and counts them in `done` by dataset."""
-    paths = {name: facts["path"] for name, facts in record["datasets"].items()}
-    datasets = {name: scorer.plan.blocks(path) for name, path in paths.items()}
+    block_tokens = record["rows"]["block_tokens"]
+    datasets = {
+        name: Blocks(facts["path"], block_tokens) for name, facts in record["datasets"].items()
+    }
     total, tokens = sum(map(len, datasets.values())), 0
     started = said = time.monotonic()
     for name, blocks in datasets.items():
         for number in range(done[name], len(blocks)):
             block = blocks[number]
             progress.begin(sum(done.values()), f"block {number} of {name}")
-            losses = scorer.score(paths[name], block)
+            losses = scorer.score(blocks, block)
             done[name] = number + 1
             tokens += block.tokens
             if losses is None:

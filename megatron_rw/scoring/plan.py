@@ -12,8 +12,8 @@ with all of them.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,16 @@ class DocumentBlock:
         first: Index of its first document.
         lengths: int64 [documents], tokens of each.
         start: Index of its first token in the `.bin`.
-        tokens: How many it has.
     """
 
     first: int
     lengths: NDArray[np.int64]
     start: int
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the block has."""
+        return int(self.lengths.sum())
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -69,7 +72,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents are cut into rows, and rows are put together.
+    """How documents are cut into rows, and rows are put together; `scores.json` has its fields.
 
     Attributes:
         seq_length: Most tokens of a row.
@@ -77,23 +80,15 @@ class Plan:
             are read again as context.
         micro_batch_size: Rows of `seq_length` in a micro-batch; of shorter rows as many more as
             have the same number of tokens.
-        row_lengths: Lengths that rows are padded to, descending, `seq_length` first.
+        lengths: Lengths that rows are padded to, descending, `seq_length` first.
         block_tokens: A block begins with the first document at or after each multiple of it.
     """
 
     seq_length: int
     stride: int
     micro_batch_size: int
-    row_lengths: Sequence[int]
+    lengths: list[int]
     block_tokens: int
-
-    def blocks(self, prefix: str) -> Blocks:
-        """Returns the blocks of a dataset.
-
-        Raises:
-            UserError: The dataset cannot be read, or has no tokens.
-        """
-        return Blocks(prefix, Index.open(prefix), self.block_tokens)
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[MicroBatch]:
         """Returns the micro-batches of a block, the longest rows first.
@@ -103,7 +98,7 @@ class Plan:
         """
         rows = _rows(lengths, self.seq_length, self.stride)
         predictions, batches, longer = rows[:, 2], [], np.zeros(len(rows), bool)
-        for length, shorter in zip(self.row_lengths, [*self.row_lengths[1:], 0], strict=True):
+        for length, shorter in zip(self.lengths, [*self.lengths[1:], 0], strict=True):
             fit = rows[~longer & (predictions > shorter)]
             longer |= predictions > shorter
             size = self.micro_batch_size * (self.seq_length // length)
@@ -119,20 +114,20 @@ class Blocks:
 
     Args:
         prefix: Its path without `.bin` and `.idx`.
-        index: Of it.
         block_tokens: See `Plan`.
 
     Raises:
-        UserError: It has no tokens.
+        UserError: The dataset cannot be read, or has no tokens.
 
     Attributes:
+        prefix: Its path.
         tokens: Of the whole `.bin`.
         documents: Sequences of the index, which are what GPTDataset takes for documents.
     """
 
-    def __init__(self, prefix: str, index: Index, block_tokens: int) -> None:
-        self._prefix, self._index = prefix, index
-        self._itemsize = index.dtype.itemsize
+    def __init__(self, prefix: str, block_tokens: int) -> None:
+        index = Index.open(prefix)
+        self.prefix, self._index, self._itemsize = prefix, index, index.dtype.itemsize
         self.tokens = bin_path(prefix).stat().st_size // self._itemsize
         self.documents = len(index.lengths)
         if self.tokens == 0:
@@ -157,10 +152,15 @@ class Blocks:
         ends = np.cumsum(lengths)
         if not np.array_equal(offsets - offsets[0], (ends - lengths) * self._itemsize):
             raise UserError(
-                f"{self._prefix}.idx: documents {first} to {last - 1} do not lie one after the "
+                f"{self.prefix}.idx: documents {first} to {last - 1} do not lie one after the "
                 "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
             )
-        return DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize, int(ends[-1]))
+        return DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize)
+
+    def ids(self, block: DocumentBlock) -> NDArray[Any]:
+        """Returns the token ids of a block, [tokens], from a memory map."""
+        ids = np.memmap(bin_path(self.prefix), dtype=self._index.dtype, mode="r")
+        return ids[block.start : block.start + block.tokens]
 
 
 def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
@@ -172,7 +172,7 @@ def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
         seq_length=args.seq_length,
         stride=config.score_stride or args.seq_length,
         micro_batch_size=args.eval_micro_batch_size,
-        row_lengths=lengths[:1] if one_shape else lengths,
+        lengths=lengths[:1] if one_shape else lengths,
         block_tokens=config.block_tokens,
     )
 

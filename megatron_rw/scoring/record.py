@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from argparse import Namespace
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import Any
 from megatron_rw.data.indexed.domains import domain_names
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
-from megatron_rw.scoring.plan import Plan
+from megatron_rw.scoring.plan import Blocks, Plan
 from megatron_rw.training.data_checks import data_prefixes
 
 _VERSION = 1
@@ -18,8 +19,7 @@ _DEFINITION = (
     "token_losses[i] = -ln p(token i of the .bin | the tokens before it in its document, as many "
     "as its row holds), nats; NaN for the first token of a document"
 )
-# Arguments of the model. Files that are written already have exactly these, so that a killed run goes
-# on and a finished one is recognised only as long as they stay.
+# Arguments of the model. Runs that were killed can only be gone on with while these stay the same.
 _MODEL = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
     *("group_query_attention", "num_query_groups", "multi_latent_attention", "swiglu"),
@@ -53,7 +53,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
                 f"--data-path {datasets[name]['path']} and {prefix} have the same file name, by "
                 "which their scores are named: score one of them into another --score-dir."
             )
-        blocks = plan.blocks(prefix)
+        blocks = Blocks(prefix, plan.block_tokens)
         datasets[name] = {
             "path": prefix,
             "domain": domain,
@@ -67,13 +67,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
         "checkpoint": {"path": os.path.abspath(args.load), "iteration": _iteration(args)},
         "model": {name: _plain(getattr(args, name)) for name in _MODEL},
         "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
-        "rows": {
-            "seq_length": plan.seq_length,
-            "stride": plan.stride,
-            "micro_batch_size": plan.micro_batch_size,
-            "lengths": list(plan.row_lengths),
-            "block_tokens": plan.block_tokens,
-        },
+        "rows": dataclasses.asdict(plan),
         "datasets": datasets,
     }
 

@@ -14,12 +14,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rw.data.indexed.pair import Index, bin_path
+from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.groups import device, has_loss
 from megatron_rw.integrations.schedule import run_forward_only
 from megatron_rw.resilience.watchdog import Progress
-from megatron_rw.scoring.plan import DocumentBlock, MicroBatch, Plan
+from megatron_rw.scoring.plan import Blocks, DocumentBlock, MicroBatch, Plan
 from megatron_rw.training.batch import Batch, BatchReader
 from megatron_rw.training.datasets import PLACE_KEY
 from megatron_rw.training.forward_step import ForwardPass
@@ -37,14 +37,14 @@ class Scorer:
     """
 
     def __init__(self, args: Namespace, model: list[Any], plan: Plan, progress: Progress) -> None:
-        self._args, self._model, self.plan, self._progress = args, model, plan, progress
+        self._args, self._model, self._plan, self._progress = args, model, plan, progress
         self._passes: dict[int, ForwardPass] = {}
         self._collected: list[tuple[Tensor, Tensor]] = []
         for chunk in model:
             chunk.eval()
 
-    def score(self, prefix: str, block: DocumentBlock) -> NDArray[np.float32] | None:
-        """Scores a block of the dataset with that prefix. Collective over all ranks.
+    def score(self, dataset: Blocks, block: DocumentBlock) -> NDArray[np.float32] | None:
+        """Scores a block of a dataset. Collective over all ranks.
 
         Returns:
             On the rank that writes (`writes`) the loss of each of the block's tokens in nats, 0
@@ -53,20 +53,18 @@ class Scorer:
         Raises:
             UserError: A token id is beyond the model's vocabulary.
         """
-        args = self._args
-        tokens = np.memmap(bin_path(prefix), dtype=Index.open(prefix).dtype, mode="r")
-        ids = tokens[block.start : block.start + block.tokens]
-        batches = self.plan.micro_batches(block.lengths)
+        ids = dataset.ids(block)
+        batches = self._plan.micro_batches(block.lengths)
         # Each data-parallel rank takes a stretch, so that it has few shapes.
         each = -(-len(batches) // mpu.get_data_parallel_world_size())
         first = mpu.get_data_parallel_rank() * each
         mine = batches[first : first + each]
-        if args.expert_model_parallel_size > 1 and batches:
+        if self._args.expert_model_parallel_size > 1 and batches:
             # Experts are spread over these ranks, which therefore make the same calls.
             mine += [batches[0].empty()] * (each - len(mine))
         self._collected.clear()
         for length, group in itertools.groupby(mine, key=lambda batch: batch.length):
-            self._forward(prefix, ids, length, list(group))
+            self._forward(dataset.prefix, ids, length, list(group))
         return self._gather(block.tokens)
 
     def _forward(

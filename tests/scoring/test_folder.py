@@ -23,7 +23,7 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 def block() -> DocumentBlock:
-    return DocumentBlock(first=0, lengths=np.array([1, 4, 0, 5]), start=0, tokens=10)
+    return DocumentBlock(first=0, lengths=np.array([1, 4, 0, 5]), start=0)
 
 
 def filled(path: Path) -> ScoreFolder:
@@ -38,7 +38,7 @@ def filled(path: Path) -> ScoreFolder:
 def test_means_are_those_of_each_document(lengths: list[int]) -> None:
     losses = np.random.default_rng(0).random(sum(lengths)).astype(np.float32)
     losses[-1:] = np.inf
-    means, tokens = document_means(DocumentBlock(0, np.array(lengths), 0, sum(lengths)), losses)
+    means, tokens = document_means(DocumentBlock(0, np.array(lengths), 0), losses)
     for part, mean, count in zip(
         np.split(losses, np.cumsum(lengths)[:-1]), means, tokens, strict=True
     ):
@@ -107,7 +107,7 @@ def test_domains(tmp_path: Path) -> None:
         values = np.full(9, losses, np.float32)
         if name == "b":
             values[1] = np.nan
-        folder.write(name, DocumentBlock(0, np.array([3, 1, 5]), 0, 9), values)
+        folder.write(name, DocumentBlock(0, np.array([3, 1, 5]), 0), values)
     domains = json.loads(json.dumps(summarise(folder, datasets)))
     web, code = domains["web"], domains["code"]
     assert (web["documents"], web["tokens"], web["without_loss"]) == (6, 12, 2)
