@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from logging.handlers import BufferingHandler
 from types import SimpleNamespace
@@ -24,22 +23,9 @@ from megatron_rw.preflight.messages import RankMessages
 from megatron_rw.resilience import watchdog
 
 
-@dataclass(frozen=True)
-class Collectives:
-    """What this rank found.
-
-    Attributes:
-        problem: Why collectives cannot work; None if they do.
-        speeds: The lines of the sniff test. On rank 0 and on GPUs, otherwise empty.
-        outliers: Those of them that name a rank which is far from the median.
-    """
-
-    problem: str | None
-    speeds: tuple[str, ...]
-    outliers: tuple[str, ...]
-
-
-def try_collectives(messages: RankMessages, backend: str, device: Device) -> Collectives:
+def try_collectives(
+    messages: RankMessages, backend: str, device: Device
+) -> tuple[str | None, list[str]]:
     """Forms a group of all ranks and tries it. Collective over all ranks.
 
     A watchdog ends the process, with the names of the ranks that keep the others waiting, if the
@@ -49,6 +35,10 @@ def try_collectives(messages: RankMessages, backend: str, device: Device) -> Col
         messages: Its store brings the group together.
         backend: The job's --distributed-backend.
         device: What `platform.select_device` chose.
+
+    Returns:
+        Why collectives do not work, None if they do; and, on rank 0 of GPUs, the lines of the sniff
+        test, of which those that begin with "OUTLIER" name a rank far from the median.
     """
     progress = watchdog.Progress()
     progress.then("preflight, forming a group of all ranks")
@@ -67,12 +57,12 @@ def try_collectives(messages: RankMessages, backend: str, device: Device) -> Col
         progress.then("preflight, all-reduce over all ranks")
         problem = check_sum(device)
         progress.then("preflight, Megatron's GPU sniff test")
-        speeds, outliers = sniff_test() if device == "cuda" else ((), ())
+        speeds = sniff_test() if device == "cuda" else []
         dist.destroy_process_group()
-        return Collectives(problem, speeds, outliers)
+        return problem, speeds
     except RuntimeError as error:
         # torch and its backends raise this where the network or another rank fails.
-        return Collectives(f"{progress.position.doing}: {error}", (), ())
+        return f"{progress.position.doing}: {error}", []
     finally:
         dog.stop()
 
@@ -90,23 +80,18 @@ def check_sum(device: Device) -> str | None:
     )
 
 
-def sniff_test() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Runs Megatron's GPU sniff test over all ranks, and reads its log, which rank 0 writes.
-
-    Returns:
-        `speeds` and `outliers` of `Collectives`.
-    """
+def sniff_test() -> list[str]:
+    """Runs Megatron's GPU sniff test over all ranks; returns what rank 0 logs."""
     logger = gpu_sniff_test.logger
     handler = BufferingHandler(sys.maxsize)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # The lines are part of the table, and not to be printed twice.
+    logger.propagate = False
     try:
         groups = SimpleNamespace(ep=None, dp=dist.group.WORLD, tp=None)
         gpu_sniff_test.run_gpu_sniff_test("preflight", groups)
     finally:
         logger.removeHandler(handler)
     lines = [record.getMessage().strip() for record in handler.buffer]
-    return (
-        tuple(line for line in lines if line.strip("=")),
-        tuple(line for line in lines if line.startswith("OUTLIER ")),
-    )
+    return [line for line in lines if line.strip("=")]

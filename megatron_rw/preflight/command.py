@@ -24,16 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
 
 from megatron_rw.command_line import parse_known
 from megatron_rw.errors import reported
 from megatron_rw.platform import select_device
 from megatron_rw.platform.launch import prepare_process
-
-if TYPE_CHECKING:
-    # It imports Megatron, which has to wait until the device is chosen.
-    from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.preflight.config import PreflightConfig
 
 
 def main() -> None:
@@ -41,20 +37,19 @@ def main() -> None:
     argv = sys.argv[1:]
     with reported("checking a job before it starts"):
         prepare_process()
+        settings, flags = parse_known(PreflightConfig, argv, __doc__)
         device = select_device(argv)
 
-        from megatron_rw.preflight.config import PreflightConfig
+        # It imports Megatron, which has to wait until the device is chosen.
         from megatron_rw.preflight.rank import look
 
-        settings, flags = parse_known(PreflightConfig, argv, __doc__)
         if settings.estimate is None:
             sys.exit(look(settings, flags, device))
         sys.exit(_print_estimate(settings, flags, settings.estimate))
 
 
 def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> int:
-    from megatron_rw.preflight.config import planned_arguments
-    from megatron_rw.preflight.estimate import advice, estimate
+    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
     from megatron_rw.preflight.facts import GIB
     from megatron_rw.preflight.rank import PROBLEMS, write_json
 

@@ -1,19 +1,11 @@
-"""The preflight's own flags, and the job's as the preflight reads them."""
+"""The preflight's own flags."""
 
 from __future__ import annotations
 
-import os
-from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-
 from megatron_rw.errors import UserError
-from megatron_rw.platform import Device
-from megatron_rw.training.datasets import Domains
-from megatron_rw.training.tool_arguments import parse_job_flags, refusals_as_user_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +53,3 @@ class PreflightConfig:
             raise UserError(f"--assumed-mfu must be at most 1, not {self.assumed_mfu}.")
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"--json {self.json}: there is no such folder.")
-
-
-def job_arguments(flags: Sequence[str], device: Device) -> Namespace:
-    """Returns the job's arguments, after all checks that it makes itself before it starts.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
-    args = parse_job_flags(flags, device)
-    with refusals_as_user_errors():
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-        Domains(args)
-    return args
-
-
-def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
-    """Returns the arguments of a job of that many GPUs, on a machine that need not have any.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
-    # Megatron's default, which ours gives up where Transformer Engine is not installed.
-    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda")

@@ -11,10 +11,10 @@ import contextlib
 import copy
 import io
 import math
+import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training.theoretical_memory_usage import (
@@ -25,10 +25,9 @@ from megatron.training.theoretical_memory_usage import (
 from megatron.training.training import num_floating_point_operations
 from megatron.training.utils import is_hybrid_model
 
+from megatron_rw.preflight.config import PreflightConfig
 from megatron_rw.preflight.facts import amount
-
-if TYPE_CHECKING:
-    from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.training.tool_arguments import parse_job_flags
 
 # Megatron's formula for a parameter whose optimizer state is not distributed.
 _BYTES_PER_PARAMETER = 18
@@ -104,6 +103,18 @@ class Estimate:
             )
         for limit in self.limits:
             yield f"  note                {limit}"
+
+
+def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
+    """Returns the arguments of a job of that many GPUs, on a machine that need not have any.
+
+    Raises:
+        UserError: What the job would refuse.
+        OSError: A file of the job cannot be read.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
+    # Megatron's default, which ours gives up where Transformer Engine is not installed.
+    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda")
 
 
 def estimate(args: Namespace) -> Estimate | None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch.distributed import DistError
 
 from megatron_rw.errors import USER_ERROR_STATUS, UserError
 from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_complete
-from megatron_rw.preflight import config, report
+from megatron_rw.preflight import report
 from megatron_rw.preflight.clocks import answer_clock, ask_clock
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.config import PreflightConfig
@@ -27,6 +28,8 @@ from megatron_rw.preflight.facts import Facts, look_around
 from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
+from megatron_rw.training.datasets import Domains
+from megatron_rw.training.tool_arguments import parse_job_flags, refusals_as_user_errors
 
 PROBLEMS = 1
 _LAST_WAIT_S = 10.0
@@ -49,7 +52,7 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
     args: Namespace | None = None
     refusal: str | None = None
     try:
-        args = config.job_arguments(flags, device)
+        args = check_job(flags, device)
     except (UserError, OSError) as error:
         # The ranks meet nevertheless, so that the table names a rank that alone refuses.
         refusal = str(error)
@@ -67,6 +70,20 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
         return watchdog.EXIT_STATUS if isinstance(error, NoAnswerError) else PROBLEMS
 
 
+def check_job(flags: Sequence[str], device: Device) -> Namespace:
+    """Returns the job's arguments, after all checks that it makes itself before it starts.
+
+    Raises:
+        UserError: What the job would refuse.
+        OSError: A file of the job cannot be read.
+    """
+    args = parse_job_flags(flags, device)
+    with refusals_as_user_errors():
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        Domains(args)
+    return args
+
+
 def _follow(messages: RankMessages, args: Namespace | None, device: Device) -> int:
     """Takes part in what rank 0 leads, and returns its exit status."""
     # Rank 0 may have come late, and waits for others from then on.
@@ -75,8 +92,8 @@ def _follow(messages: RankMessages, args: Namespace | None, device: Device) -> i
         if messages.rank in asked:
             answer_clock(messages)
         messages.receive("clocks are compared", 0)
-        found = try_collectives(messages, args.distributed_backend, device)
-        messages.send("collectives", found.problem)
+        problem, _ = try_collectives(messages, args.distributed_backend, device)
+        messages.send("collectives", problem)
     status = int(messages.receive("status", 0))
     messages.send("status was read", True)
     return status
@@ -89,7 +106,7 @@ def _lead(
     told, missing = messages.receive_all("facts")
     facts = [Facts(**told[rank]) for rank in sorted(told)]
     record: dict[str, Any] = {"ranks": [dataclasses.asdict(one) for one in facts]}
-    results = report.check_presence(missing, facts, messages.wait_s)
+    results = list(report.check_presence(missing, facts, messages.wait_s))
     if results or args is None:
         messages.send("first ranks", None)
         refused = any(one.refusal is not None for one in facts)
@@ -98,14 +115,14 @@ def _lead(
     messages.send("first ranks", list(first_ranks.values()))
     clocks = {host: ask_clock(messages, rank) for host, rank in first_ranks.items() if rank}
     messages.send("clocks are compared", True)
-    found = try_collectives(messages, args.distributed_backend, device)
-    messages.send("collectives", found.problem)
+    problem, speeds = try_collectives(messages, args.distributed_backend, device)
+    messages.send("collectives", problem)
     problems, missing = messages.receive_all("collectives")
     if missing:
         raise NoAnswerError(f"{ranks_text(missing)} did not finish the collectives")
 
     needed = estimate(args)
-    for line in report.table(facts, clocks, found.speeds):
+    for line in report.table(facts, clocks, speeds):
         print(line)
     if needed is not None:
         # Without the peak of the device there is no time.
@@ -118,12 +135,12 @@ def _lead(
     results = [
         *report.check_setup(facts),
         *report.check_clocks(clocks),
-        *report.check_collectives(facts, problems, found.outliers),
+        *report.check_collectives(facts, problems, speeds),
         *report.check_saving(facts, args.save, size, wanted),
         report.check_memory(facts, needed, advice(args)),
     ]
     record["clocks"] = {host: dataclasses.asdict(clock) for host, clock in clocks.items()}
-    record["sniff_test"] = found.speeds
+    record["sniff_test"] = speeds
     record["estimate"] = None if needed is None else dataclasses.asdict(needed)
     failed = any(result.level == "problem" for result in results)
     return _end(settings, messages, results, record, PROBLEMS if failed else 0)

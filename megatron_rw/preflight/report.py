@@ -50,108 +50,97 @@ def hosts_of(facts: Sequence[Facts]) -> dict[str, list[int]]:
 
 def check_presence(
     missing: Sequence[int], present: Sequence[Facts], wait_s: float
-) -> list[CheckResult]:
+) -> Iterator[CheckResult]:
     """Names ranks that have not come, and ranks on which the job would not start."""
-    found = []
     if missing:
-        found.append(
-            CheckResult(
-                "problem",
-                f"{ranks_text(missing)} did not arrive within {wait_s:g} s (--wait-seconds): see "
-                "that all processes were started, on nodes that are up, and reach MASTER_ADDR.",
-            )
+        yield CheckResult(
+            "problem",
+            f"{ranks_text(missing)} did not arrive within {wait_s:g} s (--wait-seconds): see that "
+            "all processes were started, on nodes that are up, and reach MASTER_ADDR.",
         )
-    refusals = _grouped(present, lambda one: one.refusal)
-    found += [CheckResult("problem", f"{_who(group)}: {why}") for why, group in refusals.items()]
-    return found
+    for why, group in _grouped(present, lambda one: one.refusal).items():
+        yield CheckResult("problem", f"{_who(group)}: {why}")
 
 
-def check_setup(facts: Sequence[Facts]) -> list[CheckResult]:
+def check_setup(facts: Sequence[Facts]) -> Iterator[CheckResult]:
     """Names software and devices that differ between ranks."""
-    found = []
+    differ = False
     for name in facts[0].setup:
         groups = _by_version(facts, name)
         if len(groups) > 1:
+            differ = True
             most = max(groups, key=lambda version: len(groups[version]))
             others = "; ".join(f"{v} on {_who(g)}" for v, g in groups.items() if v != most)
-            found.append(
-                CheckResult(
-                    "problem",
-                    f"{name} differs: {most} on {_count(len(groups[most]), 'rank')}, {others}. "
-                    "Give all the same.",
-                )
+            yield CheckResult(
+                "problem",
+                f"{name} differs: {most} on {_count(len(groups[most]), 'rank')}, {others}. Give "
+                "all the same.",
             )
-    everyone = f"all {len(facts)} ranks" if len(facts) > 1 else "the one rank"
-    return found or [CheckResult("ok", f"devices and versions are the same on {everyone}.")]
+    if not differ:
+        everyone = f"all {len(facts)} ranks" if len(facts) > 1 else "the one rank"
+        yield CheckResult("ok", f"devices and versions are the same on {everyone}.")
 
 
-def check_clocks(clocks: Mapping[str, Clock]) -> list[CheckResult]:
+def check_clocks(clocks: Mapping[str, Clock]) -> Iterator[CheckResult]:
     """Names hosts whose clocks are off."""
-    if not clocks:
-        return []
     off = {h: clock.ahead for h, clock in clocks.items() if abs(clock.ahead) > MAX_SKEW_S}
-    if not off:
-        return [CheckResult("ok", f"clocks agree with rank 0's to within {MAX_SKEW_S:g} s.")]
-    hosts = ", ".join(f"{host} by {ahead:+.1f} s" for host, ahead in off.items())
-    return [
-        CheckResult(
+    if off:
+        hosts = ", ".join(f"{host} by {ahead:+.1f} s" for host, ahead in off.items())
+        yield CheckResult(
             "warning",
             f"clocks differ from rank 0's: {hosts}. Logs and file times cannot be ordered: see "
             "that NTP runs there.",
         )
-    ]
+    elif clocks:
+        yield CheckResult("ok", f"clocks agree with rank 0's to within {MAX_SKEW_S:g} s.")
 
 
 def check_collectives(
-    facts: Sequence[Facts], problems: Mapping[int, str | None], outliers: Sequence[str]
-) -> list[CheckResult]:
-    """Tells where collectives fail and which GPUs are slow, by what `Collectives` has of them."""
+    facts: Sequence[Facts], problems: Mapping[int, str | None], speeds: Sequence[str]
+) -> Iterator[CheckResult]:
+    """Tells where collectives fail and which GPUs are slow, by the results of `try_collectives`."""
     failed = _grouped(facts, lambda one: problems.get(one.rank))
-    if failed:
-        return [CheckResult("problem", f"{_who(group)}: {why}.") for why, group in failed.items()]
-    if outliers:
-        return [
-            CheckResult(
-                "warning",
-                f"Megatron's GPU sniff test names ranks far from the median: {'; '.join(outliers)}."
-                " All ranks wait for the slowest: look at its links and its GPU.",
-            )
-        ]
-    return [CheckResult("ok", "all ranks all-reduce together.")]
+    slow = [line for line in speeds if line.startswith("OUTLIER ") and "(-" in line]
+    for why, group in failed.items():
+        yield CheckResult("problem", f"{_who(group)}: {why}.")
+    if slow:
+        yield CheckResult(
+            "warning",
+            f"Megatron's GPU sniff test finds ranks far below the median: {'; '.join(slow)}. "
+            "All ranks wait for the slowest: look at its links and its GPU.",
+        )
+    if not failed and not slow:
+        yield CheckResult("ok", "all ranks all-reduce together.")
 
 
 def check_saving(
     facts: Sequence[Facts], save: str | None, checkpoint_bytes: float | None, wanted: int
-) -> list[CheckResult]:
+) -> Iterator[CheckResult]:
     """Tells whether --save can be written to, and has room for `wanted` checkpoints."""
-    if save is None:
-        return [
-            CheckResult("warning", "the job saves nothing: add --save DIR and --save-interval.")
-        ]
     failed = _grouped(facts, lambda one: one.save_problem)
-    if failed:
-        return [
-            CheckResult("problem", f"{_who(group)} cannot write to --save {save}: {text}.")
-            for text, group in failed.items()
-        ]
     free = {one.host: one.free_disk for one in facts if one.free_disk is not None}
-    if not free or checkpoint_bytes is None:
-        return [CheckResult("ok", f"--save {save}: its room was not compared with a checkpoint.")]
-    host = min(free, key=lambda host: free[host])
-    room = (
-        f"--save {save}: {amount(free[host])} are free on {host}, a checkpoint takes about "
-        f"{amount(checkpoint_bytes)}"
-    )
-    if free[host] >= wanted * checkpoint_bytes:
-        text = f"{room}; all ranks can write there. A quota does not show in this."
-        return [CheckResult("ok", text)]
-    return [
-        CheckResult(
-            "problem" if free[host] < checkpoint_bytes else "warning",
-            f"{room}, and there should be room for {wanted} (--room-for-checkpoints): make room, "
-            "keep fewer with --keep-last, or save elsewhere.",
+    if save is None:
+        yield CheckResult("warning", "the job saves nothing: add --save DIR and --save-interval.")
+    elif failed:
+        for why, group in failed.items():
+            yield CheckResult("problem", f"{_who(group)} cannot write to --save {save}: {why}.")
+    elif not free or checkpoint_bytes is None:
+        yield CheckResult("ok", f"--save {save}: its room was not compared with a checkpoint.")
+    else:
+        host = min(free, key=lambda host: free[host])
+        room = (
+            f"--save {save}: {amount(free[host])} are free on {host}, a checkpoint takes about "
+            f"{amount(checkpoint_bytes)}"
         )
-    ]
+        if free[host] >= wanted * checkpoint_bytes:
+            text = f"{room}; all ranks can write there. A quota does not show in this."
+            yield CheckResult("ok", text)
+        else:
+            yield CheckResult(
+                "problem" if free[host] < checkpoint_bytes else "warning",
+                f"{room}, and there should be room for {wanted} (--room-for-checkpoints): make "
+                "room, keep fewer with --keep-last, or save elsewhere.",
+            )
 
 
 def check_memory(facts: Sequence[Facts], needed: Estimate | None, advice: str) -> CheckResult:

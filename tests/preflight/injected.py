@@ -17,7 +17,7 @@ import torch.distributed as dist
 def main() -> None:
     """Run it."""
     from megatron_rw.errors import UserError
-    from megatron_rw.preflight import clocks, command, config, facts
+    from megatron_rw.preflight import clocks, command, facts
 
     rank = os.environ["RANK"]
     faults = {
@@ -37,11 +37,12 @@ def main() -> None:
         try_to_save = facts.try_to_save
         facts.try_to_save = lambda save: _limited(faults["file_size"], try_to_save, save)
     if "refusal" in faults:
+        from megatron_rw.preflight import rank as rank_checks
 
         def refuse(*_: object) -> None:
             raise UserError(faults["refusal"])
 
-        config.job_arguments = refuse  # type: ignore[assignment]
+        rank_checks.check_job = refuse  # type: ignore[assignment]
     all_reduce = dist.all_reduce
 
     def faulty(message: torch.Tensor) -> None:

@@ -58,8 +58,7 @@ BIG = ["--global-batch-size", "64", "--bf16"]
 
 
 def estimated(gpus: int, flags: list[str]) -> tuple[Any, str]:
-    from megatron_rw.preflight.config import planned_arguments
-    from megatron_rw.preflight.estimate import advice, estimate
+    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
 
     args = planned_arguments([*MODEL, *TRAINING, *SHAPE, *RUN, *BIG, *flags], gpus)
     return estimate(args), advice(args)
