@@ -10,14 +10,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Literal, NoReturn
 
-from megatron_rw.errors import UserError
 from megatron_rw.platform.argfile import allow_argument_files
 
 Device = Literal["cuda", "cpu"]
 DEVICE_CHOICES = ("auto", "cuda", "cpu")
 
 
-class DeviceError(UserError):
+class DeviceError(RuntimeError):
     """The device asked for cannot be used; the message names the flag and the remedy."""
 
 

@@ -7,12 +7,10 @@ import socket
 import warnings
 from collections.abc import MutableMapping
 
-from megatron_rw.errors import UserError
-
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class LaunchError(UserError):
+class LaunchError(RuntimeError):
     """The environment does not say how the processes find each other."""
 
 

@@ -6,17 +6,15 @@ torch cannot say which one. Messages are JSON values under keys.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.rendezvous import rendezvous
-
-_POLL_S = 0.05
 
 
 class NoAnswerError(Exception):
@@ -67,16 +65,16 @@ class RankMessages:
             wait_s: Of this class by default.
         """
         ranks = range(self.size) if ranks is None else ranks
-        missing = list(ranks)
-        deadline = time.monotonic() + (self.wait_s if wait_s is None else wait_s)
-        while missing:
-            missing = [r for r in missing if not self.store.check([_name(f"{key}/{r}")])]
-            if not missing or time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
-        there = [rank for rank in ranks if rank not in missing]
-        values = self.store.multi_get([_name(f"{key}/{rank}") for rank in there]) if there else []
-        return {r: json.loads(v) for r, v in zip(there, values, strict=True)}, missing
+        names = [_name(f"{key}/{rank}") for rank in ranks]
+        with contextlib.suppress(DistError):
+            seconds = self.wait_s if wait_s is None else wait_s
+            self.store.wait(names, timedelta(seconds=seconds))
+        sent = {
+            rank: json.loads(self.store.get(name))
+            for rank, name in zip(ranks, names, strict=True)
+            if self.store.check([name])
+        }
+        return sent, [rank for rank in ranks if rank not in sent]
 
 
 def open_store(wait_s: float) -> Any:

@@ -43,15 +43,16 @@ def test_absent_and_refusing_ranks() -> None:
     assert list(report.check_presence([], [facts(0)], 30)) == []
 
 
+SPEEDS = ["GEMM: 18", "OUTLIER rank 0 (node0): 27 (+50%)", "OUTLIER rank 1 (node0): 9 (-50%)"]
+
+
 def test_collectives() -> None:
     ranks = [facts(0), facts(1)]
     [found] = report.check_collectives(ranks, {0: None, 1: "connection refused"}, [])
     assert found == report.CheckResult("problem", "rank 1 (node0): connection refused.")
-    [found] = report.check_collectives(
-        ranks, {0: None, 1: None}, ["GEMM: 3", "OUTLIER rank 1 (node0): 9"]
-    )
+    [found] = report.check_collectives(ranks, {0: None, 1: None}, SPEEDS)
     assert found.level == "warning"
-    assert "median: OUTLIER rank 1 (node0): 9." in found.text
+    assert "below the median: OUTLIER rank 1 (node0): 9 (-50%). All" in found.text
 
 
 def test_lines_of_the_sniff_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,13 +190,7 @@ def test_killed_and_resumed_on_more_ranks_is_bitwise_the_same(
     marked[132:136] = arrays(whole[0])[f"{NAMES[0]}.token_losses.npy"][132:136]
     assert files | {f"{NAMES[0]}.token_losses.npy": bytes(marked)} == arrays(whole[0])
     assert sorted(p.name for p in out.iterdir()) == sorted([*files, "scores.json"])
-
-
-def test_two_ranks_are_bitwise_one(whole: tuple[Path, str], score: Score, tmp_path: Path) -> None:
-    score(tmp_path / "scores", processes=2).check()
-    assert arrays(tmp_path / "scores") == arrays(whole[0])
-    scores = [json.loads((o / "scores.json").read_text()) for o in (whole[0], tmp_path / "scores")]
-    assert scores[0] == scores[1]
+    assert (out / "scores.json").read_bytes() == (whole[0] / "scores.json").read_bytes()
 
 
 def test_the_folder_of_other_scores_is_refused(whole: tuple[Path, str], score: Score) -> None:
