@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import tyro
 
 from megatron_rw.errors import UserError
+from megatron_rw.platform.argfile import allow_argument_files
+
+_FLAG_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 # A flag's help text is indented by this much in tyro's errors.
 _HELP_INDENT = 8
@@ -31,23 +36,59 @@ def parse[Config](config: type[Config], argv: Sequence[str] | None, description:
     Raises:
         UserError: If the command line is wrong, in one line instead of tyro's box.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), _one_line(arguments):
-            return tyro.cli(
-                config,
-                prog=_program(),
-                args=arguments,
-                description=description,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as ended:
-        if not ended.code:
-            raise
-        raise UserError(
-            f"{_unboxed(said.getvalue())} ({_program()} --help lists all flags)"
-        ) from None
+    with _one_line_errors():
+        return tyro.cli(
+            config,
+            prog=_program(),
+            args=sys.argv[1:] if argv is None else list(argv),
+            description=description,
+            config=_FLAG_STYLE,
+        )
+
+
+def parse_known[Config](
+    config: type[Config], argv: Sequence[str], description: str
+) -> tuple[Config, list[str]]:
+    """Parses the flags of a dataclass out of a command line that also has the flags of a job.
+
+    `@file` stands for the flags in that file, as it does for the job itself.
+
+    Args:
+        config: As for `parse`.
+        argv: The arguments without the program's name.
+        description: As for `parse`.
+
+    Returns:
+        The dataclass, and the arguments that none of its fields takes, in their order.
+
+    Raises:
+        UserError: As of `parse`, and if an argument file cannot be read.
+    """
+    given = _without_argument_files(argv)
+    with _one_line_errors():
+        return tyro.cli(
+            config,
+            prog=_program(),
+            args=given,
+            description=description,
+            config=_FLAG_STYLE,
+            return_unknown_args=True,
+        )
+
+
+class _ArgumentFileReader(argparse.ArgumentParser):
+    """A parser without flags, which reads the files that `@file` arguments name."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a `UserError` where argparse would print the usage and exit."""
+        raise UserError(message)
+
+
+def _without_argument_files(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the flags of each `@file` in its place."""
+    reader = _ArgumentFileReader(add_help=False)
+    allow_argument_files(reader)
+    return reader.parse_known_args(argv)[1]
 
 
 def require(holds: bool, flag: str, value: object, what: str) -> None:
@@ -67,9 +108,24 @@ def require(holds: bool, flag: str, value: object, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _one_line(arguments: Sequence[str]) -> Iterator[None]:
+def _one_line_errors() -> Iterator[None]:
+    """Raises a `UserError` with what tyro says on standard error before it exits."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _wide_errors():
+            yield
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise UserError(
+            f"{_unboxed(said.getvalue())} ({_program()} --help lists all flags)"
+        ) from None
+
+
+@contextlib.contextmanager
+def _wide_errors() -> Iterator[None]:
     """Keeps tyro from breaking an error, such as a long path in it, into several lines."""
-    if {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(sys.argv):
         yield
         return
     before = os.environ.get("COLUMNS")

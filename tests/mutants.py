@@ -35,8 +35,6 @@ LAYER = "megatron_rw/kernels/linear_autograd.py"
 PROBABILITIES = "megatron_rw/kernels/torch_probabilities.py"
 CUDA_TESTS = "tests/kernels/test_cuda.py"
 CSRC = "megatron_rw/kernels/csrc"
-PREFLIGHT = "megatron_rw/preflight"
-PREFLIGHT_RUN = "tests/preflight/test_program.py::test"
 
 
 def cell(layout: str) -> str:
@@ -363,72 +361,30 @@ MUTANTS = (
         "    const Vector<T> logits = load_vector(vectors[thread].values);\n",
     ),
     one(
-        "preflight: a clock is compared without the way to it",
-        "tests/preflight/test_findings.py::test_clock_is_known_to_half_the_longest_round_trip",
-        f"{PREFLIGHT}/measure.py",
-        "there - (before + after) / 2",
-        "there - before",
+        "bad numbers: gradients of the pass with the bad sample kept",
+        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
+        f"{RESILIENCE}/dropping.py",
+        "            chunk.zero_grad_buffer()\n",
+        "            pass\n",
     ),
     one(
-        "preflight: a host with one slow neighbour counts as slow",
-        "tests/preflight/test_findings.py::test_only_the_slow_host_is_slow_with_all_its_neighbours",
-        f"{PREFLIGHT}/measure.py",
-        "found[host] = max(measured)",
-        "found[host] = min(measured)",
-    ),
-    one(
-        "preflight: a sum that is wrong is measured like any other",
-        f"{PREFLIGHT_RUN}_sum_that_is_wrong",
-        f"{PREFLIGHT}/measure.py",
-        "if not bool((message == ranks).all()):",
-        "if False:",
-    ),
-    one(
-        "preflight: groups wait for half an hour",
-        f"{PREFLIGHT_RUN}_rank_that_is_stuck_while_measuring",
-        f"{PREFLIGHT}/measure.py",
-        "dist.new_group(ranks, timeout, use_local_synchronization=True)",
-        "dist.new_group(ranks, use_local_synchronization=True)",
-    ),
-    one(
-        "preflight: what one rank alone refuses ends it in silence",
-        f"{PREFLIGHT_RUN}_flags_that_one_rank_refuses",
-        f"{PREFLIGHT}/findings.py",
-        "        if facts.refusal is not None:\n",
-        "        if facts.rank == 0 and facts.refusal is not None:\n",
-    ),
-    one(
-        "preflight: the folder of checkpoints is created",
-        f"{PREFLIGHT_RUN}_nothing_wrong",
-        f"{PREFLIGHT}/facts.py",
-        "    folder = nearest_existing(save)\n",
-        "    Path(save).mkdir(exist_ok=True)\n    folder = nearest_existing(save)\n",
-    ),
-    one(
-        "preflight: writing is not tried",
-        f"{PREFLIGHT_RUN}_disk_that_one_rank_cannot_write_to",
-        f"{PREFLIGHT}/facts.py",
-        '            stream.write(b"\\0" * 4096)\n',
-        "",
-    ),
-    one(
-        "preflight: a checkpoint without the moments",
-        "tests/preflight/test_estimate.py::test_memory_and_checkpoint_are_those_of_a_run[fp32]",
-        f"{PREFLIGHT}/estimate.py",
-        "return weight + main + 4 + 4",
-        "return weight + main",
+        "bad numbers: the dropped sample's blank tokens compete for weight",
+        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
+        f"{RESILIENCE}/dropping.py",
+        '("tokens", "labels", "loss_mask")',
+        '("tokens", "labels")',
     ),
     one(
         "bad numbers: a gradient is not looked at where every loss is finite",
         f"{BAD_NUMBERS}::test_raise_names_the_gradient_and_its_rank",
-        f"{RESILIENCE}/step_guard.py",
+        f"{RESILIENCE}/nonfinite.py",
         "torch.stack([loss, gradient])",
         "torch.stack([loss, loss])",
     ),
     one(
         "bad numbers: the step counts as skipped, but not in a row",
-        f"{BAD_NUMBERS}::test_run_ends_after_too_many_skips_in_a_row",
-        f"{RESILIENCE}/step_guard.py",
+        f"{BAD_NUMBERS}::test_dropping_cannot_help_a_gradient",
+        f"{RESILIENCE}/nonfinite.py",
         "        self._in_a_row += 1\n",
         "        self._in_a_row = 1\n",
     ),

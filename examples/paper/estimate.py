@@ -63,8 +63,7 @@ def row(recipe: Recipe) -> str:
     from megatron_rw.platform import select_device
 
     select_device([])
-    from megatron_rw.preflight.config import planned_arguments
-    from megatron_rw.preflight.estimate import PEAK_TFLOPS, estimate
+    from megatron_rw.preflight.estimate import PEAK_TFLOPS, estimate, planned_arguments
     from megatron_rw.preflight.facts import GIB
 
     needed = estimate(planned_arguments(flags_of(recipe), recipe.gpus))

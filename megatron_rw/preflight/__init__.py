@@ -1,5 +1,6 @@
-"""Looks at every rank before a long job: what differs, what is missing, what is slow, what fits.
+"""Looks at every rank before a long job: what differs, what is missing and whether the job fits.
 
-`command` is the program, `meeting` brings the ranks together, `facts` and `measure` find things out
-on each, `estimate` asks Megatron's formulas, `findings` judges, `table` prints.
+`command` is the program and `rank` the order of its checks. `messages` lets ranks exchange what
+`facts`, `clocks` and `collectives` find out, `report` judges and prints it, and `estimate` asks
+Megatron's formulas.
 """

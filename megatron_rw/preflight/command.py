@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 tools/preflight.py <the flags of the job>
 
 Start it as the job will be started. Every rank runs the job's own checks of flags and data,
-looks at its machine, tries to write to --save, compares clocks and measures all-reduces. Rank 0
-prints one table and verdicts. No model is built and no step is taken. Exit status 0 when the job
-can start, 1 when there are problems, 2 for flags that the job would refuse; 74 when ranks lose
-each other.
+looks at its machine, tries to write to --save, compares clocks and forms a process group with the
+others, in which GPUs run Megatron's GPU sniff test. Rank 0 prints one table and results. No model
+is built and no step is taken. Exit status 0 when the job can start, 1 when there are problems, 2
+for flags that the job would refuse; 74 when ranks lose each other.
 
     python tools/preflight.py --estimate 64 <the flags of the job>
 
@@ -24,62 +24,48 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from argparse import Namespace
-from typing import TYPE_CHECKING
 
-from megatron_rw.errors import UserError, reported
+from megatron_rw.command_line import parse_known
+from megatron_rw.errors import reported
 from megatron_rw.platform import select_device
 from megatron_rw.platform.launch import prepare_process
-
-if TYPE_CHECKING:
-    # It imports Megatron, which has to wait until the device is chosen.
-    from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.preflight.config import PreflightConfig
 
 
 def main() -> None:
     """Run the tool."""
     argv = sys.argv[1:]
-    try:
+    with reported("checking a job before it starts"):
         prepare_process()
+        settings, flags = parse_known(PreflightConfig, argv, __doc__)
         device = select_device(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
-    from megatron_rw.preflight.config import job_arguments, planned_arguments, split_flags
-    from megatron_rw.preflight.rank import look
+        # It imports Megatron, which has to wait until the device is chosen.
+        from megatron_rw.preflight.rank import look
 
-    with reported("reading the arguments"):
-        config, flags = split_flags(argv, __doc__)
-        if config.estimate is not None:
-            sys.exit(_plan(config, planned_arguments(flags, config.estimate)))
-    args: Namespace | None = None
-    refusal: str | None = None
-    try:
-        args = job_arguments(flags, device)
-    except (UserError, OSError) as error:
-        # The ranks meet even so: what one alone refuses should be heard.
-        refusal = str(error)
-    sys.exit(look(config, device, args, refusal))
+        if settings.estimate is None:
+            sys.exit(look(settings, flags, device))
+        sys.exit(_print_estimate(settings, flags, settings.estimate))
 
 
-def _plan(config: PreflightConfig, args: Namespace) -> int:
-    from megatron_rw.preflight.estimate import advice, estimate
+def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> int:
+    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
     from megatron_rw.preflight.facts import GIB
     from megatron_rw.preflight.rank import PROBLEMS, write_json
 
+    args = planned_arguments(flags, gpus)
     needed = estimate(args)
     if needed is None:
         print("Megatron has no formulas for a hybrid model.")
         return 0
-    for line in needed.lines(needed.hours_text(config.peak_tflops, config.assumed_mfu)):
+    for line in needed.lines(settings):
         print(line)
-    if config.json is not None:
-        write_json(config.json, {"estimate": dataclasses.asdict(needed)})
-    if needed.memory_bytes <= config.device_memory_gib * GIB:
+    if settings.json is not None:
+        write_json(settings.json, {"estimate": dataclasses.asdict(needed)})
+    if needed.memory_bytes <= settings.device_memory_gib * GIB:
         return 0
     print(
-        f"problem: more than the {config.device_memory_gib:g} GiB of a GPU (--device-memory-gib). "
-        f"Lower it with {advice(args)}."
+        f"problem: more than the {settings.device_memory_gib:g} GiB of a GPU "
+        f"(--device-memory-gib). Lower it with {advice(args)}."
     )
     return PROBLEMS

@@ -11,8 +11,9 @@ import contextlib
 import copy
 import io
 import math
+import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
@@ -24,7 +25,9 @@ from megatron.training.theoretical_memory_usage import (
 from megatron.training.training import num_floating_point_operations
 from megatron.training.utils import is_hybrid_model
 
+from megatron_rw.preflight.config import PreflightConfig
 from megatron_rw.preflight.facts import amount
+from megatron_rw.training.tool_arguments import parse_job_flags
 
 # Megatron's formula for a parameter whose optimizer state is not distributed.
 _BYTES_PER_PARAMETER = 18
@@ -37,16 +40,14 @@ class Estimate:
     """What a job will need.
 
     Attributes:
-        gpus: processes, one a GPU.
-        parameters: of the whole model, without biases and position embeddings.
-        weights_bytes: weights, gradients and optimizer state on the fullest GPU.
-        activation_bytes: activations there.
-        checkpoint_bytes: of a whole checkpoint, with Adam's state unless --no-save-optim.
-        steps: of the job.
-        tokens: in all steps.
-        operations: floating-point, in all steps.
-        bits: of the products' operands.
-        limits: what the memory formula leaves out, in words.
+        gpus: Processes, one a GPU.
+        parameters: Of the whole model, without biases and position embeddings.
+        weights_bytes: Weights, gradients and optimizer state on the fullest GPU.
+        activation_bytes: Activations there.
+        checkpoint_bytes: A whole checkpoint, with Adam's state unless --no-save-optim.
+        operations: Floating-point operations of all steps.
+        bits: Of the operands of matrix products.
+        limits: What the memory formula leaves out, in words.
     """
 
     gpus: int
@@ -62,31 +63,24 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> float:
-        """On the fullest GPU."""
+        """Weights, gradients, optimizer state and activations on the fullest GPU."""
         return self.weights_bytes + self.activation_bytes
 
     def hours(self, peak_tflops: float | None, mfu: float) -> float:
-        """Of training alone: no start, no evaluation, no checkpoint.
+        """Returns the time of training alone, without start, evaluation and checkpoints.
 
         Args:
-            peak_tflops: of one GPU; None for an H100 at the precision of the run.
-            mfu: model FLOPs utilisation, from 0 to 1. An assumption.
+            peak_tflops: Of one GPU; None for an H100 at the precision of the run.
+            mfu: Model FLOPs utilisation, from 0 to 1. An assumption.
         """
         rate = self.gpus * (peak_tflops or PEAK_TFLOPS[self.bits]) * 1e12 * mfu
         return self.operations / rate / 3600
 
-    def hours_text(self, peak_tflops: float | None, mfu: float) -> str:
-        """The same for people, with what is assumed."""
-        return (
-            f"{self.hours(peak_tflops, mfu):,.1f} h at {mfu:.0%} of "
-            f"{peak_tflops or PEAK_TFLOPS[self.bits]:g} TFLOP/s a GPU, which is assumed"
-        )
-
-    def lines(self, time: str | None) -> Iterator[str]:
-        """For people.
+    def lines(self, assumed: PreflightConfig | None) -> Iterator[str]:
+        """Yields the estimate as text.
 
         Args:
-            time: from `hours_text`, None to leave it out.
+            assumed: Has the peak and the utilisation for the time; None leaves the time out.
         """
         yield ""
         yield f"estimate for {self.gpus} GPUs by Megatron's formulas, nothing of it measured"
@@ -101,17 +95,30 @@ class Estimate:
             f"  work                {self.steps:,} steps, {self.tokens:,} tokens, "
             f"{self.operations:.2e} operations"
         )
-        if time is not None:
-            yield f"  time                {time}"
+        if assumed is not None:
+            peak, mfu = assumed.peak_tflops or PEAK_TFLOPS[self.bits], assumed.assumed_mfu
+            yield (
+                f"  time                {self.hours(peak, mfu):,.1f} h at {mfu:.0%} of {peak:g} "
+                "TFLOP/s a GPU, which is assumed"
+            )
         for limit in self.limits:
             yield f"  note                {limit}"
 
 
-def estimate(args: Namespace) -> Estimate | None:
-    """Ask Megatron's formulas.
+def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
+    """Returns the arguments of a job of that many GPUs, on a machine that need not have any.
 
-    Args:
-        args: validated, with Megatron's globals set.
+    Raises:
+        UserError: What the job would refuse.
+        OSError: A file of the job cannot be read.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
+    # Megatron's default, which ours gives up where Transformer Engine is not installed.
+    return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda").megatron
+
+
+def estimate(args: Namespace) -> Estimate | None:
+    """Asks Megatron's formulas about validated arguments; Megatron's globals have to be set.
 
     Returns:
         None for a hybrid model, which Megatron has no formula for.
@@ -140,9 +147,10 @@ def estimate(args: Namespace) -> Estimate | None:
 
 
 def count_parameters(args: Namespace) -> float:
-    """Of the whole model, as the memory formula counts them.
+    """Counts the parameters of the whole model, as Megatron's memory formula does.
 
-    It reports the number with two digits alone, but gives it away where nothing is distributed.
+    The formula prints their number with two digits only. Where nothing is distributed its result
+    is a fixed number of bytes for each parameter.
     """
     whole = copy.copy(args)
     whole.tensor_model_parallel_size = whole.pipeline_model_parallel_size = 1
@@ -152,7 +160,7 @@ def count_parameters(args: Namespace) -> float:
 
 
 def saved_bytes_per_parameter(args: Namespace) -> int:
-    """In a checkpoint: the weight, and for Adam the fp32 weight and both moments."""
+    """Counts a checkpoint's bytes: the weight, and for Adam the fp32 weight and both moments."""
     weight = _bits(args) // 8
     if args.no_save_optim:
         return weight
@@ -162,7 +170,7 @@ def saved_bytes_per_parameter(args: Namespace) -> int:
 
 
 def limits(args: Namespace) -> list[str]:
-    """What Megatron's memory formula leaves out with these arguments, and to which side it errs."""
+    """Lists what Megatron's memory formula leaves out, and to which side it errs by that."""
     found = ["too low by CUDA's context, NCCL's buffers, fragmentation and the loss's fp32 logits"]
     if _bits(args) == 32:
         found.append(
@@ -188,7 +196,7 @@ def limits(args: Namespace) -> list[str]:
 
 
 def advice(args: Namespace) -> str:
-    """Which flags lower the memory of a GPU, those that are not in use yet, cheapest first."""
+    """Names flags that lower the memory of a GPU and are not in use yet, cheapest first."""
     options = []
     if not args.use_distributed_optimizer and args.data_parallel_size > 1:
         options.append("--use-distributed-optimizer")

@@ -23,7 +23,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def amount(nbytes: float) -> str:
-    """Bytes, for people."""
+    """Returns a number of bytes as text, `1.5 GiB`."""
     return f"{nbytes / GIB:,.1f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:,.1f} MiB"
 
 
@@ -32,45 +32,36 @@ class Facts:
     """One rank's machine.
 
     Attributes:
-        rank: whose.
-        host: its name.
-        refusal: why the job would not start on this rank, None where it would.
-        device: the GPU's name, or the CPU.
-        versions: by name: driver, CUDA, NCCL, Python and packages; "none" where there is none.
-        device_memory: bytes of the GPU, None on the CPU.
-        free_memory: bytes of it that nobody uses.
-        free_disk: bytes free on the disk of --save, None without --save, or where it is no folder.
-        save_problem: why --save cannot be written to, None where it can.
+        rank: Of the process that looked.
+        host: Its name.
+        refusal: Why the job would not start on this rank, None where it would.
+        setup: What has to be the same on all ranks, by name: the device, the driver, CUDA, NCCL,
+            Python and packages; "none" where there is none.
+        device_memory: Bytes of the GPU, None on the CPU.
+        free_memory: Bytes of it that nobody uses.
+        free_disk: Bytes free on the disk of --save, None without --save, or where it is no folder.
+        save_problem: Why --save cannot be written to, None where it can.
     """
 
     rank: int
     host: str
     refusal: str | None
-    device: str
-    versions: dict[str, str]
+    setup: dict[str, str]
     device_memory: int | None
     free_memory: int | None
     free_disk: int | None
     save_problem: str | None
 
 
-def gather(rank: int, device: Device, save: str | None, refusal: str | None) -> Facts:
-    """Look.
-
-    Args:
-        rank: of this process.
-        device: what `platform.select_device` chose; on CUDA the current device is looked at.
-        save: the job's folder of checkpoints.
-        refusal: what the job's own checks say.
-    """
+def look_around(rank: int, device: Device, save: str | None, refusal: str | None) -> Facts:
+    """Returns the facts of this rank; on CUDA about the current device."""
     free, total = torch.cuda.mem_get_info() if device == "cuda" else (None, None)
     free_disk, save_problem = try_to_save(save)
     return Facts(
         rank=rank,
         host=socket.gethostname(),
         refusal=refusal,
-        device=torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        versions=versions(device),
+        setup=_setup(device),
         device_memory=total,
         free_memory=free,
         free_disk=free_disk,
@@ -78,23 +69,22 @@ def gather(rank: int, device: Device, save: str | None, refusal: str | None) -> 
     )
 
 
-def versions(device: Device) -> dict[str, str]:
-    """Of all that has to be the same on all ranks."""
+def _setup(device: Device) -> dict[str, str]:
     on_gpu = device == "cuda"
     return {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "driver": driver_version(_DRIVER),
         "CUDA": str(torch.version.cuda) if on_gpu else NONE,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else NONE,
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "megatron-core": package_version("megatron-core"),
-        "transformer-engine": package_version("transformer-engine"),
-        "apex": package_version("apex"),
+        **{
+            name: _package_version(name) for name in ("megatron-core", "transformer-engine", "apex")
+        },
     }
 
 
-def package_version(name: str) -> str:
-    """Of an installed package."""
+def _package_version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -102,7 +92,7 @@ def package_version(name: str) -> str:
 
 
 def driver_version(path: Path) -> str:
-    """Of NVIDIA's kernel module, which says so in /proc, also to containers."""
+    """Returns the version of NVIDIA's kernel module, which /proc also shows in containers."""
     try:
         found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", path.read_text())
     except OSError:
@@ -111,13 +101,13 @@ def driver_version(path: Path) -> str:
 
 
 def try_to_save(save: str | None) -> tuple[int | None, str | None]:
-    """Write a small file where the job will save, and delete it.
+    """Writes a small file where the job will save, and deletes it.
 
     A folder that is not there yet is not created: the job does that, with rights that it needs in
     the nearest folder above, which is tried instead.
 
     Args:
-        save: folder, None for a job that saves nothing; object storage is not tried.
+        save: Folder, None for a job that saves nothing; object storage is not tried.
 
     Returns:
         Bytes free there, and what the operating system says against writing.

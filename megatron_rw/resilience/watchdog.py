@@ -278,6 +278,12 @@ class Rendezvous:
         self._timer = threading.Timer(60 * minutes, self._end)
         self._timer.daemon = True
 
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
     def begin(self) -> None:
         """Begins to wait."""
         self._timer.start()

@@ -3,10 +3,11 @@ r"""Losses of a checkpoint on every token and every document of Megatron dataset
     torchrun --nproc-per-node 8 tools/score_dataset.py <the model's flags> \
         --load checkpoints/reference --data-path data/train --score-dir scores
 
-The model's flags are those of pretrain_gpt_rw.py, which a job's can be given as they are, or
---use-checkpoint-args; any tensor, pipeline and expert parallelism, the rest is data parallel
-(context parallelism is refused). The folder of --score-dir, which all hosts must share, then holds
-for every dataset NAME.bin/.idx:
+The model's flags are those of pretrain_gpt_rw.py: a job's can be given as they are, or
+--use-checkpoint-args. Flags on steps and checkpoints, such as --save, are ignored. Any tensor,
+pipeline and expert parallelism is possible, the rest is data parallel; context parallelism is
+refused. The folder of --score-dir, which all hosts must share, then holds for every dataset
+NAME.bin/.idx:
 
   NAME.token_losses.npy     float32, value i is the loss of token i of NAME.bin: -ln p of it, in
                             nats, given the tokens before it in its document. NaN for the first
@@ -18,32 +19,22 @@ for every dataset NAME.bin/.idx:
   scores.json               checkpoint, model, datasets with their fingerprints, and figures and
                             a histogram of each domain, which are also printed.
 
-All arrays open with numpy.load(path, mmap_mode="r"). A training sample is made of pieces of
-documents, whose places in the .bin its dataset knows: the losses of the same places, averaged
-over the sample's loss mask, are its reference loss, however samples are packed and shuffled. The
-reference sees one document at a time, and no tokens of the document that is before it in a sample.
+A document longer than --seq-length is scored in several rows; --score-stride gives the first tokens
+of each row more context. A killed run goes on when it is started again with the same flags, on any
+number of data-parallel ranks, and ends in the same bytes. Another tensor-parallel size or
+--micro-batch-size, or other hardware, changes the last bits of the losses. Experts with a capacity
+(--moe-expert-capacity-factor) make a loss depend on the other rows.
 
-Each document begins a row of its own. One longer than --seq-length goes on in further rows, whose
-first tokens have little context: --score-stride gives them more, for more work. Rows are padded,
-to --seq-length halved as often as they fit, and micro-batches hold --micro-batch-size x
---seq-length tokens in every case.
-
-A run that was killed goes on from the last block that is on the disk when it is started again
-with the same flags, on any number of data-parallel ranks: the bytes are the same, as every
-micro-batch has the same rows and shape whatever computes it. Another tensor-parallel size or
---micro-batch-size, or other hardware, changes the last bits of the losses.
-Experts with a capacity (--moe-expert-capacity-factor) make a loss depend on the other rows.
-
---save, --split, --global-batch-size and other flags on steps and checkpoints are ignored.
-It was run on the CPU over gloo; not on GPUs yet. One process writes: 4 bytes a token.
+It was run on the CPU over gloo; not on GPUs yet. pretrain_gpt_rw.py --help lists the model's
+flags; scoring's own are:
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
 
-from megatron_rw.errors import UserError, reported
+from megatron_rw.command_line import parse_known
+from megatron_rw.errors import reported
 from megatron_rw.platform import select_device
 from megatron_rw.platform.launch import prepare_process
 
@@ -51,38 +42,23 @@ from megatron_rw.platform.launch import prepare_process
 def main() -> None:
     """Run the tool."""
     argv = sys.argv[1:]
-    try:
+    with reported("scoring datasets"):
         prepare_process()
         device = select_device(argv)
-    except UserError as error:
-        _refuse(error)
 
-    from megatron_rw.observability.memory import explaining
-    from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.scoring.config import describe, plan_of, scoring_arguments, split_flags
-    from megatron_rw.scoring.folder import ScoreFolder
-    from megatron_rw.scoring.job import run
+        # They import Megatron, which has to wait until the device is chosen.
+        from megatron_rw.observability.memory import explaining
+        from megatron_rw.resilience.watchdog import Progress
+        from megatron_rw.scoring.config import ScoreConfig, job_flags
+        from megatron_rw.scoring.job import run
+        from megatron_rw.scoring.refusals import check_scoring
+        from megatron_rw.training.tool_arguments import parse_job_flags
 
-    job: dict[str, Any] | None = None
-    done: dict[str, int] | None = None
-    progress = Progress()
-    try:
-        with reported("reading the arguments"):
-            config, flags = split_flags(argv, __doc__)
-            settings = scoring_arguments(config, flags, device)
-            args = settings.megatron
-            plan = plan_of(config, args)
-        if args.rank == 0:
-            job = describe(args, plan)
-            done = ScoreFolder(config.score_dir).begin(job)
-        explaining(run, args, progress)(settings, config, plan, job, done, progress)
-    except (UserError, OSError) as error:
-        _refuse(error)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        config, flags = parse_known(ScoreConfig, argv, __doc__)
+        job = parse_job_flags(job_flags(config, flags), device)
+        check_scoring(config, job.megatron)
+        progress = Progress()
+        explaining(run, job.megatron, progress)(job, config, progress)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,19 @@ there the arrays get their names, `scores.json` is written, and `progress.json` 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
-from megatron_rw.scoring.plan import Block
+from megatron_rw.scoring.plan import DocumentBlock
 
 PROGRESS, SCORES = "progress.json", "scores.json"
 # By name in the file name: the type, and whether it has an entry per token or per document.
@@ -29,92 +29,129 @@ ARRAYS = {
     "document_tokens": (np.dtype("<i4"), "documents"),
 }
 
-Job = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
 class ScoreFolder:
     """The folder of `--score-dir`.
 
     Args:
-        path: need not exist.
+        path: Need not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def array(self, dataset: str, kind: str) -> Path:
-        """Where a complete array is, of a key of `ARRAYS`."""
+        """Returns the name of a complete array, of a key of `ARRAYS`."""
         return self.path / f"{dataset}.{kind}.npy"
 
     def partial(self, dataset: str, kind: str) -> Path:
-        """Where it is until then."""
+        """Returns the name of an array until all are complete."""
         return self.path / f"{dataset}.{kind}.npy.partial"
 
-    def begin(self, job: Job) -> dict[str, int] | None:
-        """Prepare the folder for a job, or find how far the same job came. On one rank.
+    def current(self, dataset: str, kind: str) -> Path:
+        """Returns where the array is now, under its name or partial."""
+        partial = self.partial(dataset, kind)
+        return partial if partial.exists() else self.array(dataset, kind)
+
+    def begin(self, record: Record) -> dict[str, int] | None:
+        """Prepares the folder for a run, or finds how far the same run came. On one rank.
 
         Args:
-            job: what decides the scores, as JSON has it; `datasets` gives `tokens` and
-                `documents` of each.
+            record: See `describe`.
 
         Returns:
-            How many blocks of each dataset are there; None when the job is complete.
+            How many blocks of each dataset are there; None when all are, under their names.
 
         Raises:
-            UserError: the folder belongs to another job, or lacks what it should have.
-            OSError: it cannot be written to.
+            UserError: The folder is of another run, or lacks what it should have.
+            OSError: It cannot be made.
         """
         finished = self._read(SCORES)
         if finished is not None:
-            self._compare(job, finished, SCORES)
-            # Killed between the two.
+            self._compare(record, finished, SCORES)
+            # The run may have been killed after it wrote the one and before it deleted the other.
             (self.path / PROGRESS).unlink(missing_ok=True)
             return None
         begun = self._read(PROGRESS)
         if begun is not None:
-            self._compare(job, begun["job"], PROGRESS)
-            for dataset in job["datasets"]:
+            self._compare(record, begun["job"], PROGRESS)
+            for dataset in record["datasets"]:
                 for kind in ARRAYS:
-                    if not (
-                        self.partial(dataset, kind).exists() or self.array(dataset, kind).exists()
-                    ):
+                    path = self.current(dataset, kind)
+                    if not path.exists():
                         raise UserError(
-                            f"{self.partial(dataset, kind)} is missing, which {PROGRESS} tells "
-                            "of; delete the folder to begin anew"
+                            f"{path} is missing, which {PROGRESS} tells of; delete the folder to "
+                            "begin anew"
                         )
             return dict(begun["blocks"])
         self.path.mkdir(parents=True, exist_ok=True)
-        for dataset, counts in job["datasets"].items():
+        for dataset, counts in record["datasets"].items():
             for kind, (dtype, unit) in ARRAYS.items():
-                np.lib.format.open_memmap(
-                    self.partial(dataset, kind), mode="w+", dtype=dtype, shape=(counts[unit],)
-                )
-        blocks = dict.fromkeys(job["datasets"], 0)
-        self.record(job, blocks)
+                path = self.partial(dataset, kind)
+                np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(counts[unit],))
+        blocks = dict.fromkeys(record["datasets"], 0)
+        self.record(record, blocks)
         return blocks
 
-    def record(self, job: Job, blocks: Mapping[str, int]) -> None:
-        """Note how many blocks of each dataset are on the disk."""
-        write_complete(self.path / PROGRESS, _text({"job": job, "blocks": blocks}))
-
-    def finish(self, job: Job, found: Mapping[str, Any]) -> None:
-        """Give the arrays their names, and write `scores.json`.
+    def write(self, dataset: str, block: DocumentBlock, losses: NDArray[np.float32]) -> None:
+        """Writes a block's losses and the means of its documents, onto the disk.
 
         Args:
-            job: as of `begin`.
-            found: what else belongs into it.
+            dataset: Its name.
+            block: Of the dataset.
+            losses: [tokens] of the block, the first of each document of no meaning; changed.
+
+        Raises:
+            UserError: The disk is full, or the folder cannot be written to.
         """
-        for dataset in job["datasets"]:
+        means, tokens = document_means(block, losses)
+        losses[block.starts[block.lengths > 0]] = np.nan
+        with self._naming_the_folder():
+            self._write(dataset, "token_losses", block.start, losses)
+            self._write(dataset, "document_losses", block.first, means)
+            self._write(dataset, "document_tokens", block.first, tokens)
+
+    def _write(self, dataset: str, kind: str, at: int, values: NDArray[Any]) -> None:
+        """Plain writes and not a memory map: a full disk is then an error, not a signal."""
+        path, (dtype, _) = self.partial(dataset, kind), ARRAYS[kind]
+        header = int(np.load(path, mmap_mode="r").offset)
+        with path.open("r+b") as file:
+            file.seek(header + at * dtype.itemsize)
+            file.write(np.ascontiguousarray(values, dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def record(self, record: Record, blocks: Mapping[str, int]) -> None:
+        """Notes how many blocks of each dataset are on the disk."""
+        with self._naming_the_folder():
+            write_complete(self.path / PROGRESS, _text({"job": record, "blocks": blocks}))
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """Says of a failed write where it was, and that nothing is lost."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--score-dir {self.path}: cannot be written to ({error.strerror}); mend that and "
+                "start again with the same flags, what is there is kept",
+                known_to_all=False,
+            ) from error
+
+    def finish(self, record: Record, found: Mapping[str, Any]) -> None:
+        """Gives the arrays their names, and writes `scores.json` with what else was found."""
+        for dataset in record["datasets"]:
             for kind in ARRAYS:
-                if self.partial(dataset, kind).exists():
-                    self.partial(dataset, kind).replace(self.array(dataset, kind))
-        write_complete(self.path / SCORES, _text({**job, **found}))
+                self.current(dataset, kind).replace(self.array(dataset, kind))
+        write_complete(self.path / SCORES, _text({**record, **found}))
         # With what runs have left that died while writing it.
         for path in self.path.glob(f"{PROGRESS}*"):
             path.unlink()
 
-    def summary(self) -> dict[str, Any]:
-        """What `finish` has written."""
+    def scores(self) -> dict[str, Any]:
+        """Returns the `scores.json` that `finish` has written."""
         return dict(self._read(SCORES) or {})
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -131,8 +168,8 @@ class ScoreFolder:
             raise UserError(f"{path}: not an object; delete the folder to begin anew")
         return content
 
-    def _compare(self, job: Job, other: Mapping[str, Any], name: str) -> None:
-        mine, theirs = _flat(job), _flat({key: other.get(key) for key in job})
+    def _compare(self, record: Record, other: Mapping[str, Any], name: str) -> None:
+        mine, theirs = _flat(record), _flat({key: other.get(key) for key in record})
         differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differing:
             listed = "; ".join(
@@ -144,66 +181,13 @@ class ScoreFolder:
             )
 
 
-class BlockWriter:
-    """Writes the blocks of one dataset into its partial arrays; a context manager.
-
-    Plain writes and not a memory map: a full disk is then an error, not a signal.
-
-    Args:
-        folder: prepared by `ScoreFolder.begin`.
-        dataset: its name there.
-    """
-
-    def __init__(self, folder: ScoreFolder, dataset: str) -> None:
-        self._files: dict[str, tuple[BinaryIO, int]] = {}
-        for kind in ARRAYS:
-            path = folder.partial(dataset, kind)
-            header = np.load(path, mmap_mode="r")
-            self._files[kind] = (path.open("r+b"), int(header.offset))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes the files."""
-        for file, _ in self._files.values():
-            file.close()
-
-    def write(self, block: Block, losses: NDArray[np.float32]) -> None:
-        """Write a block's losses and the means of its documents, onto the disk.
-
-        Args:
-            block: of the dataset.
-            losses: [tokens] of the block, the first of each document of no meaning; changed.
-        """
-        means, tokens = document_means(block, losses)
-        losses[block.starts[block.lengths > 0]] = np.nan
-        self._write("token_losses", block.start, losses)
-        self._write("document_losses", block.first, means)
-        self._write("document_tokens", block.first, tokens)
-        for file, _ in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _write(self, kind: str, at: int, values: NDArray[Any]) -> None:
-        file, header = self._files[kind]
-        dtype, _ = ARRAYS[kind]
-        file.seek(header + at * dtype.itemsize)
-        file.write(np.ascontiguousarray(values, dtype).tobytes())
-
-
 def document_means(
-    block: Block, losses: NDArray[np.float32]
+    block: DocumentBlock, losses: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """The mean loss of each document, summed in fp64, and the number of tokens that it is over.
+    """Returns the mean loss of each document, summed in fp64, and over how many tokens it is.
 
     Args:
-        block: its documents.
+        block: Its documents.
         losses: [tokens] of the block; the first of each document does not count.
 
     Returns:

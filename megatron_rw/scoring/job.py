@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -18,13 +17,13 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.utils import print_rank_0
 
 from megatron_rw import patching
-from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
 from megatron_rw.scoring.config import ScoreConfig
-from megatron_rw.scoring.folder import BlockWriter, ScoreFolder
-from megatron_rw.scoring.plan import Plan
+from megatron_rw.scoring.folder import ScoreFolder
+from megatron_rw.scoring.plan import Blocks, Plan, plan_of
+from megatron_rw.scoring.record import describe
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.embeddings import embedding_ranks
 from megatron_rw.training.patches import repairs
@@ -34,50 +33,42 @@ _PROGRESS_SECONDS = 10.0
 _FEW_MICRO_BATCHES = 10
 
 
-def run(
-    settings: Settings,
-    config: ScoreConfig,
-    plan: Plan,
-    job: dict[str, Any] | None,
-    done: dict[str, int] | None,
-    progress: Progress,
-) -> None:
-    """Score what is not scored yet, and finish the folder. Collective over all ranks.
+def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
+    """Scores what is not scored yet, and finishes the folder. Collective over all ranks.
 
     Args:
-        settings: Of the job, validated.
-        config: of scoring.
-        plan: how the datasets are cut.
-        job: on rank 0, see `config.describe`.
-        done: on rank 0, how many blocks of each dataset are there; None when the job is complete.
-        progress: told how far the rank is.
+        job: The flags of the job, checked by `check_scoring`.
+        config: Of scoring.
+        progress: Told how far the rank is.
 
     Raises:
-        UserError: a dataset, or where the scores go, is not as it should be.
+        UserError: A dataset, or where the scores go, is not as it should be.
+        OSError: The folder cannot be written to.
     """
-    args = settings.megatron
+    args = job.megatron
+    # A row has one document, and Megatron's way to mask between documents is not needed.
+    args.dataloader_inter_document_masking = False
+    plan, folder = plan_of(config, args), ScoreFolder(Path(config.score_dir))
+    begun: list[Any] = [None, None]
+    if args.rank == 0:
+        record = describe(args, plan)
+        begun = [record, folder.begin(record)]
     patching.apply(repairs())
-    rendezvous = Rendezvous(args.distributed_timeout_minutes)
-    rendezvous.begin()
-    training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
-    rendezvous.end()
+    with Rendezvous(args.distributed_timeout_minutes):
+        training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
     watch(args, progress)
-    # Rank 0 has looked at the folder before; another host may not see yet what it has made.
-    shared: list[Any] = [job, done]
-    dist.broadcast_object_list(shared, src=0)
-    job, done = shared
-    assert job is not None
-    folder = ScoreFolder(config.score_dir)
+    # Rank 0 alone has looked at the folder: another host may not see yet what it has made.
+    dist.broadcast_object_list(begun, src=0)
+    record, done = begun
     if done is not None:
         _warn_of_small_blocks(args, plan)
-        scorer = Scorer(settings, _load(args), plan, progress)
-        _score(scorer, folder, plan, job, done, progress)
+        _score(Scorer(job, _load(args), plan, progress), folder, record, done, progress)
     if writes():
         if done is not None:
             _say("all blocks are there; counting")
-            domains = summary.summarise(folder, job["datasets"])
-            folder.finish(job, {"bin_width": summary.BIN_WIDTH, "domains": domains})
-        domains = folder.summary()["domains"]
+            domains = summary.summarise(folder, record["datasets"])
+            folder.finish(record, {"bin_width": summary.BIN_WIDTH, "domains": domains})
+        domains = folder.scores()["domains"]
         print("\n".join(summary.table(domains)), flush=True)
         if config.picture is not None:
             summary.draw(domains, config.picture)
@@ -98,7 +89,7 @@ def _warn_of_small_blocks(args: Namespace, plan: Plan) -> None:
 
 
 def _load(args: Namespace) -> list[Any]:
-    """The model's chunks on this rank, with the checkpoint's weights and without an optimizer."""
+    """Builds the model's chunks of this rank, without an optimizer, and loads the checkpoint."""
     patching.apply(safe_pickle.patches())
     safe_pickle.load_weights_only()
     model, _, _ = training.setup_model_and_optimizer(
@@ -113,67 +104,33 @@ def _load(args: Namespace) -> list[Any]:
 def _score(
     scorer: Scorer,
     folder: ScoreFolder,
-    plan: Plan,
-    job: dict[str, Any],
+    record: dict[str, Any],
     done: dict[str, int],
     progress: Progress,
 ) -> None:
-    """Score and write the blocks that are missing."""
-    datasets = {name: plan.blocks(facts["path"]) for name, facts in job["datasets"].items()}
-    report = _Report(sum(map(len, datasets.values())), sum(done.values()))
+    """Scores and writes the blocks that are missing, and counts them in `done` by dataset."""
+    block_tokens = record["rows"]["block_tokens"]
+    datasets = {
+        name: Blocks(facts["path"], block_tokens) for name, facts in record["datasets"].items()
+    }
+    total, tokens = sum(map(len, datasets.values())), 0
+    started = said = time.monotonic()
     for name, blocks in datasets.items():
-        with contextlib.ExitStack() as stack:
-            writer: BlockWriter | None = None
-            for number in range(done[name], len(blocks)):
-                block = blocks[number]
-                progress.begin(report.blocks, f"block {number} of {name}")
-                losses = scorer.score(job["datasets"][name]["path"], block)
-                if losses is not None:
-                    writer = writer or stack.enter_context(BlockWriter(folder, name))
-                    with _naming(folder):
-                        writer.write(block, losses)
-                        done[name] = number + 1
-                        folder.record(job, done)
-                report.add(block.tokens, speaks=losses is not None)
-
-
-@contextlib.contextmanager
-def _naming(folder: ScoreFolder) -> Iterator[None]:
-    """Say of a failed write where it was, and that nothing is lost."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--score-dir {folder.path}: cannot be written to ({error.strerror}); mend that and "
-            "start again with the same flags, what is there is kept"
-        ) from error
-
-
-class _Report:
-    """Says every few seconds how far the run is.
-
-    Args:
-        total: blocks of the job.
-        done: how many of them are there already.
-
-    Attributes:
-        blocks: that are there now.
-    """
-
-    def __init__(self, total: int, done: int) -> None:
-        self._total, self.blocks = total, done
-        self._tokens = 0
-        self._started = self._said = time.monotonic()
-
-    def add(self, tokens: int, speaks: bool) -> None:
-        """A block is there; `speaks` where the rank has the word."""
-        self.blocks += 1
-        self._tokens += tokens
-        now = time.monotonic()
-        if speaks and now - self._said >= _PROGRESS_SECONDS:
-            self._said = now
-            rate = self._tokens / (now - self._started)
-            _say(f"{self.blocks:,} of {self._total:,} blocks, {rate:,.0f} tokens/s")
+        for number in range(done[name], len(blocks)):
+            block = blocks[number]
+            progress.begin(sum(done.values()), f"block {number} of {name}")
+            losses = scorer.score(blocks, block)
+            done[name] = number + 1
+            tokens += block.tokens
+            if losses is None:
+                continue
+            folder.write(name, block, losses)
+            folder.record(record, done)
+            now = time.monotonic()
+            if now - said >= _PROGRESS_SECONDS:
+                said = now
+                rate = tokens / (now - started)
+                _say(f"{sum(done.values()):,} of {total:,} blocks, {rate:,.0f} tokens/s")
 
 
 def _say(message: str) -> None:

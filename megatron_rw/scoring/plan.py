@@ -11,38 +11,43 @@ with all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from argparse import Namespace
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.pair import Index, bin_path
 from megatron_rw.errors import UserError
+from megatron_rw.scoring.config import ScoreConfig
 
 # Shorter rows than this are not worth a shape of their own.
 SHORTEST_ROW = 64
 
 
 @dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Consecutive documents that are scored, written and recorded together.
 
     Attributes:
-        first: index of its first document.
+        first: Index of its first document.
         lengths: int64 [documents], tokens of each.
-        start: place of its first token among those of the `.bin`.
-        tokens: how many it has.
+        start: Index of its first token in the `.bin`.
     """
 
     first: int
     lengths: NDArray[np.int64]
     start: int
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the block has."""
+        return int(self.lengths.sum())
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """int64 [documents], the first token of each, counted from the block's."""
+        """int64 [documents], the index of each document's first token in the block."""
         return np.cumsum(self.lengths) - self.lengths
 
 
@@ -51,59 +56,49 @@ class MicroBatch:
     """Rows of one shape.
 
     Attributes:
-        length: tokens of a row, padding included.
-        rows: int64 [rows, 3]: where the row's first token is, counted from the block's; how many
-            of its predictions do not count, because the row before has made them with more
-            context; how many it makes. A row that makes none is padding.
+        length: Tokens of a row, padding included.
+        rows: int64 [rows, 3]: the index of the row's first token in the block; how many of its
+            predictions do not count, because the row before makes them with more context; how many
+            it makes, those included. A row that makes none is padding.
     """
 
     length: int
     rows: NDArray[np.int64]
 
     def empty(self) -> MicroBatch:
-        """One of the same shape, all padding."""
+        """Returns one of the same shape, all padding."""
         return MicroBatch(self.length, np.zeros_like(self.rows))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents are cut into rows, and rows are put together.
+    """How documents are cut into rows, and rows are put together; `scores.json` has its fields.
 
     Attributes:
-        seq_length: the most tokens of a row.
-        stride: from one row of a document to the next; the tokens between it and `seq_length` are
-            read again as context.
-        micro_batch_size: rows of `seq_length` in a micro-batch; of shorter rows as many more.
-        row_lengths: which lengths rows are padded to, descending, `seq_length` first.
-        block_tokens: a block begins with the first document at or after each multiple of it.
+        seq_length: Most tokens of a row.
+        stride: Tokens from one row of a document to the next; those between it and `seq_length`
+            are read again as context.
+        micro_batch_size: Rows of `seq_length` in a micro-batch; of shorter rows as many more as
+            have the same number of tokens.
+        lengths: Lengths that rows are padded to, descending, `seq_length` first.
+        block_tokens: A block begins with the first document at or after each multiple of it.
     """
 
     seq_length: int
     stride: int
     micro_batch_size: int
-    row_lengths: Sequence[int]
+    lengths: list[int]
     block_tokens: int
 
-    def blocks(self, prefix: str) -> Blocks:
-        """The blocks of a dataset.
-
-        Args:
-            prefix: path without `.bin` and `.idx`.
-
-        Raises:
-            UserError: see `Index.open`.
-        """
-        return Blocks(prefix, Index.open(prefix), self.block_tokens)
-
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[MicroBatch]:
-        """The micro-batches of a block, the longest rows first.
+        """Returns the micro-batches of a block, the longest rows first.
 
         Args:
             lengths: [documents] tokens of each.
         """
         rows = _rows(lengths, self.seq_length, self.stride)
         predictions, batches, longer = rows[:, 2], [], np.zeros(len(rows), bool)
-        for length, shorter in zip(self.row_lengths, [*self.row_lengths[1:], 0], strict=True):
+        for length, shorter in zip(self.lengths, [*self.lengths[1:], 0], strict=True):
             fit = rows[~longer & (predictions > shorter)]
             longer |= predictions > shorter
             size = self.micro_batch_size * (self.seq_length // length)
@@ -118,21 +113,21 @@ class Blocks:
     """The blocks of one dataset.
 
     Args:
-        prefix: its path without `.bin` and `.idx`.
-        index: of it.
-        block_tokens: see `Plan`.
+        prefix: Its path without `.bin` and `.idx`.
+        block_tokens: See `Plan`.
 
     Raises:
-        UserError: it has no tokens.
+        UserError: The dataset cannot be read, or has no tokens.
 
     Attributes:
-        tokens: of the whole `.bin`.
-        documents: sequences of the index: what GPTDataset takes for documents.
+        prefix: Its path.
+        tokens: Of the whole `.bin`.
+        documents: Sequences of the index, which are what GPTDataset takes for documents.
     """
 
-    def __init__(self, prefix: str, index: Index, block_tokens: int) -> None:
-        self._prefix, self._index = prefix, index
-        self._itemsize = index.dtype.itemsize
+    def __init__(self, prefix: str, block_tokens: int) -> None:
+        index = Index.open(prefix)
+        self.prefix, self._index, self._itemsize = prefix, index, index.dtype.itemsize
         self.tokens = bin_path(prefix).stat().st_size // self._itemsize
         self.documents = len(index.lengths)
         if self.tokens == 0:
@@ -145,11 +140,11 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def __getitem__(self, number: int) -> Block:
-        """One block.
+    def __getitem__(self, number: int) -> DocumentBlock:
+        """Returns one block.
 
         Raises:
-            UserError: its documents do not lie one after the other in the `.bin`.
+            UserError: Its documents do not lie one after the other in the `.bin`.
         """
         first, last = int(self._bounds[number]), int(self._bounds[number + 1])
         lengths = np.asarray(self._index.lengths[first:last], np.int64)
@@ -157,18 +152,35 @@ class Blocks:
         ends = np.cumsum(lengths)
         if not np.array_equal(offsets - offsets[0], (ends - lengths) * self._itemsize):
             raise UserError(
-                f"{self._prefix}.idx: documents {first} to {last - 1} do not lie one after the "
+                f"{self.prefix}.idx: documents {first} to {last - 1} do not lie one after the "
                 "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
             )
-        return Block(first, lengths, int(offsets[0]) // self._itemsize, int(ends[-1]))
+        return DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize)
+
+    def ids(self, block: DocumentBlock) -> NDArray[Any]:
+        """Returns the token ids of a block, [tokens], from a memory map."""
+        ids = np.memmap(bin_path(self.prefix), dtype=self._index.dtype, mode="r")
+        return ids[block.start : block.start + block.tokens]
+
+
+def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
+    """Returns how datasets are cut, by the flags alone."""
+    # Ranks that exchange tokens of experts have to go through the same shapes in step.
+    one_shape = args.expert_model_parallel_size > 1 or args.tp_comm_overlap
+    lengths = row_lengths(args.seq_length, args.tensor_model_parallel_size)
+    return Plan(
+        seq_length=args.seq_length,
+        stride=config.score_stride or args.seq_length,
+        micro_batch_size=args.eval_micro_batch_size,
+        lengths=lengths[:1] if one_shape else lengths,
+        block_tokens=config.block_tokens,
+    )
 
 
 def row_lengths(seq_length: int, divisor: int) -> list[int]:
-    """The lengths that rows are padded to: `seq_length`, halved as long as it can be.
+    """Returns the lengths that rows are padded to: `seq_length`, halved as long as possible.
 
-    Args:
-        seq_length: the longest.
-        divisor: every length is a multiple of it.
+    All are multiples of `divisor`.
     """
     lengths = [seq_length]
     while lengths[-1] % (2 * divisor) == 0 and lengths[-1] // 2 >= SHORTEST_ROW:
@@ -177,7 +189,7 @@ def row_lengths(seq_length: int, divisor: int) -> list[int]:
 
 
 def _rows(lengths: NDArray[np.int64], seq_length: int, stride: int) -> NDArray[np.int64]:
-    """The rows of a block's documents, in order; see `MicroBatch.rows`."""
+    """Returns the rows of a block's documents, in order; see `MicroBatch.rows`."""
     predictions = np.maximum(lengths - 1, 0)
     # Of a document that fits there is one row, of a document without predictions none.
     counts = np.maximum(0, predictions - seq_length + stride - 1) // stride + (predictions > 0)
@@ -192,9 +204,3 @@ def _rows(lengths: NDArray[np.int64], seq_length: int, stride: int) -> NDArray[n
         ],
         axis=1,
     )
-
-
-def share(micro_batches: Sequence[MicroBatch], rank: int, ranks: int) -> Sequence[MicroBatch]:
-    """What one of the data-parallel ranks computes: a stretch, so that it has few shapes."""
-    each = -(-len(micro_batches) // ranks)
-    return micro_batches[rank * each : (rank + 1) * each]

@@ -15,12 +15,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_rw.data.indexed.pair import Index, bin_path
+from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.groups import device, has_loss
 from megatron_rw.integrations.schedule import run_forward_only
 from megatron_rw.resilience.watchdog import Progress
-from megatron_rw.scoring.plan import Block, MicroBatch, Plan, share
+from megatron_rw.scoring.plan import Blocks, DocumentBlock, MicroBatch, Plan
 from megatron_rw.training.batch import Batch, BatchReader
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.datasets import PLACE_KEY
@@ -33,10 +33,10 @@ class Scorer:
     """Scores the blocks of datasets, on all ranks together.
 
     Args:
-        args: validated.
-        model: its chunks on this rank, with the weights to score with.
-        plan: how blocks are cut into rows.
-        progress: told how far the rank is.
+        settings: The flags of the job.
+        model: Its chunks on this rank, with the weights to score with.
+        plan: How blocks are cut into rows.
+        progress: Told how far the rank is.
     """
 
     def __init__(
@@ -49,39 +49,34 @@ class Scorer:
         for chunk in model:
             chunk.eval()
 
-    def score(self, prefix: str, block: Block) -> NDArray[np.float32] | None:
-        """Score a block. Collective over all ranks.
-
-        Args:
-            prefix: of its dataset.
-            block: of it.
+    def score(self, dataset: Blocks, block: DocumentBlock) -> NDArray[np.float32] | None:
+        """Scores a block of a dataset. Collective over all ranks.
 
         Returns:
             On the rank that writes (`writes`) the loss of each of the block's tokens in nats, 0
             where there is none; None elsewhere.
 
         Raises:
-            UserError: a token id is beyond the model's vocabulary.
+            UserError: A token id is beyond the model's vocabulary.
         """
-        args = self._args
-        tokens = np.memmap(bin_path(prefix), dtype=Index.open(prefix).dtype, mode="r")
-        ids = tokens[block.start : block.start + block.tokens]
-        ranks = mpu.get_data_parallel_world_size()
+        ids = dataset.ids(block)
         batches = self._plan.micro_batches(block.lengths)
-        mine = list(share(batches, mpu.get_data_parallel_rank(), ranks))
-        if args.expert_model_parallel_size > 1:
+        # Each data-parallel rank takes a stretch, so that it has few shapes.
+        each = -(-len(batches) // mpu.get_data_parallel_world_size())
+        first = mpu.get_data_parallel_rank() * each
+        mine = batches[first : first + each]
+        if self._args.expert_model_parallel_size > 1 and batches:
             # Experts are spread over these ranks, which therefore make the same calls.
-            missing = -(-len(batches) // ranks) - len(mine)
-            mine += [batches[0].empty()] * missing if batches else []
+            mine += [batches[0].empty()] * (each - len(mine))
         self._collected.clear()
         for length, group in itertools.groupby(mine, key=lambda batch: batch.length):
-            self._forward(prefix, ids, length, list(group))
+            self._forward(dataset.prefix, ids, length, list(group))
         return self._gather(block.tokens)
 
     def _forward(
         self, prefix: str, ids: NDArray[Any], length: int, batches: list[MicroBatch]
     ) -> None:
-        """One call of the schedule, on micro-batches of one shape."""
+        """Calls the schedule once, on micro-batches of one shape."""
         args = self._args
         chunks = len(self._model)
         if chunks > 1:
@@ -116,7 +111,7 @@ class Scorer:
     def _collect(
         self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
     ) -> LossResult:
-        """In the place of a loss: keep the losses on the device, where nothing waits for them."""
+        """Keeps the losses, on the device where nothing waits for them; takes a loss's place."""
         if batch.places is not None:
             self._collected.append((batch.places, token_losses.float()))
         nothing = torch.zeros((), device=token_losses.device)
@@ -142,7 +137,7 @@ class Scorer:
 
 
 def writes() -> bool:
-    """Whether this rank gets the losses: one of the job does."""
+    """Returns whether this is the one rank of the job that gets the losses and writes them."""
     return (
         has_loss()
         and mpu.get_tensor_model_parallel_rank() == 0
@@ -153,20 +148,20 @@ def writes() -> bool:
 def to_samples(
     prefix: str, ids: NDArray[Any], batch: MicroBatch, vocab_size: int
 ) -> dict[str, Tensor]:
-    """A micro-batch as the data loader would give it.
+    """Returns a micro-batch as the data loader would give it.
 
     Args:
-        prefix: of the dataset, for the message.
+        prefix: Of the dataset, for the message.
         ids: [tokens] of the block.
-        batch: its rows.
-        vocab_size: of the model.
+        batch: Its rows.
+        vocab_size: Of the model.
 
     Returns:
         `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
         the rows themselves, [rows, 3] int64, in the place of the samples' places.
 
     Raises:
-        UserError: a token id is beyond the vocabulary.
+        UserError: A token id is beyond the vocabulary.
     """
     shape = (len(batch.rows), batch.length)
     tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -179,7 +174,8 @@ def to_samples(
     if largest >= vocab_size:
         raise UserError(
             f"{bin_path(prefix)}: holds token id {largest}, but the model's vocabulary has "
-            f"{vocab_size} entries; the data was made with another tokenizer"
+            f"{vocab_size} entries; the data was made with another tokenizer",
+            known_to_all=False,
         )
     positions = np.broadcast_to(np.arange(batch.length), shape).copy()
     return {

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_rw.platform.files import complete_file
 from megatron_rw.scoring.folder import ScoreFolder
 
-# Nats per token; the last bin has all that is above.
+# Bins of the histograms, in nats per token; the last bin has all that is above.
 BIN_WIDTH, BINS = 0.1, 200
 # Bins of the picture to a line of the table.
 _COARSE = 5
@@ -21,11 +20,11 @@ _CHUNK = 1 << 22
 
 
 def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of each domain, from the arrays of documents, in bounded memory.
+    """Returns figures of each domain, from the arrays of documents, in bounded memory.
 
     Args:
-        folder: with complete arrays, named or not yet.
-        datasets: of the job; `domain` of each.
+        folder: With complete arrays, named or not yet.
+        datasets: Of the record; `domain` of each.
 
     Returns:
         By domain: `documents`; `tokens` that have a loss; `loss`, their mean (None of none);
@@ -33,17 +32,14 @@ def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) ->
         not; `histogram`, numbers of the other documents by loss in bins of `BIN_WIDTH`.
     """
     found: dict[str, dict[str, Any]] = {}
-    sums: dict[str, float] = {}
     for dataset, facts in datasets.items():
-        domain = facts["domain"]
         entry = found.setdefault(
-            domain,
-            {"documents": 0, "tokens": 0, "loss": None, "without_loss": 0, "not_finite": 0}
-            | {"histogram": [0] * (BINS + 1)},
+            facts["domain"],
+            {"documents": 0, "tokens": 0, "loss": 0.0, "without_loss": 0, "not_finite": 0}
+            | {"histogram": np.zeros(BINS + 1, np.int64)},
         )
-        losses, tokens = (
-            _open(folder, dataset, kind) for kind in ("document_losses", "document_tokens")
-        )
+        losses = np.load(folder.current(dataset, "document_losses"), mmap_mode="r")
+        tokens = np.load(folder.current(dataset, "document_tokens"), mmap_mode="r")
         for at in range(0, len(losses), _CHUNK):
             part = np.asarray(losses[at : at + _CHUNK], np.float64)
             counts = np.asarray(tokens[at : at + _CHUNK], np.int64)
@@ -52,28 +48,18 @@ def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) ->
             bins = np.minimum(part[finite] / BIN_WIDTH, BINS).astype(np.int64)
             entry["documents"] += len(part)
             entry["tokens"] += int(counts[finite].sum())
+            entry["loss"] += float((part[finite] * counts[finite]).sum())
             entry["without_loss"] += int((~scored).sum())
             entry["not_finite"] += int((scored & ~finite).sum())
-            entry["histogram"] = (
-                np.array(entry["histogram"]) + np.bincount(bins, minlength=BINS + 1)
-            ).tolist()
-            sums[domain] = sums.get(domain, 0.0) + float((part[finite] * counts[finite]).sum())
-    for domain, entry in found.items():
-        if entry["tokens"]:
-            entry["loss"] = sums[domain] / entry["tokens"]
+            entry["histogram"] += np.bincount(bins, minlength=BINS + 1)
+    for entry in found.values():
+        entry["loss"] = entry["loss"] / entry["tokens"] if entry["tokens"] else None
+        entry["histogram"] = entry["histogram"].tolist()
     return found
 
 
-def _open(folder: ScoreFolder, dataset: str, kind: str) -> NDArray[Any]:
-    path = folder.array(dataset, kind)
-    array: NDArray[Any] = np.load(
-        path if path.exists() else folder.partial(dataset, kind), mmap_mode="r"
-    )
-    return array
-
-
 def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The figures and the histograms as lines of text."""
+    """Returns the figures and the histograms as lines of text."""
     width = max(len(name) for name in [*domains, "domain"])
     lines = [
         f"{'domain':<{width}}  {'documents':>13}  {'tokens':>17}  {'nats/token':>10}  "
@@ -111,7 +97,7 @@ def _coarse(histogram: list[int]) -> list[int]:
 
 
 def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write the histograms as a picture; needs matplotlib."""
+    """Writes the histograms as a picture; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,45 +1,34 @@
-"""The command line of a tool that takes the flags of a job beside its own."""
+"""The flags of a job, as a tool takes them beside its own."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from megatron.training import global_vars
 
 from megatron_rw import patching
-from megatron_rw.errors import UserError
 from megatron_rw.patching import Patch
 from megatron_rw.platform import Device
 from megatron_rw.training.arguments import parse_args
 from megatron_rw.training.settings import Settings
 
 
-class ToolParser(argparse.ArgumentParser):
-    """Raises `UserError` where argparse would print the usage on every rank."""
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise UserError(message)
-
-
 def parse_job_flags(flags: Sequence[str], device: Device) -> Settings:
-    """Parse, check and validate the flags of a job, without its logs.
+    """Parses, checks and validates the flags of a job, without setting up the job's logs.
 
     Args:
-        flags: its command line.
-        device: what `platform.select_device` chose.
+        flags: The job's command line without the program's name.
+        device: What `platform.select_device` chose.
 
     Raises:
-        UserError: For what the job would refuse.
+        UserError: What the job would refuse.
+        OSError: A file of the job cannot be read.
     """
-    # They are set up while arguments are parsed; a tool is no run to be logged.
+    why = "Megatron sets up the job's logs while it parses, and a tool must not write to them."
     writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
-    why = "Megatron opens them while it parses arguments."
     patching.apply([Patch(global_vars, name, lambda args: None, why) for name in writers])
     sys.argv = [sys.argv[0], *flags]
     said = io.StringIO()
@@ -47,7 +36,7 @@ def parse_job_flags(flags: Sequence[str], device: Device) -> Settings:
         with contextlib.redirect_stdout(said):
             return parse_args(device)
     finally:
-        # But for the list of all arguments.
+        # Megatron's list of all arguments is left out.
         for line in said.getvalue().splitlines():
             if line.startswith(("WARNING", "> ")):
                 print(line, flush=True)

@@ -33,7 +33,7 @@ def plain(args: Any) -> dict[str, Any]:
 
 def planned(recipe: Recipe) -> dict[str, Any]:
     """As on its GPUs, with Transformer Engine."""
-    from megatron_rw.preflight.config import planned_arguments
+    from megatron_rw.preflight.estimate import planned_arguments
 
     return plain(planned_arguments(flags_of(recipe), recipe.gpus))
 

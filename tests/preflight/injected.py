@@ -17,7 +17,7 @@ import torch.distributed as dist
 def main() -> None:
     """Run it."""
     from megatron_rw.errors import UserError
-    from megatron_rw.preflight import command, config, facts, measure
+    from megatron_rw.preflight import clocks, command, facts
 
     rank = os.environ["RANK"]
     faults = {
@@ -29,33 +29,29 @@ def main() -> None:
         return
     host = faults.get("host", "node0")
     socket.gethostname = lambda: host
-    measure.WARM_UP, measure.REPEATS = 1, 3
     if "clock" in faults:
-        vars(measure)["time"] = types.SimpleNamespace(
-            time=lambda: time.time() + faults["clock"], perf_counter=time.perf_counter
-        )
+        vars(clocks)["time"] = types.SimpleNamespace(time=lambda: time.time() + faults["clock"])
     if "torch" in faults:
         torch.__version__ = faults["torch"]
     if "file_size" in faults:
         try_to_save = facts.try_to_save
         facts.try_to_save = lambda save: _limited(faults["file_size"], try_to_save, save)
     if "refusal" in faults:
+        from megatron_rw.preflight import rank as rank_checks
 
         def refuse(*_: object) -> None:
             raise UserError(faults["refusal"])
 
-        config.job_arguments = refuse  # type: ignore[assignment]
+        rank_checks.check_job = refuse  # type: ignore[assignment]
     all_reduce = dist.all_reduce
 
-    def faulty(message: torch.Tensor, group: Any = None) -> None:
+    def faulty(message: torch.Tensor) -> None:
         if "stuck" in faults:
             time.sleep(600)
         if "dead" in faults:
             os._exit(9)
-        if dist.get_world_size(group) == 2:
-            time.sleep(faults.get("slow", 0))
         message *= faults.get("scale", 1)
-        all_reduce(message, group=group)
+        all_reduce(message)
 
     dist.all_reduce = faulty  # type: ignore[assignment]
     command.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -53,60 +54,55 @@ def test_memory_and_checkpoint_are_those_of_a_run(extra: list[str], tmp_path: Pa
     assert needed["checkpoint_bytes"] == pytest.approx(on_disk, rel=0.1)
 
 
-def estimated(gpus: int, flags: list[str]) -> dict[str, Any]:
-    import dataclasses
-
-    from megatron_rw.preflight.config import planned_arguments
-    from megatron_rw.preflight.estimate import advice, estimate
-
-    args = planned_arguments([*MODEL, *TRAINING, *SHAPE, *RUN, *flags], gpus)
-    needed = estimate(args)
-    assert needed is not None
-    return dataclasses.asdict(needed) | {"advice": advice(args)}
-
-
 BIG = ["--global-batch-size", "64", "--bf16"]
 
 
+def estimated(gpus: int, flags: list[str]) -> tuple[Any, str]:
+    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
+
+    args = planned_arguments([*MODEL, *TRAINING, *SHAPE, *RUN, *BIG, *flags], gpus)
+    return estimate(args), advice(args)
+
+
 def test_plan_for_gpus_that_are_not_here() -> None:
-    [one] = run_ranks(1, estimated, 8, BIG)
-    [sharded] = run_ranks(1, estimated, 8, [*BIG, "--use-distributed-optimizer"])
-    assert one["gpus"] == sharded["gpus"] == 8
-    assert one["tokens"] == 2 * 64 * 32
+    cut = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+    (one, advised), (sharded, advised_sharded), (parts, _) = (
+        run_ranks(1, estimated, 8, flags)[0] for flags in ([], ["--use-distributed-optimizer"], cut)
+    )
+    assert one.gpus == sharded.gpus == 8
+    assert one.tokens == 2 * 64 * 32
+    assert one.parameters == parts.parameters > 1e6
     # Of Adam's 12 bytes a parameter each of 8 replicas keeps an eighth: 7.5 bytes for 18.
-    assert sharded["weights_bytes"] == pytest.approx(one["weights_bytes"] * 7.5 / 18)
-    assert one["advice"].startswith("--use-distributed-optimizer, a --micro-batch-size below 2")
-    assert sharded["advice"].startswith("a --micro-batch-size below 2")
+    assert sharded.weights_bytes == pytest.approx(one.weights_bytes * 7.5 / 18)
+    assert advised.startswith("--use-distributed-optimizer, a --micro-batch-size below 2")
+    assert advised_sharded.startswith("a --micro-batch-size below 2")
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("changed", "words"),
     [
-        (["--bf16"], "too low by CUDA's context"),
-        ([], "take 4 in fp32"),
-        (["--bf16", "--transformer-impl", "local"], "local keeps attention's scores"),
-        (
-            "--bf16 --recompute-granularity full --recompute-method uniform "
-            "--recompute-num-layers 1".split(),
-            "full recomputation is not in the formula",
-        ),
-        (
-            "--bf16 --tensor-model-parallel-size 2 --sequence-parallel".split(),
-            "--sequence-parallel is in the formula with --recompute-activations alone",
-        ),
-        ("--bf16 --context-parallel-size 2".split(), "--context-parallel-size is not in"),
+        ({}, "too low by CUDA's context"),
+        ({"bf16": False}, "take 4 in fp32"),
+        ({"transformer_impl": "local"}, "local keeps attention's scores"),
+        ({"recompute_granularity": "full"}, "full recomputation is not in the formula"),
+        ({"sequence_parallel": True}, "in the formula with --recompute-activations alone"),
+        ({"context_parallel_size": 2}, "--context-parallel-size is not in"),
+        ({"num_experts": 4}, "activations of experts are not in"),
+        ({"use_torch_fsdp2": True}, "FSDP is not in the formula"),
     ],
 )
-def test_says_what_the_formula_leaves_out(flags: list[str], words: str) -> None:
-    [found] = run_ranks(1, estimated, 8, ["--global-batch-size", "64", *flags])
-    assert any(words in limit for limit in found["limits"]), found["limits"]
-    assert len(found["limits"]) == (1 if words.startswith("too low") else 2)
+def test_says_what_the_formula_leaves_out(changed: dict[str, Any], words: str) -> None:
+    from megatron_rw.preflight.estimate import limits
 
-
-def test_parameters_do_not_depend_on_the_layout() -> None:
-    cut = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
-    [whole], [parts] = (run_ranks(1, estimated, 8, [*BIG, *extra]) for extra in ([], cut))
-    assert whole["parameters"] == parts["parameters"] > 1e6
+    args = Namespace(
+        bf16=True, fp16=False, transformer_impl="transformer_engine", recompute_granularity=None,
+        sequence_parallel=False, context_parallel_size=1, num_experts=None,
+        use_megatron_fsdp=False, use_torch_fsdp2=False,
+    )  # fmt: skip
+    vars(args).update(changed)
+    found = limits(args)
+    assert words in found[-1]
+    assert len(found) == (2 if changed else 1)
 
 
 def test_command(tmp_path: Path) -> None:

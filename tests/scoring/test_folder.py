@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.folder import ARRAYS, BlockWriter, ScoreFolder, document_means
-from megatron_rw.scoring.plan import Block
+from megatron_rw.scoring.folder import ARRAYS, ScoreFolder, document_means
+from megatron_rw.scoring.plan import DocumentBlock
 from megatron_rw.scoring.summary import draw, summarise, table
 
 
@@ -22,15 +22,14 @@ def job(**changes: Any) -> dict[str, Any]:
     return {"checkpoint": {"iteration": 3}, "datasets": {"a": dataset}} | changes
 
 
-def block() -> Block:
-    return Block(first=0, lengths=np.array([1, 4, 0, 5]), start=0, tokens=10)
+def block() -> DocumentBlock:
+    return DocumentBlock(first=0, lengths=np.array([1, 4, 0, 5]), start=0)
 
 
 def filled(path: Path) -> ScoreFolder:
     folder = ScoreFolder(path)
     folder.begin(job())
-    with BlockWriter(folder, "a") as writer:
-        writer.write(block(), np.linspace(0, 2.25, 10, dtype=np.float32))
+    folder.write("a", block(), np.linspace(0, 2.25, 10, dtype=np.float32))
     folder.record(job(), {"a": 1})
     return folder
 
@@ -39,7 +38,7 @@ def filled(path: Path) -> ScoreFolder:
 def test_means_are_those_of_each_document(lengths: list[int]) -> None:
     losses = np.random.default_rng(0).random(sum(lengths)).astype(np.float32)
     losses[-1:] = np.inf
-    means, tokens = document_means(Block(0, np.array(lengths), 0, sum(lengths)), losses)
+    means, tokens = document_means(DocumentBlock(0, np.array(lengths), 0), losses)
     for part, mean, count in zip(
         np.split(losses, np.cumsum(lengths)[:-1]), means, tokens, strict=True
     ):
@@ -86,7 +85,7 @@ def test_another_job_is_refused(tmp_path: Path) -> None:
 def test_a_missing_array_is_refused(tmp_path: Path) -> None:
     folder = filled(tmp_path)
     folder.partial("a", "document_losses").unlink()
-    with pytest.raises(UserError, match=r"document_losses.npy.partial is missing"):
+    with pytest.raises(UserError, match=r"document_losses.npy is missing"):
         folder.begin(job())
 
 
@@ -108,8 +107,7 @@ def test_domains(tmp_path: Path) -> None:
         values = np.full(9, losses, np.float32)
         if name == "b":
             values[1] = np.nan
-        with BlockWriter(folder, name) as writer:
-            writer.write(Block(0, np.array([3, 1, 5]), 0, 9), values)
+        folder.write(name, DocumentBlock(0, np.array([3, 1, 5]), 0), values)
     domains = json.loads(json.dumps(summarise(folder, datasets)))
     web, code = domains["web"], domains["code"]
     assert (web["documents"], web["tokens"], web["without_loss"]) == (6, 12, 2)

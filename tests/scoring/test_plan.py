@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.indexed.pair import Index, PairWriter, idx_path
+from megatron_rw.data.indexed.pair import PairWriter, idx_path
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.plan import Blocks, Plan, row_lengths, share
+from megatron_rw.scoring.plan import Blocks, Plan, row_lengths
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=20).filter(any)
 
@@ -57,14 +57,14 @@ def test_each_prediction_is_made_once(lengths: list[int], stride: int, size: int
 def test_blocks_are_the_dataset(lengths: list[int], block_tokens: int, tmp_path: Path) -> None:
     prefix = tmp_path / "some"
     write(prefix, lengths)
-    blocks = Blocks(str(prefix), Index.open(prefix), block_tokens)
+    blocks = Blocks(str(prefix), block_tokens)
     assert (blocks.documents, blocks.tokens) == (len(lengths), sum(lengths))
     parts = [blocks[number] for number in range(len(blocks))]
     assert [n for part in parts for n in part.lengths.tolist()] == lengths
     token = document = 0
     for part in parts:
         assert (part.first, part.start) == (document, token)
-        assert part.tokens == part.lengths.sum()
+        assert blocks.ids(part).tolist() == list(range(token, token + part.tokens))
         assert part.tokens < block_tokens + max(lengths)
         token, document = token + part.tokens, document + len(part.lengths)
 
@@ -77,7 +77,7 @@ def test_an_index_with_gaps_is_refused(tmp_path: Path) -> None:
     at = 34 + 3 * 4 + 8
     content[at : at + 8] = (12).to_bytes(8, "little")
     idx_path(prefix).write_bytes(content)
-    blocks = Blocks(str(prefix), Index.open(prefix), 1000)
+    blocks = Blocks(str(prefix), 1000)
     with pytest.raises(UserError, match=r"gaps.idx: documents 0 to 2 do not lie one after"):
         blocks[0]
 
@@ -85,12 +85,4 @@ def test_an_index_with_gaps_is_refused(tmp_path: Path) -> None:
 def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "empty", [0, 0])
     with pytest.raises(UserError, match="holds no tokens"):
-        plan(256).blocks(str(tmp_path / "empty"))
-
-
-@given(count=st.integers(0, 20), ranks=st.integers(1, 7))
-def test_ranks_share_all(count: int, ranks: int) -> None:
-    batches = plan(256, 1).micro_batches(np.full(count, 200))
-    shares = [share(batches, rank, ranks) for rank in range(ranks)]
-    assert [id(b) for part in shares for b in part] == [id(b) for b in batches]
-    assert max(map(len, shares)) <= -(-count // ranks)
+        Blocks(str(tmp_path / "empty"), 1000)

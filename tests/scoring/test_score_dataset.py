@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rw.command_line import parse_known
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.pair import Index, PairWriter
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.config import expanded, split_flags
+from megatron_rw.scoring.config import ScoreConfig, expanded, job_flags
 from megatron_rw.scoring.folder import ARRAYS
 from megatron_rw.scoring.plan import MicroBatch
+from megatron_rw.scoring.refusals import UNSUPPORTED, check_scoring
 from megatron_rw.scoring.scorer import to_samples
 from tests.corpus import EOD, VOCAB_SIZE
 from tests.program import Run, kill_when, read_checkpoint, run_program
@@ -128,17 +132,6 @@ def test_scores_are_those_of_another_model_implementation(
         np.testing.assert_allclose(losses, wanted, atol=1e-5, rtol=0)
 
 
-def test_documents_are_the_means_of_their_tokens(whole: tuple[Path, str], data: Path) -> None:
-    for name in NAMES:
-        losses, means, counts = (np.load(whole[0] / f"{name}.{kind}.npy") for kind in ARRAYS)
-        index = Index.open(data / name)
-        for k, (offset, length) in enumerate(zip(index.offsets // 2, index.lengths, strict=True)):
-            own = losses[offset + 1 : offset + length].astype(np.float64)
-            assert counts[k] == len(own) == max(0, length - 1)
-            wanted = own.mean() if len(own) else np.nan
-            np.testing.assert_allclose(means[k], wanted, rtol=1e-6)
-
-
 def test_what_is_recorded_and_printed(whole: tuple[Path, str], checkpoints: Path) -> None:
     found = json.loads((whole[0] / "scores.json").read_text())
     assert found["checkpoint"] == {"path": str(checkpoints), "iteration": 20}
@@ -197,37 +190,37 @@ def test_killed_and_resumed_on_more_ranks_is_bitwise_the_same(
     marked[132:136] = arrays(whole[0])[f"{NAMES[0]}.token_losses.npy"][132:136]
     assert files | {f"{NAMES[0]}.token_losses.npy": bytes(marked)} == arrays(whole[0])
     assert sorted(p.name for p in out.iterdir()) == sorted([*files, "scores.json"])
+    assert (out / "scores.json").read_bytes() == (whole[0] / "scores.json").read_bytes()
 
 
-def test_two_ranks_are_bitwise_one(whole: tuple[Path, str], score: Score, tmp_path: Path) -> None:
-    score(tmp_path / "scores", processes=2).check()
-    assert arrays(tmp_path / "scores") == arrays(whole[0])
-    scores = [json.loads((o / "scores.json").read_text()) for o in (whole[0], tmp_path / "scores")]
-    assert scores[0] == scores[1]
+def test_the_folder_of_other_scores_is_refused(whole: tuple[Path, str], score: Score) -> None:
+    run = score(whole[0], "--micro-batch-size", "4")
+    assert run.status == [2], run.all_output
+    [line] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
+    assert "rows.micro_batch_size 2 there" in line
 
 
-def test_refusals(whole: tuple[Path, str], score: Score, tmp_path: Path, data: Path) -> None:
-    (tmp_path / "none").mkdir()
-    with PairWriter(tmp_path / "other", np.uint16) as writer:
-        writer.write_tokens(np.array([5, 99], np.uint16))
-        writer.add_documents(np.array([2]))
-        writer.finalize()
-    out = tmp_path / "scores"
-    for flags, wanted in (
-        (["--load", str(tmp_path / "none")], "none holds no checkpoint."),
-        (["--data-path", str(tmp_path / "other")], "other holds token id 99, but the model's"),
-        (["--score-stride", "129"], "--score-stride 129 would leave tokens out"),
-        (["--num-layers", "2"], "is a checkpoint of another model: --num-layers 4 there, 2 here"),
-        (
-            ["--score-dir", str(whole[0]), "--micro-batch-size", "4"],
-            "rows.micro_batch_size 2 there",
-        ),
-    ):
-        run = score(out, *flags)
-        assert run.status == [2], run.all_output
-        [line] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
-        assert wanted in line
-    assert not out.exists()
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"mock_data": True}, "--mock-data has no dataset to score: drop it."),
+        ({"fp16_lm_cross_entropy": True}, "--fp16-lm-cross-entropy rounds the losses to 16 bits"),
+        ({"context_parallel_size": 2}, "--context-parallel-size above 1 cuts rows"),
+        ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards was not tried"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl wants one shape"),
+        ({"seq_length": 99}, "--score-stride 100 would leave tokens out: give at most"),
+    ],
+)
+def test_flags_of_a_job_that_scoring_refuses(changed: dict[str, Any], message: str | None) -> None:
+    supported = dict.fromkeys(UNSUPPORTED) | {"context_parallel_size": 1, "seq_length": 100}
+    supported |= {"gtp_weight_remat_size": 1, "cuda_graph_impl": "none"}
+    config = ScoreConfig(load="c", score_dir="s", score_stride=100)
+    refused = (
+        contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    )
+    with refused:
+        check_scoring(config, Namespace(**(supported | changed)))
 
 
 def test_a_micro_batch_is_what_a_loader_would_give() -> None:
@@ -248,9 +241,12 @@ def test_flags(tmp_path: Path, data: Path) -> None:
     with pytest.raises(UserError, match=r"a folder without a domains.json"):
         expanded([str(tmp_path)])
     of_a_job = "--save there --async-save --split 98,1,1 --global-batch-size 7 --lr 1".split()
-    _, flags = split_flags(["--load", "c", "--score-dir", "s", *of_a_job], "")
+    argv = ["--load", "c", "--score-dir", "s", *of_a_job]
+    flags = job_flags(*parse_known(ScoreConfig, argv, ""))
     assert flags[:4] == ["--lr", "1", "--load", "c"]
     assert not {"--save", "--async-save", "--global-batch-size", "98,1,1"} & set(flags)
     for given, missing in (("--load", "--score-dir"), ("--score-dir", "--load")):
         with pytest.raises(UserError, match=f"{missing} DIR is missing"):
-            split_flags([given, "somewhere"], "")
+            parse_known(ScoreConfig, [given, "somewhere"], "")
+    with pytest.raises(UserError, match="--score-stride must be at least 1, not 0"):
+        parse_known(ScoreConfig, [*argv, "--score-stride", "0"], "")

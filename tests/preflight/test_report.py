@@ -1,0 +1,173 @@
+"""Results are right for what the ranks have found out, and say what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rw.preflight import report
+from megatron_rw.preflight.clocks import Clock, median_clock
+from megatron_rw.preflight.estimate import Estimate
+from megatron_rw.preflight.facts import GIB, Facts, driver_version, try_to_save
+
+SETUP = {"device": "H100", "driver": "580.1", "torch": "2.11.0"}
+NEEDED = Estimate(64, 7e9, 40 * GIB, 20 * GIB, 90 * GIB, 10, 10, 1e18, 16, ())
+
+
+def facts(rank: int, **changes: Any) -> Facts:
+    one = Facts(rank, f"node{rank // 2}", None, SETUP, 79 * GIB, 78 * GIB, 500 * GIB, None)
+    return dataclasses.replace(one, **changes)
+
+
+def test_setups_that_differ_name_the_minority() -> None:
+    ranks = [
+        facts(r, setup=SETUP | {"driver": "570.9"} if r in (2, 3) else SETUP) for r in range(8)
+    ]
+    [found] = report.check_setup(ranks)
+    assert found.level == "problem"
+    assert found.text.startswith("driver differs: 580.1 on 6 ranks, 570.9 on ranks 2-3 (node1).")
+    [found] = report.check_setup([facts(0), facts(1)])
+    assert found == report.CheckResult("ok", "devices and versions are the same on all 2 ranks.")
+
+
+def test_absent_and_refusing_ranks() -> None:
+    ranks = [facts(0), facts(1, refusal="no.")]
+    absent, refusing = report.check_presence([8, 9, 10, 12], ranks, 30)
+    assert absent.text.startswith("ranks 8-10, 12 did not arrive within 30 s")
+    assert refusing == report.CheckResult("problem", "rank 1 (node0): no.")
+    assert list(report.check_presence([], [facts(0)], 30)) == []
+
+
+SPEEDS = ["GEMM: 18", "OUTLIER rank 0 (node0): 27 (+50%)", "OUTLIER rank 1 (node0): 9 (-50%)"]
+
+
+def test_collectives() -> None:
+    ranks = [facts(0), facts(1)]
+    [found] = report.check_collectives(ranks, {0: None, 1: "connection refused"}, [])
+    assert found == report.CheckResult("problem", "rank 1 (node0): connection refused.")
+    [found] = report.check_collectives(ranks, {0: None, 1: None}, SPEEDS)
+    assert found.level == "warning"
+    assert "below the median: OUTLIER rank 1 (node0): 9 (-50%). All" in found.text
+
+
+def test_lines_of_the_sniff_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.training import gpu_sniff_test
+
+    from megatron_rw.preflight.collectives import sniff_test
+
+    def measure(tag: str, pg_collection: Any) -> None:
+        gpu_sniff_test.logger.info("=" * 60)
+        gpu_sniff_test.logger.info("  All-reduce busbw: median=3.00")
+        gpu_sniff_test.logger.warning("    OUTLIER rank 1 (node0): 1.00 (-66.7%)")
+        gpu_sniff_test.logger.warning("  Result: OUTLIERS DETECTED")
+
+    monkeypatch.setattr(gpu_sniff_test, "run_gpu_sniff_test", measure)
+    assert sniff_test() == [
+        "All-reduce busbw: median=3.00",
+        "OUTLIER rank 1 (node0): 1.00 (-66.7%)",
+        "Result: OUTLIERS DETECTED",
+    ]
+    assert not gpu_sniff_test.logger.handlers
+
+
+@pytest.mark.parametrize(
+    ("free", "level"),
+    [(500, "ok"), (180, "ok"), (179, "warning"), (90, "warning"), (89, "problem")],
+)
+def test_room_for_checkpoints(free: int, level: str) -> None:
+    ranks = [facts(0), facts(1, free_disk=free * GIB)]
+    [found] = report.check_saving(ranks, "/s", 90 * GIB, 2)
+    assert found.level == level
+    assert ("there should be room for 2" in found.text) == (level != "ok")
+
+
+def test_job_that_does_not_save() -> None:
+    [found] = report.check_saving([facts(0)], None, None, 2)
+    assert found.level == "warning"
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "level", "words"),
+    [
+        (79, 78, "ok", "about 60.0 GiB by Megatron's formulas, of 79.0 GiB"),
+        (66, 65, "warning", "which is close"),
+        (59, 58, "problem", "on node0. Lower it with LESS."),
+        (79, 59, "problem", "only 59.0 GiB are free on rank 1 (node0): end the processes"),
+    ],
+)
+def test_memory(total: int, free: int, level: str, words: str) -> None:
+    ranks = [facts(0), facts(1, device_memory=total * GIB, free_memory=free * GIB)]
+    found = report.check_memory(ranks, NEEDED, "LESS")
+    assert found.level == level
+    assert words in found.text
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_ranks_can_be_read_back(ranks: set[int]) -> None:
+    runs = report.ranks_text(list(ranks)).split(" ", 1)[1].split(", ")
+    pairs = [run.split("-") for run in runs]
+    assert {r for pair in pairs for r in range(int(pair[0]), int(pair[-1]) + 1)} == ranks
+
+
+@given(
+    st.floats(-1e4, 1e4),
+    st.lists(st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)), min_size=1, max_size=9),
+)
+def test_clock_is_known_to_half_the_longest_round_trip(
+    ahead: float, delays: list[tuple[float, float]]
+) -> None:
+    rounds = [(100.0, 100.0 + out + ahead, 100.0 + out + back) for out, back in delays]
+    clock = median_clock(rounds)
+    assert abs(clock.ahead - ahead) <= max(out + back for out, back in delays) / 2 + 1e-6
+
+
+def test_clock_with_one_disturbed_round() -> None:
+    clock = median_clock([(0, 5.01, 0.02), (1, 6.01, 1.02), (2, 7.9, 3.0)])
+    assert clock.ahead == pytest.approx(5.0)
+    assert clock.round_trip == pytest.approx(0.02)
+
+
+def test_clocks_that_are_off_are_named() -> None:
+    [found] = report.check_clocks({"a": Clock(0.9, 0.1), "b": Clock(-1.5, 0.1)})
+    assert found.level == "warning"
+    assert "rank 0's: b by -1.5 s." in found.text
+
+
+def test_table_prints_what_is_the_same_once_and_few_of_many_hosts() -> None:
+    ranks = [facts(r, setup=SETUP | {"torch": "2.10"} if r == 9 else SETUP) for r in range(100)]
+    lines = list(report.table(ranks, {"node1": Clock(0.5, 0.01)}, ["GEMM 3"]))
+    assert lines[0] == "preflight: 100 ranks, 50 hosts"
+    assert "  driver               580.1" in lines
+    assert "  torch                2.11.0 on ranks 0-8, 10-99; 2.10 on rank 9" in lines
+    [row] = [line for line in lines if "node1 " in line]
+    assert row.split() == "node1 2-3 +500.0 ms ± 5.0 500.0 GiB 78.0 GiB".split()
+    assert sum("node" in line for line in lines) == report.MAX_HOSTS
+    assert lines[-2:] == [
+        f"  and {50 - report.MAX_HOSTS} more hosts: --json FILE has all",
+        "  GEMM 3",
+    ]
+
+
+def test_driver(tmp_path: Path) -> None:
+    file = tmp_path / "version"
+    assert driver_version(file) == "none"
+    file.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\n"
+    )
+    assert driver_version(file) == "580.82.07"
+
+
+def test_trying_to_save(tmp_path: Path) -> None:
+    free, problem = try_to_save(str(tmp_path / "not" / "there"))
+    assert problem is None
+    assert free is not None
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    free, problem = try_to_save(str(tmp_path / "file" / "below"))
+    assert (free, problem) == (None, f"Not a directory: {tmp_path / 'file'}")
+    assert try_to_save("s3://bucket/x") == try_to_save(None) == (None, None)
