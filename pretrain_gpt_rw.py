@@ -25,7 +25,7 @@ def main() -> None:
     from megatron_rw.platform import select_device
     from megatron_rw.platform.launch import prepare_process
 
-    with reported("choosing the device"):
+    with reported("choosing the device", alike=True):
         prepare_process()
         device = select_device(sys.argv[1:])
 
@@ -49,14 +49,14 @@ def main() -> None:
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     patching.apply(early_patches())
     safe_pickle.load_weights_only()
-    with reported("reading the arguments"):
+    with reported("reading the arguments", alike=True):
         settings = parse_args(device)
         args = settings.megatron
         with megatron_refusals():
             megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
 
     progress = Progress()
-    with reported("preparing the run"):
+    with reported("preparing the run", alike=True):
         domains = Domains(args)
         job = Job(settings, domains, progress)
         announce(settings, domains.names)

@@ -19,7 +19,7 @@ class UserError(Exception):
     user sees.
 
     Args:
-        message: that line.
+        message: The line.
         known_to_all: False if other ranks cannot know of the mistake. Then the rank that raises the
             error prints it; otherwise rank 0 prints it for all.
     """
@@ -30,7 +30,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def reported(doing: str | Callable[[], str]) -> Iterator[None]:
+def reported(doing: str | Callable[[], str], *, alike: bool = False) -> Iterator[None]:
     """Ends the process on an error of the body, with the status that its kind has.
 
     A `UserError`, or an error of the operating system, becomes one line on standard error and
@@ -39,15 +39,18 @@ def reported(doing: str | Callable[[], str]) -> Iterator[None]:
     being done.
 
     Args:
-        doing: what the body does, to follow the word "while".
+        doing: What the body does, to follow the word "while".
+        alike: Whether all ranks run into the same mistakes, as those in flags. Rank 0 then prints
+            for all, unless the error is not known to all.
 
     Raises:
-        SystemExit: after the line is printed.
+        SystemExit: After the line is printed.
     """
     try:
         yield
     except (UserError, OSError) as error:
-        if not (getattr(error, "known_to_all", False) and _another_rank_prints()):
+        known_to_all = alike and getattr(error, "known_to_all", False)
+        if not (known_to_all and _another_rank_prints()):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(USER_ERROR_STATUS) from None
     except KeyboardInterrupt:

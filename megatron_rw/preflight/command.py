@@ -35,7 +35,7 @@ from megatron_rw.preflight.config import PreflightConfig
 def main() -> None:
     """Run the tool."""
     argv = sys.argv[1:]
-    with reported("checking a job before it starts"):
+    with reported("checking a job before it starts", alike=True):
         prepare_process()
         settings, flags = parse_known(PreflightConfig, argv, __doc__)
         device = select_device(argv)

@@ -42,7 +42,7 @@ from megatron_rw.platform.launch import prepare_process
 def main() -> None:
     """Run the tool."""
     argv = sys.argv[1:]
-    with reported("scoring datasets"):
+    with reported("scoring datasets", alike=True):
         prepare_process()
         device = select_device(argv)
 
