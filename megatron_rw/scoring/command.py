@@ -37,6 +37,7 @@ from megatron_rw.command_line import parse_known
 from megatron_rw.errors import reported
 from megatron_rw.platform import select_device
 from megatron_rw.platform.launch import prepare_process
+from megatron_rw.scoring.config import ScoreConfig, job_flags
 
 
 def main() -> None:
@@ -44,17 +45,16 @@ def main() -> None:
     argv = sys.argv[1:]
     with reported("scoring datasets", alike=True):
         prepare_process()
+        config, flags = parse_known(ScoreConfig, argv, __doc__)
         device = select_device(argv)
 
         # They import Megatron, which has to wait until the device is chosen.
         from megatron_rw.observability.memory import explaining
         from megatron_rw.resilience.watchdog import Progress
-        from megatron_rw.scoring.config import ScoreConfig, job_flags
         from megatron_rw.scoring.job import run
         from megatron_rw.scoring.refusals import check_scoring
         from megatron_rw.training.tool_arguments import parse_job_flags
 
-        config, flags = parse_known(ScoreConfig, argv, __doc__)
         job = parse_job_flags(job_flags(config, flags), device)
         check_scoring(config, job.megatron)
         progress = Progress()

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.core.datasets.utils import get_blend_from_list
-
 from megatron_rw.command_line import parse_known
 from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile
 from megatron_rw.errors import UserError
@@ -97,6 +95,9 @@ def job_flags(config: ScoreConfig, flags: Sequence[str]) -> list[str]:
 
 def expanded(paths: Sequence[str]) -> list[str]:
     """Returns the dataset prefixes of a `--data-path`, without weights and folders."""
+    # Importing Megatron has to wait until the device is chosen.
+    from megatron.core.datasets.utils import get_blend_from_list
+
     prefixes, _ = get_blend_from_list(list(paths))
     return [p for prefix in prefixes for p in _prefixes_in(prefix)]
 
