@@ -130,14 +130,18 @@ class PreprocessConfig:
         """Returns the domain of a source's documents where no field holds it."""
         return self.domain if self.domain is not None else self.inputs.domain_of(source)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields that are read, the text first."""
+        domain_key = self.inputs.domain_key
+        return tuple(dict.fromkeys([*self.json_keys, *([domain_key] if domain_key else [])]))
+
     def reading(self, chunk_bytes: int) -> Reading:
         """Returns how documents are read, in chunks of that many bytes."""
-        domain_key = self.inputs.domain_key
-        columns = (*self.json_keys, *([domain_key] if domain_key else []))
         return Reading(
             chunk_bytes=chunk_bytes,
             max_line_bytes=self.max_line_bytes,
-            columns=tuple(dict.fromkeys(columns)),
+            columns=self.columns,
             whole_files=self.txt_documents == "file",
         )
 

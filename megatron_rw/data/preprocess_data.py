@@ -128,7 +128,7 @@ def _outputs(config: PreprocessConfig) -> list[Path]:
 def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
     """Refuses at the start what would be refused after all is tokenized, and tells the domains."""
     for source in sources:
-        if source.format == "txt" and len(config.reading(1).columns) > 1:
+        if source.format == "txt" and len(config.columns) > 1:
             raise UserError(
                 f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
                 "of --json-keys, or convert it to .jsonl"
