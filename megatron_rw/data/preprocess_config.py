@@ -123,7 +123,7 @@ class PreprocessConfig:
             return None
         weights = parse_weights(self.blend_weights, "--blend-weights")
         for domain, weight in weights.items():
-            require(weight > 0, f"--blend-weights {domain}=", weight, "a weight above 0")
+            require(weight > 0, "--blend-weights", f"{domain}={weight:g}", "a weight above 0")
         return weights
 
     def domain_of(self, source: Source) -> str:

@@ -60,6 +60,8 @@ example:
 
 An interrupted call continues where it was when it is repeated. docs/data.md has the whole way from
 raw text to a training run."""
+# About how many parts there are at most: few enough for a file system, and each large enough.
+_CHUNKS = 2048
 # As many domains are listed, at most, in the message about shards.
 _LISTED_DOMAINS = 10
 
@@ -94,7 +96,9 @@ def run(config: PreprocessConfig) -> None:
         vocab_size=tokenizer.vocab_size,
     )
     output_dir = config.output_dir.absolute()
-    chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(sources)
+    chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(
+        sum(source.text_bytes for source in sources), _CHUNKS
+    )
     store = Store(folder_of(output_dir), sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {

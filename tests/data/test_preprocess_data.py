@@ -386,7 +386,7 @@ def test_a_bad_flag_stops_with_its_name(
         ("--shard 2/2", "--shard 2/2: shards count from 0, so the last is 1/2"),
         ("--shard 2", "--shard 2: give it like 0/8"),
         ("--blend-weights wiki", "--blend-weights wiki: give DOMAIN=WEIGHT"),
-        ("--blend-weights a=0 b=1", "--blend-weights a= 0.0: give a weight above 0"),
+        ("--blend-weights a=0 b=1", "--blend-weights a=0: give a weight above 0"),
         ("--json-keys a a", "--json-keys a a: give each once"),
         ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
         ("--domain a/b", "--domain: the domain 'a/b' cannot be part of a file name"),

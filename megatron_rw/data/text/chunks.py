@@ -15,13 +15,11 @@ from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source, p
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
-_CHUNKS = 2048
 
 
-def chunk_size(sources: Sequence[Source]) -> int:
-    """Returns the bytes of text in a chunk, so that there are at most a few thousand chunks."""
-    text_bytes = sum(source.text_bytes for source in sources)
-    return min(max(_SMALLEST, text_bytes // _CHUNKS), _LARGEST)
+def chunk_size(text_bytes: int, chunks: int) -> int:
+    """Returns the bytes of text in a chunk where there should be about so many chunks."""
+    return min(max(_SMALLEST, text_bytes // chunks), _LARGEST)
 
 
 def tasks(

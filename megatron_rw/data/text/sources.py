@@ -226,18 +226,17 @@ def _kind(path: str) -> tuple[Format, Compression | None] | None:
     return format_, compression
 
 
-def _known_kind(path: str, flag: str) -> tuple[Format, Compression | None]:
+def _source(path: str, flag: str, size: int, version: str) -> Source:
     kind = _kind(path)
     if kind is None:
         raise UserError(f"{flag} {path}: only {READS} are read; convert it, or rename it")
-    return kind
+    return Source(path, *kind, size, version)
 
 
 def _local(path: str, flag: str) -> Source:
-    format_, compression = _known_kind(path, flag)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # so that an unreadable file is refused at the start
         status = os.fstat(file.fileno())
-    return Source(path, format_, compression, status.st_size, str(status.st_mtime_ns))
+    return _source(path, flag, status.st_size, str(status.st_mtime_ns))
 
 
 def _find_remote(url: str, flag: str) -> list[Source]:
@@ -258,12 +257,10 @@ def _find_remote(url: str, flag: str) -> list[Source]:
 
 
 def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
-    url = system.unstrip_protocol(path)
-    format_, compression = _known_kind(url, flag)
     info = system.info(path)
     marks = (info.get(mark) for mark in ("ETag", "etag", "mtime", "LastModified", "updated"))
     version = next((str(mark) for mark in marks if mark is not None), "")
-    return Source(url, format_, compression, int(info["size"] or 0), version)
+    return _source(system.unstrip_protocol(path), flag, int(info["size"] or 0), version)
 
 
 @contextmanager
