@@ -143,17 +143,16 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
     given = config.weights_given()
     if given is not None:
         check_weights(files, given)
-    numbered = [source for source in sources if source.domain("file") != source.domain("corpus")]
-    if numbered and config.domain is None and config.inputs.domain_by == "corpus":
-        listed = ", ".join(
-            f"{name} ({count:,} file{'s'[: count > 1]})"
-            for name, count in files.most_common(_LISTED_DOMAINS)
-        )
-        more = f" and {len(files) - _LISTED_DOMAINS} more" if len(files) > _LISTED_DOMAINS else ""
+    shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
+    if shards and config.domain is None and config.inputs.domain_by == "corpus":
+        listed = [f"{name} ({count:,})" for name, count in files.most_common(_LISTED_DOMAINS)]
+        if len(files) > len(listed):
+            listed.append(f"{len(files) - len(listed):,} more")
         say(
             _TOOL,
-            f"the numbers of shards, as in {numbered[0].name}, name no domain; the domains are: "
-            f"{listed}{more} (--domain-by file makes each file its own)",
+            f"files such as {shards[0].name} are shards, and their number names no domain. The "
+            f"domains, with their number of files: {', '.join(listed)}. --domain-by file makes "
+            "each file a domain",
         )
 
 

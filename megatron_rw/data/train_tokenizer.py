@@ -18,7 +18,7 @@ from megatron_rw.data.text.domain_sampling import (
     parse_weights,
     plan_reading,
 )
-from megatron_rw.data.text.sources import add_domain_flags, add_source_flags, find_sources
+from megatron_rw.data.text.sources import find_sources
 from megatron_rw.data.text.spread_reading import DocumentReader, how_to_read
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     check_special_tokens,
@@ -55,7 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_source_flags(parser)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH")
     parser.add_argument(
         "--json-key",
         default="text",
@@ -113,7 +113,9 @@ def _add_sample_flags(parser: argparse.ArgumentParser) -> None:
         f"about {READ_PER_KEPT} times as much is read at most, except of a compressed file, "
         "which is read to its end",
     )
-    add_domain_flags(group.add_mutually_exclusive_group())
+    domain = group.add_mutually_exclusive_group()
+    domain.add_argument("--domain-key", metavar="KEY")
+    domain.add_argument("--domain-by", choices=["corpus", "file", "directory"], default="corpus")
     shares = group.add_mutually_exclusive_group()
     shares.add_argument(
         "--sample",

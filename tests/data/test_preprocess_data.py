@@ -152,7 +152,8 @@ def test_the_domain_is_where_it_is_said_to_be(
     inputs = [tmp_path / "in" / "web", tmp_path / "in" / "code"]
     assert run(inputs, tmp_path / "out", flags) == 0
     assert list(domains.DomainsFile.load(tmp_path / "out" / "domains.json").domains) == names
-    told = "in part-01.jsonl, name no domain; the domains are: web (2 files), y (1 file)"
+    told = "part-01.jsonl are shards, and their number names no domain. The domains, with their "
+    told += "number of files: web (2), y (1). --domain-by file makes each file a domain"
     assert (told in capsys.readouterr().err) is (not flags)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import gzip
 import hashlib
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from megatron_rw.data.text.domain_names import DomainBy, domain_of_file
 from megatron_rw.data.text.remote import file_system, open_remote, reporting
@@ -80,17 +79,6 @@ class Source:
         """32 hexadecimal digits that name this version of this file."""
         identity = "\0".join((self.path, str(self.size), self.version))
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-
-
-def add_source_flags(group: argparse._ActionsContainer) -> None:
-    """Adds `--input` to a tool's command line."""
-    group.add_argument("--input", nargs="+", required=True, metavar="PATH")
-
-
-def add_domain_flags(group: argparse._ActionsContainer) -> None:
-    """Adds `--domain-key` and `--domain-by` to a tool's command line."""
-    group.add_argument("--domain-key", metavar="KEY")
-    group.add_argument("--domain-by", choices=list(get_args(DomainBy)), default="corpus")
 
 
 def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
