@@ -146,11 +146,10 @@ class PreprocessConfig:
         )
 
     def part_settings(self) -> dict[str, Any]:
-        """Returns the flags that decide what is in a part of the output, as JSON has them."""
+        """Returns the flags that decide what is in a part of the output, with their values."""
         values = asdict(self)
         tokenizer = values.pop("tokenizer")
         values |= values.pop("inputs")
         flags = {name: value for name, value in values.items() if name not in _NOT_OF_PARTS}
-        flags["json_keys"] = list(self.json_keys)
         named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
         return {**named, "tokenizer": tokenizer}
