@@ -120,8 +120,9 @@ class _PartBuilder:
     def __init__(self, encoder: Encoder, source: Source, path: Path) -> None:
         self._encoder = encoder
         self._config = encoder.config
-        self._source = source
         self._path = path
+        self._key = self._config.inputs.domain_key or ""
+        self._domain = "" if self._key else self._config.domain_of(source)
         self._rejected_file: BinaryIO | None = None
         self._text_key = self._config.json_keys[0] if source.format == "txt" else None
         self._waiting: list[tuple[Raw, str, list[str]]] = []
@@ -136,7 +137,7 @@ class _PartBuilder:
         try:
             record = parse(raw, self._config.max_line_bytes, self._text_key)
             texts = [text_field(record, "--json-keys", key) for key in self._config.json_keys]
-            domain = self._domain(record)
+            domain = self._domain or safe_domain(text_field(record, "--domain-key", self._key))
         except BadRecordError as error:
             self._reject(raw, error)
             return
@@ -173,12 +174,6 @@ class _PartBuilder:
         )
         part.save(self._path)
         return part
-
-    def _domain(self, record: dict[str, Any]) -> str:
-        key = self._config.inputs.domain_key
-        if key is None:
-            return self._config.domain_of(self._source)
-        return safe_domain(text_field(record, "--domain-key", key))
 
     def _reject(self, raw: Raw, error: BadRecordError) -> None:
         self._rejects[error.kind] += 1

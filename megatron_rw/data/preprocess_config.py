@@ -123,30 +123,33 @@ class PreprocessConfig:
             return None
         weights = parse_weights(self.blend_weights, "--blend-weights")
         for domain, weight in weights.items():
-            require(weight > 0, f"--blend-weights {domain}=", weight, "a weight above 0")
+            require(weight > 0, "--blend-weights", f"{domain}={weight:g}", "a weight above 0")
         return weights
 
     def domain_of(self, source: Source) -> str:
         """Returns the domain of a source's documents where no field holds it."""
         return self.domain if self.domain is not None else self.inputs.domain_of(source)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields that are read, the text first."""
+        domain_key = self.inputs.domain_key
+        return tuple(dict.fromkeys([*self.json_keys, *([domain_key] if domain_key else [])]))
+
     def reading(self, chunk_bytes: int) -> Reading:
         """Returns how documents are read, in chunks of that many bytes."""
-        domain_key = self.inputs.domain_key
-        columns = (*self.json_keys, *([domain_key] if domain_key else []))
         return Reading(
             chunk_bytes=chunk_bytes,
             max_line_bytes=self.max_line_bytes,
-            columns=tuple(dict.fromkeys(columns)),
+            columns=self.columns,
             whole_files=self.txt_documents == "file",
         )
 
     def part_settings(self) -> dict[str, Any]:
-        """Returns the flags that decide what is in a part of the output, as JSON has them."""
+        """Returns the flags that decide what is in a part of the output, with their values."""
         values = asdict(self)
         tokenizer = values.pop("tokenizer")
         values |= values.pop("inputs")
         flags = {name: value for name, value in values.items() if name not in _NOT_OF_PARTS}
-        flags["json_keys"] = list(self.json_keys)
         named = {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
         return {**named, "tokenizer": tokenizer}

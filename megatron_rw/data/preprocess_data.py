@@ -60,6 +60,8 @@ example:
 
 An interrupted call continues where it was when it is repeated. docs/data.md has the whole way from
 raw text to a training run."""
+# About how many parts there are at most: few enough for a file system, and each large enough.
+_CHUNKS = 2048
 # As many domains are listed, at most, in the message about shards.
 _LISTED_DOMAINS = 10
 
@@ -94,7 +96,9 @@ def run(config: PreprocessConfig) -> None:
         vocab_size=tokenizer.vocab_size,
     )
     output_dir = config.output_dir.absolute()
-    chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(sources)
+    chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(
+        sum(source.text_bytes for source in sources), _CHUNKS
+    )
     store = Store(folder_of(output_dir), sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {
@@ -128,7 +132,7 @@ def _outputs(config: PreprocessConfig) -> list[Path]:
 def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
     """Refuses at the start what would be refused after all is tokenized, and tells the domains."""
     for source in sources:
-        if source.format == "txt" and len(config.reading(1).columns) > 1:
+        if source.format == "txt" and len(config.columns) > 1:
             raise UserError(
                 f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
                 "of --json-keys, or convert it to .jsonl"
@@ -139,17 +143,16 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
     given = config.weights_given()
     if given is not None:
         check_weights(files, given)
-    numbered = [source for source in sources if source.domain("file") != source.domain("corpus")]
-    if numbered and config.domain is None and config.inputs.domain_by == "corpus":
-        listed = ", ".join(
-            f"{name} ({count:,} file{'s'[: count > 1]})"
-            for name, count in files.most_common(_LISTED_DOMAINS)
-        )
-        more = f" and {len(files) - _LISTED_DOMAINS} more" if len(files) > _LISTED_DOMAINS else ""
+    shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
+    if shards and config.domain is None and config.inputs.domain_by == "corpus":
+        listed = [f"{name} ({count:,})" for name, count in files.most_common(_LISTED_DOMAINS)]
+        if len(files) > len(listed):
+            listed.append(f"{len(files) - len(listed):,} more")
         say(
             _TOOL,
-            f"the numbers of shards, as in {numbered[0].name}, name no domain; the domains are: "
-            f"{listed}{more} (--domain-by file makes each file its own)",
+            f"files such as {shards[0].name} are shards, and their number names no domain. The "
+            f"domains, with their number of files: {', '.join(listed)}. --domain-by file makes "
+            "each file a domain",
         )
 
 

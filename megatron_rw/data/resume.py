@@ -37,11 +37,12 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
     Raises:
         UserError: If another process works there, or what is there was made with other settings.
     """
+    settings = json.loads(json.dumps(settings))  # lists, as in the file, not tuples
     folder = folder_of(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with (output_dir / f"{FOLDER}.lock").open("w") as lock:
         _lock(lock, output_dir)
-        if restart and _held_settings(folder) not in (None, dict(settings)):
+        if restart and _held_settings(folder) not in (None, settings):
             shutil.rmtree(folder)
             folder.mkdir()
         _check_settings(folder, settings)
@@ -118,7 +119,7 @@ def _held_settings(folder: Path) -> dict[str, Any] | None:
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     held = _held_settings(folder)
     if held is None:
-        write_complete(folder / _SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
+        write_complete(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
         return
     different = [
         f"{name} is {json.dumps(settings.get(name))} now and was {json.dumps(held.get(name))}"

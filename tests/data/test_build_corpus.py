@@ -146,22 +146,6 @@ def test_stripping_in_detail(build_corpus: ModuleType) -> None:
     )
 
 
-def test_is_prose(build_corpus: ModuleType) -> None:
-    for paragraph in (
-        "Return the value of the option, or the default if it is not given.",
-        "This isn't (as far as we know) a bug, but it is not nice either.",
-    ):
-        assert build_corpus.is_prose(paragraph)
-    for paragraph in (
-        "Too short to be kept.",
-        ">>> f(1) and this is the result of it in a doctest, as is plain.",
-        "json.loads(s, *, cls=None, object_hook=None, parse_float=None, parse_int=None).",
-        "for i in range(10): if x is not None and y is in z: x = a[i]",
-        "name type size offset alignment padding checksum magic flags version reserved.",
-    ):
-        assert not build_corpus.is_prose(paragraph)
-
-
 def test_extract_prose_takes_docstrings_and_comment_blocks_once(build_corpus: ModuleType) -> None:
     sentence = "This is the {} sentence of the text that we want to keep here."
     source = (

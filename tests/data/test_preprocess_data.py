@@ -21,6 +21,10 @@ from megatron_rw.errors import UserError
 from tests.data.conftest import Preprocess, datasets, files, make_texts, preprocess, write_jsonl
 
 EOD = 2
+RECORDS = [
+    {"text": text, "domain": "abc"[index % 3], "body": text.upper()}
+    for index, text in enumerate(make_texts(60, 2))
+]
 
 
 def settings_of(flags: str) -> PreprocessConfig:
@@ -53,22 +57,10 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[Path]:
     """Two files that between them hold the domains a, b and c."""
-    records = [
-        {"text": text, "domain": "abc"[index % 3], "body": text.upper()}
-        for index, text in enumerate(make_texts(60, 2))
-    ]
     return [
-        write_jsonl(tmp_path / "first.part0.jsonl", records[:35]),
-        write_jsonl(tmp_path / "second.jsonl.gz", records[35:]),
+        write_jsonl(tmp_path / "first.part0.jsonl", RECORDS[:35]),
+        write_jsonl(tmp_path / "second.jsonl.gz", RECORDS[35:]),
     ]
-
-
-def records_of(paths: list[Path]) -> list[dict[str, str]]:
-    lines: list[bytes] = []
-    for path in paths:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            lines += file
-    return [json.loads(line) for line in lines]
 
 
 def test_datasets_hold_what_the_tokenizer_makes(
@@ -84,14 +76,13 @@ def test_datasets_hold_what_the_tokenizer_makes(
     assert sorted(files(out)) == sorted([*names, "blend.txt", "domains.json"])
 
     tokenize = megatron_tokenize(model)
-    records = records_of(corpus)
     manifest = domains.DomainsFile.load(out / "domains.json")
     assert manifest.tokenizer == domains.TokenizerRecord(
         "SentencePieceTokenizer", model, hashlib.sha256(Path(model).read_bytes()).hexdigest(), 400
     )
     assert list(manifest.domains) == ["a", "b", "c"]
     for domain, record in manifest.domains.items():
-        expected = [[*tokenize(r["text"]), EOD] for r in records if r["domain"] == domain]
+        expected = [[*tokenize(r["text"]), EOD] for r in RECORDS if r["domain"] == domain]
         dataset, found = read_back(out / record.prefix)
         assert dataset.index.dtype == np.uint16
         assert found == expected
@@ -101,7 +92,7 @@ def test_datasets_hold_what_the_tokenizer_makes(
 
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[:-1]] == ["domain", "a", "b", "c", "all"]
-    text_bytes = sum(len(r["text"].encode()) for r in records)
+    text_bytes = sum(len(r["text"].encode()) for r in RECORDS)
     tokens = sum(record.tokens for record in manifest.domains.values())
     assert table[4].split() == ["all", "60", f"{tokens:,}", f"{text_bytes / tokens:.2f}", "100.0%"]
     assert table[5].startswith("0.0 MB in ")
@@ -128,9 +119,9 @@ def test_every_key_gets_a_directory(
     assert run(corpus, out, "--json-keys body text") == 0
     tokenize = megatron_tokenize(model)
     for key in ("body", "text"):
-        for path, domain in zip(corpus, ("first", "second"), strict=True):
+        for records, domain in ((RECORDS[:35], "first"), (RECORDS[35:], "second")):
             _, found = read_back(out / key / f"{domain}_text_document")
-            assert found == [tokenize(record[key]) for record in records_of([path])]
+            assert found == [tokenize(record[key]) for record in records]
         assert domains.DomainsFile.load(out / key / "domains.json").domains
     assert sorted(path.name for path in out.iterdir()) == ["body", "text"]
     assert run(corpus, out, "--json-keys body text") == 2
@@ -161,7 +152,8 @@ def test_the_domain_is_where_it_is_said_to_be(
     inputs = [tmp_path / "in" / "web", tmp_path / "in" / "code"]
     assert run(inputs, tmp_path / "out", flags) == 0
     assert list(domains.DomainsFile.load(tmp_path / "out" / "domains.json").domains) == names
-    told = "in part-01.jsonl, name no domain; the domains are: web (2 files), y (1 file)"
+    told = "part-01.jsonl are shards, and their number names no domain. The domains, with their "
+    told += "number of files: web (2), y (1). --domain-by file makes each file a domain"
     assert (told in capsys.readouterr().err) is (not flags)
 
 
@@ -395,7 +387,7 @@ def test_a_bad_flag_stops_with_its_name(
         ("--shard 2/2", "--shard 2/2: shards count from 0, so the last is 1/2"),
         ("--shard 2", "--shard 2: give it like 0/8"),
         ("--blend-weights wiki", "--blend-weights wiki: give DOMAIN=WEIGHT"),
-        ("--blend-weights a=0 b=1", "--blend-weights a= 0.0: give a weight above 0"),
+        ("--blend-weights a=0 b=1", "--blend-weights a=0: give a weight above 0"),
         ("--json-keys a a", "--json-keys a a: give each once"),
         ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
         ("--domain a/b", "--domain: the domain 'a/b' cannot be part of a file name"),

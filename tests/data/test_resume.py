@@ -1,5 +1,6 @@
 """What an interrupted preprocess_data leaves behind, and what the next call makes of it."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed.output import publish
-from megatron_rw.data.resume import FOLDER
+from megatron_rw.data.resume import FOLDER, work_folder
 from megatron_rw.data.text import chunks
 from tests.data.conftest import Preprocess, datasets, files, make_texts, write_jsonl
 
@@ -180,6 +181,13 @@ def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(
     write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
     assert run(inputs, interrupted) == 0
     assert datasets(interrupted) == whole() != made
+
+
+def test_settings_are_compared_as_json_holds_them(tmp_path: Path) -> None:
+    settings = {"tokenizer": {"special_tokens": ("<a>", "<b>")}, "--domain": None}
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt), work_folder(tmp_path, settings, False):
+            interrupt()
 
 
 def test_two_calls_do_not_write_into_one_directory(

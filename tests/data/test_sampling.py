@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.text.domain_sampling import TextSample, divide, draw_sample, plan_reading
@@ -106,20 +106,6 @@ def read_texts(parts: list[Portion], reading: Reading, max_bad_fraction: float =
 
 def reading_of(chunk_bytes: int) -> Reading:
     return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
-
-
-@given(st.lists(st.integers(1, 40), min_size=1), st.integers(1, 100))
-@example([3, 3, 3, 3], len('{"text": "0 ééé"}\n'.encode()))
-def test_chunks_hold_every_line_once(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], chunk: int
-) -> None:
-    texts = [f"{number} " + "é" * length for number, length in enumerate(lengths)]
-    path = tmp_path_factory.mktemp("w") / "c.jsonl"
-    write_jsonl(path, [{"text": text} for text in texts])
-    reading = reading_of(chunk)
-    parts = plan(find_sources([str(path)]), reading, 10**9)
-    assert len(parts) == -(-path.stat().st_size // chunk)
-    assert read_texts(parts, reading) == texts
 
 
 @pytest.mark.parametrize("bad", [0, 40, 99])

@@ -15,13 +15,11 @@ from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source, p
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
-_CHUNKS = 2048
 
 
-def chunk_size(sources: Sequence[Source]) -> int:
-    """Returns the bytes of text in a chunk, so that there are at most a few thousand chunks."""
-    text_bytes = sum(source.text_bytes for source in sources)
-    return min(max(_SMALLEST, text_bytes // _CHUNKS), _LARGEST)
+def chunk_size(text_bytes: int, chunks: int) -> int:
+    """Returns the bytes of text in a chunk where there should be about so many chunks."""
+    return min(max(_SMALLEST, text_bytes // chunks), _LARGEST)
 
 
 def tasks(
@@ -41,24 +39,25 @@ def tasks(
     Raises:
         UserError: If a source is damaged, or Parquet lacks a column.
     """
-    left = [(source, done) for source in sources if (done := finished(source)) is not None]
     share = sum(source.size for source in sources) / (4 * workers)
+
+    def fed(source: Source) -> bool:
+        too_large = workers > 1 and reading.by_lines(source) and source.size > share
+        return too_large or source.path == STANDARD_INPUT
+
+    left = [(source, done) for source in sources if (done := finished(source)) is not None]
+    left.sort(key=lambda item: -item[0].size)
     streams = [item for item in left if reading.only_from_start(item[0])]
-    fed = [
-        item
-        for item in streams
-        if item[0].path == STANDARD_INPUT
-        or (workers > 1 and reading.by_lines(item[0]) and item[0].size > share)
-    ]
-    for source, done in sorted(streams, key=lambda item: -item[0].size):
-        if (source, done) not in fed:
+    for source, done in streams:
+        if not fed(source):
             yield Task(source, -1, done, stored_bytes=source.size)
-    for source, done in fed:
-        yield from _missing(_fed(source, reading), done)
+    for source, done in streams:
+        if fed(source):
+            yield from _missing(_fed(source, reading), done)
     for source, done in left:
         if source.format == "parquet":
             yield from _missing(_rows(source, reading), done)
-        elif (source, done) not in streams:
+        elif not reading.only_from_start(source):
             yield from _missing(_ranges(source, reading), done)
 
 

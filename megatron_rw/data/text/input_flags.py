@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import arg
 
-from megatron_rw.command_line import require
 from megatron_rw.data.text.domain_names import DomainBy, check_domain
 from megatron_rw.data.text.sources import Source
+from megatron_rw.errors import UserError
 
 # At most one of the flags that name domains may be given.
 ONE_DOMAIN_FLAG = tyro.conf.create_mutex_group(required=False)
@@ -35,7 +35,8 @@ class InputFlags:
     "directory" takes the name of the directory."""
 
     def __post_init__(self) -> None:
-        require(bool(self.input), "--input", "", "at least one file")
+        if not self.input:
+            raise UserError("--input: give at least one file")
 
     def domain_of(self, source: Source) -> str:
         """Returns the domain of a source's documents where no field holds it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import glob
 import gzip
 import hashlib
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from megatron_rw.data.text.domain_names import DomainBy, domain_of_file
 from megatron_rw.data.text.remote import file_system, open_remote, reporting
@@ -80,17 +79,6 @@ class Source:
         """32 hexadecimal digits that name this version of this file."""
         identity = "\0".join((self.path, str(self.size), self.version))
         return hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-
-
-def add_source_flags(group: argparse._ActionsContainer) -> None:
-    """Adds `--input` to a tool's command line."""
-    group.add_argument("--input", nargs="+", required=True, metavar="PATH")
-
-
-def add_domain_flags(group: argparse._ActionsContainer) -> None:
-    """Adds `--domain-key` and `--domain-by` to a tool's command line."""
-    group.add_argument("--domain-key", metavar="KEY")
-    group.add_argument("--domain-by", choices=list(get_args(DomainBy)), default="corpus")
 
 
 def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
@@ -226,18 +214,17 @@ def _kind(path: str) -> tuple[Format, Compression | None] | None:
     return format_, compression
 
 
-def _known_kind(path: str, flag: str) -> tuple[Format, Compression | None]:
+def _source(path: str, flag: str, size: int, version: str) -> Source:
     kind = _kind(path)
     if kind is None:
         raise UserError(f"{flag} {path}: only {READS} are read; convert it, or rename it")
-    return kind
+    return Source(path, *kind, size, version)
 
 
 def _local(path: str, flag: str) -> Source:
-    format_, compression = _known_kind(path, flag)
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # so that an unreadable file is refused at the start
         status = os.fstat(file.fileno())
-    return Source(path, format_, compression, status.st_size, str(status.st_mtime_ns))
+    return _source(path, flag, status.st_size, str(status.st_mtime_ns))
 
 
 def _find_remote(url: str, flag: str) -> list[Source]:
@@ -258,12 +245,10 @@ def _find_remote(url: str, flag: str) -> list[Source]:
 
 
 def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
-    url = system.unstrip_protocol(path)
-    format_, compression = _known_kind(url, flag)
     info = system.info(path)
     marks = (info.get(mark) for mark in ("ETag", "etag", "mtime", "LastModified", "updated"))
     version = next((str(mark) for mark in marks if mark is not None), "")
-    return Source(url, format_, compression, int(info["size"] or 0), version)
+    return _source(system.unstrip_protocol(path), flag, int(info["size"] or 0), version)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rw.data.text.chunks import tasks
+from megatron_rw.data.text.chunks import chunk_size, tasks
 from megatron_rw.data.text.readers import Reading, Task, read
 from megatron_rw.data.text.records import (
     MAX_LINE_BYTES,
@@ -22,7 +22,6 @@ from megatron_rw.data.text.records import (
 from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source
 from megatron_rw.errors import UserError
 
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 16 << 20
 # Enough chunks for a sample to be spread, each large enough for seeking to cost nothing.
 _CHUNKS = 256
 _COUNT_BYTES = 1 << 20
@@ -43,7 +42,7 @@ class Portion:
 def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
     """Returns how documents are read where `plan` chooses `max_bytes` of them."""
     return Reading(
-        chunk_bytes=min(max(_SMALLEST_CHUNK, max_bytes // _CHUNKS), _LARGEST_CHUNK),
+        chunk_bytes=chunk_size(max_bytes, _CHUNKS),
         max_line_bytes=MAX_LINE_BYTES,
         columns=tuple(dict.fromkeys(columns)),
         whole_files=True,
@@ -53,8 +52,8 @@ def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
 def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Portion]:
     """Chooses what to read of some sources.
 
-    All of them together are about `max_bytes` of uncompressed text, and at least one compressed
-    file. Portions are in the order of the sources.
+    The portions are in the order of the sources, and together about `max_bytes` of uncompressed
+    text. Where there are compressed files, at least one of them is read.
 
     Raises:
         UserError: If a Parquet file is damaged or lacks a column.
