@@ -9,10 +9,6 @@ from typing import Any
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
-from megatron_rw.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_rw.data.tokenizers.tiktoken_tokenizer import TikTokenizer
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
 
@@ -70,12 +66,6 @@ def huggingface_flags(directory: str) -> TokenizerFlags:
     return TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
 
 
-def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
-    """The tokenizer of a model with a chosen segment size."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    return SentencePieceTokenizer(processor, segment_characters)
-
-
 def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tokenizer:
     """A byte-level BPE; without a pattern it cuts words as GPT-2."""
     tokenizer = Tokenizer(models.BPE())
@@ -97,13 +87,6 @@ def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tok
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
         )
     return tokenizer
-
-
-def huggingface_of(
-    tokenizer: Tokenizer, segment_characters: int, include_special_tokens: bool = True
-) -> HuggingFaceTokenizer:
-    """A tokenizer with a chosen segment size."""
-    return HuggingFaceTokenizer(tokenizer, 1, include_special_tokens, segment_characters)
 
 
 def save_huggingface(tokenizer: Tokenizer, directory: Path, **settings: Any) -> str:
@@ -137,11 +120,6 @@ def save_tiktoken(path: Path) -> TokenizerFlags:
         vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
         tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
     )
-
-
-def tiktoken_of(flags: TokenizerFlags, segment_characters: int) -> TikTokenizer:
-    """The tokenizer of a vocabulary with a chosen segment size."""
-    return TikTokenizer(build_core_tokenizer(flags), segment_characters)
 
 
 def _byte_characters() -> list[str]:

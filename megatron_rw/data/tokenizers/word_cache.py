@@ -50,7 +50,7 @@ class CachedWordEncoder:
         encode_word: Callable[[str], Sequence[int]],
         segments: CutTextEncoder,
     ) -> None:
-        self.segments = segments
+        self.segments, self.dtype = segments, segments.dtype
         self._words = words
         self._cache = _WordCache(encode_word, np.dtype(segments.dtype).char)
         self._batches_in_segments = 0
@@ -83,6 +83,17 @@ class CachedWordEncoder:
         blocks = cut_text(text, self.segments.next_cut, _BLOCK_CHARACTERS)
         ids = [b"".join(map(ids_of, words_of(block))) for block in blocks]
         return np.frombuffer(b"".join(ids), self.segments.dtype)
+
+
+def encoder_in_words(
+    segments: CutTextEncoder,
+    words: re.Pattern[str] | None,
+    encode_word: Callable[[str], Sequence[int]],
+) -> CutTextEncoder | CachedWordEncoder:
+    """Returns an encoder in words where texts may be cut and words are known, else in segments."""
+    if segments.next_cut is None or words is None:
+        return segments
+    return CachedWordEncoder(words, encode_word, segments)
 
 
 class _WordCache(dict[str, bytes]):
