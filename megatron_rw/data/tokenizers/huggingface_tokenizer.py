@@ -189,9 +189,6 @@ def known_word_pattern(definition: dict[str, Any]) -> str | None:
     They may be cut if the tokenizer is a byte-level BPE, which encodes each word by itself, over a
     known pattern of words, if no added token reaches over white space, and if the normalization is
     at most NFC, which joins nothing to white space.
-
-    Args:
-        definition: The content of its tokenizer.json.
     """
     normalizer, words, model = (definition[key] for key in ("normalizer", "pre_tokenizer", "model"))
     if normalizer is not None and normalizer["type"] != "NFC":

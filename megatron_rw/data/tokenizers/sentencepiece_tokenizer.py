@@ -89,9 +89,6 @@ def safe_cuts_of(model: bytes) -> SafeCuts | None:
       before can change how a tie is rounded.
     - A normalization rule may join characters across the cut, and a model that removes spaces
       does so at the ends of each segment.
-
-    Args:
-        model: The bytes of a SentencePiece model.
     """
     from sentencepiece import sentencepiece_model_pb2
 

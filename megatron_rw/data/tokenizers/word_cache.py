@@ -149,11 +149,7 @@ def byte_level_words(pattern: str | None, added: Iterable[str]) -> re.Pattern[st
     The classes hold ASCII characters only, so that the version of Unicode does not matter. The
     apostrophe is in none of them, as `'s` is a word. In the patterns that came after GPT-2's, a
     mark before a letter may belong to its word, and line ends belong to what is before them unless
-    a slash follows.
-
-    Args:
-        pattern: The regular expression of the tokenizer's words.
-        added: The added tokens, which the tokenizer looks for before it looks for words.
+    a slash follows. The tokenizer looks for its added tokens before it looks for words.
 
     Returns:
         The expression; None if `pattern` is not known, or an added token has white space in it.
@@ -186,13 +182,8 @@ def _that_keep_whole(
 ) -> re.Pattern[str] | None:
     """Takes characters out of their classes until no word ends inside a token.
 
-    Args:
-        tokens: The tokens.
-        words: Returns the expression with some characters, written as in a character class, in no
-            class.
-
-    Returns:
-        The expression; None if a token has white space inside.
+    `words` returns the expression with some characters, written as in a character class, in no
+    class. The result is None if a token has white space inside.
     """
     stuck: set[str] = set()
     while True:
