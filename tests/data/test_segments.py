@@ -167,49 +167,45 @@ def test_a_text_without_a_cut_stays_whole(pattern: str | None) -> None:
     assert cut_text("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
 
 
-def added_token(**properties: object) -> dict[str, object]:
-    usual = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": 3, "single_word": False, "special": True} | usual | properties
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+PLAIN_TOKEN = {"content": "<x>", "lstrip": False, "rstrip": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
 
 
-def sequence(*steps: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
+def steps(*first: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
     last = BYTE_LEVEL | {"use_regex": use_regex}
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]}}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*first, last]}}
 
 
 @pytest.mark.parametrize(
     ("change", "safe"),
     [
         ({}, True),
-        (sequence(SPLIT), True),
-        (sequence({"type": "Digits", "individual_digits": True}, use_regex=True), True),
+        (steps(SPLIT), True),
+        (steps({"type": "Digits", "individual_digits": True}, use_regex=True), True),
         ({"normalizer": {"type": "NFC"}}, True),
-        (sequence(), False),
-        (sequence(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
-        (sequence(SPLIT | {"pattern": {"String": " "}}), False),
-        (sequence(SPLIT | {"behavior": "MergedWithNext"}), False),
-        (sequence(SPLIT, {"type": "Metaspace"}), False),
-        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, False),
+        (steps(), False),
+        (steps(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
+        (steps(SPLIT | {"pattern": {"String": " "}}), False),
+        (steps(SPLIT | {"behavior": "MergedWithNext"}), False),
+        (steps(SPLIT, {"type": "Metaspace"}), False),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, False),
         ({"pre_tokenizer": {"type": "Metaspace"}}, False),
         ({"pre_tokenizer": None}, False),
         ({"normalizer": {"type": "Lowercase"}}, False),
         ({"model": {"type": "Unigram"}}, False),
         ({"model": {"type": "BPE", "dropout": 0.1}}, False),
-        ({"added_tokens": [added_token(content="a b")]}, False),
-        ({"added_tokens": [added_token(lstrip=True)]}, False),
-        ({"added_tokens": [added_token(rstrip=True)]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"content": "a b"}]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"lstrip": True}]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"rstrip": True}]}, False),
     ],
 )
 def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> None:
     definition = {
         "normalizer": None,
-        "pre_tokenizer": BYTE_LEVEL | {"use_regex": True},
+        "pre_tokenizer": BYTE_LEVEL,
         "model": {"type": "BPE", "dropout": None},
-        "added_tokens": [added_token()],
+        "added_tokens": [PLAIN_TOKEN],
     }
     assert (known_word_pattern(definition | change) is not None) is safe
 

@@ -1,8 +1,7 @@
 import argparse
 import gzip
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,31 +225,22 @@ def test_padding_is_megatrons(vocab_size: int, divisible_by: int, tensor_paralle
     assert ours == vocab_size_with_padding(vocab_size, args)
 
 
-@pytest.mark.parametrize(
-    ("flags", "size", "padding"),
-    [
-        ([], 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
-        (["--tensor-model-parallel-size", 3], 384, "--tensor-model-parallel-size 3: 0 rows"),
+def test_a_vocabulary_takes_the_place_of_padding(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--input", corpus, "--output-prefix", tmp_path / "t", "--vocab-size", 340)
+    for more, size, padding in (
+        ("", 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
+        ("--tensor-model-parallel-size 3", 384, "--tensor-model-parallel-size 3: 0 rows"),
         (
-            ["--make-vocab-size-divisible-by", 40, "--tensor-model-parallel-size", 3],
+            "--make-vocab-size-divisible-by 40 --tensor-model-parallel-size 3",
             360,
             "pads 360 token ids to 360 at --make-vocab-size-divisible-by 40",
         ),
-    ],
-)
-def test_a_vocabulary_takes_the_place_of_padding(
-    tmp_path: Path,
-    corpus: Path,
-    capfd: pytest.CaptureFixture[str],
-    flags: list[object],
-    size: int,
-    padding: str,
-) -> None:
-    prefix = tmp_path / "t"
-    assert train("--input", corpus, "--output-prefix", prefix, "--vocab-size", 340, *flags) == 0
-    assert padding in capfd.readouterr().err
-    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-    assert processor.get_piece_size() == size
+    ):
+        assert train(*flags, *more.split()) == 0
+        assert padding in capfd.readouterr().err
+        assert sentencepiece.SentencePieceProcessor(f"{tmp_path}/t.model").vocab_size() == size
 
 
 @pytest.mark.parametrize(
@@ -303,13 +293,14 @@ def test_any_format_gives_the_same(tmp_path: Path) -> None:
     assert len(models) == 1
 
 
-def test_standard_input_is_json_lines(tmp_path: Path, corpus: Path) -> None:
-    flags = ["--vocab-size", "340", "--domain-weights"]
-    script = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
-    command = [sys.executable, str(script), "--input", "-", "--output-prefix", f"{tmp_path}/a"]
-    lines = gzip.decompress(corpus.read_bytes())
-    subprocess.run([*command, *flags, "stdin=1"], input=lines, check=True)
-    assert train("--input", corpus, "--output-prefix", tmp_path / "b", *flags, "c=1") == 0
+def test_standard_input_is_json_lines(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--vocab-size", "340", "--output-prefix"]
+    lines = io.BytesIO(gzip.decompress(corpus.read_bytes()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines))
+    assert train("--input", "-", *flags, tmp_path / "a", "--domain-weights", "stdin=1") == 0
+    assert train("--input", corpus, *flags, tmp_path / "b", "--domain-weights", "c=1") == 0
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
 
 
