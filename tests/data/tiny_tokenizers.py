@@ -100,11 +100,9 @@ def save_huggingface(tokenizer: Tokenizer, directory: Path, **settings: Any) -> 
 
 def save_tiktoken(path: Path) -> TokenizerFlags:
     """Writes a vocabulary in core's format and returns the flags that load it."""
-    definition = json.loads(train_huggingface().to_str())
-    to_byte = dict(zip(_byte_characters(), range(256), strict=True))
-    merged = ["".join(pair) for pair in definition["model"]["merges"]]
+    words = {f" {word}".encode() for text in make_texts(5, 0) for word in text.split()}
     tokens = [bytes([value]) for value in range(256)]
-    tokens += dict.fromkeys(bytes(to_byte[character] for character in word) for word in merged)
+    tokens += sorted({word[:end] for word in words for end in range(2, len(word) + 1)}, key=len)
     content = [
         {
             "rank": rank,
@@ -120,10 +118,3 @@ def save_tiktoken(path: Path) -> TokenizerFlags:
         vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
         tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
     )
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [value for value in range(256) if value not in visible]
-    return [chr(value if value in visible else 256 + hidden.index(value)) for value in range(256)]
