@@ -81,15 +81,12 @@ class MergeInput:
     """A dataset that becomes a part of a joined one.
 
     Attributes:
-        dataset: The dataset.
         first: Number of its first document among those of all inputs.
-        documents: Number of its documents.
         size: Bytes of its tokens.
     """
 
     dataset: InputDataset
     first: int
-    documents: int
     size: int
 
 
@@ -172,7 +169,7 @@ def _checked(datasets: Iterable[InputDataset]) -> list[MergeInput]:
                 f"{FILE_NAME} beside it tells of {record.documents:,} and {record.tokens:,}; make "
                 "the directory again"
             )
-        inputs.append(MergeInput(dataset, first, documents, tokens * dtype.itemsize))
+        inputs.append(MergeInput(dataset, first, tokens * dtype.itemsize))
         first += documents
     return inputs
 
@@ -180,16 +177,9 @@ def _checked(datasets: Iterable[InputDataset]) -> list[MergeInput]:
 def _merge(
     inputs: Sequence[MergeInput], prefixes: Mapping[str, str], scratch: Path, dedup: bool
 ) -> dict[str, DomainRecord]:
-    """Writes the joined datasets into `scratch`.
+    """Writes the joined datasets into `scratch`; returns domain to what is in its dataset.
 
-    Args:
-        inputs: The datasets, in the order of their documents.
-        prefixes: Domain to the file name of its dataset.
-        scratch: An empty directory.
-        dedup: Whether to leave out copies.
-
-    Returns:
-        Domain to what is in its dataset.
+    `prefixes` maps each domain to the file name of its dataset.
     """
     size = sum(part.size for part in inputs)
     if not dedup:  # the size without copies is not known before

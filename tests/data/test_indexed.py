@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_rw.data.indexed import pair as indexed
 from megatron_rw.data.indexed.pair import Index, PairWriter
 from megatron_rw.errors import UserError
+from tests.data.datasets import write_dataset
 
 # Documents, of which each is some sequences, of which each is some token ids.
 DOCUMENTS = st.lists(
@@ -19,14 +20,6 @@ DOCUMENTS = st.lists(
     min_size=1,
     max_size=12,
 )
-
-
-def write_with_core(prefix: Path, documents: list[list[list[int]]], dtype: type[Any]) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        ids = list(itertools.chain.from_iterable(document))
-        builder.add_document(ids, [len(sequence) for sequence in document])
-    builder.finalize(f"{prefix}.idx")
 
 
 def add(writer: PairWriter, documents: list[list[list[int]]], dtype: type[Any]) -> None:
@@ -50,7 +43,7 @@ def test_types_are_those_of_core() -> None:
 def test_a_pair_has_the_bytes_that_core_writes(
     tmp_path: Path, documents: list[list[list[int]]], dtype: type[Any], cut: int
 ) -> None:
-    write_with_core(tmp_path / "core", documents, dtype)
+    write_dataset(tmp_path / "core", documents, dtype)
     with PairWriter(tmp_path / "ours", dtype) as writer:
         for part in (documents[:cut], documents[cut:]):
             if part:
@@ -64,7 +57,7 @@ def test_a_pair_has_the_bytes_that_core_writes(
 
 @given(documents=DOCUMENTS)
 def test_an_index_reads_as_core_reads_it(tmp_path: Path, documents: list[list[list[int]]]) -> None:
-    write_with_core(tmp_path / "core", documents, np.uint16)
+    write_dataset(tmp_path / "core", documents, np.uint16)
     index, core = Index.open(tmp_path / "core"), IndexedDataset(str(tmp_path / "core"))
     assert index.documents == len(documents)
     assert index.lengths.tolist() == core.sequence_lengths.tolist()

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.tokenizers.huggingface_tokenizer import known_word_pattern
+from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizers.huggingface_tokenizer import (
+    huggingface_tokenizer,
+    known_word_pattern,
+)
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     LATER_WORDS,
@@ -20,6 +25,8 @@ from megatron_rw.data.tokenizers.safe_cuts import (
     cut_text,
     cuts_between_words,
 )
+from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
+from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
@@ -27,10 +34,8 @@ from tests.data.tiny_tokenizers import (
     LLAMA3,
     SENTENCEPIECE,
     UNCUT,
-    huggingface_of,
     save_tiktoken,
-    sentencepiece_of,
-    tiktoken_of,
+    sentencepiece_flags,
     train_huggingface,
     train_sentencepiece,
 )
@@ -62,7 +67,7 @@ class Cut:
 
 def segments_of(tokenizer: Any) -> CutTextEncoder:
     """The encoder that the tokenizer uses where it does not encode in words."""
-    encoder: CutTextEncoder | CachedWordEncoder = tokenizer._encoder
+    encoder: CutTextEncoder | CachedWordEncoder = tokenizer.encoder
     return encoder.segments if isinstance(encoder, CachedWordEncoder) else encoder
 
 
@@ -95,10 +100,10 @@ def cut_sentencepiece(
 ) -> Cut:
     path = tmp_path_factory.mktemp("sentencepiece") / "m.model"
     model = train_sentencepiece(path, **SENTENCEPIECE[request.param])
-    of_size = {size: sentencepiece_of(model, size) for size in range(1, 41)}
+    of_size = {size: load_sentencepiece(sentencepiece_flags(model), size) for size in range(1, 41)}
     assert (segments_of(of_size[1]).next_cut is None) == (request.param in UNCUT)
-    assert isinstance(of_size[1]._encoder, CachedWordEncoder) == (request.param in IN_WORDS)
-    return Cut(of_size, of_size[1]._processor.encode)
+    assert isinstance(of_size[1].encoder, CachedWordEncoder) == (request.param in IN_WORDS)
+    return Cut(of_size, SentencePieceProcessor(model_file=model).encode)
 
 
 @given(TEXTS, SIZES)
@@ -112,15 +117,15 @@ def test_sentencepiece(cut_sentencepiece: Cut, text: str, size: int) -> None:
     whole = cut.whole(text)
     assert tokenizer.encode_batch(["b", text])[1].tolist() == whole
     # Spaces that the model puts before texts are put before they are cut.
-    prefixed = text and tokenizer._prefix + text
+    prefixed = text and tokenizer.prefix + text
     assert segments_of(tokenizer).encode_batch([prefixed, "b"])[0].tolist() == whole
 
 
 @pytest.fixture(scope="module", params=[None, *LATER_WORDS])
 def cut_huggingface(request: pytest.FixtureRequest) -> Cut:
     tokenizer = train_huggingface(pattern=request.param)
-    of_size = {size: huggingface_of(tokenizer, size) for size in range(1, 41)}
-    assert isinstance(of_size[1]._encoder, CachedWordEncoder)
+    of_size = {size: huggingface_tokenizer(tokenizer, 1, True, size) for size in range(1, 41)}
+    assert isinstance(of_size[1].encoder, CachedWordEncoder)
     return Cut(of_size, lambda text: tokenizer.encode(text).ids)
 
 
@@ -134,8 +139,8 @@ def test_huggingface(cut_huggingface: Cut, text: str, size: int) -> None:
 def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_words() -> None:
     tokenizer = train_huggingface()
     tokenizer.add_tokens([AddedToken("tool", single_word=True)])
-    ours = huggingface_of(tokenizer, 5)
-    assert isinstance(ours._encoder, CutTextEncoder)
+    ours = huggingface_tokenizer(tokenizer, 1, True, 5)
+    assert isinstance(ours.encoder, CutTextEncoder)
     for text in ("1tool", "tool", "a tool is", "tool1"):
         assert ours.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
 
@@ -144,9 +149,10 @@ def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_wo
 def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cut:
     flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
     flags = replace(flags, tiktoken_pattern=request.param)
-    of_size = {size: tiktoken_of(flags, size) for size in range(1, 41)}
-    assert isinstance(of_size[1]._encoder, CachedWordEncoder)
-    return Cut(of_size, partial(of_size[1]._encoding.encode, allowed_special="all"))
+    of_size = {size: load_tiktoken(flags, size) for size in range(1, 41)}
+    assert isinstance(of_size[1].encoder, CachedWordEncoder)
+    encoding = build_core_tokenizer(flags)._tokenizer.tokenizer
+    return Cut(of_size, partial(encoding.encode, allowed_special="all"))
 
 
 @given(TEXTS, SIZES)
@@ -161,49 +167,45 @@ def test_a_text_without_a_cut_stays_whole(pattern: str | None) -> None:
     assert cut_text("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
 
 
-def added_token(**properties: object) -> dict[str, object]:
-    usual = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": 3, "single_word": False, "special": True} | usual | properties
-
-
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+PLAIN_TOKEN = {"content": "<x>", "lstrip": False, "rstrip": False}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
 
 
-def sequence(*steps: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
+def steps(*first: dict[str, Any], use_regex: bool = False) -> dict[str, Any]:
     last = BYTE_LEVEL | {"use_regex": use_regex}
-    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]}}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*first, last]}}
 
 
 @pytest.mark.parametrize(
     ("change", "safe"),
     [
         ({}, True),
-        (sequence(SPLIT), True),
-        (sequence({"type": "Digits", "individual_digits": True}, use_regex=True), True),
+        (steps(SPLIT), True),
+        (steps({"type": "Digits", "individual_digits": True}, use_regex=True), True),
         ({"normalizer": {"type": "NFC"}}, True),
-        (sequence(), False),
-        (sequence(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
-        (sequence(SPLIT | {"pattern": {"String": " "}}), False),
-        (sequence(SPLIT | {"behavior": "MergedWithNext"}), False),
-        (sequence(SPLIT, {"type": "Metaspace"}), False),
-        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, False),
+        (steps(), False),
+        (steps(SPLIT | {"pattern": {"Regex": r"\w+ \w+"}}), False),
+        (steps(SPLIT | {"pattern": {"String": " "}}), False),
+        (steps(SPLIT | {"behavior": "MergedWithNext"}), False),
+        (steps(SPLIT, {"type": "Metaspace"}), False),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, False),
         ({"pre_tokenizer": {"type": "Metaspace"}}, False),
         ({"pre_tokenizer": None}, False),
         ({"normalizer": {"type": "Lowercase"}}, False),
         ({"model": {"type": "Unigram"}}, False),
         ({"model": {"type": "BPE", "dropout": 0.1}}, False),
-        ({"added_tokens": [added_token(content="a b")]}, False),
-        ({"added_tokens": [added_token(lstrip=True)]}, False),
-        ({"added_tokens": [added_token(rstrip=True)]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"content": "a b"}]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"lstrip": True}]}, False),
+        ({"added_tokens": [PLAIN_TOKEN | {"rstrip": True}]}, False),
     ],
 )
 def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> None:
     definition = {
         "normalizer": None,
-        "pre_tokenizer": BYTE_LEVEL | {"use_regex": True},
+        "pre_tokenizer": BYTE_LEVEL,
         "model": {"type": "BPE", "dropout": None},
-        "added_tokens": [added_token()],
+        "added_tokens": [PLAIN_TOKEN],
     }
     assert (known_word_pattern(definition | change) is not None) is safe
 

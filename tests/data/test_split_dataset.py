@@ -2,7 +2,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_rw.data import split_dataset
 from megatron_rw.data.indexed import documents as blocks
 from megatron_rw.data.indexed import held_out
-from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile
+from megatron_rw.data.indexed.domains import DomainsFile
 from megatron_rw.data.indexed.held_out import HeldOut, Share, choose
 from tests.data.datasets import (
     TOKENIZER,
@@ -137,20 +136,19 @@ def test_neither_order_nor_sharding_matters(
                 assert contents(ds["shard"]) == contents(shard) & whole[name]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_fractions_and_numbers_are_about_right(tmp_path: Path, seed: int) -> None:
+def test_fractions_and_numbers_are_about_right(tmp_path: Path) -> None:
     count = 20_000
     write_directory(tmp_path / "in", {"a": distinct(count), "b": distinct(count, count)})
     for number, (flags, expected) in enumerate(
         {
             "--valid-fraction 0.1 --test-fraction 0.02": (0.1 * count, 0.02 * count),
             "--valid-documents 300 --test-documents 50": (300, 50),
-            "--valid-documents 300 --test-fraction 0.02": (300, 0.02 * count),
-            "--valid-fraction 0.1 --test-documents 50": (0.1 * count, 50),
+            "--valid-documents 300 --test-fraction 0.02 --seed 2": (300, 0.02 * count),
+            "--valid-fraction 0.1 --test-documents 50 --seed 2": (0.1 * count, 50),
         }.items()
     ):
         output = tmp_path / str(number)
-        assert split(tmp_path / "in", output, f"{flags} --seed {seed}") == 0
+        assert split(tmp_path / "in", output, flags) == 0
         sets = read_sets(output)
         for name, wanted in zip(SETS[1:], expected, strict=True):
             exact = f"--{name}-documents" in flags
@@ -164,12 +162,8 @@ def test_another_seed_chooses_others(tmp_path: Path) -> None:
     write_directory(tmp_path / "in", {"a": distinct(500)})
     chosen = []
     for seed in (1, 1, 2):
-        assert (
-            split(
-                tmp_path / "in", tmp_path / "out", f"--valid-documents 50 --seed {seed} --overwrite"
-            )
-            == 0
-        )
+        flags = f"--valid-documents 50 --seed {seed} --overwrite"
+        assert split(tmp_path / "in", tmp_path / "out", flags) == 0
         chosen.append(contents(read_sets(tmp_path / "out")["valid"]["a"]))
     assert chosen[0] == chosen[1]
     assert len(chosen[0] & chosen[2]) < 25
@@ -243,41 +237,15 @@ def test_an_empty_set_is_an_error_before_anything_is_written(
         ("--test-documents 0", "--test-documents 0: give a number of at least 1"),
         ("--test-documents 1 --test-fraction 0.1", "--test-fraction"),
         ("--test-documents 1 --seed -1", "--seed -1: give a number from 0"),
+        ("--test-documents 1", "in: has no domains.json; give a complete directory"),
     ],
 )
-def test_flags_that_make_no_sense(
-    capsys: pytest.CaptureFixture[str], flags: str, message: str
+def test_flags_and_inputs_that_make_no_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
 ) -> None:
-    assert split(Path("in"), Path("out"), flags) == 2
+    (tmp_path / "in").mkdir()
+    assert split(tmp_path / "in", tmp_path / "out", flags) == 2
     assert message in capsys.readouterr().err
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda d: (d / "domains.json").unlink(), "in: has no domains.json; give a complete"),
-        (lambda d: (d / "domains.json").write_text("{"), "in/domains.json: not JSON"),
-        (lambda d: cut(d / "a_text_document.bin"), "a_text_document.bin is cut off: it has"),
-        (
-            lambda d: DomainsFile(TOKENIZER, {"x": DomainRecord("x", 1, 1, 1)}).save(
-                d / "domains.json"
-            ),
-            "in/x.idx: no such file",
-        ),
-    ],
-)
-def test_a_bad_input_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, message: str
-) -> None:
-    spoil(write_directory(tmp_path / "in", {"a": distinct(50)}))
-    assert split(tmp_path / "in", tmp_path / "out", "--valid-documents 2") == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

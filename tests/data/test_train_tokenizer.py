@@ -1,8 +1,7 @@
 import argparse
 import gzip
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -147,32 +146,30 @@ def test_domains_give_the_same_or_their_weight_or_their_share(
     assert by_field == pytest.approx({"b": 80, "s": 20}, abs=5)
 
 
-@pytest.mark.parametrize("by_field", [[], ["--domain-key", "domain"]])
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (["{big}=1"], "--domain-weights: none for domain '{small}' of "),
-        (["{big}=1", "{small}=1", "x=0"], "--domain-weights: no domain 'x' in --input, which has"),
-        (["{big}=1", "{big}=2"], "--domain-weights {big}=2: {big} is given twice"),
-        (["{big}=1", "{small}"], "--domain-weights {small}: give DOMAIN=WEIGHT"),
-        (["{big}=-1"], "--domain-weights {big}=-1: give DOMAIN=WEIGHT"),
-        (["{big}=nan"], "--domain-weights {big}=nan: give DOMAIN=WEIGHT"),
-        (["{big}=0", "{small}=0"], "--domain-weights: all are 0"),
+        ("{big}=1", "--domain-weights: none for domain '{small}' of "),
+        ("{big}=1 {small}=1 x=0", "--domain-weights: no domain 'x' in --input, which has"),
+        ("{big}=1 {big}=2", "--domain-weights {big}=2: {big} is given twice"),
+        ("{big}=1 {small}", "--domain-weights {small}: give DOMAIN=WEIGHT"),
+        ("{big}=nan", "--domain-weights {big}=nan: give DOMAIN=WEIGHT"),
+        ("{big}=0 {small}=0", "--domain-weights: all are 0"),
     ],
 )
 def test_wrong_weights_are_an_error(
     tmp_path: Path,
     two_alphabets: list[Path],
     capfd: pytest.CaptureFixture[str],
-    by_field: list[str],
-    weights: list[str],
+    weights: str,
     message: str,
 ) -> None:
-    names = {"big": "b", "small": "s"} if by_field else {"big": "big", "small": "small"}
-    given = [weight.format(**names) for weight in weights]
-    flags = ["--input", *two_alphabets, "--output-prefix", tmp_path / "t", *by_field]
-    assert train(*flags, "--domain-weights", *given) == 2
-    assert message.format(**names) in capfd.readouterr().err
+    flags = ["--input", *two_alphabets, "--output-prefix", tmp_path / "t"]
+    by_name, by_field = {"big": "big", "small": "small"}, {"big": "b", "small": "s"}
+    for names, more in ((by_name, []), (by_field, ["--domain-key", "domain"])):
+        given = weights.format(**names).split()
+        assert train(*flags, *more, "--domain-weights", *given) == 2
+        assert message.format(**names) in capfd.readouterr().err
     assert not list(tmp_path.glob("t.*"))
 
 
@@ -226,31 +223,22 @@ def test_padding_is_megatrons(vocab_size: int, divisible_by: int, tensor_paralle
     assert ours == vocab_size_with_padding(vocab_size, args)
 
 
-@pytest.mark.parametrize(
-    ("flags", "size", "padding"),
-    [
-        ([], 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
-        (["--tensor-model-parallel-size", 3], 384, "--tensor-model-parallel-size 3: 0 rows"),
+def test_a_vocabulary_takes_the_place_of_padding(
+    tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--input", corpus, "--output-prefix", tmp_path / "t", "--vocab-size", 340)
+    for more, size, padding in (
+        ("", 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
+        ("--tensor-model-parallel-size 3", 384, "--tensor-model-parallel-size 3: 0 rows"),
         (
-            ["--make-vocab-size-divisible-by", 40, "--tensor-model-parallel-size", 3],
+            "--make-vocab-size-divisible-by 40 --tensor-model-parallel-size 3",
             360,
             "pads 360 token ids to 360 at --make-vocab-size-divisible-by 40",
         ),
-    ],
-)
-def test_a_vocabulary_takes_the_place_of_padding(
-    tmp_path: Path,
-    corpus: Path,
-    capfd: pytest.CaptureFixture[str],
-    flags: list[object],
-    size: int,
-    padding: str,
-) -> None:
-    prefix = tmp_path / "t"
-    assert train("--input", corpus, "--output-prefix", prefix, "--vocab-size", 340, *flags) == 0
-    assert padding in capfd.readouterr().err
-    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
-    assert processor.get_piece_size() == size
+    ):
+        assert train(*flags, *more.split()) == 0
+        assert padding in capfd.readouterr().err
+        assert sentencepiece.SentencePieceProcessor(f"{tmp_path}/t.model").vocab_size() == size
 
 
 @pytest.mark.parametrize(
@@ -303,13 +291,14 @@ def test_any_format_gives_the_same(tmp_path: Path) -> None:
     assert len(models) == 1
 
 
-def test_standard_input_is_json_lines(tmp_path: Path, corpus: Path) -> None:
-    flags = ["--vocab-size", "340", "--domain-weights"]
-    script = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
-    command = [sys.executable, str(script), "--input", "-", "--output-prefix", f"{tmp_path}/a"]
-    lines = gzip.decompress(corpus.read_bytes())
-    subprocess.run([*command, *flags, "stdin=1"], input=lines, check=True)
-    assert train("--input", corpus, "--output-prefix", tmp_path / "b", *flags, "c=1") == 0
+def test_standard_input_is_json_lines(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--vocab-size", "340", "--output-prefix"]
+    lines = io.BytesIO(gzip.decompress(corpus.read_bytes()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines))
+    assert train("--input", "-", *flags, tmp_path / "a", "--domain-weights", "stdin=1") == 0
+    assert train("--input", corpus, *flags, tmp_path / "b", "--domain-weights", "c=1") == 0
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
 
 

@@ -9,10 +9,6 @@ from typing import Any
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
-from megatron_rw.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
-from megatron_rw.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_rw.data.tokenizers.tiktoken_tokenizer import TikTokenizer
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from tests.data.conftest import make_texts
 
@@ -70,12 +66,6 @@ def huggingface_flags(directory: str) -> TokenizerFlags:
     return TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=directory)
 
 
-def sentencepiece_of(model: str, segment_characters: int) -> SentencePieceTokenizer:
-    """The tokenizer of a model with a chosen segment size."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=model)
-    return SentencePieceTokenizer(processor, segment_characters)
-
-
 def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tokenizer:
     """A byte-level BPE; without a pattern it cuts words as GPT-2."""
     tokenizer = Tokenizer(models.BPE())
@@ -99,13 +89,6 @@ def train_huggingface(*, pattern: str | None = LLAMA3, bos: bool = False) -> Tok
     return tokenizer
 
 
-def huggingface_of(
-    tokenizer: Tokenizer, segment_characters: int, include_special_tokens: bool = True
-) -> HuggingFaceTokenizer:
-    """A tokenizer with a chosen segment size."""
-    return HuggingFaceTokenizer(tokenizer, 1, include_special_tokens, segment_characters)
-
-
 def save_huggingface(tokenizer: Tokenizer, directory: Path, **settings: Any) -> str:
     """Writes a Hugging Face directory and returns its path."""
     directory.mkdir()
@@ -117,11 +100,9 @@ def save_huggingface(tokenizer: Tokenizer, directory: Path, **settings: Any) -> 
 
 def save_tiktoken(path: Path) -> TokenizerFlags:
     """Writes a vocabulary in core's format and returns the flags that load it."""
-    definition = json.loads(train_huggingface().to_str())
-    to_byte = dict(zip(_byte_characters(), range(256), strict=True))
-    merged = ["".join(pair) for pair in definition["model"]["merges"]]
+    words = {f" {word}".encode() for text in make_texts(5, 0) for word in text.split()}
     tokens = [bytes([value]) for value in range(256)]
-    tokens += dict.fromkeys(bytes(to_byte[character] for character in word) for word in merged)
+    tokens += sorted({word[:end] for word in words for end in range(2, len(word) + 1)}, key=len)
     content = [
         {
             "rank": rank,
@@ -137,15 +118,3 @@ def save_tiktoken(path: Path) -> TokenizerFlags:
         vocab_size=NUM_SPECIAL_TOKENS + len(tokens),
         tiktoken_num_special_tokens=NUM_SPECIAL_TOKENS,
     )
-
-
-def tiktoken_of(flags: TokenizerFlags, segment_characters: int) -> TikTokenizer:
-    """The tokenizer of a vocabulary with a chosen segment size."""
-    return TikTokenizer(build_core_tokenizer(flags), segment_characters)
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary, as GPT-2 chose them."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [value for value in range(256) if value not in visible]
-    return [chr(value if value in visible else 256 + hidden.index(value)) for value in range(256)]

@@ -45,13 +45,6 @@ class DocumentBlock:
 class DatasetReader:
     """Reads a whole dataset in the order of its documents; a context manager.
 
-    Args:
-        prefix: Path without `.bin` and `.idx`.
-
-    Attributes:
-        documents: Number of documents.
-        tokens: Number of tokens.
-
     Raises:
         UserError: If it is missing or damaged.
     """
@@ -175,13 +168,7 @@ class DatasetReader:
 def write_selected(
     ids: NDArray[Any], block: DocumentBlock, keep: NDArray[np.bool_], writer: PairWriter
 ) -> int:
-    """Appends some of a block's documents to a dataset.
-
-    Args:
-        ids: The tokens of the block.
-        block: The documents.
-        keep: bool [documents], which of them to append.
-        writer: The writer of the dataset.
+    """Appends those of a block's documents for which `keep`, bool [documents], is true.
 
     Returns:
         The largest token id written, -1 if there is none.

@@ -31,14 +31,7 @@ _JSON_NAMES: dict[Any, str] = {int: "an integer", str: "a string", dict: "an obj
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that made the token ids.
-
-    Attributes:
-        type: Megatron's `--tokenizer-type`.
-        model: Its `--tokenizer-model`, as given.
-        sha256: Hexadecimal digest of the model (see `tokenizer.model_sha256`).
-        vocab_size: Number of token ids, before any padding.
-    """
+    """The tokenizer that made the token ids; `sha256` is that of `tokenizer.model_sha256`."""
 
     type: str
     model: str
@@ -48,14 +41,7 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class DomainRecord:
-    """The dataset of one domain.
-
-    Attributes:
-        prefix: File name without `.bin` and `.idx`, in the directory of `domains.json`.
-        documents: Number of documents.
-        tokens: Number of tokens, end-of-document tokens included.
-        max_token_id: The largest token id that occurs.
-    """
+    """The dataset of one domain; `prefix` is a file name without `.bin` and `.idx`."""
 
     prefix: str
     documents: int
@@ -65,12 +51,7 @@ class DomainRecord:
 
 @dataclass(frozen=True)
 class DomainsFile:
-    """The content of a `domains.json`.
-
-    Attributes:
-        tokenizer: What made the token ids of every domain.
-        domains: Domain name to record, in the order of the blend.
-    """
+    """The content of a `domains.json`: domain name to record, in the order of the blend."""
 
     tokenizer: TokenizerRecord
     domains: Mapping[str, DomainRecord]
@@ -86,7 +67,6 @@ class DomainsFile:
 
         Raises:
             UserError: If it is malformed; the message names the file and the field.
-            OSError: If it cannot be read.
         """
         try:
             content = json.loads(Path(path).read_text("utf-8"))

@@ -18,14 +18,7 @@ from megatron_rw.errors import UserError
 
 @dataclass(frozen=True)
 class InputDataset:
-    """A dataset that a tool reads.
-
-    Attributes:
-        prefix: Path without `.bin` and `.idx`.
-        domain: Name of its domain.
-        record: What `domains.json` says of it; None if it is not listed.
-        tokenizer: What made its token ids; None if that is not known.
-    """
+    """A dataset that a tool reads, with what `domains.json` says of it, if it is listed there."""
 
     prefix: Path
     domain: str
@@ -54,12 +47,8 @@ def single_datasets(prefixes: Iterable[Path]) -> list[InputDataset]:
 def listed_datasets(directory: Path, flag: str) -> list[InputDataset]:
     """Returns the datasets that the `domains.json` of a directory lists.
 
-    Args:
-        directory: The directory.
-        flag: The flag that gave it, for the message.
-
     Raises:
-        UserError: If it has no such file, or a malformed one.
+        UserError: If it has no such file, or a malformed one; the message names the flag.
     """
     path = directory / FILE_NAME
     if not path.is_file():

@@ -22,10 +22,8 @@ class Report:
     """What was found in a dataset.
 
     Attributes:
-        dataset: The dataset.
-        problems: What is wrong with it, a sentence each.
+        problems: What is wrong with the dataset, a sentence each.
         facts: What its files say, by name; empty if they cannot be read.
-        lengths: The lengths of its documents, up to the first problem.
         tokens_read: Whether every token was read; the next three are None if not.
         max_token_id: The largest id, -1 without tokens.
         eod: The id that ends a document; None if it is not known.
@@ -95,14 +93,11 @@ def inspect(
 ) -> Report:
     """Looks at the whole index of a dataset, and at its tokens on request.
 
-    Args:
-        dataset: The dataset.
-        read_tokens: Whether to read every token.
-        vocab_size: A bound for the token ids; None takes it from `domains.json`.
-        eod: The id that ends a document; None if it is not known.
+    The token ids must be below `vocab_size`, which is taken from `domains.json` if it is None. The
+    ends of documents are checked only if `eod`, the id that ends a document, is known.
 
     Returns:
-        What was found. A damaged dataset raises no exception but is a problem in the report.
+        What was found; a damaged dataset is a problem in the report and no exception.
     """
     report = Report(dataset)
     if vocab_size is None and dataset.tokenizer is not None:

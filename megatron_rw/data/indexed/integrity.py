@@ -21,15 +21,11 @@ SCAN_BYTES = 64 << 20
 def check_pair(prefix: str) -> int:
     """Checks that index and tokens are whole and belong together. Reads some 60 bytes.
 
-    Args:
-        prefix: Path without `.bin` and `.idx`; both files exist.
-
     Returns:
         The number of sequences, which are the documents unless those are split.
 
     Raises:
         UserError: If they are not.
-        OSError: If they cannot be read.
     """
     index, tokens = Index.open(prefix), bin_path(prefix)
     if len(index.lengths) == 0:
@@ -62,9 +58,6 @@ def fingerprint(prefix: str) -> str:
 
     It covers their sizes and blocks spread evenly over them. So it notices other data, a corpus
     that was tokenized again or another order, but not a few altered tokens in a large file.
-
-    Args:
-        prefix: Path without `.bin` and `.idx`.
 
     Returns:
         16 hexadecimal digits.

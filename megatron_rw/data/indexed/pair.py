@@ -1,5 +1,7 @@
 """Megatron's `.bin/.idx` pairs, read by memory map and written a piece at a time.
 
+A dataset's `prefix` is everywhere its path without `.bin` and `.idx`.
+
 The layout of an index, as megatron.core writes it: 9 bytes `MMIDIDX`, version (8), dtype (1),
 numbers of sequences and of document bounds (8 each), then per sequence its length (4) and its
 offset in the `.bin` (8), then the document bounds (8 each): bound k is the first sequence of
@@ -81,9 +83,6 @@ class Index:
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
         """Maps the index of a dataset.
 
-        Args:
-            prefix: Path without `.bin` and `.idx`.
-
         Raises:
             UserError: If it is missing, no index, or not whole.
         """
@@ -126,10 +125,6 @@ class PairWriter:
     The files have their final names from the start but are complete only after `finalize`, so they
     should be written into a scratch directory and moved. Leaving the context without `finalize`
     removes them.
-
-    Args:
-        prefix: Path without `.bin` and `.idx`.
-        dtype: Type of a token id.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:

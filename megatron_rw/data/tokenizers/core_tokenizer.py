@@ -2,7 +2,7 @@
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
+from megatron_rw.data.tokenizers.safe_cuts import CutTextEncoder
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.errors import UserError
 from megatron_rw.platform.quiet import silence
@@ -62,26 +64,19 @@ def library_errors(flags: TokenizerFlags) -> Iterator[None]:
         ) from error
 
 
-class CoreTokenizer:
-    """Encodes one whole text after the other with Megatron's own class.
+def whole_text_tokenizer(core: Any) -> LibraryTokenizer:
+    """Returns a tokenizer that encodes one whole text after the other with Megatron's own class.
 
     Args:
         core: A `MegatronTokenizerText`.
     """
+    dtype = optimal_dtype(core.vocab_size)
 
-    def __init__(self, core: Any) -> None:
-        self._core = core
-        self.vocab_size: int = core.vocab_size
-        self.eod: int | None = core.eod
-        self._dtype = optimal_dtype(self.vocab_size)
+    def encode(texts: list[str]) -> list[NDArray[Any]]:
+        return [np.array(core.tokenize(text), dtype) for text in texts]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """See `tokenizer.Tokenizer`."""
-        return [np.array(self._core.tokenize(text), dtype=self._dtype) for text in texts]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """See `tokenizer.Tokenizer`."""
-        return str(self._core.detokenize([int(id_) for id_ in ids]))
+    encoder = CutTextEncoder(encode, None, dtype)
+    return LibraryTokenizer(core.vocab_size, core.eod, encoder, core.detokenize)
 
 
 def require_package(name: str, needed_for: str) -> None:

@@ -43,9 +43,6 @@ class DecodingFlags(TokenizerOptions):
 
         Warns on standard error if it is not the one that made the dataset.
 
-        Args:
-            record: What `domains.json` says of the dataset's tokenizer, if it is there.
-
         Raises:
             UserError: If no tokenizer is named, or its model is not there.
         """

@@ -8,7 +8,7 @@ installed, a tokenizer.json is read as it stands, if no other file of the direct
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.tokenizers.core_tokenizer import (
-    CoreTokenizer,
     build_core_tokenizer,
     library_errors,
     optimal_dtype,
     require_package,
+    whole_text_tokenizer,
 )
+from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     SEGMENT_CHARACTERS,
@@ -31,7 +32,7 @@ from megatron_rw.data.tokenizers.safe_cuts import (
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, byte_level_words
+from megatron_rw.data.tokenizers.word_cache import byte_level_words, encoder_in_words
 from megatron_rw.errors import UserError
 
 # The settings of a tokenizer_config.json with which `transformers` uses tokenizer.json unchanged.
@@ -44,8 +45,13 @@ _HARMLESS_SETTINGS = (
 _PLAIN_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 
-class HuggingFaceTokenizer:
-    """Encodes with a `tokenizers.Tokenizer`, into arrays.
+def huggingface_tokenizer(
+    tokenizer: Any,
+    eod: int | None,
+    include_special_tokens: bool = True,
+    segment_characters: int = SEGMENT_CHARACTERS,
+) -> LibraryTokenizer:
+    """Returns a tokenizer over a `tokenizers.Tokenizer`.
 
     Texts are cut into words or segments where that is safe (see `known_word_pattern`). Other
     tokenizers are given every text whole, which takes 90 to 170 bytes of memory per character.
@@ -57,65 +63,42 @@ class HuggingFaceTokenizer:
             that the tokenizer's post-processor adds.
         segment_characters: The least length of a segment.
     """
+    # A process per core tokenizes already; the library reads this at every call.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+    dtype = optimal_dtype(vocab_size)
+    definition = json.loads(tokenizer.to_str())
+    added = definition["added_tokens"]
+    pattern = known_word_pattern(definition)
+    next_cut = cuts_between_words(pattern)
+    # Where texts are cut, the special tokens around a text are added afterwards.
+    special_to_whole = include_special_tokens and next_cut is None
+    special_to_cut = include_special_tokens and next_cut is not None
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        eod: int | None,
-        include_special_tokens: bool = True,
-        segment_characters: int = SEGMENT_CHARACTERS,
-    ) -> None:
-        # A process per core tokenizes already; the library reads this at every call.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eod = eod
-        self._dtype = optimal_dtype(self.vocab_size)
-        definition = json.loads(tokenizer.to_str())
-        pattern = known_word_pattern(definition)
-        next_cut = cuts_between_words(pattern)
-        segments = CutTextEncoder(
-            # Where texts are cut, the special tokens around a text are added afterwards.
-            partial(self._encode, next_cut is None and include_special_tokens),
-            next_cut,
-            self._dtype,
-            segment_characters,
-        )
-        self._encoder: CutTextEncoder | CachedWordEncoder = segments
-        added = definition["added_tokens"]
-        words = byte_level_words(pattern, [token["content"] for token in added])
-        # Whether a token of the kind single_word is one depends on the character before it.
-        if next_cut and words and not any(token["single_word"] for token in added):
-            self._encoder = CachedWordEncoder(words, self._encode_word, segments)
-        around: tuple[list[int], list[int]] = ([], [])
-        if next_cut and include_special_tokens:
-            around = _special_tokens_around(tokenizer)
-        self._before, self._after = (np.array(ids, self._dtype) for ids in around)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """See `tokenizer.Tokenizer`."""
-        encoded = self._encoder.encode_batch(texts)
-        if not self._before.size and not self._after.size:
-            return encoded
-        return [np.concatenate((self._before, ids, self._after)) for ids in encoded]
-
-    def _encode(self, include_special_tokens: bool, texts: list[str]) -> list[NDArray[Any]]:
+    def encode(texts: list[str]) -> list[NDArray[Any]]:
         with _panics_as_errors():
-            encodings = self._tokenizer.encode_batch_fast(
-                texts, add_special_tokens=include_special_tokens
-            )
-        return [np.array(encoding.ids, self._dtype) for encoding in encodings]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=special_to_whole)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
-    def _encode_word(self, word: str) -> list[int]:
+    def encode_word(word: str) -> list[int]:
         with _panics_as_errors():
-            ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
+            ids: list[int] = tokenizer.encode(word, add_special_tokens=False).ids
         return ids
 
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """See `tokenizer.Tokenizer`; special tokens are shown."""
-        return str(self._tokenizer.decode([int(id_) for id_ in ids], skip_special_tokens=False))
+    words = byte_level_words(pattern, [token["content"] for token in added])
+    # Whether a token of the kind single_word is one depends on the character before it.
+    if any(token["single_word"] for token in added):
+        words = None
+    segments = CutTextEncoder(encode, next_cut, dtype, segment_characters)
+    return LibraryTokenizer(
+        vocab_size,
+        eod,
+        encoder_in_words(segments, words, encode_word),
+        partial(tokenizer.decode, skip_special_tokens=False),
+        around=_special_tokens_around(tokenizer) if special_to_cut else ((), ()),
+    )
 
 
 @contextmanager
@@ -137,7 +120,7 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return with_special.ids[: inner[0]], with_special.ids[inner[-1] + 1 :]
 
 
-def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokenizer:
+def load_huggingface(flags: TokenizerFlags) -> LibraryTokenizer:
     """Loads the tokenizer of a directory.
 
     Raises:
@@ -156,9 +139,9 @@ def load_huggingface(flags: TokenizerFlags) -> HuggingFaceTokenizer | CoreTokeni
         core = build_core_tokenizer(flags)
         tokenizer, eod = getattr(core._tokenizer.tokenizer, "backend_tokenizer", None), core.eod
         if tokenizer is None:  # a tokenizer written in Python
-            return CoreTokenizer(core)
+            return whole_text_tokenizer(core)
     include_special_tokens = not flags.tokenizer_hf_no_include_special_tokens
-    return HuggingFaceTokenizer(tokenizer, eod, include_special_tokens)
+    return huggingface_tokenizer(tokenizer, eod, include_special_tokens)
 
 
 def _load_plain(directory: Path, flags: TokenizerFlags) -> tuple[Any, int | None]:
@@ -206,9 +189,6 @@ def known_word_pattern(definition: dict[str, Any]) -> str | None:
     They may be cut if the tokenizer is a byte-level BPE, which encodes each word by itself, over a
     known pattern of words, if no added token reaches over white space, and if the normalization is
     at most NFC, which joins nothing to white space.
-
-    Args:
-        definition: The content of its tokenizer.json.
     """
     normalizer, words, model = (definition[key] for key in ("normalizer", "pre_tokenizer", "model"))
     if normalizer is not None and normalizer["type"] != "NFC":

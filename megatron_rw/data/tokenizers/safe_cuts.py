@@ -56,15 +56,9 @@ _LATER_CUT = re.compile(r"(?<=\S)[ \t]|(?<=[\r\n])(?=[^\s/])")
 
 
 def cut_text(text: str, next_cut: NextCut | None, size: int) -> list[str]:
-    """Cuts a text.
+    """Cuts a text into segments, at least one.
 
-    Args:
-        text: The text.
-        next_cut: Where it may be cut; None if it may not.
-        size: The least length of a segment, which then extends to the next cut.
-
-    Returns:
-        The segments, at least one.
+    Each but the last has at least `size` characters and extends to the next cut.
     """
     if next_cut is None:
         return [text]
@@ -87,7 +81,6 @@ class CutTextEncoder:
     Attributes:
         encode: Returns the ids of each segment of a list.
         next_cut: Where texts may be cut; None if they may not.
-        dtype: Type of the ids.
         characters: The least length of a segment.
     """
 
@@ -114,9 +107,6 @@ def cuts_between_words(pattern: str | None) -> NextCut | None:
 
     Its tokens stay within words. So a cut is safe where one word ends whatever follows, and the
     next word starts whatever comes before.
-
-    Args:
-        pattern: The regular expression of its words.
     """
     if pattern == GPT2_WORDS:
         return partial(_next_match, _GPT2_CUT)

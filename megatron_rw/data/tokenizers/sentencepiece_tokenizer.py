@@ -1,79 +1,36 @@
 """SentencePiece models, encoded in words or segments where that changes no id."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
 from re import Pattern
-from typing import Any
-
-from numpy.typing import NDArray
 
 from megatron_rw.data.tokenizers.core_tokenizer import (
-    CoreTokenizer,
     build_core_tokenizer,
     library_errors,
     optimal_dtype,
+    whole_text_tokenizer,
 )
+from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
 from megatron_rw.data.tokenizers.safe_cuts import SEGMENT_CHARACTERS, CutTextEncoder, NextCut
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, sentencepiece_words
+from megatron_rw.data.tokenizers.word_cache import encoder_in_words, sentencepiece_words
 from megatron_rw.errors import UserError
 
 _SPACE = "\u2581"  # what SentencePiece turns spaces into
 
 
-class SentencePieceTokenizer:
-    """Encodes as core's SentencePieceTokenizer does without `legacy`, into arrays.
+def load_sentencepiece(
+    flags: TokenizerFlags, segment_characters: int = SEGMENT_CHARACTERS
+) -> LibraryTokenizer:
+    """Loads a SentencePiece model, which encodes as core's class does without `legacy`.
 
     Texts are cut where `safe_cuts_of` allows it. A model for which it allows nothing is given every
     text whole, which takes about 45 bytes of memory per character.
 
-    Args:
-        processor: A `SentencePieceProcessor` of the model.
-        segment_characters: The least length of a segment.
+    Raises:
+        UserError: If the model cannot be loaded, or has special tokens beside its own.
     """
-
-    def __init__(self, processor: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor = processor
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.eod: int | None = self._processor.eos_id()
-        cuts = safe_cuts_of(self._processor.serialized_model_proto())
-        encode, self._prefix = self._processor.encode, ""
-        if cuts and cuts.unprefixed is not None:
-            encode = SentencePieceProcessor(model_proto=cuts.unprefixed).encode
-            self._prefix = " "
-        segments = CutTextEncoder(
-            partial(encode, return_type="numpy", num_threads=1),
-            cuts.next_cut if cuts else None,
-            optimal_dtype(self.vocab_size),
-            segment_characters,
-        )
-        self._encoder: CutTextEncoder | CachedWordEncoder = segments
-        if cuts and cuts.words:
-            self._encoder = CachedWordEncoder(cuts.words, encode, segments)
-
-    @property
-    def folds_spaces(self) -> bool:
-        """Whether the model makes one space of several."""
-        one, two = (self._processor.encode(text, out_type=str) for text in ("x y", "x  y"))
-        return bool(one == two)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """See `tokenizer.Tokenizer`."""
-        if self._prefix:
-            texts = [text and self._prefix + text for text in texts]
-        return self._encoder.encode_batch(texts)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """See `tokenizer.Tokenizer`; control tokens, as the end of document, are left out."""
-        return str(self._processor.decode([int(id_) for id_ in ids]))
-
-
-def load_sentencepiece(flags: TokenizerFlags) -> SentencePieceTokenizer | CoreTokenizer:
-    """Loads a SentencePiece model."""
     from sentencepiece import SentencePieceProcessor
 
     if flags.tokenizer_special_tokens:
@@ -83,11 +40,23 @@ def load_sentencepiece(flags: TokenizerFlags) -> SentencePieceTokenizer | CoreTo
         )
     with library_errors(flags):
         processor = SentencePieceProcessor(model_file=str(flags.tokenizer_model))
-    tokenizer = SentencePieceTokenizer(processor)
-    if tokenizer.folds_spaces and not flags.tokenizer_sentencepiece_ignore_extra_whitespaces:
-        # Core's class puts a mark between the spaces and takes it out again.
-        return CoreTokenizer(build_core_tokenizer(flags))
-    return tokenizer
+    if not flags.tokenizer_sentencepiece_ignore_extra_whitespaces:
+        one, two = (processor.encode(text, out_type=str) for text in ("x y", "x  y"))
+        if one == two:  # core's class puts a mark between the spaces and takes it out again
+            return whole_text_tokenizer(build_core_tokenizer(flags))
+    cuts = safe_cuts_of(processor.serialized_model_proto())
+    encode, prefix = processor.encode, ""
+    if cuts and cuts.unprefixed is not None:
+        encode, prefix = SentencePieceProcessor(model_proto=cuts.unprefixed).encode, " "
+    vocab_size = processor.get_piece_size()
+    segments = CutTextEncoder(
+        partial(encode, return_type="numpy", num_threads=1),
+        cuts.next_cut if cuts else None,
+        optimal_dtype(vocab_size),
+        segment_characters,
+    )
+    encoder = encoder_in_words(segments, cuts.words if cuts else None, encode)
+    return LibraryTokenizer(vocab_size, processor.eos_id(), encoder, processor.decode, prefix)
 
 
 @dataclass(frozen=True)
@@ -120,9 +89,6 @@ def safe_cuts_of(model: bytes) -> SafeCuts | None:
       before can change how a tie is rounded.
     - A normalization rule may join characters across the cut, and a model that removes spaces
       does so at the ends of each segment.
-
-    Args:
-        model: The bytes of a SentencePiece model.
     """
     from sentencepiece import sentencepiece_model_pb2
 

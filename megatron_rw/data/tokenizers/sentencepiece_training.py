@@ -86,15 +86,9 @@ class VocabularyFlags:
 
 
 def train(lines: Iterator[str], text_bytes: int, flags: VocabularyFlags) -> bytes:
-    """Trains a model.
+    """Trains a model and returns the bytes of its `.model` file.
 
-    Args:
-        lines: Text as `sentences` yields it.
-        text_bytes: About how many UTF-8 bytes that is.
-        flags: The vocabulary.
-
-    Returns:
-        The bytes of the `.model` file.
+    The lines are those of `sentences`, and together have about `text_bytes` bytes of UTF-8.
 
     Raises:
         UserError: If the text does not make such a vocabulary.

@@ -1,7 +1,6 @@
-"""tiktoken vocabularies, encoded in words or segments where that changes nothing."""
+"""Vocabularies of tiktoken, encoded in words or segments where that changes no id."""
 
 import re
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,67 +11,45 @@ from megatron_rw.data.tokenizers.core_tokenizer import (
     optimal_dtype,
     require_package,
 )
+from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
 from megatron_rw.data.tokenizers.safe_cuts import (
     SEGMENT_CHARACTERS,
     CutTextEncoder,
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
-from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder, byte_level_words
+from megatron_rw.data.tokenizers.word_cache import byte_level_words, encoder_in_words
 
 
-class TikTokenizer:
-    """Encodes with the `tiktoken.Encoding` of core's class, into arrays.
-
-    As core does, it takes a special token's name in a text for that token. A special token with
-    white space in its name keeps texts from being cut.
-
-    Args:
-        core: A `MegatronTokenizerText` over core's TikTokenTokenizer.
-        segment_characters: The least length of a segment.
-    """
-
-    def __init__(self, core: Any, segment_characters: int = SEGMENT_CHARACTERS) -> None:
-        self.vocab_size: int = core.vocab_size
-        self.eod: int | None = core.eod
-        self._encoding = core._tokenizer.tokenizer
-        special = self._encoding.special_tokens_set
-        self._special_token = re.compile("|".join(map(re.escape, special)))
-        next_cut = None
-        if not any(map(str.isspace, chain.from_iterable(special))):
-            next_cut = cuts_between_words(self._encoding._pat_str)
-        segments = CutTextEncoder(
-            self._encode, next_cut, optimal_dtype(self.vocab_size), segment_characters
-        )
-        self._encoder: CutTextEncoder | CachedWordEncoder = segments
-        words = byte_level_words(self._encoding._pat_str, special)
-        if next_cut and words:
-            self._encoder = CachedWordEncoder(words, self._encode_word, segments)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """See `tokenizer.Tokenizer`."""
-        return self._encoder.encode_batch(texts)
-
-    def _encode(self, segments: list[str]) -> list[NDArray[Any]]:
-        encode = self._encoding.encode_to_numpy
-        return [encode(segment, allowed_special="all") for segment in segments]
-
-    def _encode_word(self, word: str) -> list[int]:
-        if self._special_token.search(word):
-            return list(self._encoding.encode(word, allowed_special="all"))
-        # With core's thousand special tokens each call would take a hundred times as long.
-        return list(self._encoding.encode_ordinary(word))
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """See `tokenizer.Tokenizer`; U+FFFD for what is no UTF-8."""
-        return str(self._encoding.decode([int(id_) for id_ in ids]))
-
-
-def load_tiktoken(flags: TokenizerFlags) -> TikTokenizer:
+def load_tiktoken(
+    flags: TokenizerFlags, segment_characters: int = SEGMENT_CHARACTERS
+) -> LibraryTokenizer:
     """Loads core's kind of tiktoken vocabulary.
 
+    As core does, the tokenizer takes a special token's name in a text for that token. A special
+    token with white space in its name keeps texts from being cut.
+
     Raises:
-        UserError: If tiktoken is not installed.
+        UserError: If tiktoken is not installed, or the vocabulary cannot be loaded.
     """
     require_package("tiktoken", f"--tokenizer-type {flags.tokenizer_type}")
-    return TikTokenizer(build_core_tokenizer(flags))
+    core = build_core_tokenizer(flags)
+    encoding = core._tokenizer.tokenizer
+    special = encoding.special_tokens_set
+    special_token = re.compile("|".join(map(re.escape, special)))
+
+    def encode(segments: list[str]) -> list[NDArray[Any]]:
+        return [encoding.encode_to_numpy(segment, allowed_special="all") for segment in segments]
+
+    def encode_word(word: str) -> list[int]:
+        if special_token.search(word):
+            return list(encoding.encode(word, allowed_special="all"))
+        # With core's thousand special tokens each call would take a hundred times as long.
+        return list(encoding.encode_ordinary(word))
+
+    may_be_cut = not any(map(str.isspace, chain.from_iterable(special)))
+    next_cut = cuts_between_words(encoding._pat_str) if may_be_cut else None
+    segments = CutTextEncoder(encode, next_cut, optimal_dtype(core.vocab_size), segment_characters)
+    words = byte_level_words(encoding._pat_str, special)
+    encoder = encoder_in_words(segments, words, encode_word)
+    return LibraryTokenizer(core.vocab_size, core.eod, encoder, encoding.decode)

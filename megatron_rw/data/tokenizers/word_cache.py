@@ -50,7 +50,7 @@ class CachedWordEncoder:
         encode_word: Callable[[str], Sequence[int]],
         segments: CutTextEncoder,
     ) -> None:
-        self.segments = segments
+        self.segments, self.dtype = segments, segments.dtype
         self._words = words
         self._cache = _WordCache(encode_word, np.dtype(segments.dtype).char)
         self._batches_in_segments = 0
@@ -83,6 +83,17 @@ class CachedWordEncoder:
         blocks = cut_text(text, self.segments.next_cut, _BLOCK_CHARACTERS)
         ids = [b"".join(map(ids_of, words_of(block))) for block in blocks]
         return np.frombuffer(b"".join(ids), self.segments.dtype)
+
+
+def encoder_in_words(
+    segments: CutTextEncoder,
+    words: re.Pattern[str] | None,
+    encode_word: Callable[[str], Sequence[int]],
+) -> CutTextEncoder | CachedWordEncoder:
+    """Returns an encoder in words where texts may be cut and words are known, else in segments."""
+    if segments.next_cut is None or words is None:
+        return segments
+    return CachedWordEncoder(words, encode_word, segments)
 
 
 class _WordCache(dict[str, bytes]):
@@ -138,11 +149,7 @@ def byte_level_words(pattern: str | None, added: Iterable[str]) -> re.Pattern[st
     The classes hold ASCII characters only, so that the version of Unicode does not matter. The
     apostrophe is in none of them, as `'s` is a word. In the patterns that came after GPT-2's, a
     mark before a letter may belong to its word, and line ends belong to what is before them unless
-    a slash follows.
-
-    Args:
-        pattern: The regular expression of the tokenizer's words.
-        added: The added tokens, which the tokenizer looks for before it looks for words.
+    a slash follows. The tokenizer looks for its added tokens before it looks for words.
 
     Returns:
         The expression; None if `pattern` is not known, or an added token has white space in it.
@@ -175,13 +182,8 @@ def _that_keep_whole(
 ) -> re.Pattern[str] | None:
     """Takes characters out of their classes until no word ends inside a token.
 
-    Args:
-        tokens: The tokens.
-        words: Returns the expression with some characters, written as in a character class, in no
-            class.
-
-    Returns:
-        The expression; None if a token has white space inside.
+    `words` returns the expression with some characters, written as in a character class, in no
+    class. The result is None if a token has white space inside.
     """
     stuck: set[str] = set()
     while True:
