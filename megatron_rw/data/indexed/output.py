@@ -76,10 +76,7 @@ def publish(
 def _listed_files(manifest: Path) -> set[str]:
     if not manifest.exists():
         return set()
-    try:
-        listed = domains.DomainsFile.load(manifest).domains.values()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    listed = domains.DomainsFile.load(manifest).domains.values()
     return {f"{record.prefix}{suffix}" for record in listed for suffix in (".bin", ".idx")}
 
 
