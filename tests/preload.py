@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 import pretrain_gpt_rw  # noqa: E402, F401
+from tests import mutants  # noqa: E402
 from tests.sealed_queue import SealedQueue  # noqa: E402
 
 # What the program imports as it runs. A rank's environment chooses among the kernels.
@@ -30,7 +31,7 @@ for module in pkgutil.walk_packages(megatron_rw.__path__, "megatron_rw."):
         importlib.import_module(module.name)
 
 # Megatron reads the help texts of its flags from its sources, for each parser anew.
-inspect.getsource = functools.cache(inspect.getsource)
+inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
 add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 _results_queue = filesystem_async.get_write_results_queue
@@ -41,6 +42,8 @@ def _sealed_results_queue(mp_mode: str = "spawn") -> Any:
 
 
 filesystem_async.get_write_results_queue = _sealed_results_queue
+
+mutants.pytest_configure()
 
 # The ranks share these objects; a garbage collection that visits them would copy their pages.
 gc.collect()
