@@ -33,14 +33,7 @@ KERNEL = "tests/kernels/test_cross_entropy.py::"
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake.
-
-    Attributes:
-        test: The test that notices it.
-        owner: What has the name, `module` or `module:Class`, without `megatron_rw.`.
-        name: The function, method or property that is replaced.
-        change: Takes what has the name, a property's function; returns what takes its place.
-    """
+    """A mistake: the test that notices it, and what is changed in `module` or `module:Class`."""
 
     test: str
     owner: str
@@ -101,6 +94,11 @@ def unclamped(losses: Any, low: Any, high: Any, delta: float) -> Any:
     return (2 * delta * (losses - low) / spread - delta).masked_fill(~(spread >= 1e-6), 0.0)
 
 
+def attached(weigh: Any) -> Any:
+    Mutant("", DEFERRED, "_over_shards", instead(lambda self, sums: sums)).plant()
+    return weigh.__wrapped__
+
+
 def alone(gather: Any) -> Any:
     return lambda sums, domain, ranks: gather(sums, domain, dataclasses.replace(ranks, group=None))
 
@@ -159,9 +157,7 @@ MUTANTS = {
         f"{STATE}test_steps_count_from_the_first_training_step",
         *("integrations.state:ReweightState", "step", instead(lambda self, iteration: iteration)),
     ),
-    "weights not detached": Mutant(
-        ONE, "reweighting.scopes", "weigh_samples", lambda weigh: weigh.__wrapped__
-    ),
+    "weights not detached": Mutant(ONE, "reweighting.scopes", "weigh_samples", attached),
     "moments from samples without an active token": Mutant(
         ONE,
         *("reweighting.samples:SampleSet", "has_tokens", instead(lambda self: self.tokens >= 0)),

@@ -42,7 +42,6 @@ MISTAKES = [
     (INSPECT, "{text}", "text.jsonl"),
     (INSPECT, "{corpus}/easy_text_document --verbos", "--verbos"),
     (SCORE, "--load /nowhere --score-dir {out} --micro-batch-size 8", "/nowhere"),
-    (PREFLIGHT, f"{TRAIN} --hosts many", "--hosts"),
     (PREFLIGHT, f"{TRAIN} --estimate none", "--estimate"),
     (INSPECT_CHECKPOINT, "/nowhere", "/nowhere"),
 ]
@@ -70,13 +69,11 @@ def run(program: str, directory: Path, flags: list[str], **environment: str) -> 
 def test_a_users_mistake_is_one_line(
     program: str, flags: str, named: str, tmp_path: Path, corpus: Path, data_flags: list[str]
 ) -> None:
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text('{"text": "some words"}\n' * 9)
-    bad.write_text('{"text": "some words"}\n' * 9 + "{not JSON}\n")
-    given = flags.format(good=good, bad=bad, out=tmp_path / "out", corpus=corpus).split()
-    ended = run(
-        program, tmp_path / "run", [*(data_flags if program in OF_MEGATRON else []), *given]
-    )
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words"}\n' * 9)
+    given = flags.format(text=text, out=tmp_path / "out", corpus=corpus).split()
+    data = data_flags if program in OF_MEGATRON else []
+    ended = run(program, tmp_path / "run", [*data, *given])
     assert ended.status == [2], ended.all_output
     lines = ended.output[0].splitlines()
     assert [line for line in lines if "error" in line.lower()] == [lines[-1]], ended.all_output

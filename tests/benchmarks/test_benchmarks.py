@@ -74,8 +74,6 @@ def test_it_runs_and_writes_its_results(name: str, tmp_path: Path, places: dict[
     assert benchmark(arguments.format(**places), "--output", str(output), emulated=emulated)
     found: dict[str, Any] = json.loads(output.read_text())
     assert all(found[key] for key in keys.split())
-    # Whoever reads the results has other paths.
-    assert "/" not in found["command"].replace("benchmarks/", "").replace("kernels/", "")
     if name == "cross-entropy":
         benchmark(f"kernels/plot.py {output}")
         assert output.with_suffix(".png").stat().st_size > 1000
