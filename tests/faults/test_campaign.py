@@ -41,8 +41,8 @@ def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
 
 
 def test_a_wrong_trajectory_is_noticed(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, parameters = campaign._expected("asynchronous")
-    changed = [record | {"lm_loss": record["lm_loss"] + 1e-7} for record in records]
-    monkeypatch.setitem(campaign._undisturbed, "asynchronous", (changed, parameters))
+    expected = campaign.expected("asynchronous")
+    changed = [record | {"lm_loss": record["lm_loss"] + 1e-7} for record in expected.records]
+    monkeypatch.setattr(expected, "records", changed)
     outcome = campaign.trial(Fault("asynchronous", "save", 2, (0,)), 99)
     assert outcome.startswith("WRONG: iteration 1 is not")
