@@ -16,6 +16,7 @@ class Undisturbed:
     """
 
     def __init__(self, run: Run, iterations: int) -> None:
+        self.run = run
         self.records = [without_time(record) for record in run.train_metrics()]
         self._parameters = run.checkpoint(iterations)
         self._iterations = iterations
