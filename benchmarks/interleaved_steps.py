@@ -213,14 +213,9 @@ def summarise(
 
 def run(job: Job, processes: int, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run the ranks; what rank 0 wrote."""
+    worker = [str(Path(__file__).resolve()), "--worker"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        str(processes),
-        str(Path(__file__).resolve()),
-        "--worker",
-        *flags,
-    ]
+    command += ["--nproc-per-node", str(processes), *worker, *flags]
     measured.run(command, job.environment(), folder, watch_memory=False)
     result: dict[str, Any] = json.loads(job.output.read_text())
     return result
