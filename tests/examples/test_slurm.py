@@ -222,7 +222,7 @@ def test_container(folder: Path, runtime: str) -> None:
     ],
 )
 def test_wrong_choice_is_refused(folder: Path, choice: str, value: str, named: str) -> None:
-    refused = attempt(folder, 0, **{choice: value})
+    refused = attempt(folder, 0, 0, (), **{choice: value})
     assert (refused.srun, refused.requeued) == ([], False)
     assert refused.status != 0
     assert named in refused.errors
