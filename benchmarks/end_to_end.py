@@ -76,7 +76,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = Job(device.type, VARIANTS, Path(folder) / "steps.json")
         flags += f" --device {device.type} --data-cache-path {folder}/cache"
-        measured = run(job, 1, flags.split(), Path(folder) / "log")
+        measured = run(job, 1, flags.split(), Path(folder))
     seconds = measured["seconds"]
     ratios = {f"{name} / {base}": summarise(seconds, VARIANTS, base)[name] for name, base in PAIRS}
     by_variant = {name: _of_variant(name, measured) for name in VARIANTS}

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import measured
 
 # The first steps warm caches and allocators up.
 SKIPPED_BLOCKS = 4
@@ -212,14 +213,12 @@ def summarise(
     return result
 
 
-def run(job: Job, processes: int, flags: Sequence[str], log: Path) -> dict[str, Any]:
+def run(job: Job, processes: int, flags: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run the ranks; what rank 0 wrote."""
+    worker = [str(Path(__file__).resolve()), "--worker"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), __file__, "--worker", *flags]
-    with log.open("w") as stream:
-        status = subprocess.run(command, env=job.environment(), stdout=stream, stderr=stream)
-    if status.returncode:
-        raise SystemExit(f"error: the run failed; its log ends with\n{log.read_text()[-3000:]}")
+    command += ["--nproc-per-node", str(processes), *worker, *flags]
+    measured.run(command, job.environment(), folder, watch_memory=False)
     result: dict[str, Any] = json.loads(job.output.read_text())
     return result
 

@@ -28,8 +28,19 @@ class Measured:
     peak_bytes: int
 
 
-def run(command: list[str], environment: Mapping[str, str], folder: Path) -> Measured:
+def run(
+    command: list[str],
+    environment: Mapping[str, str],
+    folder: Path,
+    watch_memory: bool = True,
+) -> Measured:
     """Runs a command to its end, in a folder that gets its output as `log`.
+
+    Args:
+        command: The program by an absolute path, and its arguments.
+        environment: All its variables.
+        folder: Where it runs.
+        watch_memory: Look at its memory, which holds its processes up for a moment each time.
 
     Raises:
         SystemExit: if it fails, with the end of its output, or takes an hour.
@@ -47,7 +58,8 @@ def run(command: list[str], environment: Mapping[str, str], folder: Path) -> Mea
             try:
                 process.wait(SAMPLE_SECONDS)
             except subprocess.TimeoutExpired:
-                peak = max(peak, proportional_set_size(process.pid))
+                if watch_memory:
+                    peak = max(peak, proportional_set_size(process.pid))
         seconds = time.monotonic() - start
     if process.returncode != 0:
         text = log.read_text(errors="replace")[-3000:]

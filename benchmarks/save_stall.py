@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from benchmarks.kernels.record import device_name
+from benchmarks import measured
+from benchmarks.kernels.record import about, results_file
 
 INTERVAL, CHECKPOINTS = 12, 4
 # 33 million parameters: a checkpoint of 400 MB with Adam's state in fp32.
@@ -50,11 +49,7 @@ def steps(mode: str) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         save = ["--save", f"{folder}/checkpoints"] if mode != "none" else []
         command = [sys.executable, str(ROOT / "pretrain_gpt_rw.py"), *MODEL, *MODES[mode], *save]
-        done = subprocess.run(
-            [*command, "--log-dir", folder], capture_output=True, text=True, cwd=ROOT
-        )
-        if done.returncode != 0:
-            raise SystemExit(f"error: the run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        measured.run([*command, "--log-dir", folder], os.environ, Path(folder), watch_memory=False)
         lines = Path(folder, "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     ends = [record["time"] for record in records if record["type"] == "train"]
@@ -78,13 +73,10 @@ def main() -> int:
                 at_save[mode].append(seconds[mode][first] / undisturbed)
                 whole = sum(seconds[mode][first : first + INTERVAL])
                 cycle[mode].append(whole / (INTERVAL * undisturbed))
-    result = {
+    cpu = torch.device("cpu")
+    result = about(cpu) | {
         "benchmark": "save stall, 33 million parameters, one process",
         "command": "make bench-save-stall",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": device_name(torch.device("cpu")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "rounds": options.rounds,
         "steps_between_checkpoints": INTERVAL,
         "median_step_s_without_saving": undisturbed,
@@ -93,9 +85,7 @@ def main() -> int:
         "raw_step_with_save_over_step": dict(at_save),
         "raw_cycle_over_cycle_without_saving": dict(cycle),
     }
-    (ROOT / "benchmarks" / "results" / "save_stall_cpu.json").write_text(
-        json.dumps(result, indent=2) + "\n"
-    )
+    results_file("save_stall", cpu).write_text(json.dumps(result, indent=2) + "\n")
     for mode in MODES:
         print(
             f"{mode:13} step with a save / step: {statistics.median(at_save[mode]):6.2f}   "

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from benchmarks.interleaved_steps import SKIPPED_BLOCKS, Job, run, summarise
-from benchmarks.kernels.record import device_name
+from benchmarks.kernels.record import about, device_name
 
 # By micro-batches a rank.
 VARIANTS = {
@@ -52,7 +50,7 @@ def measure(micro_batches: int, variants: tuple[str, ...]) -> list[float]:
     micro_batch_size = str(BATCH_SIZE // PROCESSES // micro_batches)
     flags += ["--global-batch-size", str(BATCH_SIZE), "--micro-batch-size", micro_batch_size]
     flags += quickstart.RUNS["linupper"]
-    seconds: list[float] = run(job, PROCESSES, flags, out / "step_time.log")["seconds"]
+    seconds: list[float] = run(job, PROCESSES, flags, out)["seconds"]
     return seconds
 
 
@@ -76,12 +74,10 @@ def main() -> int:
     if not (ROOT / "quickstart" / "data" / "train" / "domains.json").exists():
         print("error: no quick-start data; run make quickstart first", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {
+    result: dict[str, Any] = about(torch.device("cpu")) | {
         "benchmark": "step time by scope over none, and by cross-entropy, quick-start model",
         "command": "make bench-step-time",
-        "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{device_name(torch.device('cpu'))}, {PROCESSES} processes",
-        "python": platform.python_version(),
     }
     if options.only_cross_entropy:
         result = json.loads(result_file.read_text()) | result

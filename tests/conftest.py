@@ -28,9 +28,9 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 
-# Tables at the end. Hooks of a folder's own conftest do not run in the process that reports for
+# A table at the end. Hooks of a folder's own conftest do not run in the process that reports for
 # pytest's workers.
-pytest_plugins = ["tests.exactness.table", "tests.kernels.resources"]
+pytest_plugins = ["tests.kernels.resources"]
 
 __all__ = ["EOD", "VOCAB_SIZE"]
 

@@ -1,40 +1,55 @@
 """Plant mistakes that others have made, or that are easily made, and see that a test fails.
 
-    make mutants
+    make mutants            # or: python tests/mutants.py [PART OF A MISTAKE]
 
-Works on a copy of the checkout. Every mutant names the tests that ought to notice it; they must
-pass on the unchanged copy and fail on the mutant. Exit status 1 if one survives.
+Each mutant replaces a function or a property of the method while the program runs, in the process
+of the tests and in every rank. It names the test that ought to notice it, which must pass without
+the mutant and fail with it. Exit status 1 if a mutant survives, 2 if one cannot be planted because
+what it replaces is gone.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import dataclasses
+import functools
+import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = (
-    *("megatron_rw", "tests", "tools", "examples", "benchmarks"),
-    *("pretrain_gpt_rw.py", "pyproject.toml", "setup.py"),
-)
+VARIABLE = "MUTANT"
 PASSED, FAILED = 0, 1
 
-REWEIGHTING = "megatron_rw/reweighting"
-SCOPES = f"{REWEIGHTING}/scopes.py"
-WEIGHTS = "megatron_rw/kernels/weights.py"
-STEP = "megatron_rw/integrations/step.py"
-RESILIENCE = "megatron_rw/resilience"
-BAD_NUMBERS = "tests/resilience/test_nonfinite.py"
-KERNEL_TESTS = "tests/kernels/test_cross_entropy.py"
-LAYER_TESTS = "tests/kernels/test_linear_cross_entropy.py"
-LAYER = "megatron_rw/kernels/linear_autograd.py"
-PROBABILITIES = "megatron_rw/kernels/torch_probabilities.py"
-CUDA_TESTS = "tests/kernels/test_cuda.py"
-CSRC = "megatron_rw/kernels/csrc"
+REWEIGHTER = "tests/reweighting/test_reweighter.py::"
+STATE = "tests/integrations/test_state.py::"
+KERNEL = "tests/kernels/test_cross_entropy.py::"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake: the test that notices it, and what is changed in `module` or `module:Class`."""
+
+    test: str
+    owner: str
+    name: str
+    change: Callable[[Any], Any]
+
+    def plant(self) -> None:
+        """Replaces the name, which must exist."""
+        module, _, class_name = self.owner.partition(":")
+        owner = __import__(f"megatron_rw.{module}", fromlist=["_"])
+        owner = getattr(owner, class_name) if class_name else owner
+        original = vars(owner)[self.name]
+        if isinstance(original, property):
+            setattr(owner, self.name, property(self.change(original.fget)))
+        else:
+            setattr(owner, self.name, self.change(original))
 
 
 def cell(layout: str) -> str:
@@ -43,403 +58,185 @@ def cell(layout: str) -> str:
     return f"tests/exactness/test_exactness.py::{test}[{layout}]"
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """A mistake: what it is, the tests that notice it, and the edits `(file, old, new)`."""
+def result(change: Callable[..., Any]) -> Callable[[Any], Any]:
+    """A function whose result is changed; `change` gets the result and the arguments."""
 
-    mistake: str
-    test: str
-    edits: tuple[tuple[str, str, str], ...]
+    def around(original: Any) -> Any:
+        @functools.wraps(original)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            return change(original(*args, **kwargs), *args, **kwargs)
+
+        return changed
+
+    return around
 
 
-def one(mistake: str, test: str, file: str, old: str, new: str) -> Mutant:
-    """A mutant of a single edit."""
-    return Mutant(mistake, test, ((file, old, new),))
+def instead(replacement: Any) -> Callable[[Any], Any]:
+    """Something else altogether."""
+    return lambda original: replacement
 
 
-MUTANTS = (
-    one(
-        "weights taken by local rank, as if every node were the first",
-        cell("DP2"),
-        f"{REWEIGHTING}/samples.py",
-        "start = ranks.dp_rank * count",
-        "start = 0 * count",
+def without_decay(_: None, self: Any, *args: Any) -> None:
+    self.config = dataclasses.replace(self.config, moment_decay=0.0)
+
+
+def seen_moments(_: None, self: Any, statistics: Any) -> None:
+    self.moments = statistics[1:3].double()
+
+
+def without_divisor(_: Any, self: Any, model: Any) -> Any:
+    self._keeps_token_divisor = False
+    return self._reweighter
+
+
+def unclamped(losses: Any, low: Any, high: Any, delta: float) -> Any:
+    spread = high - low
+    return (2 * delta * (losses - low) / spread - delta).masked_fill(~(spread >= 1e-6), 0.0)
+
+
+def attached(weigh: Any) -> Any:
+    Mutant("", DEFERRED, "_over_shards", instead(lambda self, sums: sums)).plant()
+    return weigh.__wrapped__
+
+
+def alone(gather: Any) -> Any:
+    return lambda sums, domain, ranks: gather(sums, domain, dataclasses.replace(ranks, group=None))
+
+
+def first_rows(found: Any, *_: Any) -> Any:
+    own = found.local.stop - found.local.start
+    return dataclasses.replace(found, local=slice(0, own))
+
+
+STEP = "integrations.step:StepReweighting"
+DEFERRED = "reweighting.scopes:DeferredReweighter"
+GLOBAL = "reweighting.scopes:GlobalReweighter"
+ONE = cell("one process")
+
+MUTANTS = {
+    "weights taken by local rank, as if every node were the first": Mutant(
+        cell("DP2"), "reweighting.scopes", "gather_samples", result(first_rows)
     ),
-    one(
-        "each rank weighs its own samples alone",
-        cell("DP2"),
-        f"{REWEIGHTING}/samples.py",
-        "    if ranks.group is not None:",
-        "    if ranks.group is None:",
+    "each rank weighs its own samples alone": Mutant(
+        cell("DP2"), "reweighting.scopes", "gather_samples", alone
     ),
-    one(
-        "deferred: normaliser of the own samples",
-        cell("DP2"),
-        SCOPES,
-        "total = statistics[Statistic.TOTAL]",
-        "total = weights[samples.local].sum() * self.ranks.dp_size",
+    "mean over data-parallel ranks for a sum": Mutant(
+        cell("DP2"), "reweighting.samples:ReduceGroup", "size", instead(lambda self: self.cp_size)
     ),
-    one(
-        "deferred: normaliser applied twice",
-        cell("one process"),
-        STEP,
-        "scale_gradients(shared[0])",
-        "scale_gradients(shared[0] ** 2)",
+    "context-parallel factor forgotten": Mutant(
+        cell("CP2"), "reweighting.samples:ReduceGroup", "size", instead(lambda self: self.dp_size)
     ),
-    one(
-        "deferred: normaliser forgotten on other pipeline stages",
-        cell("PP2"),
-        STEP,
-        "        groups.share_with_pipeline(shared)\n",
-        "",
+    "deferred: sample losses of the own shard": Mutant(
+        cell("CP2"), DEFERRED, "_over_shards", instead(lambda self, sums: sums)
     ),
-    one(
-        "deferred: auxiliary losses scaled by the normaliser",
+    "deferred: normaliser applied twice": Mutant(
+        ONE, DEFERRED, "finish", result(lambda factor, self: factor**2)
+    ),
+    "deferred: normaliser forgotten on other pipeline stages": Mutant(
+        cell("PP2"), "integrations.groups", "share_with_pipeline", instead(lambda values: None)
+    ),
+    "deferred: auxiliary losses scaled by the normaliser": Mutant(
         "tests/refusals/test_refusals.py::test_refusal[auxiliary loss scaled with the gradients]",
-        STEP,
-        'if config.scope == "deferred" and others:',
-        'if config.scope == "deferred" and not others:',
+        *("integrations.groups", "other_losses", instead(lambda config: [])),
     ),
-    one(
-        "deferred: decay of the moments ignored",
-        cell("one process"),
-        SCOPES,
-        "updated = seen + self.config.moment_decay * (kept - seen)",
-        "updated = seen + 0 * (kept - seen)",
+    "deferred: decay of the moments ignored": Mutant(
+        ONE, DEFERRED, "__init__", result(without_decay)
     ),
-    one(
-        "deferred: an empty step forgets the moments",
-        cell("one process"),
-        SCOPES,
-        "self.moments = torch.where(seen.isfinite(), updated, used)",
-        "self.moments = seen + 0 * (updated - used)",
+    "deferred: an empty step forgets the moments": Mutant(
+        ONE, DEFERRED, "_update_moments", result(seen_moments)
     ),
-    one(
-        "deferred: losses beyond the old range not clamped",
-        cell("one process"),
-        WEIGHTS,
-        "scaled.clamp(-delta, delta)",
-        "scaled",
+    "deferred: losses beyond the old range not clamped": Mutant(
+        ONE, "kernels.weights", "normalise", instead(unclamped)
     ),
-    one(
-        "deferred: moments not in the checkpoint",
-        "tests/parallel/test_resume.py"
-        "::test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run"
-        "[distributed-optimizer-deferred]",
-        STEP,
-        "        self._state.moments = shared[1:]\n",
-        "",
+    "deferred: moments not in the checkpoint": Mutant(
+        f"{STATE}test_state_is_saved_with_the_arguments",
+        *("integrations.state:ReweightState", "record"),
+        result(lambda record, self: record | {"moments": None}),
     ),
-    one(
-        "context-parallel factor forgotten",
-        cell("CP2"),
-        STEP,
-        "loss * reweighter.ranks.size",
-        "loss * reweighter.ranks.dp_size",
+    "warm-up counted from the start of the run": Mutant(
+        f"{STATE}test_steps_count_from_the_first_training_step",
+        *("integrations.state:ReweightState", "step", instead(lambda self, iteration: iteration)),
     ),
-    one(
-        "mean over data-parallel ranks for a sum",
-        cell("DP2"),
-        STEP,
-        "loss * reweighter.ranks.size",
-        "loss",
+    "weights not detached": Mutant(ONE, "reweighting.scopes", "weigh_samples", attached),
+    "moments from samples without an active token": Mutant(
+        ONE,
+        *("reweighting.samples:SampleSet", "has_tokens", instead(lambda self: self.tokens >= 0)),
     ),
-    one(
-        "sample mean over the own shard's tokens",
-        cell("CP2"),
-        SCOPES,
-        "weighted.samples.tokens[own])",
-        "sums.tokens)",
+    "Megatron divides by the micro-batch's tokens": Mutant(
+        *(ONE, STEP, "weigh"),
+        result(lambda pair, self, sums, domain=None: (pair[0], sums.tokens.sum().int())),
     ),
-    Mutant(
-        "weights not detached",
-        cell("one process"),
-        (
-            (
-                WEIGHTS,
-                "@torch.no_grad()\ndef weigh_samples(",
-                "def weigh_samples(",
-            ),
-            (SCOPES, "SampleSums(sums.loss_sum.detach(), sums.tokens)", "sums"),
-        ),
-    ),
-    one(
-        "moments from samples without an active token",
-        cell("one process"),
-        SCOPES,
-        "*self._weights(samples.losses, samples.has_tokens))",
-        "*self._weights(samples.losses, samples.tokens >= 0))",
-    ),
-    one(
-        "Megatron divides by the micro-batch's tokens",
-        cell("one process"),
-        STEP,
-        "return loss * reweighter.ranks.size, one",
-        "return loss * reweighter.ranks.size, sums.tokens.sum().to(torch.int)",
-    ),
-    one(
-        "other losses divided by ranks instead of tokens",
+    "other losses divided by ranks instead of tokens": Mutant(
         "tests/exactness/test_other_losses.py::test_other_losses_keep_their_gradient[per-token]",
-        STEP,
-        "bool(others) and config.calculate_per_token_loss",
-        "bool(others) and not config.calculate_per_token_loss",
+        *(STEP, "_build", result(without_divisor)),
     ),
-    one(
-        "global: mean over micro-batches for a sum",
-        cell("one process"),
-        SCOPES,
-        "return self._num_microbatches * _weighted_sum(",
-        "return _weighted_sum(",
+    "global: mean over micro-batches for a sum": Mutant(
+        ONE,
+        *(GLOBAL, "weigh"),
+        result(lambda loss, self, *_: loss / self._num_microbatches),
     ),
-    one(
-        "global: micro-batches get each other's weights",
-        cell("one process"),
-        SCOPES,
-        "+ self._weighed * count",
-        "+ (self._num_microbatches - 1 - self._weighed) * count",
+    "global: micro-batches get each other's weights": Mutant(
+        *(ONE, "reweighting.scopes", "_concatenate"),
+        lambda concatenate: lambda rows: concatenate(rows[::-1]),
     ),
-    one(
-        "global: scoring moves the random state",
+    "global: scoring moves the random state": Mutant(
         "tests/exactness/test_scoring.py::test_scoring_sees_the_training_passs_dropout[one]",
-        "megatron_rw/integrations/schedule.py",
-        "with torch.no_grad(), _fork_rng(), ",
-        "with torch.no_grad(), ",
+        *("integrations.schedule", "_fork_rng", instead(contextlib.nullcontext)),
     ),
-    one(
-        "a sample of weight 0 spreads its NaN",
-        "tests/reweighting/test_reweighter.py::test_nonfinite_sample_never_spreads",
-        SCOPES,
-        "return (torch.where(weights > 0, own_loss_sum, 0.0) *",
-        "return (own_loss_sum *",
+    "a sample of weight 0 spreads its NaN": Mutant(
+        f"{REWEIGHTER}test_nonfinite_sample_never_spreads",
+        *("reweighting.scopes", "_weighted_sum"),
+        instead(lambda own, weights, tokens: (own * weights / tokens.clamp(min=1.0)).sum()),
     ),
-    one(
-        "cross-entropy: upstream gradient read as a scalar",
-        f"{KERNEL_TESTS}::test_upstream_is_per_token_not_a_scalar[torch]",
-        "megatron_rw/kernels/torch_backend.py",
-        "            gradient *= factor\n",
-        "            gradient *= factor.mean()\n",
+    "linupper without its upper limit": Mutant(
+        "tests/reweighting/test_weights.py::test_weights_are_the_oracles",
+        *("kernels.weights", "strategy_scores", instead(lambda u, strategy, delta: u + delta)),
     ),
-    one(
-        "cross-entropy: label smoothing over the own shard's vocabulary",
-        f"{KERNEL_TESTS}::test_shards_together_are_the_whole[torch-2-label smoothing]",
-        "megatron_rw/kernels/options.py",
-        "options.label_smoothing * self.vocab_size / (self.vocab_size - 1)",
-        "options.label_smoothing * self.columns / (self.columns - 1)",
+    "cross-entropy: sums of the samples without their mask": Mutant(
+        f"{KERNEL}test_sums_of_the_samples_and_their_gradient[torch-plain]",
+        *("kernels.torch_backend", "sample_sums"),
+        lambda sums: lambda losses, mask: sums(losses, mask**0),
     ),
-    one(
-        "cross-entropy: autograd is not told that the logits are overwritten",
-        f"{KERNEL_TESTS}::test_second_backward_raises_instead_of_lying[triton]",
-        "megatron_rw/kernels/cross_entropy.py",
-        "            torch.autograd.graph.increment_version(logits)\n",
-        "            pass\n",
+    "cross-entropy: a row without weight is multiplied by 0": Mutant(
+        f"{KERNEL}test_nan_in_a_row_that_does_not_count_stays_there[torch-ignored]",
+        *("kernels.torch_backend", "clear_rows", instead(lambda gradient, zero: None)),
     ),
-    one(
-        "cross-entropy: a row without weight is multiplied by 0",
-        f"{KERNEL_TESTS}::test_nan_in_a_row_that_does_not_count_stays_there[torch-ignored]",
-        "megatron_rw/kernels/torch_backend.py",
-        "            clear_rows(gradient, zero)\n",
-        "",
-    ),
-    one(
-        "cross-entropy: sums of the samples without their mask",
-        f"{KERNEL_TESTS}::test_sums_of_the_samples_and_their_gradient[torch-plain]",
-        "megatron_rw/kernels/sums.py",
-        "torch.where(mask > 0, token_losses * mask, 0.0)",
-        "token_losses",
-    ),
-    one(
-        "CUDA: threads read what others write, without a barrier",
-        f"{CUDA_TESTS}::test_sanitizers_find_nothing[thread]",
-        f"{CSRC}/device.cuh",
-        "  if (lane == 0) scratch[warp] = value;\n  __syncthreads();\n",
-        "  if (lane == 0) scratch[warp] = value;\n",
-    ),
-    one(
-        "CUDA: a last vector that sticks out of the row",
-        f"{CUDA_TESTS}::test_sanitizers_find_nothing[address undefined]",
-        f"{CSRC}/device.cuh",
-        "(count - head) / kSize;",
-        "(count - head + kSize - 1) / kSize;",
-    ),
-    one(
-        "CUDA: offset of a row in 32 bits",
-        f"{KERNEL_TESTS}::test_offsets_beyond_two_to_the_31[cuda]",
-        f"{CSRC}/statistics.cu",
-        "sequence * a.logits.stride_sequence + sample",
-        "static_cast<int>(sequence * a.logits.stride_sequence) + sample",
-    ),
-    one(
-        "CUDA: gradient apart from the logits, aligned as they are",
-        f"{KERNEL_TESTS}::test_rows_that_begin_anywhere[cuda-3-dtype1]",
-        f"{CSRC}/gradient.cu",
-        "stride == 1 && out_stride == 1 && aligned_alike",
-        "stride == 1 && out_stride == 1 && (aligned_alike || true)",
-    ),
-    one(
-        "CUDA: a row without weight is multiplied by 0",
-        f"{KERNEL_TESTS}::test_nan_in_a_row_that_does_not_count_stays_there[cuda-zero upstream]",
-        f"{CSRC}/gradient.cu",
-        "if (scale == 0.0f || label == a.ignore_index)",
-        "if (label == a.ignore_index)",
-    ),
-    one(
-        "CUDA: sums over the samples lose their digits",
-        "tests/kernels/test_weights.py::test_sums_over_many_samples_keep_their_digits[cuda]",
-        f"{CSRC}/device.cuh",
-        "    lost += (total - (sum - part)) + (value - part);\n",
-        "    lost += 0.0f * part;\n",
-    ),
-    one(
-        "output layer: the weight's gradient of hidden states without their tokens' weights",
-        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[keep-dtype1-torch-plain]",
-        LAYER,
-        "scale_rows(whole.flatten(0, 1), self.factor.flatten(), scaled)",
-        "scale_rows(whole.flatten(0, 1), torch.ones_like(self.factor.flatten()), scaled)",
-    ),
-    one(
-        "output layer: a token without weight is multiplied by 0",
-        f"{LAYER_TESTS}::test_nan_in_a_token_that_does_not_count_stays_there[keep-torch-ignored]",
-        PROBABILITIES,
-        "        out.masked_fill_(factor == 0, 0.0)\n",
-        "",
-    ),
-    one(
-        "output layer: what is not finite is kept where its token has no weight",
-        f"{LAYER_TESTS}::test_nan_in_a_token_that_does_not_count_stays_there[keep-torch-"
-        "zero upstream]",
-        PROBABILITIES,
-        "if probabilities.is_cuda or (lost & ~ignored).any():",
-        "if probabilities.is_cuda:",
-    ),
-    one(
-        "output layer: exp of the other shards' lead overflows",
-        f"{LAYER_TESTS}::test_target_in_a_shard_without_probability[dtype4-torch]",
-        PROBABILITIES,
-        "lost = ~(ratio.abs() <= largest_ratio(probabilities.dtype))",
-        "lost = ratio.isnan()",
-    ),
-    one(
-        "output layer: factor of the z-loss left out of the gradient",
-        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[keep-dtype1-torch-z-loss]",
-        PROBABILITIES,
-        "ratio = torch.exp(lse - within) / (1.0 + 2.0 * options.z_loss * lse)",
-        "ratio = torch.exp(lse - within)",
-    ),
-    one(
-        "output layer: the hidden states' gradient is this rank's alone",
-        f"{LAYER_TESTS}::test_two_tensor_parallel_ranks[keep--plain]",
-        LAYER,
-        "return gradient, dist.all_reduce(gradient, group=self.tp_group, async_op=True)",
-        "return gradient, None",
-    ),
-    one(
-        "output layer: a split begins where the first does",
-        f"{LAYER_TESTS}::test_loss_and_gradients_are_those_of_fp64[split-dtype1-torch-plain]",
-        LAYER,
-        "start = self.shard.start + columns.start",
-        "start = self.shard.start",
-    ),
-    one(
-        "output layer: main_grad is overwritten, not added to",
-        "tests/kernels/test_linear_layer.py::test_main_grad_adds_up_in_fp32[keep]",
-        "megatron_rw/kernels/products.py",
-        "            into.addmm_(part.to(into.dtype), piece.to(into.dtype))\n",
-        "            into.zero_().addmm_(part.to(into.dtype), piece.to(into.dtype))\n",
-    ),
-    one(
-        "output layer: called without the module's hooks, its parameters still on their way",
-        "tests/integrations/test_output_layer.py::test_output_processor_keeps_what_a_module_does",
-        "megatron_rw/integrations/output_layer.py",
-        "losses, sums = output_layer(scale_logits(hidden_states), weight=output_weight)",
-        "losses, sums = forward(scale_logits(hidden_states), weight=output_weight)",
-    ),
-    one(
-        "CUDA: what registers do not hold of a row is written from its beginning",
-        f"{LAYER_TESTS}::test_row_longer_than_registers_hold[cuda-dtype1]",
-        f"{CSRC}/probabilities.cu",
-        "    const Vector<T> logits = load_vector(vectors[at].values);\n",
-        "    const Vector<T> logits = load_vector(vectors[thread].values);\n",
-    ),
-    one(
-        "bad numbers: gradients of the pass with the bad sample kept",
-        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
-        f"{RESILIENCE}/dropping.py",
-        "            chunk.zero_grad_buffer()\n",
-        "            pass\n",
-    ),
-    one(
-        "bad numbers: the dropped sample's blank tokens compete for weight",
-        f"{BAD_NUMBERS}::test_dropped_sample_might_not_have_been_there",
-        f"{RESILIENCE}/dropping.py",
-        '("tokens", "labels", "loss_mask")',
-        '("tokens", "labels")',
-    ),
-    one(
-        "bad numbers: a gradient is not looked at where every loss is finite",
-        f"{BAD_NUMBERS}::test_raise_names_the_gradient_and_its_rank",
-        f"{RESILIENCE}/nonfinite.py",
-        "torch.stack([loss, gradient])",
-        "torch.stack([loss, loss])",
-    ),
-    one(
-        "bad numbers: the step counts as skipped, but not in a row",
-        f"{BAD_NUMBERS}::test_dropping_cannot_help_a_gradient",
-        f"{RESILIENCE}/nonfinite.py",
-        "        self._in_a_row += 1\n",
-        "        self._in_a_row = 1\n",
-    ),
-)
+}
 
 
-def run_tests(folder: Path, tests: list[str]) -> int:
-    """Pytest's exit status in a copy."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, capture_output=True).returncode
+def pytest_configure() -> None:
+    """Plants the mutant that the environment names, also when `tests.preload` calls it."""
+    if VARIABLE in os.environ:
+        MUTANTS[os.environ[VARIABLE]].plant()
 
 
-def apply(folder: Path, edits: tuple[tuple[str, str, str], ...]) -> None:
-    """Make the edits; each old text stands in its file exactly once."""
-    for file, old, new in edits:
-        path = folder / file
-        text = path.read_text()
-        if text.count(old) != 1:
-            raise SystemExit(f"{file}: {text.count(old)} times, expected once: {old!r}")
-        path.write_text(text.replace(old, new))
-
-
-def copy_checkout(folder: Path) -> None:
-    """The checkout's sources, fresh."""
-    for name in COPIED:
-        source, target = ROOT / name, folder / name
-        if source.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+def run_tests(tests: list[str], **environment: str) -> int:
+    """Pytest's exit status."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-p", "tests.mutants", *tests],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+    ).returncode
 
 
 def main() -> int:
-    """Run all mutants, or those whose mistake contains the first argument."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [mutant for mutant in MUTANTS if wanted in mutant.mistake]
+    """Runs all mutants, or those whose mistake contains the first argument."""
+    chosen = [mistake for mistake in MUTANTS if "".join(sys.argv[1:]) in mistake]
+    if run_tests(sorted({MUTANTS[mistake].test for mistake in chosen})) != PASSED:
+        print("error: the tests fail without any mutant; run make test", file=sys.stderr)
+        return 2
     survived = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy_checkout(folder)
-        tests = list(dict.fromkeys(mutant.test for mutant in chosen))
-        if run_tests(folder, tests) != PASSED:
-            print("error: the tests fail without any mutant; run make test", file=sys.stderr)
+    for mistake in chosen:
+        start = time.perf_counter()
+        status = run_tests([MUTANTS[mistake].test], **{VARIABLE: mistake})
+        if status not in (PASSED, FAILED):
+            print(f"error: {mistake}: what it replaces is gone ({status})", file=sys.stderr)
             return 2
-        for mutant in chosen:
-            copy_checkout(folder)
-            apply(folder, mutant.edits)
-            start = time.perf_counter()
-            status = run_tests(folder, [mutant.test])
-            # A negative one is a signal: it wrote or read where there is no memory.
-            caught = status == FAILED or status < 0
-            survived += not caught
-            verdict = "caught" if caught else "SURVIVED"
-            print(f"{verdict:8} {time.perf_counter() - start:4.0f} s  {mutant.mistake}", flush=True)
+        survived += status == PASSED
+        verdict = "SURVIVED" if status == PASSED else "caught"
+        print(f"{verdict:8} {time.perf_counter() - start:4.0f} s  {mistake}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} mutants caught")
     return 1 if survived else 0
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import random
 import socket
 
 # Below what Linux gives to connections by itself (from 32768 on): a port that is only probed for
-# there may be gone before rank 0 listens at it. Every test worker has a stretch of its own.
-FIRST, STRETCH = 20000, 1000
+# there may be gone before rank 0 listens at it.
+PORTS = range(20000, 32000)
 
-_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_numbers = itertools.cycle(range(FIRST + _worker * STRETCH, FIRST + (_worker + 1) * STRETCH))
+# Workers and other runs of the tests on this machine begin elsewhere.
+_next = random.SystemRandom().randrange(len(PORTS))
 
 
 def free_port() -> int:
-    """One that nothing listens at, and that no other test of the run is given."""
-    for port in itertools.islice(_numbers, STRETCH):
+    """One that nothing listens at, and that this process has not given to another test lately."""
+    global _next
+    for _ in PORTS:
+        port = PORTS[_next % len(PORTS)]
+        _next += 1
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -24,4 +26,4 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise RuntimeError(f"no free port from {FIRST} on for test worker {_worker}")
+    raise RuntimeError(f"no port of {PORTS} is free")

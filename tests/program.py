@@ -237,7 +237,7 @@ def _wait(
             disturb = None
         if any(rank.exitcode not in (None, 0) for rank in ranks):
             deadline = min(deadline, time.monotonic() + patience)
-        time.sleep(0.002)
+        time.sleep(0.002 if disturb else 0.01)
     hung = any(rank.is_alive() for rank in ranks) and time.monotonic() >= deadline
     for rank in ranks:
         # With its whole process group: a killed rank leaves the process that manages its

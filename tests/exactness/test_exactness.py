@@ -13,7 +13,6 @@ that with the fused output layer, whose factors come from differences of rounded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 
@@ -22,7 +21,10 @@ from tests.ranks import run_ranks
 
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
 FUSED_TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6}
-LONG = {"TP2", "TP2 SP", "DP2 TP2 distopt overlap"}
+LONG = {
+    *("TP2", "TP2 SP", "PP4", "DP2 TP2 distopt overlap"),
+    *("DP2 CP2 PP2 VPP2 per-token", "DP2 TP2 PP2 distopt overlap fused"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,7 @@ def relative_error(ranks: list[worker.Sums], key: tuple[str, str], step: int) ->
     ],
 )
 def test_gradient_is_the_single_process_oracles(
-    layout_name: str,
-    wanted: dict[tuple[str, str], list[oracle.Parameters]],
-    record_error: Callable[..., None],
+    layout_name: str, wanted: dict[tuple[str, str], list[oracle.Parameters]]
 ) -> None:
     layout = cases.LAYOUTS[layout_name]
     ranks = run_ranks(layout.processes, worker.errors, layout, wanted, **layout.sizes)
@@ -74,7 +74,7 @@ def test_gradient_is_the_single_process_oracles(
             if mask not in masks:
                 continue
             error = max(relative_error(sums, (scope, mask), step) for step in range(cases.STEPS))
-            record_error(layout_name, f"{scope} {precision}", mask, error)
+            print(f"{scope}, {precision}, mask {mask}: {error:.1e}")
             if not error <= tolerance[precision]:
                 too_large.append(f"{scope}, {precision}, mask {mask}: {error:.1e}")
     assert not too_large

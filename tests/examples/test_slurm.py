@@ -213,15 +213,16 @@ def test_container(folder: Path, runtime: str) -> None:
     assert srun[begin : begin + len(program)] == program
 
 
-@pytest.mark.parametrize(("container", "launcher"), [("docker", "srun"), ("", "mpirun")])
-def test_unknown_choice_is_refused(folder: Path, container: str, launcher: str) -> None:
-    refused = attempt(folder, 0, CONTAINER=container, LAUNCHER=launcher)
-    assert (refused.status, refused.srun, refused.requeued) == (2, [], False)
-    assert (container or launcher) in refused.errors
-
-
-def test_container_without_an_image_is_refused(folder: Path) -> None:
-    refused = attempt(folder, 0, CONTAINER="apptainer")
+@pytest.mark.parametrize(
+    ("choice", "value", "named"),
+    [
+        ("CONTAINER", "docker", "docker"),
+        ("LAUNCHER", "mpirun", "mpirun"),
+        ("CONTAINER", "apptainer", "IMAGE"),
+    ],
+)
+def test_wrong_choice_is_refused(folder: Path, choice: str, value: str, named: str) -> None:
+    refused = attempt(folder, 0, 0, (), **{choice: value})
+    assert (refused.srun, refused.requeued) == ([], False)
     assert refused.status != 0
-    assert "IMAGE" in refused.errors
-    assert not refused.srun
+    assert named in refused.errors

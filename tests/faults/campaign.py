@@ -24,13 +24,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.points import ON_RANK_0, POINTS
-from tests.program import Run, run_program, without_time
+from tests.faults.points import POINTS
+from tests.faults.undisturbed import Undisturbed
+from tests.program import Run, run_program
 
 ITERATIONS, SAVE_INTERVAL, PROCESSES = 12, 3, 2
 COMMON = (
@@ -88,9 +86,9 @@ def faults(seed: int, trials: int) -> Iterator[Fault]:
         if point == "any time":
             count = rng.randrange(int(1000 * SECONDS))
         else:
-            count = rng.randint(1, POINTS[point][1])
+            count = rng.randint(1, POINTS[point].most)
         ranks = rng.choice([(0,), (1,), (0, 1)])
-        if point in ON_RANK_0:
+        if point != "any time" and POINTS[point].on_rank_0:
             ranks = (0,)
         choice = [v for v in variants if point != "writer" or "asynchronous" in v]
         yield Fault(rng.choice(choice), point, count, ranks)
@@ -106,11 +104,11 @@ class Campaign:
 
     def __init__(self, folder: Path, data_flags: list[str]) -> None:
         self._folder, self._data_flags = folder, data_flags
-        self._undisturbed: dict[str, tuple[list[Any], dict[str, torch.Tensor]]] = {}
+        self.undisturbed: dict[str, Undisturbed] = {}
 
     def trial(self, fault: Fault, number: int) -> str:
         """What came of it: `ok` and how, or what went wrong."""
-        wanted, parameters = self._expected(fault.variant)
+        undisturbed = self.expected(fault.variant)
         directory = self._folder / f"trial{number}"
         start = time.monotonic()
         run = self._run(directory, fault.variant, fault)
@@ -125,28 +123,19 @@ class Campaign:
             run = self._run(directory, fault.variant, None)
             if run.hung:
                 return f"HUNG at restart {attempts - 1}: {run.status}"
-        seen = {}
-        for record in run.train_metrics():
-            iteration = record["iteration"]
-            if without_time(record) != wanted[iteration - 1]:
-                return f"WRONG: iteration {iteration} is not that of the undisturbed run"
-            seen[iteration] = True
-        if sorted(seen) != list(range(1, ITERATIONS + 1)):
-            return f"LOST: iterations {sorted(seen)} were logged"
-        for name, tensor in run.checkpoint(ITERATIONS).items():
-            if not torch.equal(tensor, parameters[name]):
-                return f"WRONG: {name} of the final checkpoint"
+        problem, _ = undisturbed.compared(run)
+        if problem:
+            return problem
         shutil.rmtree(directory)
         again = f"{attempts} attempts" if disturbed else "not reached"
         return f"ok, {again}, {time.monotonic() - start:.0f} s"
 
-    def _expected(self, variant: str) -> tuple[list[Any], dict[str, torch.Tensor]]:
-        if variant not in self._undisturbed:
+    def expected(self, variant: str) -> Undisturbed:
+        """The undisturbed run of a variant."""
+        if variant not in self.undisturbed:
             run = self._run(self._folder / variant.replace(" ", "_"), variant, None).check()
-            records = [without_time(record) for record in run.train_metrics()]
-            assert [record["iteration"] for record in records] == list(range(1, ITERATIONS + 1))
-            self._undisturbed[variant] = (records, run.checkpoint(ITERATIONS))
-        return self._undisturbed[variant]
+            self.undisturbed[variant] = Undisturbed(run, ITERATIONS)
+        return self.undisturbed[variant]
 
     def _run(self, directory: Path, variant: str, fault: Fault | None) -> Run:
         checkpoints = str(directory / "checkpoints")

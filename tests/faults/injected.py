@@ -22,8 +22,7 @@ def main() -> None:
 
             writer._main = functools.partial(_writer_main, fault)
         else:
-            install, _ = POINTS[fault["point"]]
-            install(Countdown(fault["count"]))
+            POINTS[fault["point"]].install(Countdown(fault["count"]))
     import pretrain_gpt_rw
 
     pretrain_gpt_rw.main()
@@ -33,6 +32,6 @@ def _writer_main(fault: dict[str, Any], device: Any, rank_pid: int, *args: Any) 
     from megatron_rw.resilience import writer
 
     os.environ["FAULT_RANK_PID"] = str(rank_pid)
-    install, _ = POINTS[fault["point"]]
-    install(Countdown(fault["count"], kill_writer if fault["point"] == "writer" else kill_rank))
+    kill = kill_writer if fault["point"] == "writer" else kill_rank
+    POINTS[fault["point"]].install(Countdown(fault["count"], kill))
     writer._main(device, rank_pid, *args)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ class Countdown:
 
     Args:
         count: n, from 1.
-        kill: how.
+        kill: How.
     """
 
     def __init__(self, count: int, kill: Callable[[], None] = kill_rank) -> None:
@@ -39,26 +41,18 @@ class Countdown:
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
-        """Count."""
+        """Counts."""
         with self._lock:
             self._left -= 1
             if self._left == 0:
                 self._kill()
 
 
-def _before(owner: Any, name: str, countdown: Countdown) -> None:
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        countdown()
-        return original(*args, **kwargs)
-
-    setattr(owner, name, wrapped)
+Install = Callable[[Any, Countdown], Any]
 
 
-def _after(owner: Any, name: str, countdown: Countdown) -> None:
-    original = getattr(owner, name)
+def after(original: Any, countdown: Countdown) -> Any:
+    """Counts when a call has returned."""
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -66,74 +60,35 @@ def _after(owner: Any, name: str, countdown: Countdown) -> None:
         countdown()
         return result
 
-    setattr(owner, name, wrapped)
+    return wrapped
 
 
-def _forward(countdown: Countdown) -> None:
-    from megatron.core.transformer.transformer_block import TransformerBlock
-
-    _after(TransformerBlock, "forward", countdown)
-
-
-def _backward(countdown: Countdown) -> None:
-    from megatron.core.transformer.transformer_block import TransformerBlock
-
-    original = TransformerBlock.forward
+def before(original: Any, countdown: Countdown) -> Any:
+    """Counts when a call begins."""
 
     @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        countdown()
+        return original(*args, **kwargs)
+
+    return wrapped
+
+
+def in_backward(original: Any, countdown: Countdown) -> Any:
+    """Counts when the gradient of a call's result is computed."""
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if output.requires_grad:
             output.register_hook(lambda gradient: countdown())
         return output
 
-    TransformerBlock.forward = forward
+    return wrapped
 
 
-def _optimizer(countdown: Countdown) -> None:
-    """Parameters are new, the scheduler and the counters old."""
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    _after(ChainedOptimizer, "step", countdown)
-
-
-def _save(countdown: Countdown) -> None:
-    from megatron.training import checkpointing
-
-    _after(checkpointing, "generate_state_dict", countdown)
-
-
-def _write(countdown: Countdown) -> None:
-    """Between two tensors of a shard."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    _after(filesystem_async, "_write_item", countdown)
-
-
-def _shard(countdown: Countdown) -> None:
-    """A shard is whole, the checkpoint has no index yet."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    _before(FileSystemWriterAsync, "finish", countdown)
-
-
-def _renamed(countdown: Countdown) -> None:
-    """The index has its name, the checkpoint is not declared complete yet."""
-    from torch.distributed.checkpoint.filesystem import FileSystem
-
-    _after(FileSystem, "rename", countdown)
-
-
-def _complete(countdown: Countdown) -> None:
-    """The checkpoint is complete, the tracker names the one before."""
-    from megatron.core.dist_checkpointing import serialization
-
-    _after(serialization, "save_config", countdown)
-
-
-def _tracker(countdown: Countdown) -> None:
-    """The tracker is written under another name, and then has its own."""
-    original = Path.replace
+def around_tracker(original: Any, countdown: Countdown) -> Any:
+    """Counts before and after a renaming that gives the tracker its name."""
 
     def replace(self: Path, target: Any) -> Any:
         is_tracker = Path(target).name == "latest_checkpointed_iteration.txt"
@@ -144,14 +99,11 @@ def _tracker(countdown: Countdown) -> None:
             countdown()
         return result
 
-    Path.replace = replace  # type: ignore[method-assign]
+    return replace
 
 
-def _declared(countdown: Countdown) -> None:
-    """A checkpoint is half declared complete: its file is there and empty."""
-    from megatron.core.dist_checkpointing import core
-
-    original = core.maybe_msc.open
+def declared_by_half(original: Any, countdown: Countdown) -> Any:
+    """Counts when a checkpoint's metadata.json is there and empty."""
 
     def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         stream = original(path, mode, *args, **kwargs)
@@ -159,14 +111,11 @@ def _declared(countdown: Countdown) -> None:
             countdown()
         return stream
 
-    core.maybe_msc.open = opened
+    return opened
 
 
-def _data_index(countdown: Countdown) -> None:
-    """An index of the data set is half written."""
-    import numpy
-
-    original = numpy.save
+def written_by_half(original: Any, countdown: Countdown) -> Any:
+    """Counts when an array is half written."""
 
     def save(file: Any, array: Any, **kwargs: Any) -> None:
         whole = io.BytesIO()
@@ -178,34 +127,67 @@ def _data_index(countdown: Countdown) -> None:
             countdown()
             stream.write(data[len(data) // 2 :])
 
-    numpy.save = save  # type: ignore[assignment]
+    return save
 
 
-# By name: how it is put in, and the largest count that a run of `campaign.ITERATIONS` reaches on
-# rank 0; a run of two ranks with two micro-batches each and a checkpoint every third iteration.
-POINTS: dict[str, tuple[Callable[[Countdown], None], int]] = {
-    "forward": (_forward, 24),
-    "backward": (_backward, 24),
-    "optimizer": (_optimizer, 12),
-    "save": (_save, 4),
-    "write": (_write, 60),
-    "writer": (_write, 60),
-    "shard": (_shard, 4),
-    "renamed": (_renamed, 4),
-    "declared": (_declared, 4),
-    "complete": (_complete, 4),
-    "tracker": (_tracker, 8),
-    "data index": (_data_index, 6),
+@dataclass(frozen=True)
+class Point:
+    """A place.
+
+    Attributes:
+        function: `module:function` or `module:Class.method`.
+        moment: Gives what takes its place, and counts.
+        most: The largest count that a run of `campaign.ITERATIONS` reaches on rank 0; a run of two
+            ranks with two micro-batches each and a checkpoint every third iteration.
+        on_rank_0: It is reached on rank 0 alone.
+    """
+
+    function: str
+    moment: Install
+    most: int
+    on_rank_0: bool = False
+
+    def install(self, countdown: Countdown) -> None:
+        """Puts the countdown there."""
+        module, _, path = self.function.partition(":")
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, name, self.moment(getattr(owner, name), countdown))
+
+
+_BLOCK = "megatron.core.transformer.transformer_block:TransformerBlock.forward"
+_CHECKPOINT = "megatron.core.dist_checkpointing"
+_ITEM = f"{_CHECKPOINT}.strategies.filesystem_async:_write_item"
+_FINISH = f"{_CHECKPOINT}.strategies.filesystem_async:FileSystemWriterAsync.finish"
+_STEP = "megatron.core.optimizer.optimizer:ChainedOptimizer.step"
+POINTS = {
+    "forward": Point(_BLOCK, after, 24),
+    "backward": Point(_BLOCK, in_backward, 24),
+    # Parameters are new, the scheduler and the counters old.
+    "optimizer": Point(_STEP, after, 12),
+    "save": Point("megatron.training.checkpointing:generate_state_dict", after, 4),
+    # Between two tensors of a shard.
+    "write": Point(_ITEM, after, 60),
+    "writer": Point(_ITEM, after, 60),
+    # A shard is whole, the checkpoint has no index yet.
+    "shard": Point(_FINISH, before, 4, on_rank_0=True),
+    # The index has its name, the checkpoint is not declared complete yet.
+    "renamed": Point(
+        "torch.distributed.checkpoint.filesystem:FileSystem.rename", after, 4, on_rank_0=True
+    ),
+    "declared": Point(f"{_CHECKPOINT}.core:maybe_msc.open", declared_by_half, 4, on_rank_0=True),
+    # The checkpoint is complete, the tracker names the one before.
+    "complete": Point(f"{_CHECKPOINT}.serialization:save_config", after, 4, on_rank_0=True),
+    "tracker": Point("pathlib:Path.replace", around_tracker, 8, on_rank_0=True),
+    "data index": Point("numpy:save", written_by_half, 6, on_rank_0=True),
 }
 # These happen in the process that writes the rank's checkpoints where saving is asynchronous, and
 # the second of them in that alone.
 IN_WRITER = ("write", "writer")
-# These happen on rank 0 alone.
-ON_RANK_0 = ("shard", "renamed", "declared", "complete", "tracker", "data index")
 
 
 def kill_after(seconds: float) -> None:
-    """Kill the rank whatever it is doing then."""
+    """Kills the rank whatever it is doing then."""
     timer = threading.Timer(seconds, kill_rank)
     timer.daemon = True
     timer.start()

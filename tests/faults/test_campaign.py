@@ -40,9 +40,9 @@ def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
     assert len({fault.ranks for fault in chosen}) == 3
 
 
-def test_a_wrong_trajectory_is_noticed(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
-    records, parameters = campaign._expected("asynchronous")
-    changed = [record | {"lm_loss": record["lm_loss"] + 1e-7} for record in records]
-    monkeypatch.setitem(campaign._undisturbed, "asynchronous", (changed, parameters))
-    outcome = campaign.trial(Fault("asynchronous", "save", 2, (0,)), 99)
-    assert outcome.startswith("WRONG: iteration 1 is not")
+def test_a_wrong_trajectory_is_noticed(campaign: Campaign) -> None:
+    expected = campaign.expected("asynchronous")
+    assert expected.compared(expected.run) == ("", 0)
+    expected.records[1]["lm_loss"] += 1e-7
+    assert expected.compared(expected.run)[0].startswith("WRONG: iteration 2 is not")
+    expected.records[1]["lm_loss"] = expected.run.train_metrics()[1]["lm_loss"]

@@ -95,7 +95,8 @@ def test_checkpoints_are_those_of_an_ordinary_run(tmp_path: Path, data_flags: li
         assert math.isclose(mine["lm_loss"], theirs["lm_loss"], rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)], ids=["", "TP2"])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2], ids=["", "TP2"])
 def test_fifty_steps_of_the_quick_starts_model(
     processes: int, tmp_path: Path, data_flags: list[str]
 ) -> None:

@@ -44,7 +44,7 @@ RUNS = [
     ("microbatch", "pp2-vpp2"),
     ("microbatch", "dp4-per-token"),
     ("global", "pp2-vpp2"),
-    ("global", "dp2-tp2-distopt-overlap"),
+    pytest.param("global", "dp2-tp2-distopt-overlap", marks=pytest.mark.long),
     ("global", "dp2-pp2-vpp2-overlap"),
     ("deferred", "dp2-tp2-distopt-overlap"),
     ("deferred", "dp2-pp2-vpp2-overlap"),

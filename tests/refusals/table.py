@@ -1,85 +1,78 @@
-"""The table of bad inputs in the documentation.
+"""The table of bad inputs in the documentation, which is the list of the cases that are tested.
 
-    python -m tests.refusals.table      # writes docs/refusals.md anew
+    python -m tests.refusals.table      # writes the messages of docs/refusals.md anew
 
-`test_refusals.py` runs every case and compares its message with the table, word for word.
+To add a case, add a row: what is wrong, the flags or variables given, and no message. Where files
+must be damaged, add a function to `tests.refusals.spoil`. Then run the command above.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.refusals import files, flags
-from tests.refusals.cases import Case
-from tests.refusals.run import Ground
-
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
-GROUPS = {
-    "Flags": flags.FLAGS,
-    "Data": files.DATA,
-    "Checkpoints and folders": files.CHECKPOINTS,
-    "Environment": files.ENVIRONMENT,
-}
-_HEAD = """# What is refused, and how
-
-Bad input ends the program before it builds anything, with status 2 and one line from rank 0:
-`error: ` and the message. {count} cases, each run by a test that compares its message with this
-page; `python -m tests.refusals.table` writes the page. DATA, CHECKPOINTS and EMPTY stand for
-folders; where nothing is given, a file was damaged.
-"""
 
 
-def row(case: Case, message: str) -> tuple[str, str]:
-    """What was given, and what is said, as cells."""
-    given = case.flags or ", ".join(
-        f"{name} unset" if value is None else f"{name}={value}"
-        for name, value in case.environment.items()
-    )
-    for name in ("data", "checkpoints", "empty"):
-        given = given.replace(f"{{{name}}}", name.upper())
-    return _cell(f"`{given}`" if given else ""), _cell(message)
+@dataclass(frozen=True)
+class Case:
+    """One bad input.
 
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def write_table(messages: dict[str, str]) -> str:
-    """The page.
-
-    Args:
-        messages: by case.
+    Attributes:
+        what: The row's title.
+        given: Flags after a good command line, or `NAME=value` and `NAME unset`, with DATA,
+            CHECKPOINTS and EMPTY for folders; empty where files are damaged.
+        message: What the documentation says the program prints.
+        line: Index of the row in the document.
     """
-    lines = [_HEAD.format(count=len(messages))]
-    for title, cases in GROUPS.items():
-        lines += [f"## {title}", "", "| what is wrong | given | message |", "|---|---|---|"]
-        lines += [" | ".join((f"| {c.what}", *row(c, messages[c.what]))) + " |" for c in cases]
-        lines.append("")
-    return "\n".join(lines)
+
+    what: str
+    given: str
+    message: str
+    line: int
+
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """The variables given, None for one that is unset."""
+        if not re.match(r"[A-Z]", self.given):
+            return {}
+        variables = [variable.partition("=") for variable in self.given.split(", ")]
+        return {
+            name.removesuffix(" unset"): value if equals else None
+            for name, equals, value in variables
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags given."""
+        return [] if self.environment else self.given.split()
 
 
-def read_table(text: str) -> dict[str, tuple[str, str]]:
-    """The rows of the page, by what is wrong."""
-    rows = {}
-    for line in text.splitlines():
+def read_cases() -> Iterator[Case]:
+    """Reads the rows of the document."""
+    for number, line in enumerate(DOCUMENT.read_text().splitlines()):
         if line.startswith("| ") and not line.startswith("| what is wrong"):
-            what, given, message = re.split(r"(?<!\\)\|", line.strip("|"))
-            rows[what.strip()] = (given.strip(), message.strip())
-    return rows
+            cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))
+            what, given, message = (cell.replace("\\|", "|") for cell in cells)
+            yield Case(what, given.strip("`"), message, number)
 
 
 def main() -> None:
-    """Run every case, and write what they say."""
+    """Runs every case and writes the messages that they end with."""
+    from tests.refusals.ground import Ground
+
+    lines = DOCUMENT.read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder))
-        messages = {
-            case.what: ground.message(ground.run(case, Path(folder) / "run"))
-            for cases in GROUPS.values()
-            for case in cases
-        }
-    DOCUMENT.write_text(write_table(messages))
+        for case in read_cases():
+            message = ground.message(ground.run(case, Path(folder) / "run"))
+            given = f"`{case.given}`" if case.given else ""
+            cells = (cell.replace("|", "\\|") for cell in (case.what, given, message))
+            lines[case.line] = f"| {' | '.join(cells)} |"
+    DOCUMENT.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

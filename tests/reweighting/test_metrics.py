@@ -78,14 +78,6 @@ def test_domain_ess_is_one_under_uniform_weights() -> None:
     assert [d.ess for d in report.domains] == pytest.approx([1, 1, 1])
 
 
-def test_reset_starts_a_new_interval() -> None:
-    metrics = WeightMetrics(1)
-    losses, mask, _ = micro_batch(0, torch.float32)
-    metrics.add(weigh("uniform", losses, mask).weighted)
-    metrics.reset()
-    assert metrics.read() is None
-
-
 def test_nonfinite_samples_are_counted_and_leave_the_sums_finite() -> None:
     losses, mask, domain = micro_batch(0, torch.float32)
     losses[0, 0], mask[0, 0] = math.nan, 1

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_rw.reweighting import (
     ReduceGroup,
@@ -132,14 +130,6 @@ def test_all_masked_is_zero_with_zero_gradient() -> None:
     assert (losses.grad == 0).all()
 
 
-@given(st.sampled_from(STRATEGIES), st.integers(0, 1000))
-def test_uniform_masks_give_a_convex_combination(strategy: Any, seed: int) -> None:
-    losses, _, _ = micro_batch(seed)
-    objective = weigh(strategy, losses, torch.ones_like(losses)).local_objective
-    means = losses.mean(dim=1)
-    assert means.min() - 1e-9 <= objective <= means.max() + 1e-9
-
-
 def test_half_precision_losses_are_summed_in_fp32() -> None:
     losses = torch.full((2, 4096), 2.75, dtype=torch.bfloat16)
     loss_sum, tokens = sample_sums(losses, torch.ones(2, 4096))
@@ -152,17 +142,17 @@ def test_strategy_none_has_no_reweighter() -> None:
         make_reweighter(ReweightConfig())
 
 
-def weighted_on_rank(strategy: Any, seed: int, dp: int, cp: int) -> dict[str, Any]:
+def weighted_on_rank(dp: int, cp: int) -> dict[str, Any]:
     """This rank's rows and token shard, weighted over Megatron's groups."""
     from megatron_rw.integrations.groups import data_parallel_ranks
 
     ranks = data_parallel_ranks()
     assert (ranks.dp_size, ranks.cp_size) == (dp, cp)
-    losses, mask, domain = micro_batch(seed)
+    losses, mask, domain = micro_batch(0)
     rows = slice(ranks.dp_rank * (SAMPLES // dp), (ranks.dp_rank + 1) * (SAMPLES // dp))
     columns = slice(ranks.cp_rank * (TOKENS // cp), (ranks.cp_rank + 1) * (TOKENS // cp))
     mine = losses[rows, columns].clone().requires_grad_()
-    weighted = weigh(strategy, mine, mask[rows, columns], domain[rows], ranks)
+    weighted = weigh("quadratic", mine, mask[rows, columns], domain[rows], ranks)
     weighted.local_objective.backward()
     assert mine.grad is not None
     return {
@@ -187,15 +177,14 @@ def weighted_on_rank(strategy: Any, seed: int, dp: int, cp: int) -> dict[str, An
         (4, 2, {"tensor_model_parallel_size": 2}),
     ],
 )
-@pytest.mark.parametrize("strategy", ["linupper", "quadratic"])
 def test_ranks_together_give_the_single_process_gradient(
-    processes: int, dp: int, sizes: dict[str, int], strategy: Any
+    processes: int, dp: int, sizes: dict[str, int]
 ) -> None:
     cp = sizes.get("context_parallel_size", 1)
-    parts = run_ranks(processes, weighted_on_rank, strategy, 0, dp, cp, **sizes)
+    parts = run_ranks(processes, weighted_on_rank, dp, cp, **sizes)
     losses, mask, domain = micro_batch(0)
     losses.requires_grad_()
-    whole = weigh(strategy, losses, mask, domain)
+    whole = weigh("quadratic", losses, mask, domain)
     whole.local_objective.backward()
     assert losses.grad is not None
     for part in parts:

@@ -52,20 +52,6 @@ def test_masked_and_nonfinite_samples_weigh_nothing_and_touch_no_other(
         assert [weights[i] for i in kept] == pytest.approx(alone, rel=1e-12)
 
 
-@given(some_losses, a_strategy, a_temperature)
-def test_weights_sum_to_one(losses: list[float], strategy: Any, temperature: float) -> None:
-    assert math.fsum(in_fp64(losses, strategy, temperature)) == pytest.approx(1.0, rel=1e-12)
-
-
-@given(some_losses, a_strategy, st.randoms(use_true_random=False))
-def test_weights_follow_a_permutation(losses: list[float], strategy: Any, random: Any) -> None:
-    order = list(range(len(losses)))
-    random.shuffle(order)
-    shuffled = in_fp64([losses[i] for i in order], strategy, 0.4)
-    weights = in_fp64(losses, strategy, 0.4)
-    assert shuffled == pytest.approx([weights[i] for i in order], rel=1e-12)
-
-
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=20), a_strategy, st.integers(-8, 8))
 def test_shift_and_scale_of_the_losses_change_nothing(
     grid: list[int], strategy: Any, shift: int
@@ -74,15 +60,6 @@ def test_shift_and_scale_of_the_losses_change_nothing(
     losses = [g / 4 for g in grid]
     moved = [4 * loss + shift for loss in losses]
     assert in_fp64(moved, strategy, 0.4) == pytest.approx(in_fp64(losses, strategy, 0.4), rel=1e-12)
-
-
-@given(some_losses, a_temperature, a_delta)
-def test_only_delta_over_temperature_matters_to_linupper_and_extremes(
-    losses: list[float], temperature: float, delta: float
-) -> None:
-    for strategy in ("linupper", "extremes"):
-        scaled = in_fp64(losses, strategy, temperature / delta, 1.0)
-        assert in_fp64(losses, strategy, temperature, delta) == pytest.approx(scaled, rel=1e-10)
 
 
 @given(some_losses, a_strategy, a_temperature)

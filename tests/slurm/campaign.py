@@ -17,13 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from tests.corpus import flags_of, write_corpus
+from tests.faults.undisturbed import Undisturbed
 from tests.hosts import INTERFACE
-from tests.program import MODEL, TRAINING, Run, without_time
+from tests.program import MODEL, TRAINING, Run
 from tests.slurm.cluster import NODES, Cluster, running_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,8 +131,7 @@ class Campaign:
         self._cluster, self._folder = cluster, folder
         write_corpus(folder / "corpus")
         self._data_flags = flags_of(folder / "corpus")
-        self._records: list[dict[str, Any]] = []
-        self._parameters: dict[str, torch.Tensor] = {}
+        self._undisturbed: Undisturbed | None = None
 
     def undisturbed(self) -> str:
         """What the others are compared with."""
@@ -142,10 +139,7 @@ class Campaign:
         state = job.wait()
         if (state, job.field("Restarts")) != ("COMPLETED", "0"):
             return f"WRONG: {state}\n{job.run().output[0][-3000:]}"
-        self._records = [without_time(record) for record in job.run().train_metrics()]
-        self._parameters = job.run().checkpoint(STEPS)
-        if [record["iteration"] for record in self._records] != list(range(1, STEPS + 1)):
-            return f"WRONG: {len(self._records)} steps were logged"
+        self._undisturbed = Undisturbed(job.run(), STEPS)
         return f"ok, {STEPS} steps"
 
     def time_limit(self) -> str:
@@ -201,23 +195,12 @@ class Campaign:
         run = job.run()
         if state != "COMPLETED" or restarts == "0":
             return f"WRONG: {state} after {restarts} restarts\n{run.output[0][-3000:]}"
-        seen: set[int] = set()
-        again = 0
-        for record in run.train_metrics():
-            iteration = record["iteration"]
-            if without_time(record) != self._records[iteration - 1]:
-                return f"WRONG: iteration {iteration} is not that of the undisturbed run"
-            again += iteration in seen
-            seen.add(iteration)
-        if len(seen) != STEPS or again > repeats:
-            log = [
-                line for line in run.output[0].splitlines() if "rror: " in line or "queue" in line
-            ]
-            counts = f"{len(seen)} of {STEPS} steps were logged, {again} of them twice"
-            return "\n".join([f"WRONG: {counts}", *log])
-        for name, tensor in run.checkpoint(STEPS).items():
-            if not torch.equal(tensor, self._parameters[name]):
-                return f"WRONG: {name} of the final checkpoint"
+        assert self._undisturbed is not None
+        problem, again = self._undisturbed.compared(run)
+        if problem or again > repeats:
+            lines = run.output[0].splitlines()
+            log = [line for line in lines if "rror: " in line or "queue" in line]
+            return "\n".join([problem or f"WRONG: {again} steps were done twice", *log])
         return f"ok, {restarts} restarts, {again} steps done twice, all bitwise the same"
 
 

@@ -1,0 +1,120 @@
+"""Damages to data and checkpoints, by the title of the row in docs/refusals.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.planted import Planted
+
+EASY = "easy_text_document"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case finds what it spoils, copies of its own.
+
+    Attributes:
+        data: A corpus, see `tests.corpus`.
+        checkpoints: Iterations 2 and 4 of a run that goes on to iteration 4.
+        empty: A folder.
+    """
+
+    data: Path
+    checkpoints: Path
+    empty: Path
+
+    @property
+    def newest(self) -> Path:
+        """The newer of the two checkpoints."""
+        return self.checkpoints / "iter_0000004"
+
+
+Spoiler = Callable[[Place], object]
+
+
+def cut(name: str, keep: float) -> Spoiler:
+    """Keeps a part of a file of the data."""
+    return lambda place: os.truncate(
+        place.data / name, int((place.data / name).stat().st_size * keep)
+    )
+
+
+def write(name: str, content: bytes) -> Spoiler:
+    """Puts other bytes into a file of the data."""
+    return lambda place: (place.data / name).write_bytes(content)
+
+
+def domains(documents: int = 200) -> Spoiler:
+    """Writes a `domains.json` for the easy dataset, and a tokenizer's model that is another."""
+    tokenizer = {"type": "NullTokenizer", "model": "other", "sha256": "0" * 64, "vocab_size": 61}
+    easy = {"prefix": EASY, "documents": documents, "tokens": 1, "max_token_id": 60}
+    content = {"version": 1, "tokenizer": tokenizer, "domains": {"plain": easy}}
+
+    def spoil(place: Place) -> None:
+        (place.data / "domains.json").write_text(json.dumps(content))
+        (place.empty / "mine.model").write_bytes(b"mine")
+
+    return spoil
+
+
+def reverse_data(place: Place) -> None:
+    """Makes the data other data of the same size."""
+    path = place.data / f"{EASY}.bin"
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+
+
+def without_metadata(*iterations: int) -> Spoiler:
+    """Leaves checkpoints as they are before their writing is finished."""
+
+    def spoil(place: Place) -> None:
+        for iteration in iterations:
+            (place.checkpoints / f"iter_{iteration:07d}" / "metadata.json").unlink()
+
+    return spoil
+
+
+def track(text: str) -> Spoiler:
+    """Changes what the tracker names."""
+    return lambda place: (place.checkpoints / "latest_checkpointed_iteration.txt").write_text(text)
+
+
+def file_for_folder(place: Place) -> None:
+    """Makes a file where a folder is wanted."""
+    (place.empty / "file").touch()
+
+
+SPOILERS: dict[str, Spoiler] = {
+    "tokens cut off": cut(f"{EASY}.bin", 0.5),
+    "tokens of another index": lambda place: shutil.copy(
+        place.data / f"{EASY}.bin", place.data / "noise_text_document.bin"
+    ),
+    "index cut off": cut(f"{EASY}.idx", 0.5),
+    "index that is none": write(f"{EASY}.idx", b"PK" * 99),
+    "empty index": cut(f"{EASY}.idx", 0),
+    "other tokenizer": domains(),
+    "damaged domains.json": write("domains.json", b"{"),
+    "incomplete domains.json": write("domains.json", b'{"version": 1}'),
+    "negative count in domains.json": domains(documents=-1),
+    "data altered since": reverse_data,
+    "incomplete, named": without_metadata(4),
+    "incomplete, of another run": without_metadata(4),
+    "none complete": without_metadata(2, 4),
+    "lost shard": lambda place: next(place.newest.glob("*.distcp")).unlink(),
+    "tracker of what is gone": track("7"),
+    "tracker without a number": track("four"),
+    "index that would run code": lambda place: (place.newest / ".metadata").write_bytes(
+        pickle.dumps(Planted(place.empty / "planted"))
+    ),
+    "damaged index": lambda place: (place.newest / ".metadata").write_bytes(b"\x80\x04garbage"),
+    "saving into a file": file_for_folder,
+    "saving below a file": file_for_folder,
+    "log in a file": file_for_folder,
+    "TensorBoard in a file": file_for_folder,
+    "data indexes in a file": file_for_folder,
+}

@@ -1,0 +1,100 @@
+"""How errors end a program: a user's mistake in one line, a bug with its traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.program import MODEL, TRAINING, Run, run_program
+
+DATA = "megatron_rw.data."
+PREPROCESS, MERGE = f"{DATA}preprocess_data", f"{DATA}merge_datasets"
+TRAIN_TOKENIZER, INSPECT = f"{DATA}train_tokenizer", f"{DATA}inspect_dataset"
+SPLIT, SCORE = f"{DATA}split_dataset", "megatron_rw.scoring.command"
+PREFLIGHT = "megatron_rw.preflight.command"
+INSPECT_CHECKPOINT = "megatron_rw.resilience.inspect_checkpoint"
+TRAIN = "--train-iters 2 --micro-batch-size 8 --reweight-strategy linupper"
+BYTES = "--tokenizer-type ByteLevelTokenizer"
+
+# Program, flags, and what its line names. {out} is no folder yet.
+MISTAKES = [
+    ("pretrain_gpt_rw", f"{TRAIN} --reweight-temperatur 2", "--reweight-temperatur"),
+    ("pretrain_gpt_rw", f"{TRAIN} --reweight-delta 0", "--reweight-delta"),
+    ("pretrain_gpt_rw", f"{TRAIN} --data-path /nowhere/text", "/nowhere"),
+    ("pretrain_gpt_rw", f"{TRAIN} --num-attention-heads 5", "num_attention_heads"),
+    (PREPROCESS, f"--input /nowhere.jsonl --output-dir {{out}} {BYTES}", "/nowhere.jsonl"),
+    (PREPROCESS, f"--input {{text}} --output-dir {{text}} {BYTES}", "text.jsonl"),
+    (PREPROCESS, f"--input {{text}} --output-dir {{out}} {BYTES} --workerz 2", "--workerz"),
+    (PREPROCESS, f"--input {{text}} --output-dir {{out}} {BYTES} --workers 0", "--workers"),
+    (PREPROCESS, f"--output-dir {{out}} {BYTES}", "--input"),
+    (TRAIN_TOKENIZER, "--input {text} --output-prefix {out}/t --vocab-size many", "--vocab-size"),
+    (TRAIN_TOKENIZER, "--input /nowhere --output-prefix {out}/t --vocab-size 300", "/nowhere"),
+    (MERGE, "--input /nowhere/text --output-prefix {out}/all", "/nowhere/text"),
+    (MERGE, "--output-prefix {out}/all", "--input"),
+    (SPLIT, "--input /nowhere/text --output-dir {out} --valid-fraction 0.1", "/nowhere/text"),
+    (
+        SPLIT,
+        "--input {corpus}/easy_text_document --output-dir {out} --valid-fraction 2",
+        "--valid-fraction",
+    ),
+    (INSPECT, "/nowhere/text", "/nowhere/text"),
+    (INSPECT, "{text}", "text.jsonl"),
+    (INSPECT, "{corpus}/easy_text_document --verbos", "--verbos"),
+    (SCORE, "--load /nowhere --score-dir {out} --micro-batch-size 8", "/nowhere"),
+    (PREFLIGHT, f"{TRAIN} --estimate none", "--estimate"),
+    (INSPECT_CHECKPOINT, "/nowhere", "/nowhere"),
+]
+OF_MEGATRON = ("pretrain_gpt_rw", SCORE, PREFLIGHT)
+
+# What is replaced by a function that raises, and what was being done.
+BUGS = {
+    "parsing": ("megatron_rw.reweighting.config:ReweightConfig.__post_init__", "arguments"),
+    "building": ("megatron_rw.training.datasets:Domains.__init__", "preparing"),
+    "training": ("megatron_rw.reweighting.scopes:MicrobatchReweighter.weigh", "training"),
+}
+
+
+def run(program: str, directory: Path, flags: list[str], **environment: str) -> Run:
+    return run_program(
+        directory,
+        *flags,
+        base=(*MODEL, *TRAINING) if program in OF_MEGATRON else (),
+        module="tests.injected",
+        environment={"PROGRAM": program, **environment},
+    )
+
+
+@pytest.mark.parametrize(("program", "flags", "named"), MISTAKES)
+def test_a_users_mistake_is_one_line(
+    program: str, flags: str, named: str, tmp_path: Path, corpus: Path, data_flags: list[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words"}\n' * 9)
+    given = flags.format(text=text, out=tmp_path / "out", corpus=corpus).split()
+    data = data_flags if program in OF_MEGATRON else []
+    ended = run(program, tmp_path / "run", [*data, *given])
+    assert ended.status == [2], ended.all_output
+    lines = ended.output[0].splitlines()
+    assert [line for line in lines if "error" in line.lower()] == [lines[-1]], ended.all_output
+    assert lines[-1].startswith("error: ")
+    assert named in lines[-1]
+    assert "Traceback" not in ended.all_output
+
+
+@pytest.mark.parametrize("error", ["ValueError", "AssertionError"])
+@pytest.mark.parametrize("moment", BUGS)
+def test_a_bug_of_ours_shows_its_traceback(
+    moment: str, error: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    bug, doing = BUGS[moment]
+    flags = [*data_flags, *TRAIN.split()]
+    ended = run("pretrain_gpt_rw", tmp_path, flags, BUG=bug, ERROR=error)
+    assert ended.status == [1], ended.all_output
+    [before, *traces] = ended.output[0].split("Traceback (most recent call last):\n")
+    # The last line is the test's fork server's own.
+    line = before.splitlines()[-2]
+    assert line.startswith("error: ")
+    assert f"while {doing}" in line or f"while reading the {doing}" in line
+    assert traces[-1].splitlines()[-1].strip() == f"{error}: planted"
+    assert "in _planted" in traces[-1]
