@@ -16,16 +16,9 @@ from megatron_rw.errors import UserError
 def parse[Config](config: type[Config], argv: Sequence[str] | None, description: str) -> Config:
     """Parses a command line into a dataclass, each field of which is a flag.
 
-    A field's docstring is its help text, and a `UserError` of `__post_init__` its check. `--help`
-    prints the flags and ends the process.
-
-    Args:
-        config: The dataclass.
-        argv: The arguments without the program's name; None for those of this process.
-        description: What `--help` says first.
-
-    Raises:
-        UserError: If the command line is wrong, in one line instead of tyro's box.
+    A field's docstring is its help text, and `__post_init__` checks the values. `--help` prints the
+    description and the flags, and ends the process. A wrong command line raises a `UserError` of
+    one line, instead of tyro's box. `argv` lacks the program's name; None means this process's.
     """
     said = io.StringIO()
     try:

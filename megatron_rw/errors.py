@@ -1,4 +1,4 @@
-"""How an error ends a program: a user's mistake in one line, a bug with its traceback."""
+"""Ends a program on an error: a user's mistake in one line, a bug with its traceback."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, told in one line.
+    """A mistake that the user can correct, told in one line.
 
     The message names the flag, the file or the line of the file, and the remedy. It is all that the
-    user sees.
-
-    Args:
-        message: that line.
-        known_to_all: False if other ranks cannot know of the mistake. Then the rank that raises the
-            error prints it; otherwise rank 0 prints it for all.
+    user sees. Rank 0 prints it for all, unless `known_to_all` is False because other ranks cannot
+    know of the mistake; then the rank that raises the error prints it.
     """
 
     def __init__(self, message: str, known_to_all: bool = True) -> None:
@@ -31,18 +27,12 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def reported(doing: str | Callable[[], str]) -> Iterator[None]:
-    """Ends the process on an error of the body, with the status that its kind has.
+    """Ends the process on an error of the body, with the exit status for that kind of error.
 
     A `UserError`, or an error of the operating system, becomes one line on standard error and
     status 2; Ctrl-C becomes status 130. Any other exception is a bug. It passes through with its
     traceback, so that Python ends the process with status 1, after one line that says what was
-    being done.
-
-    Args:
-        doing: what the body does, to follow the word "while".
-
-    Raises:
-        SystemExit: after the line is printed.
+    being done: `doing`, which follows the word "while".
     """
     try:
         yield

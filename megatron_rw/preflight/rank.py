@@ -196,7 +196,7 @@ class _Watched:
         self._progress = watchdog.Progress()
         self._progress.then("preflight, comparing clocks")
         connection = meeting.store.clone()
-        connection.set_timeout(timedelta(seconds=2 * watchdog.BEAT_S))
+        connection.set_timeout(timedelta(seconds=2 * watchdog.BEAT_SECONDS))
         self._dog = watchdog.Watchdog(
             connection, meeting.rank, meeting.size, self._progress, meeting.wait_s
         )

@@ -1,4 +1,4 @@
-"""One micro-batch on this rank: drawn, broadcast over tensor and cut over context parallelism."""
+"""Reads a micro-batch: broadcast over tensor parallelism, and cut over context parallelism."""
 
 from __future__ import annotations
 
@@ -44,14 +44,13 @@ class Batch:
     """A micro-batch as the model and the loss take it; None where this stage has no use for it.
 
     Attributes:
-        tokens: `[b, s/cp]` int64.
-        labels: `[b, s/cp]` int64.
+        tokens: `[b, s/cp]` int64, as are labels and position_ids.
         loss_mask: `[b, s/cp]` fp32.
-        position_ids: `[b, s/cp]` int64.
         attention_mask: `[b, 1, s, s]` bool.
-        packed: boundaries of packed sequences; `b` is 1 then.
-        domain: `[samples]` int64 on the stage that has the loss.
-        places: `[samples, 3]` int64 on the host, where this rank drew them; see `Note`.
+        packed: Boundaries of packed sequences; `b` is 1 then.
+        domain: `[samples]` int64, on the stage that has the loss.
+        places: `[samples, 3]` int64 on the host, on the rank that drew them; see
+            `resilience.step_samples.Note`.
     """
 
     tokens: Tensor | None = None
@@ -67,9 +66,7 @@ class Batch:
 class BatchReader:
     """Draws micro-batches in the current parallel layout.
 
-    Args:
-        args: validated.
-        num_domains: domain labels travel only where there is more than one.
+    The domain labels are broadcast only where there is more than one domain.
     """
 
     def __init__(self, args: Namespace, num_domains: int) -> None:
@@ -81,15 +78,10 @@ class BatchReader:
     def __call__(
         self, data_iterator: Iterator[dict[str, Any]], vp_stage: int | None, training: bool
     ) -> Batch:
-        """Draw the next micro-batch. Collective over the tensor-parallel group.
+        """Draws the next micro-batch. Collective over the tensor-parallel group.
 
-        Args:
-            data_iterator: read on tensor-parallel rank 0 alone.
-            vp_stage: virtual pipeline stage.
-            training: evaluation may use another micro-batch size.
-
-        Raises:
-            ValueError: a token id is beyond the model's vocabulary.
+        Only tensor-parallel rank 0 reads the iterator. It raises ValueError for a token id beyond
+        the model's vocabulary. An evaluation may use another micro-batch size than training.
         """
         args = self._args
         at_edge = is_first_or_last_pipeline_stage(vp_stage)
@@ -146,8 +138,8 @@ class BatchReader:
         )
 
     def _check_ids(self, drawn: dict[str, Any]) -> None:
-        # The tensors are still on the host, so this waits for nothing. Past it an id beyond the
-        # vocabulary is a device assertion, or with tensor parallelism a silent zero embedding.
+        # The tensors are still on the host, so this does not wait for the device. Unchecked, such
+        # an id is a device assertion, or with tensor parallelism a zero embedding without a word.
         largest = int(drawn["tokens"].max())
         if largest >= self._args.padded_vocab_size:
             raise ValueError(
@@ -159,7 +151,7 @@ class BatchReader:
     def _share_domain(
         self, drawn: dict[str, Any], micro_batch_size: int, vp_stage: int | None
     ) -> Tensor | None:
-        """The domain labels on every tensor-parallel rank of the stage that has the loss."""
+        """Returns the domain labels, on all tensor-parallel ranks of the stage with the loss."""
         if not self._with_domains or not mpu.is_pipeline_last_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ):

@@ -27,8 +27,7 @@ from megatron_rw.data.indexed.domains import domain_names
 DOMAIN_KEY = "domain"
 PLACE_KEY = "place"
 
-# GPTDatasetConfig field: argument it is called by. Fields not listed carry the argument's name
-# or are filled in below.
+# The argument for each field of GPTDatasetConfig that has another name than its argument.
 _RENAMED = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -59,17 +58,17 @@ _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 
 
 class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
-    """A Megatron dataset whose samples also say which domain they are from, and their place in it.
+    """A Megatron dataset whose samples also hold their domain and their place in the data.
 
     Args:
-        dataset: single or blended. A blended one gives each sample the `dataset_id` of its member.
-        domain_of_member: domain index by blend member; one entry for a single dataset.
+        dataset: A single or blended one. Samples of a blend hold the `dataset_id` of their member.
+        domain_of_member: Domain index by blend member; one entry for a single dataset.
     """
 
     def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:
         self.dataset = dataset
         self.domain_of_member = tuple(domain_of_member)
-        # The data loader tells training from evaluation batch sizes by it.
+        # By it the data loader chooses between the batch sizes of training and evaluation.
         self.split: Split = dataset.split if hasattr(dataset, "split") else dataset.index_split
 
     def __len__(self) -> int:
@@ -78,7 +77,7 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = self.dataset[index]
         member = int(sample.get("dataset_id", 0))
-        # Once a sample was read: a blended dataset may map its index only then.
+        # A blended dataset may load this index only when its first sample is read.
         of_member = getattr(self.dataset, "dataset_sample_index", None)
         within = index if of_member is None else int(of_member[index])
         place = np.array([index, member, within], dtype=np.int64)
@@ -88,12 +87,9 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
 class Domains:
     """The domains that a run's data paths name, in order of first appearance.
 
-    Args:
-        args: validated.
-
     Attributes:
-        names: by domain index.
-        train_members: path and domain of every member of the training blend.
+        names: Names by domain index.
+        train_members: Path and domain of every member of the training blend.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -112,7 +108,7 @@ class Domains:
         return len(self.names)
 
     def label(self, dataset: Any, split: Split) -> Any:
-        """Label one split's dataset, or each of several validation sets; None stays None."""
+        """Labels one split's dataset, or each of several validation sets; None stays None."""
         if dataset is None:
             return None
         members = self._members[split.value]
@@ -125,7 +121,7 @@ class Domains:
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
-    """Megatron's dataset configuration from its arguments."""
+    """Returns Megatron's dataset configuration, made from its arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     settings = {field: getattr(args, name) for field, name in _RENAMED.items()}
     settings |= {name: getattr(args, name) for name in _SAME_NAME}
@@ -150,12 +146,12 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 def datasets_provider(
     domains: Domains, num_samples: Sequence[int | None], vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """Build the train, validation and test dataset of this rank.
+    """Builds the training, validation and test dataset of this rank, for Megatron's `pretrain`.
 
     Args:
-        domains: labels for the samples.
-        num_samples: of each split, None for one epoch.
-        vp_stage: virtual pipeline stage.
+        domains: Labels for the samples.
+        num_samples: Samples of each split, None for one epoch.
+        vp_stage: The virtual pipeline stage.
 
     Returns:
         A dataset, a list of them (several validation sets), or None, for each split.

@@ -21,13 +21,10 @@ _stimer = StragglerDetector()
 
 
 class ForwardPass:
-    """Draw a micro-batch, run the model, and bind the loss to the batch's mask and domains.
+    """Draws a micro-batch, runs the model, and binds the loss function to the batch.
 
-    Args:
-        settings: Of the run.
-        read_batch: Draws micro-batches.
-        loss: Of a batch and its token losses, on the last pipeline stage; see `PretrainLoss`.
-        callbacks: Are called around the pass.
+    Core's schedules call it and then, on the last pipeline stage, the bound loss function with the
+    model's output. That function is called as `PretrainLoss.__call__` is.
     """
 
     def __init__(
@@ -50,16 +47,12 @@ class ForwardPass:
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, Callable[..., Any]]:
-        """One forward pass.
-
-        Args:
-            data_iterator: this pipeline stage's samples.
-            model: the stage, wrapped or not.
-            return_schedule_plan: give the plan that overlaps expert-parallel communication
-                instead of the output.
+        """Runs one forward pass of this pipeline stage.
 
         Returns:
-            The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
+            The stage's output (`[b, s/cp]` token losses on the last stage) and the loss function.
+            With `return_schedule_plan` a plan that overlaps expert-parallel communication stands in
+            place of the output.
         """
         for callback in self._callbacks:
             callback.before_batch(model.training)
@@ -82,7 +75,9 @@ class ForwardPass:
             callback.before_forward()
 
         if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
-            # A packed micro-batch is one row of several samples.
+            # The mask travels as an attribute of the labels, because core passes no mask to its
+            # cross-entropy. A packed micro-batch is one row of several samples, which our kernels
+            # cannot sum by sample; the loss does it then.
             announce_mask(batch.labels, batch.loss_mask)
         loss = functools.partial(self._batch_loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
@@ -95,14 +90,7 @@ class ForwardPass:
 
 
 class ForwardStep(ForwardPass):
-    """The forward pass of training, which also runs the passes of a step.
-
-    Args:
-        settings: Of the run.
-        read_batch: Draws micro-batches.
-        loss: Computes the loss on the last pipeline stage.
-        callbacks: Are called around the passes.
-    """
+    """The forward pass of training, which also runs all passes of a step."""
 
     def __init__(
         self,
@@ -115,7 +103,7 @@ class ForwardStep(ForwardPass):
         self._loss = loss
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
-        """Runs the passes of a training step: see `integrations.schedule.SteppedForward`."""
+        """Runs the passes of a training step; see `integrations.schedule.SteppedForward`."""
         self._loss.begin_step()
         for callback in self._callbacks:
             callback.before_passes()

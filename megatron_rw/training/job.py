@@ -30,18 +30,10 @@ from megatron_rw.training.settings import Settings
 
 
 class Job:
-    """A run, built from its settings.
-
-    Args:
-        settings: Validated.
-        domains: Of the training data.
-        progress: Where the run notes how far it is.
+    """A run, built from its validated settings.
 
     Attributes:
-        forward_step: What Megatron's `pretrain` takes.
-
-    Raises:
-        UserError: If the endpoint of --prometheus-port cannot be opened.
+        forward_step: The forward step function for Megatron's `pretrain`.
     """
 
     def __init__(self, settings: Settings, domains: Domains, progress: Progress) -> None:
@@ -73,7 +65,7 @@ class Job:
         self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
 
     def patches(self) -> list[Patch]:
-        """What the run replaces in Megatron."""
+        """Returns what the run replaces in Megatron, torch and Python."""
         args, save_guard = self._settings.megatron, None
         if args.ckpt_format == "torch_dist" and "://" not in (args.save or "://"):
             config = self._settings.checkpoints
@@ -83,7 +75,7 @@ class Job:
 
 
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
-    """The reporter of the rank that Megatron logs from, the last; None on the others."""
+    """Returns the reporter of the rank that Megatron logs from, the last; None on the others."""
     args, monitoring = settings.megatron, settings.monitoring
     endpoint = prometheus.serve(monitoring, args.rank, args.world_size, args.seq_length)
     if args.rank != args.world_size - 1:

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl and Prometheus, TensorBoard and W&B."""
+"""Writes metrics to metrics.jsonl, Prometheus, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ _HISTOGRAM_BINS = 30
 class Reporter:
     """Writes the metrics of a run, on the rank that Megatron logs from.
 
-    Args:
-        domain_names: By domain index.
-        file: `metrics.jsonl`, where it is wanted.
-        endpoint: Prometheus' endpoint, where it is wanted.
+    The file and Prometheus' endpoint are None where they are not wanted. The names are those of the
+    domains, by index.
     """
 
     def __init__(
@@ -44,10 +42,10 @@ class Reporter:
         """Writes a line of metrics.jsonl, and keeps it for Prometheus.
 
         Args:
-            kind: `train`, `validation` or `test`.
+            kind: The type of line, which is `train`, `validation` or `test`.
             iteration: Completed iterations.
-            record: Values by name; tensors are read here, where Megatron has just waited for the
-                device.
+            record: Values by name. Tensors are read here, which costs nothing more because Megatron
+                has just waited for the device.
         """
         if self._file is None and self.endpoint is None:
             return
@@ -58,7 +56,7 @@ class Reporter:
             self.endpoint.update(plain)
 
     def write_scalars(self, scalars: Scalars, iteration: int) -> None:
-        """Writes values by tag to TensorBoard and W&B, where they are in use."""
+        """Writes values, by tag, to TensorBoard and W&B if they are in use."""
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         if writer:
             for name, value in scalars.items():
@@ -67,14 +65,14 @@ class Reporter:
             wandb.log(scalars, iteration)
 
     def seen(self, losses: LossByDomain) -> list[tuple[str, float]]:
-        """The domains that had a token, with their losses; none where there is one domain alone."""
+        """Returns the domains that had a token, with their losses; nothing for a single domain."""
         if len(self.names) == 1:
             return []
         named = zip(self.names, losses.by_domain, strict=True)
         return [(name, loss) for name, loss in named if loss is not None]
 
     def log_line(self, report: ReweightReport, temperature: float) -> dict[str, float]:
-        """What joins Megatron's log line after its own losses."""
+        """Returns what joins Megatron's log line, after its own losses."""
         values = {
             "weighted loss": report.objective,
             "ess": report.ess,
@@ -91,18 +89,13 @@ class Reporter:
         return values
 
     def weights_record(self, report: ReweightReport, temperature: float) -> dict[str, object]:
-        """The entry `reweight` of metrics.jsonl."""
-        record: dict[str, object] = {
-            field.name: getattr(report, field.name) for field in dataclasses.fields(report)
-        }
-        record["domains"] = {
-            name: dataclasses.asdict(domain)
-            for name, domain in zip(self.names, report.domains, strict=True)
-        }
-        return {"temperature": temperature, **record}
+        """Returns the entry `reweight` of a line of metrics.jsonl."""
+        record = {"temperature": temperature, **dataclasses.asdict(report)}
+        record["domains"] = dict(zip(self.names, record["domains"], strict=True))
+        return record
 
     def weights_scalars(self, report: ReweightReport, temperature: float) -> Scalars:
-        """The same for TensorBoard and W&B, by tag."""
+        """Returns the weights' values for TensorBoard and W&B, by tag."""
         scalars = {
             "reweight/weighted loss": report.objective,
             "reweight/ess": report.ess,
@@ -127,7 +120,7 @@ class Reporter:
         return scalars
 
     def samples(self, weighted: WeightedSet, count: int) -> list[dict[str, object]]:
-        """The first samples of a set with loss, weight and domain."""
+        """Returns the first samples of a set with loss, weight and domain."""
         rows = zip(
             weighted.samples.losses[:count].tolist(),
             weighted.weights[:count].tolist(),
@@ -140,7 +133,7 @@ class Reporter:
         ]
 
     def write_histograms(self, weighted: WeightedSet, iteration: int) -> None:
-        """Writes, over the loss axis, how many samples lie in each bin and how much weight."""
+        """Writes TensorBoard histograms of the samples, and of their weight, by loss."""
         writer = get_tensorboard_writer()
         if not writer:
             return
