@@ -32,9 +32,9 @@ def parse[Config](config: type[Config], argv: Sequence[str] | None, description:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise UserError(
-            f"{_unboxed(said.getvalue())} ({_program()} --help lists all flags)"
-        ) from None
+        program = os.path.basename(sys.argv[0])
+        text = f"{_unboxed(said.getvalue())} ({program} --help lists all flags)"
+        raise UserError(text) from None
 
 
 def _unboxed(text: str) -> str:
@@ -47,7 +47,3 @@ def _unboxed(text: str) -> str:
         if content and not line.startswith("╭"):
             words.append(content)
     return " ".join(words)
-
-
-def _program() -> str:
-    return os.path.basename(sys.argv[0])

@@ -31,11 +31,8 @@ _SMALL_SET = 8
 class StepReweighting:
     """Runs the steps of one model with sample weights.
 
-    Args:
-        config: The settings, of which `enabled` must hold.
-        state: The state that is saved in checkpoints.
-        iteration: Returns the completed iterations of the run.
-        observe: Called with every weighted set, on the ranks of the last pipeline stage.
+    `config.enabled` must hold. `iteration` returns the completed iterations of the run. `observe`
+    is called with every weighted set, on the ranks of the last pipeline stage.
 
     Attributes:
         num_microbatches: Micro-batches of the present step, or of the last one.
@@ -125,8 +122,14 @@ class StepReweighting:
         config = get_model_config(model[0])
         others = groups.other_losses(config)
         check_scope(self._config, config)
-        if self._config.scope == "deferred":
-            _check_scalable(model)
+        if self._config.scope == "deferred" and not all(
+            isinstance(chunk, DistributedDataParallel) for chunk in model
+        ):
+            raise UserError(
+                f"{flag('scope')} deferred scales gradients in Megatron's DistributedDataParallel "
+                f"buffers, which {type(model[0]).__name__} does not have: use another "
+                f"{flag('scope')}."
+            )
         self._keeps_token_divisor = bool(others) and config.calculate_per_token_loss
         reweighter = make_reweighter(self._config, groups.data_parallel_ranks(), self._observe)
         if isinstance(reweighter, DeferredReweighter) and self._state.moments is not None:
@@ -181,22 +184,10 @@ def check_scope(config: ReweightConfig, model_config: Any) -> None:
         )
 
 
-def _check_scalable(model: list[Any]) -> None:
-    if not all(isinstance(chunk, DistributedDataParallel) for chunk in model):
-        raise UserError(
-            f"{flag('scope')} deferred scales gradients in Megatron's DistributedDataParallel "
-            f"buffers, which {type(model[0]).__name__} does not have: use another {flag('scope')}."
-        )
-
-
 def check_set_size(scope: str, micro_batch_size: int, replicas: int, batch_size: int) -> str | None:
     """Refuses sets of one sample, and returns a warning for small ones.
 
-    Args:
-        scope: The scope of `ReweightConfig`.
-        micro_batch_size: Samples of a micro-batch on one rank.
-        replicas: Data-parallel size.
-        batch_size: Samples of a step over all ranks.
+    `micro_batch_size` is that of one rank, `batch_size` that of a step over all ranks.
     """
     if scope == "microbatch":
         size = micro_batch_size * replicas

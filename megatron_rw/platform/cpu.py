@@ -91,54 +91,30 @@ def _cpu_for_cuda(device: Any) -> Any:
     return device
 
 
-def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
+def _without_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
-        return factory(*args, **kwargs)
+        kwargs = {name: _cpu_for_cuda(value) for name, value in kwargs.items()}
+        return function(*(_cpu_for_cuda(value) for value in args), **kwargs)
 
     return wrapper
 
 
-class _Stream:
-    """A stream on which everything has already happened."""
+class _Done:
+    """A stream on which everything has already happened, or an event that has."""
 
     cuda_stream = 0
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream: object) -> None:
+    def wait(self, other: object = None) -> None:
         pass
 
-    def wait_event(self, event: object) -> None:
-        pass
+    wait_stream = wait_event = synchronize = record = wait
 
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """An event that has already happened."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def record(self, stream: object = None) -> None:
-        pass
-
-    def wait(self, stream: object = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
+    def record_event(self, event: _Done | None = None) -> _Done:
+        return event or _Done()
 
     def query(self) -> bool:
         return True
@@ -175,12 +151,6 @@ def _iterate_without_drawing(loader: DataLoader[Any]) -> Any:
 
 _loader_iter = DataLoader.__iter__
 _tensor_type = torch.Tensor.type
-_module_to = torch.nn.Module.to
-
-
-def _module_to_cpu(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    kwargs = {name: _cpu_for_cuda(value) for name, value in kwargs.items()}
-    return _module_to(module, *(_cpu_for_cuda(value) for value in args), **kwargs)
 
 
 def _copy_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
@@ -207,17 +177,17 @@ def _torch_patches() -> list[Patch]:
         Patch(torch.Tensor, "pin_memory", lambda self, *a, **k: self, "param_and_grad_buffer"),
         Patch(torch.Tensor, "type", _cuda_type_name, "optimizer.py: 'torch.cuda.FloatTensor'"),
         Patch(torch.nn.Module, "cuda", lambda self, *a, **k: self, "models/dist_utils.py"),
-        Patch(torch.nn.Module, "to", _module_to_cpu, "models/dist_utils.py"),
+        Patch(torch.nn.Module, "to", _without_cuda(torch.nn.Module.to), "models/dist_utils.py"),
         # A string, so that `device=torch.cuda.current_device()` needs no redirect.
         Patch(cuda, "current_device", lambda: "cpu", "206 places"),
         Patch(cuda, "device_count", lambda: 1, "initialize.py: no model parallel groups at 0"),
         Patch(cuda, "set_device", nothing, "initialize.py"),
         Patch(cuda, "synchronize", nothing, "timers.py, schedules.py"),
         Patch(cuda, "empty_cache", nothing, "training.py"),
-        Patch(cuda, "Stream", _Stream, "distributed/, pipeline_parallel/"),
-        Patch(cuda, "Event", _Event, "distributed/, async_utils.py"),
-        Patch(cuda, "current_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
-        Patch(cuda, "default_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Patch(cuda, "Stream", _Done, "distributed/, pipeline_parallel/"),
+        Patch(cuda, "Event", _Done, "distributed/, async_utils.py"),
+        Patch(cuda, "current_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
+        Patch(cuda, "default_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
         Patch(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
         Patch(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
         Patch(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
@@ -250,6 +220,7 @@ def _megatron_patches() -> list[Patch]:
 
     from megatron_rw.platform.cpu_adam import CPUAdam
 
+    tracker = "CudaRNGStatesTracker, activation recomputation"
     return [
         Patch(
             training,
@@ -257,18 +228,8 @@ def _megatron_patches() -> list[Patch]:
             functools.partial(training.initialize_megatron, allow_no_cuda=True),
             "training.pretrain, which does not pass the argument on",
         ),
-        Patch(
-            random,
-            "_get_cuda_rng_state",
-            lambda *a, **k: torch.get_rng_state(),
-            "CudaRNGStatesTracker, activation recomputation",
-        ),
-        Patch(
-            random,
-            "_set_cuda_rng_state",
-            lambda state, *a, **k: torch.set_rng_state(state),
-            "CudaRNGStatesTracker, activation recomputation",
-        ),
+        Patch(random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), tracker),
+        Patch(random, "_set_cuda_rng_state", lambda s, *a, **k: torch.set_rng_state(s), tracker),
         # The distributed optimizer's checkpoint wants the step count in the parameter group,
         # as apex's FusedAdam has it; torch's AdamW keeps one per parameter.
         Patch(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),

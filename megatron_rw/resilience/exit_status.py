@@ -59,14 +59,10 @@ def _release(self: Any) -> bool:
 def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], Any]) -> None:
     """Trains, and ends the process with a status that tells whether there is more to do.
 
-    A run that fails keeps its own status, and its process groups: destroying them could wait for
-    ranks that are gone.
-
-    Args:
-        args: Megatron's arguments, whose `curr_iteration` follows the run.
-        when_unfinished: Exit status of a run that ends in good order before its last iteration, on
-            a signal or by one of Megatron's --exit-* flags.
-        train: Returns, or raises SystemExit, at the end of the run.
+    The status is `when_unfinished` if the run ends in good order before its last iteration, on a
+    signal or by one of Megatron's --exit-* flags. A run that fails keeps its own status, and its
+    process groups: destroying them could wait for ranks that are gone. `train` returns, or raises
+    SystemExit, at the end of the run.
     """
     status: Any = 0
     try:

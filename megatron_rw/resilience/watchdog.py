@@ -133,13 +133,8 @@ def few(lines: Sequence[str], most: int = 8) -> str:
 class Watchdog:
     """Watches a rank from two threads: one uses the store, which may block, and one ends the run.
 
-    Args:
-        store: A connection to the job's `TCPStore` that nothing else uses.
-        rank: The rank of this process.
-        size: The number of ranks.
-        progress: The position that the rank notes.
-        timeout: Seconds after which collectives fail.
-        leave: Ends the process; tests replace it.
+    `store` is a connection to the job's `TCPStore` that nothing else uses. Collectives fail after
+    `timeout` seconds. `leave` ends the process; tests replace it.
     """
 
     def __init__(

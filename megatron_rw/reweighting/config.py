@@ -64,12 +64,11 @@ class ReweightConfig:
 
     def __post_init__(self) -> None:
         """Checks every setting, and settings that contradict each other."""
-        for name in ("strategy", "scope", "warmup_schedule"):
-            allowed = get_args({"strategy": Strategy, "scope": Scope}.get(name, Schedule))
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{flag(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}."
-                )
+        choices = {"strategy": Strategy, "scope": Scope, "warmup_schedule": Schedule}
+        for name, choice in choices.items():
+            value, allowed = getattr(self, name), get_args(choice)
+            if value not in allowed:
+                raise UserError(f"{flag(name)} {value!r}: choose one of {', '.join(allowed)}.")
         for name in ("delta", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):

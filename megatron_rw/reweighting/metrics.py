@@ -209,12 +209,8 @@ class WeightMetrics:
             ),
             domain_sums=self._by_domain(losses, tokens, weights, domain, used),
             peaks=torch.stack(
-                [
-                    (-statistics[:, Statistic.LOW]).amax(),
-                    statistics[:, Statistic.HIGH].amax(),
-                    largest.amax(),
-                ]
-            ),
+                [-statistics[:, Statistic.LOW], statistics[:, Statistic.HIGH], largest]
+            ).amax(dim=1),
         )
         self._totals = new if self._totals is None else self._totals.plus(new)
 

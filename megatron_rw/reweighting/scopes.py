@@ -61,7 +61,14 @@ class Reweighter(abc.ABC):
         config: The settings, of which `enabled` must hold.
         ranks: The ranks whose samples compete; None stands for this process alone.
         observe: Called with every set once its weights are known.
+
+    Attributes:
+        scores_first: Whether the step needs a forward pass and `score` of all its micro-batches
+            before the first `weigh`.
+        step_tokens: Active tokens of the step over all ranks, from when they are known; else None.
     """
+
+    scores_first = False
 
     def __init__(
         self,
@@ -76,6 +83,7 @@ class Reweighter(abc.ABC):
         self._observe = observe or (lambda weighted: None)
         self._step = 0
         self._num_microbatches = 1
+        self.step_tokens: Tensor | None = None
 
     def begin(self, step: int, num_microbatches: int = 1) -> None:
         """Begins a step.
@@ -87,11 +95,7 @@ class Reweighter(abc.ABC):
         """
         self._step = step
         self._num_microbatches = num_microbatches
-
-    @property
-    def scores_first(self) -> bool:
-        """Whether all micro-batches need a forward pass and `score` before the first `weigh`."""
-        return False
+        self.step_tokens = None
 
     def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
         """Notes a micro-batch before the step's first `weigh`, whose arguments it takes.
@@ -111,11 +115,6 @@ class Reweighter(abc.ABC):
         Returns:
             Scalar with gradient, this rank's part of the objective; see the module's docstring.
         """
-
-    @property
-    def step_tokens(self) -> Tensor | None:
-        """Active tokens of the whole step over all ranks; None if they are not known yet."""
-        return None
 
     def finish(self) -> Tensor | None:
         """Ends a step; returns a scalar to multiply the step's gradients by, or None for 1."""
@@ -156,20 +155,13 @@ class MicrobatchReweighter(Reweighter):
     There is one collective per micro-batch.
     """
 
-    _step_tokens: Tensor | None = None
-
     @override
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
         weighted = self._weigh_set(sums, domain)
         own = weighted.samples.local
         if self._num_microbatches == 1:
-            self._step_tokens = weighted.samples.tokens.sum()
+            self.step_tokens = weighted.samples.tokens.sum()
         return _weighted_sum(sums.loss_sum, weighted.weights[own], weighted.samples.tokens[own])
-
-    @override
-    @property
-    def step_tokens(self) -> Tensor | None:
-        return self._step_tokens if self._num_microbatches == 1 else None
 
 
 class GlobalReweighter(MicrobatchReweighter):
@@ -181,14 +173,10 @@ class GlobalReweighter(MicrobatchReweighter):
     @override
     def begin(self, step: int, num_microbatches: int = 1) -> None:
         super().begin(step, num_microbatches)
+        self.scores_first = num_microbatches > 1
         self._scored: list[_Row] = []
         self._known: WeightedSet | None = None
         self._weighed = 0
-
-    @override
-    @property
-    def scores_first(self) -> bool:
-        return self._num_microbatches > 1
 
     @override
     @torch.no_grad()
@@ -196,6 +184,7 @@ class GlobalReweighter(MicrobatchReweighter):
         self._scored.append((sums, domain))
         if len(self._scored) == self._num_microbatches:
             self._known = self._weigh_set(*_concatenate(self._scored))
+            self.step_tokens = self._known.samples.tokens.sum()
 
     @override
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
@@ -214,13 +203,6 @@ class GlobalReweighter(MicrobatchReweighter):
         # Megatron takes the mean over micro-batches, but the objective is a sum over them.
         return self._num_microbatches * _weighted_sum(sums.loss_sum, weights, tokens)
 
-    @override
-    @property
-    def step_tokens(self) -> Tensor | None:
-        if not self.scores_first:
-            return super().step_tokens
-        return None if self._known is None else self._known.samples.tokens.sum()
-
 
 class DeferredReweighter(Reweighter):
     """The set is all samples of the step, scaled by the range of the previous step's losses.
@@ -237,16 +219,9 @@ class DeferredReweighter(Reweighter):
         moments: `[2]` fp64, the range (l_min, l_max) that the next step will use.
     """
 
-    def __init__(
-        self,
-        config: ReweightConfig,
-        ranks: ReduceGroup | None = None,
-        observe: Observer | None = None,
-    ) -> None:
-        super().__init__(config, ranks, observe)
-        self.moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
-        self._used = self.moments
-        self._seen_step: int | None = None
+    moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
+    _used = moments
+    _seen_step: int | None = None
 
     @override
     def begin(self, step: int, num_microbatches: int = 1) -> None:

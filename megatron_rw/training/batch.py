@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_hybrid_data_context_parallel_groups
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
@@ -23,14 +22,11 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY
+from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY, has_mtp
 
-_TENSOR_KEYS = (
-    "tokens",
-    "labels",
-    "loss_mask",
-    "position_ids",
-    "attention_mask",
+# What the dataset gives for each micro-batch beside domain and place.
+_MODEL_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_PACKING_KEYS = (
     "cu_seqlens",
     "cu_seqlens_padded",
     "max_seqlen",
@@ -85,13 +81,8 @@ class BatchReader:
         """
         args = self._args
         at_edge = is_first_or_last_pipeline_stage(vp_stage)
-        has_mtp = mtp_on_this_rank(
-            layout=self._config.pipeline_model_parallel_layout,
-            mtp_num_layers=self._config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
-        if not (at_edge or has_mtp or self._packed):
+        with_mtp = has_mtp(self._config, vp_stage)
+        if not (at_edge or with_mtp or self._packed):
             return Batch()
 
         micro_batch_size = args.micro_batch_size if training else args.eval_micro_batch_size
@@ -100,8 +91,9 @@ class BatchReader:
             drawn = next(data_iterator)
             self._check_ids(drawn)
         domain = self._share_domain(drawn, micro_batch_size, vp_stage)
+        keys = (*_MODEL_KEYS, *_PACKING_KEYS)
         batch = get_batch_on_this_tp_rank(
-            {key: _on_device(drawn.get(key)) for key in _TENSOR_KEYS} if drawn else {},
+            {key: _on_device(drawn.get(key)) for key in keys} if drawn else {},
             broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
             broadcast_group=mpu.get_tensor_model_parallel_group(),
             has_cu_seqlens=self._packed,
@@ -111,13 +103,13 @@ class BatchReader:
             tp_rank=mpu.get_tensor_model_parallel_rank(),
             micro_batch_size=micro_batch_size,
             seq_length=args.seq_length,
-            mtp_on_this_rank=has_mtp,
+            mtp_on_this_rank=with_mtp,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
         batch = flatten_batch_for_packed_sequences(batch)
-        if not (at_edge or has_mtp):
+        if not (at_edge or with_mtp):
             return Batch(packed=self._packed_params(batch))
         batch = get_batch_on_this_cp_rank(
             batch,
@@ -127,11 +119,7 @@ class BatchReader:
             use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
         )
         return Batch(
-            tokens=batch["tokens"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
+            **{key: batch[key] for key in _MODEL_KEYS},
             packed=self._packed_params(batch),
             domain=domain,
             places=drawn.get(PLACE_KEY),

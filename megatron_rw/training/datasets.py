@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from argparse import Namespace
@@ -27,7 +28,7 @@ from megatron_rw.data.indexed.domains import domain_names
 DOMAIN_KEY = "domain"
 PLACE_KEY = "place"
 
-# The argument for each field of GPTDatasetConfig that has another name than its argument.
+# The arguments of those fields of GPTDatasetConfig that have another name than their argument.
 _RENAMED = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -37,23 +38,6 @@ _RENAMED = {
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
     "inter_document_masking": "dataloader_inter_document_masking",
 }
-_SAME_NAME = (
-    "split",
-    "multiple_validation_sets",
-    "full_validation",
-    "num_dataset_builder_threads",
-    "mmap_bin_files",
-    "reset_position_ids",
-    "reset_attention_mask",
-    "eod_mask_loss",
-    "object_storage_cache_path",
-    "mid_level_dataset_surplus",
-    "allow_ambiguous_pad_tokens",
-    "context_parallel_size",
-    "data_parallel_size",
-    "hybrid_context_parallel",
-)
-_FIM = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
 _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 
 
@@ -122,25 +106,28 @@ class Domains:
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
     """Returns Megatron's dataset configuration, made from its arguments."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    settings = {field: getattr(args, name) for field, name in _RENAMED.items()}
-    settings |= {name: getattr(args, name) for name in _SAME_NAME}
-    settings |= {
-        "blend": blend,
-        "blend_per_split": blend_per_split,
-        "tokenizer": build_tokenizer(args),
-        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+    config_type = GPTFIMDatasetConfig if args.fim_data else GPTDatasetConfig
+    argument_of = {
+        field.name: _RENAMED.get(field.name, field.name)
+        for field in dataclasses.fields(config_type)
+        if field.init
     }
+    settings = {
+        name: getattr(args, argument)
+        for name, argument in argument_of.items()
+        if hasattr(args, argument)
+    }
+    settings["blend"], settings["blend_per_split"] = get_blend_and_blend_per_split(args)
+    settings["tokenizer"] = build_tokenizer(args)
+    settings["sequence_parallel_size"] = args.tensor_model_parallel_size * args.sequence_parallel
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             settings["sequences_per_dataset"] = json.load(file)
-    if not args.fim_data:
-        return GPTDatasetConfig(**settings)
-    settings |= {name: getattr(args, name) for name in _FIM}
-    settings["fim_extra_tokens"] = {
-        name: getattr(args, f"fim_{name}_token") for name in _FIM_TOKENS
-    }
-    return GPTFIMDatasetConfig(**settings)
+    if args.fim_data:
+        settings["fim_extra_tokens"] = {
+            name: getattr(args, f"fim_{name}_token") for name in _FIM_TOKENS
+        }
+    return config_type(**settings)
 
 
 def datasets_provider(
@@ -148,13 +135,8 @@ def datasets_provider(
 ) -> tuple[Any, Any, Any]:
     """Builds the training, validation and test dataset of this rank, for Megatron's `pretrain`.
 
-    Args:
-        domains: Labels for the samples.
-        num_samples: Samples of each split, None for one epoch.
-        vp_stage: The virtual pipeline stage.
-
-    Returns:
-        A dataset, a list of them (several validation sets), or None, for each split.
+    Each is a dataset, a list of them (several validation sets), or None. `num_samples` are those of
+    each split, None for one epoch.
     """
     args = get_args()
     if args.sft:
@@ -183,9 +165,16 @@ def _is_built_here(args: Namespace, vp_stage: int | None) -> bool:
     if args.sft:
         return True
     config = core_transformer_config_from_args(args)
-    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(config, vp_stage)
+
+
+def has_mtp(config: Any, vp_stage: int | None) -> bool:
+    """Whether this rank's stage computes multi-token prediction, by core's TransformerConfig."""
+    return bool(
+        mtp_on_this_rank(
+            layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
     )

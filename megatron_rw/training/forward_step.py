@@ -20,7 +20,7 @@ from megatron_rw.training.settings import Settings
 _stimer = StragglerDetector()
 
 
-class ForwardPass:
+class ForwardPass[Loss: Callable[..., LossResult]]:
     """Draws a micro-batch, runs the model, and binds the loss function to the batch.
 
     Core's schedules call it and then, on the last pipeline stage, the bound loss function with the
@@ -31,12 +31,12 @@ class ForwardPass:
         self,
         settings: Settings,
         read_batch: BatchReader,
-        loss: Callable[..., LossResult],
+        loss: Loss,
         callbacks: Sequence[Callback],
     ) -> None:
         self._args = settings.megatron
         self._read_batch = read_batch
-        self._batch_loss = loss
+        self._loss = loss
         self._callbacks = callbacks
         self._model_options: dict[str, Any] = {}
         if settings.kernels.fused_linear_cross_entropy:
@@ -79,7 +79,7 @@ class ForwardPass:
             # cross-entropy. A packed micro-batch is one row of several samples, which our kernels
             # cannot sum by sample; the loss does it then.
             announce_mask(batch.labels, batch.loss_mask)
-        loss = functools.partial(self._batch_loss, batch, model=model, training=model.training)
+        loss = functools.partial(self._loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         options = self._model_options | {"labels": batch.labels, "loss_mask": batch.loss_mask}
         with _stimer:
@@ -89,18 +89,8 @@ class ForwardPass:
             return model(*inputs, **options, packed_seq_params=batch.packed), loss
 
 
-class ForwardStep(ForwardPass):
+class ForwardStep(ForwardPass[PretrainLoss]):
     """The forward pass of training, which also runs all passes of a step."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        read_batch: BatchReader,
-        loss: PretrainLoss,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        super().__init__(settings, read_batch, loss, callbacks)
-        self._loss = loss
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Runs the passes of a training step; see `integrations.schedule.SteppedForward`."""

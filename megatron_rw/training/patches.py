@@ -38,12 +38,8 @@ def patches(
 ) -> list[Patch]:
     """Returns the other patches: what a run with these settings replaces.
 
-    Args:
-        settings: The settings of the run.
-        loop: Calls the callbacks.
-        state: Is saved with every checkpoint.
-        guard: Looks for numbers that are not finite; None where Megatron does not either.
-        save_guard: Guards the saving of checkpoints; None for formats that it does not know.
+    There is no guard of steps where Megatron does not check their numbers, and no guard of saving
+    for checkpoint formats that it does not know.
     """
     return [
         *_loop_patches(loop),

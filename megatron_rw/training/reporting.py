@@ -66,9 +66,7 @@ class Reporter:
 
     def seen(self, losses: LossByDomain) -> list[tuple[str, float]]:
         """Returns the domains that had a token, with their losses; nothing for a single domain."""
-        if len(self.names) == 1:
-            return []
-        named = zip(self.names, losses.by_domain, strict=True)
+        named = self._by_name(losses.by_domain)
         return [(name, loss) for name, loss in named if loss is not None]
 
     def log_line(self, report: ReweightReport, temperature: float) -> dict[str, float]:
@@ -81,11 +79,10 @@ class Reporter:
         }
         if report.nonfinite_samples:
             values["non-finite samples"] = float(report.nonfinite_samples)
-        if len(self.names) > 1:
-            for name, domain in zip(self.names, report.domains, strict=True):
-                if domain.lm_loss is not None:
-                    values[f"lm loss {name}"] = domain.lm_loss
-                values[f"weight {name}"] = domain.weight_share
+        for name, domain in self._by_name(report.domains):
+            if domain.lm_loss is not None:
+                values[f"lm loss {name}"] = domain.lm_loss
+            values[f"weight {name}"] = domain.weight_share
         return values
 
     def weights_record(self, report: ReweightReport, temperature: float) -> dict[str, object]:
@@ -109,15 +106,18 @@ class Reporter:
         }
         if report.beyond_range is not None:
             scalars["reweight/share of samples beyond the range"] = report.beyond_range
-        if len(self.names) > 1:
-            for name, domain in zip(self.names, report.domains, strict=True):
-                scalars[f"domain weight share/{name}"] = domain.weight_share
-                scalars[f"domain sample share/{name}"] = domain.sample_share
-                if domain.lm_loss is not None:
-                    scalars[f"domain lm loss/{name}"] = domain.lm_loss
-                if domain.ess is not None:
-                    scalars[f"domain ess/{name}"] = domain.ess
+        for name, domain in self._by_name(report.domains):
+            scalars[f"domain weight share/{name}"] = domain.weight_share
+            scalars[f"domain sample share/{name}"] = domain.sample_share
+            if domain.lm_loss is not None:
+                scalars[f"domain lm loss/{name}"] = domain.lm_loss
+            if domain.ess is not None:
+                scalars[f"domain ess/{name}"] = domain.ess
         return scalars
+
+    def _by_name[Value](self, values: Sequence[Value]) -> list[tuple[str, Value]]:
+        """Pairs values by domain with its name; returns nothing for a single domain."""
+        return list(zip(self.names, values, strict=True)) if len(self.names) > 1 else []
 
     def samples(self, weighted: WeightedSet, count: int) -> list[dict[str, object]]:
         """Returns the first samples of a set with loss, weight and domain."""

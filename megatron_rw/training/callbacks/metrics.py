@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ from megatron.core import mpu
 from megatron.training import get_timers, print_rank_last
 
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.reweighting import ReweightConfig, temperature_at
+from megatron_rw.reweighting import temperature_at
 from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter
+from megatron_rw.training.settings import Settings
 
 
 class MetricsCallback(Callback):
@@ -26,14 +26,13 @@ class MetricsCallback(Callback):
 
     def __init__(
         self,
-        args: Namespace,
-        config: ReweightConfig,
+        settings: Settings,
         state: ReweightState,
         loss: PretrainLoss,
         reporter: Reporter | None,
     ) -> None:
-        self._args = args
-        self._config = config
+        self._args = settings.megatron
+        self._config = settings.reweight
         self._state = state
         self._loss = loss
         self._reporter = reporter
@@ -85,8 +84,8 @@ class MetricsCallback(Callback):
             }
             samples = self._args.consumed_train_samples
             record["speed"] = self._interval.speed(samples, self._args.seq_length)
-            if metrics.last is not None and self._config.log_samples:
-                count = self._config.log_samples
+            count = self._config.log_samples
+            if metrics.last is not None and count:
                 record["samples"] = self._reporter.samples(metrics.last, count)
             self._reporter.write("train", log.iteration, record | log.record)
             self._reporter.write_scalars(log.scalars, log.iteration)

@@ -17,12 +17,8 @@ def check_shape(args: Namespace) -> None:
 
 def _check_required(args: Namespace) -> None:
     needed = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "seq_length",
-        "max_position_embeddings",
-        "micro_batch_size",
+        *("num_layers", "hidden_size", "num_attention_heads"),
+        *("seq_length", "max_position_embeddings", "micro_batch_size"),
     )
     # A checkpoint's arguments may supply the shape.
     if args.use_checkpoint_args or args.heterogeneous_layers_config_path is not None:
