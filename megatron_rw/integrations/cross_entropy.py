@@ -42,8 +42,7 @@ def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
 
 def mask_of(labels: Tensor) -> Tensor | None:
     """Returns the mask that was attached to labels, `[b, s]`."""
-    mask: Tensor | None = getattr(labels, _MASK, None)
-    return mask
+    return getattr(labels, _MASK, None)
 
 
 def with_sums(losses: Tensor, sums: SampleSums) -> Tensor:

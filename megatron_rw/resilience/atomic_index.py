@@ -85,6 +85,4 @@ def _source(base: str) -> Path:
 
 
 def _dataset_of(base: str) -> str | None:
-    description = json.loads(Path(f"{base}-description.txt").read_text())
-    path: str | None = description["dataset_path"]
-    return path
+    return json.loads(Path(f"{base}-description.txt").read_text())["dataset_path"]

@@ -73,15 +73,10 @@ def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], An
         # When the interpreter ends them, threads of gloo have been seen to abort the process.
         if dist.is_initialized():
             dist.destroy_process_group()
-        if _is_unfinished(args):
+        # The index of the last step that ran; a run that has nothing left to do has none.
+        last = getattr(args, "curr_iteration", None)
+        trains = args.train_iters and not args.skip_train
+        if trains and last is not None and last + 1 < args.train_iters:
             status = when_unfinished
     if status != 0:
         sys.exit(status)
-
-
-def _is_unfinished(args: Namespace) -> bool:
-    if args.skip_train or not args.train_iters:
-        return False
-    # The index of the last step that ran; a run that has nothing left to do has none.
-    last: int | None = getattr(args, "curr_iteration", None)
-    return last is not None and last + 1 < args.train_iters

@@ -60,13 +60,10 @@ class CheckpointConfig:
 
 
 class SaveGuard:
-    """Runs Megatron's saving of distributed checkpoints, on every rank.
+    """Runs Megatron's saving of distributed checkpoints to the folder of --save, on every rank.
 
-    Args:
-        folder: `--save`.
-        config: What to keep, and what to do when saving fails.
-        is_async: Whether Megatron writes in the background (`--async-save`).
-        saved: Called with the iteration of each checkpoint that is complete, on every rank.
+    With --async-save Megatron writes in the background. `saved` is called, on every rank, with the
+    iteration of each checkpoint that is complete.
     """
 
     def __init__(
@@ -173,18 +170,15 @@ class SaveGuard:
         self._retain()
 
     def _retain(self) -> None:
-        complete = [c for c in self._folder.checkpoints() if c.defect() is None]
-        kept = {c.iteration: c for c in complete}
-        old = superfluous(list(kept), self._config.keep_last, self._config.keep_every)
-        doomed = [kept[iteration] for iteration in old]
+        complete = {c.iteration: c for c in self._folder.checkpoints() if c.defect() is None}
+        old = superfluous(list(complete), self._config.keep_last, self._config.keep_every)
 
         def delete() -> None:
-            for checkpoint in doomed:
-                self._folder.delete(checkpoint)
+            for iteration in old:
+                self._folder.delete(complete[iteration])
 
-        if doomed:
-            names = ", ".join(str(iteration) for iteration in old)
-            print_rank_0(f"> deleting the checkpoints of iterations {names}")
+        if old:
+            print_rank_0(f"> deleting the checkpoints of iterations {', '.join(map(str, old))}")
             # If the run ends before that is done, the next run deletes the rest at its start.
             threading.Thread(target=delete, daemon=True).start()
 
@@ -248,9 +242,8 @@ def _pending() -> int:
 
 def _reason(error: BaseException) -> str:
     """Returns the root of an error that other ranks and processes have wrapped."""
-    if isinstance(error, CheckpointException):
-        roots = {rank: str(writer.root(wrapped[0])) for rank, wrapped in error.failures.items()}
-        return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(roots.items())) or (
-            "a rank failed to write, see its output"
-        )
-    return str(error)
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    failures = sorted(error.failures.items())
+    roots = [f"rank {rank}: {writer.root(wrapped[0])}" for rank, wrapped in failures]
+    return "; ".join(roots) or "a rank failed to write, see its output"

@@ -61,8 +61,7 @@ class Progress:
     """The position of this rank, and since when it has been there."""
 
     def __init__(self) -> None:
-        self.position = Position(0, 0, "start-up")
-        self.since = time.monotonic()
+        self.begin(0, "start-up")
 
     def begin(self, iteration: int, doing: str) -> None:
         """Notes that an iteration begins, with its first activity."""

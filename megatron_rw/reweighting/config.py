@@ -87,23 +87,18 @@ class ReweightConfig:
             )
         if self.strategy == "none":
             self._refuse_idle_settings()
-        if self.scope == "deferred":
-            self._check_deferred()
+        elif self.scope == "deferred":
+            lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
+            if self.temperature < lowest:
+                raise UserError(
+                    f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
+                    f"deferred, whose gradients would underflow: use {lowest:g} or more, or "
+                    "another scope."
+                )
         elif self.moment_decay:
             raise UserError(
                 f"{flag('moment_decay')} acts on {flag('scope')} deferred alone: add that, or drop "
                 "the flag."
-            )
-
-    def _check_deferred(self) -> None:
-        if self.strategy == "none":
-            return
-        lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
-        if self.temperature < lowest:
-            raise UserError(
-                f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
-                f"deferred, whose gradients would underflow: use {lowest:g} or more, or another "
-                "scope."
             )
 
     def _refuse_idle_settings(self) -> None:

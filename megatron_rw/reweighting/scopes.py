@@ -130,16 +130,10 @@ class Reweighter(abc.ABC):
     def _weights(
         self, losses: Tensor, mask: Tensor, given_range: Tensor | None = None
     ) -> SampleWeights:
-        strategy = self.config.strategy
+        strategy, delta = self.config.strategy, self.config.delta
         assert strategy != "none"
-        return weigh_samples(
-            losses,
-            strategy,
-            temperature_at(self.config, self._step),
-            self.config.delta,
-            mask,
-            given_range,
-        )
+        temperature = temperature_at(self.config, self._step)
+        return weigh_samples(losses, strategy, temperature, delta, mask, given_range)
 
 
 def make_reweighter(

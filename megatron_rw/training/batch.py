@@ -126,8 +126,8 @@ class BatchReader:
         )
 
     def _check_ids(self, drawn: dict[str, Any]) -> None:
-        # The tensors are still on the host, so this does not wait for the device. Unchecked, such
-        # an id is a device assertion, or with tensor parallelism a zero embedding without a word.
+        # The tensors are still on the host, so this does not wait for the device. Later, such an id
+        # is a device assertion or, with tensor parallelism, silently embedded as zero.
         largest = int(drawn["tokens"].max())
         if largest >= self._args.padded_vocab_size:
             raise ValueError(

@@ -56,14 +56,6 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         """
         for callback in self._callbacks:
             callback.before_batch(model.training)
-        result = self._run(data_iterator, model, return_schedule_plan)
-        for callback in self._callbacks:
-            callback.after_forward(model.training)
-        return result
-
-    def _run(
-        self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool
-    ) -> tuple[Any, Callable[..., Any]]:
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -85,8 +77,12 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         with _stimer:
             if return_schedule_plan:
                 assert self._args.overlap_moe_expert_parallel_comm
-                return model.build_schedule_plan(*inputs, **options), loss
-            return model(*inputs, **options, packed_seq_params=batch.packed), loss
+                output = model.build_schedule_plan(*inputs, **options)
+            else:
+                output = model(*inputs, **options, packed_seq_params=batch.packed)
+        for callback in self._callbacks:
+            callback.after_forward(model.training)
+        return output, loss
 
 
 class ForwardStep(ForwardPass[PretrainLoss]):

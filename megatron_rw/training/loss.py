@@ -145,7 +145,7 @@ class PretrainLoss:
         from megatron.training.distillation import LossFuncCallable
 
         args = self._args
-        loss: Callable[..., LossResult] = LossFuncCallable(
+        return LossFuncCallable(
             logprobs_dir=args.logits_load_dir,
             decode_threads=args.logits_load_decode_threads,
             prefetch_factor=args.logits_load_prefetch_factor,
@@ -153,7 +153,6 @@ class PretrainLoss:
             kd_loss_alpha=args.logits_load_kd_loss_alpha,
             ignore_errors=args.logits_load_ignore_errors,
         )
-        return loss
 
     def _check(self, loss: Tensor) -> None:
         """Runs Megatron's checks of this rank's unweighted loss sum: not finite, or a spike."""

@@ -39,13 +39,10 @@ class Reporter:
         self.endpoint = endpoint
 
     def write(self, kind: str, iteration: int, record: Mapping[str, object]) -> None:
-        """Writes a line of metrics.jsonl, and keeps it for Prometheus.
+        """Writes a line of metrics.jsonl of type `train`, `validation` or `test`.
 
-        Args:
-            kind: The type of line, which is `train`, `validation` or `test`.
-            iteration: Completed iterations.
-            record: Values by name. Tensors are read here, which costs nothing more because Megatron
-                has just waited for the device.
+        Prometheus is given the same values. Tensors of the record are read here, at a point where
+        Megatron has just waited for the device.
         """
         if self._file is None and self.endpoint is None:
             return
@@ -121,15 +118,11 @@ class Reporter:
 
     def samples(self, weighted: WeightedSet, count: int) -> list[dict[str, object]]:
         """Returns the first samples of a set with loss, weight and domain."""
-        rows = zip(
-            weighted.samples.losses[:count].tolist(),
-            weighted.weights[:count].tolist(),
-            weighted.samples.domain[:count].long().tolist(),
-            strict=True,
-        )
+        samples = weighted.samples
+        columns = (samples.losses, weighted.weights, samples.domain.long())
         return [
             {"loss": loss, "weight": weight, "domain": self.names[domain]}
-            for loss, weight, domain in rows
+            for loss, weight, domain in zip(*(c[:count].tolist() for c in columns), strict=True)
         ]
 
     def write_histograms(self, weighted: WeightedSet, iteration: int) -> None:

@@ -186,5 +186,4 @@ class _Interval:
 
 def _seconds_in_steps() -> float:
     """Returns the time by Megatron's timer, which is stopped while it evaluates or saves."""
-    seconds: float = get_timers()("interval-time").active_time()
-    return seconds
+    return get_timers()("interval-time").active_time()
