@@ -60,7 +60,7 @@ def main() -> None:
         domains = Domains(args)
         job = Job(settings, domains, progress)
         announce(settings, domains.names)
-        patching.apply(job.patches())
+        patching.apply(job.patches)
 
     provider = functools.partial(datasets_provider, domains)
     provider.is_distributed = True  # type: ignore[attr-defined]

@@ -13,15 +13,10 @@ INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, told in one line.
+    """A mistake that the user can correct, told in one line.
 
     The message names the flag, the file or the line of the file, and the remedy. It is all that the
-    user sees.
-
-    Args:
-        message: The line.
-        known_to_all: False if other ranks cannot know of the mistake. Then the rank that raises the
-            error prints it; otherwise rank 0 prints it for all.
+    user sees. `known_to_all` is False if other ranks cannot know of the mistake; see `reported`.
     """
 
     def __init__(self, message: str, known_to_all: bool = True) -> None:
@@ -36,15 +31,8 @@ def reported(doing: str | Callable[[], str], *, alike: bool = False) -> Iterator
     A `UserError`, or an error of the operating system, becomes one line on standard error and
     status 2; Ctrl-C becomes status 130. Any other exception is a bug. It passes through with its
     traceback, so that Python ends the process with status 1, after one line that says what was
-    being done.
-
-    Args:
-        doing: What the body does, to follow the word "while".
-        alike: Whether all ranks run into the same mistakes, as those in flags. Rank 0 then prints
-            for all, unless the error is not known to all.
-
-    Raises:
-        SystemExit: After the line is printed.
+    being done: `doing`, which follows the word "while". With `alike`, all ranks run into the same
+    mistakes, as those in flags, and rank 0 prints for all what is known to all.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Names of other packages that the program replaces, as entries of a table.
+"""Replaces names of other packages, as entries of a table.
 
 Megatron's training program has no hooks, so its functions are replaced by name. Each replacement is
 a `Patch`: what is replaced, by what, and why. `apply` installs a table and `undo` takes it back.
@@ -22,7 +22,7 @@ class Patch:
     Attributes:
         owner: The module or class that holds the name.
         name: The name in it.
-        new: What stands there afterwards, or an `Around`.
+        new: The replacement, or an `Around`.
         why: What the original lacks, or which code needs the replacement.
         seen_in: The release whose original the replacement was written for.
     """
@@ -43,18 +43,17 @@ class Patch:
 
 @dataclass(frozen=True)
 class Around:
-    """A replacement that runs our function, which runs the original.
+    """A replacement that calls our function, which calls the original.
 
-    Attributes:
-        run: Called as `run(proceed, call)`. `call` holds the arguments by name, defaults included.
-            `proceed()` calls the original with them, `proceed(name=value)` with some changed. What
-            it returns is what the caller gets.
+    Ours is called as `run(proceed, call)`. `call` holds the arguments by name, defaults included.
+    `proceed()` calls the original with them, `proceed(name=value)` with some changed. What `run`
+    returns goes to the caller.
     """
 
     run: Callable[[Callable[..., Any], dict[str, Any]], Any]
 
     def replacing(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that stands in for the original."""
+        """Returns the function that replaces the original."""
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -71,15 +70,25 @@ class Around:
         return replacement
 
 
-# The patches in place, each with what stood there before, the oldest first.
+class StandIn:
+    """Stands in for a module or object, some of whose names it replaces."""
+
+    def __init__(self, original: Any, **names: Any) -> None:
+        self._original = original
+        vars(self).update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+# The patches in place, each with its original, the oldest first.
 _applied: list[tuple[Patch, Any]] = []
 
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Replaces the names. A patch that is in place already is left alone.
+    """Replaces the names, except for patches that are in place already.
 
-    Raises:
-        AttributeError: If a name is not there; Megatron has changed then.
+    It raises AttributeError if a name does not exist, which means that Megatron has changed.
     """
     for patch in patches:
         if not any(patch == other for other, _ in _applied):
@@ -87,9 +96,10 @@ def apply(patches: Iterable[Patch]) -> None:
 
 
 def undo() -> None:
-    """Puts everything back that `apply` has replaced."""
+    """Restores everything that `apply` has replaced."""
     while _applied:
-        _restore(*_applied.pop())
+        patch, original = _applied.pop()
+        setattr(patch.owner, patch.name, original)
 
 
 @contextlib.contextmanager
@@ -100,7 +110,7 @@ def applied(patches: Iterable[Patch]) -> Iterator[None]:
         yield
     finally:
         for patch, original in reversed(replaced):
-            _restore(patch, original)
+            setattr(patch.owner, patch.name, original)
 
 
 def _replace(patch: Patch) -> Any:
@@ -112,7 +122,3 @@ def _replace(patch: Patch) -> Any:
         new = staticmethod(new) if is_static else new
     setattr(patch.owner, patch.name, new)
     return original
-
-
-def _restore(patch: Patch, original: Any) -> None:
-    setattr(patch.owner, patch.name, original)

@@ -1,4 +1,4 @@
-"""Sample reweighting for a Megatron script that is not ours."""
+"""Adds sample reweighting to other people's Megatron scripts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ ForwardStepFunction = Callable[..., tuple[Any, LossFunction]]
 
 
 def bound_loss_mask(loss_function: LossFunction) -> Tensor:
-    """The argument `loss_mask` of a `functools.partial`, as Megatron's scripts bind it.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Returns the argument `loss_mask` of a `functools.partial`, as Megatron's scripts bind it."""
     if isinstance(loss_function, functools.partial):
         signature = inspect.signature(loss_function.func)
         bound = signature.bind_partial(*loss_function.args, **loss_function.keywords).arguments
@@ -48,29 +44,25 @@ def attach(
     args: Namespace | None = None,
     loss_mask: Callable[[LossFunction], Tensor] = bound_loss_mask,
 ) -> AttachedForwardStep:
-    """Weigh the samples of a Megatron forward step by their losses.
+    """Weights the samples of a Megatron forward step by their losses.
 
         forward_step = attach(forward_step, ReweightConfig(strategy="linupper"), args=get_args())
 
     The forward step returns the model's output, on the last pipeline stage `[b, s/cp]` token losses
-    in nats, and a loss function of it. In a training step the weighted loss replaces what that
-    function returns as loss and divisor, and its report is kept; evaluation is left alone. Call
-    this before the training loop asks core for its schedule, so before `pretrain`.
+    in nats, and a loss function of it. In a training step the weighted loss replaces the loss and
+    the divisor that this function returns, and its report is kept. An evaluation is not changed.
+    Call `attach` before the training loop asks core for its schedule, so before `pretrain`.
 
     Args:
-        forward_step: as core's schedules take it.
-        config: strategy, temperature, scope.
-        args: Megatron's parsed arguments, in a script on `megatron.training`: the state then rides
-            in its checkpoints, and warm-up follows its iterations. Without them, save and load
-            `state_dict()` with your own checkpoints.
-        loss_mask: finds the micro-batch's mask, `[b, s/cp]` or flat, in the loss function.
+        forward_step: A forward step function as core's schedules take it.
+        config: The settings; the strategy must not be `none`.
+        args: Megatron's parsed arguments, in a script on `megatron.training`. The state is then
+            saved in its checkpoints, and the warm-up follows its iterations. Without them, save and
+            load `state_dict()` with your own checkpoints.
+        loss_mask: Finds the micro-batch's mask, `[b, s/cp]` or flat, in the loss function.
 
     Returns:
-        What to give to the schedule, or `pretrain`, in place of `forward_step`. Its `metrics`
-        hold the weights' report.
-
-    Raises:
-        UserError: the settings have no effect (strategy `none`).
+        The forward step function for the schedule, or `pretrain`.
     """
     if not config.enabled:
         raise UserError("attach() with strategy none does nothing: choose one, or do not call it.")
@@ -79,11 +71,11 @@ def attach(
 
 
 class AttachedForwardStep:
-    """A forward step function with sample weights; made by `attach`.
+    """A forward step function with sample weights, made by `attach`.
 
     Attributes:
-        metrics: `read()` gives the report on the weights since the last `reset()`, on the ranks
-            of the last pipeline stage.
+        metrics: On the ranks of the last pipeline stage, `read()` gives the report on the weights
+            since the last `reset()`.
     """
 
     def __init__(
@@ -102,33 +94,29 @@ class AttachedForwardStep:
         self.metrics = WeightMetrics(num_domains=1)
         self._state = ReweightState(config)
         if args is not None:
-            # It imports megatron.training, which a script on megatron.core alone need not have.
+            # This imports megatron.training, which a script on megatron.core alone may not have.
             from megatron_rw.integrations import checkpoint
 
             patching.apply(checkpoint.patches(self._state, args))
         self._reweighting = StepReweighting(config, self._state, self._iteration, self.metrics.add)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, LossFunction]:
-        """The forward step, its loss function wrapped."""
+        """Runs the forward step, and wraps its loss function."""
         output, loss_function = self._forward_step(*args, **kwargs)
         return output, functools.partial(self._loss, loss_function)
 
     def run_step(self, core_schedule: schedule.Schedule, call: dict[str, Any]) -> Any:
-        """See `schedule.SteppedForward`."""
+        """Runs a training step; see `schedule.SteppedForward`."""
         result = self._reweighting.run(core_schedule, call)
         self._completed += 1
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to hold: plain numbers, the same on all ranks."""
+        """Returns what a checkpoint has to hold: plain numbers, the same on all ranks."""
         return {"completed": self._completed, **self._state.record()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict()` was taken; before the first step.
-
-        Raises:
-            UserError: `state` is not one.
-        """
+        """Continues from what `state_dict()` returned. Call it before the first step."""
         record = dict(state)
         self._completed = record.pop("completed", 0)
         self._state.load(record)
@@ -142,7 +130,7 @@ class AttachedForwardStep:
                 raise RuntimeError(
                     "a training step runs outside the schedules that attach() wraps, and would be "
                     "unweighted: call attach() before get_forward_backward_func() or pretrain(), "
-                    "and give what it returns, not a function round it, to the schedule."
+                    "and give what it returns, not a function around it, to the schedule."
                 )
             return loss_function(output, **kwargs)
         mask = self._loss_mask(loss_function)

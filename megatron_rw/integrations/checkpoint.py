@@ -1,4 +1,4 @@
-"""Reweighting state in the checkpoints of `megatron.training`."""
+"""Saves the reweighting state in the checkpoints of `megatron.training`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from megatron_rw.patching import Around, Patch
 
 
 def patches(state: ReweightState, args: Namespace) -> list[Patch]:
-    """What saves the state with every checkpoint of a run and takes it back on a resume.
+    """Returns what saves the state with every checkpoint, and loads it on a resume.
 
-    Args:
-        state: The same on every rank.
-        args: Megatron's arguments, before `pretrain`.
+    The state travels in Megatron's arguments, `args`; see `ReweightState.keep_in`.
     """
 
     def save(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:

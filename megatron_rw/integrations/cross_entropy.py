@@ -1,7 +1,14 @@
-"""Our cross-entropy in the place of core's, where the model asks for its loss.
+"""Replaces core's cross-entropy by ours.
 
-Core chooses between its own implementations inside that method and has no place for another, nor
-for a loss mask on the way in and sums on the way out: those ride on the labels and on the losses.
+A language model of core calls its method `compute_language_model_loss(labels, logits)`, which has
+no argument for the loss mask and returns losses only. Our kernels need the mask, and return the
+sums by sample with the losses. Both therefore travel as attributes on tensors:
+
+1. The forward step calls `announce_mask(labels, loss_mask)` before it calls the model.
+2. The model calls our cross-entropy (or our output layer), which reads `mask_of(labels)` and
+   returns `with_sums(losses, sums)`.
+3. The loss function calls `sums_of(losses, loss_mask)`. It computes the sums from the losses if
+   core's cross-entropy was in use, which sets no attribute.
 """
 
 from __future__ import annotations
@@ -23,42 +30,38 @@ _MASK, _SUMS = "_megatron_rw_loss_mask", "_megatron_rw_sample_sums"
 
 
 def patches() -> list[Patch]:
-    """What computes every language model loss, multi-token prediction's too, with our kernels."""
+    """Returns what computes all language model losses, multi-token prediction's too, with ours."""
     why = "Core chooses among its own implementations inside this method."
     return [Patch(LanguageModule, "compute_language_model_loss", _compute_language_model_loss, why)]
 
 
 def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
-    """Have the sums of the samples made with the losses of these labels, both `[b, s]`.
-
-    To no effect where core's cross-entropy is in use.
-    """
+    """Attaches a loss mask to labels, both `[b, s]`, for our cross-entropy."""
     setattr(labels, _MASK, loss_mask)
 
 
 def mask_of(labels: Tensor) -> Tensor | None:
-    """The mask that was announced for these labels, `[b, s]`."""
-    mask: Tensor | None = getattr(labels, _MASK, None)
-    return mask
+    """Returns the mask that was attached to labels, `[b, s]`."""
+    return getattr(labels, _MASK, None)
 
 
 def with_sums(losses: Tensor, sums: SampleSums) -> Tensor:
-    """The losses, `[b, s]`, with the sums that were made with them."""
+    """Attaches the sums by sample to the losses, `[b, s]`, and returns these."""
     setattr(losses, _SUMS, sums)
     return losses
 
 
 def sums_of(token_losses: Tensor, loss_mask: Tensor) -> SampleSums:
-    """The sums that were made with the losses, or are made now; both arguments `[b, s]`."""
+    """Returns the sums that were attached to losses, or computes them; both `[b, s]`."""
     made: SampleSums | None = getattr(token_losses, _SUMS, None)
     return sample_sums(token_losses, loss_mask) if made is None else made
 
 
 def _compute_language_model_loss(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
-    """`[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core's method."""
+    """Computes `[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core does."""
     target, group = labels.transpose(0, 1), module.tp_group
     loss_mask = mask_of(labels)
-    # Contiguous, as core gives them.
+    # Core returns contiguous losses.
     if loss_mask is None:
         return vocab_parallel_cross_entropy(logits, target, group).transpose(0, 1).contiguous()
     mask = loss_mask.transpose(0, 1)

@@ -1,4 +1,4 @@
-"""What the method needs to know of Megatron core's process groups and of the model's own losses."""
+"""Core's process groups as the method needs them, and the losses that a model adds itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_rw.reweighting import ReduceGroup
 
 
 def data_parallel_ranks() -> ReduceGroup:
-    """The data- and context-parallel ranks of this process, from Megatron's groups."""
+    """Returns the data- and context-parallel ranks of this process, from Megatron's groups."""
     return ReduceGroup(
         group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -30,7 +30,7 @@ def has_loss() -> bool:
 
 
 def share_with_pipeline(values: Tensor) -> None:
-    """Overwrite `values` with those of the last pipeline stage."""
+    """Overwrites `values` with those of the last pipeline stage. Collective over the pipeline."""
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast(
             values,
@@ -40,7 +40,10 @@ def share_with_pipeline(values: Tensor) -> None:
 
 
 def sum_over_replicas(count: Tensor) -> Tensor:
-    """Sum over data parallelism of what tensor-parallel rank 0 holds, on every rank of a stage."""
+    """Sums over data parallelism what tensor-parallel rank 0 holds, for all ranks of a stage.
+
+    Collective over these ranks.
+    """
     if parallel_state.get_data_parallel_world_size() > 1:
         dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -53,13 +56,9 @@ def sum_over_replicas(count: Tensor) -> Tensor:
 
 
 def other_losses(config: Any) -> list[str]:
-    """Losses that a model adds to the gradient beside the language model's.
+    """Returns the flags behind the losses that a model adds to the language model's.
 
-    Args:
-        config: Megatron's `TransformerConfig`, or the parsed arguments, whose names agree.
-
-    Returns:
-        The setting behind each, as a flag.
+    `config` is Megatron's `TransformerConfig`, or its parsed arguments, whose names agree.
     """
     found = []
     experts = getattr(config, "num_moe_experts", None) or getattr(config, "num_experts", None)
@@ -82,5 +81,5 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def device() -> torch.device:
-    """Where this rank's tensors are, as Megatron asks for it."""
+    """Returns the device of this rank's tensors, as Megatron finds it."""
     return torch.device(torch.cuda.current_device())

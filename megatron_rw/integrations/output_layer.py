@@ -1,15 +1,13 @@
-"""The output layer of core's GPT model and its cross-entropy in one operation.
+"""Computes the output layer of core's GPT model and its cross-entropy as one operation.
 
-Core's model gives its last hidden states to an `output_processor`, where there is one, instead of
-computing logits and a loss itself. Multi-token prediction is not touched by it: those heads compute
-logits, of which core also counts the correct ones.
+Core's model gives its last hidden states to an `output_processor`, if there is one, instead of
+computing logits and a loss itself. The heads of multi-token prediction still compute logits,
+because core counts how many of their predictions are correct.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear
@@ -28,12 +26,12 @@ from megatron_rw.kernels import (
 
 
 class FusedOutputLayer:
-    """Token losses from hidden states: an output processor of core's `GPTModel`.
+    """An output processor of core's `GPTModel`: computes token losses from hidden states.
 
         model(tokens, position_ids, mask, labels=labels, output_processor=FusedOutputLayer())
 
     Args:
-        logits_budget: bytes that logits may take, see `kernels.plan_logits`; None for no limit.
+        logits_budget: Bytes that logits may take, see `kernels.plan_logits`; None for no limit.
     """
 
     def __init__(self, logits_budget: int | None = None) -> None:
@@ -50,21 +48,15 @@ class FusedOutputLayer:
         runtime_gather_output: bool | None = None,
         **_: Any,
     ) -> Tensor:
-        """Called by the model.
+        """Returns `[b, s]` losses in nats, or logits where there are no labels; the model calls it.
 
         Args:
             hidden_states: `[s, b, h]`, or this rank's part of the sequence.
-            output_layer: the module, for its weight and its layout.
-            output_weight: the embedding's weight where it is shared, else None.
-            labels: `[b, s]`; without them the model is asked for its logits.
-            scale_logits: multiplies by a constant, for models that are parametrised so.
-            runtime_gather_output: of the logits.
-
-        Returns:
-            `[b, s]` losses in nats.
-
-        Raises:
-            UserError: the layer is of a kind that has products of its own.
+            output_layer: The module that has the weight and knows its layout.
+            output_weight: The embedding's weight if the two share it, else None.
+            labels: `[b, s]`.
+            scale_logits: Multiplies logits by a constant, for models that are parametrised so.
+            runtime_gather_output: Whether the logits are gathered over tensor parallelism.
         """
         if labels is None:
             logits, _ = output_layer(
@@ -76,12 +68,14 @@ class FusedOutputLayer:
                 f"the output layer is a {type(output_layer).__name__}, which has matrix products "
                 "of its own: --fused-linear-cross-entropy takes core's ColumnParallelLinear."
             )
-        forward = functools.partial(self._losses, output_layer, labels)
-        # Through the module's call: its hooks wait until its parameters are gathered.
-        with _forward_of(output_layer, forward):
-            # Of scaled hidden states the logits are scaled.
+        # The module itself is called, because its hooks wait until its parameters are gathered.
+        output_layer.forward = functools.partial(self._losses, output_layer, labels)
+        try:
+            # Scaling the hidden states scales the logits.
             losses, sums = output_layer(scale_logits(hidden_states), weight=output_weight)
-        # Contiguous, as core gives them.
+        finally:
+            del output_layer.forward
+        # Core returns contiguous losses.
         losses = losses.transpose(0, 1).contiguous()
         return losses if sums is None else with_sums(losses, sums)
 
@@ -104,25 +98,10 @@ class FusedOutputLayer:
         return linear_weighted_cross_entropy_sums(**given, loss_mask=mask.transpose(0, 1))
 
 
-@contextlib.contextmanager
-def _forward_of(module: Any, forward: Any) -> Iterator[None]:
-    """Have a call of the module run `forward`."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
 def plan_of(args: Any, budget: int | None) -> LogitsPlan:
-    """How the logits of a micro-batch are computed within a budget.
+    """Returns how the logits of a micro-batch are computed within a budget in bytes.
 
-    Args:
-        args: Megatron's arguments, validated.
-        budget: Bytes that logits may take; None for no limit.
-
-    Raises:
-        UserError: If the budget is too small.
+    It raises `UserError` if --logits-budget-mib is too small. `args` are Megatron's, validated.
     """
     try:
         return plan_logits(

@@ -1,9 +1,9 @@
-"""Megatron core's pipeline schedules, with a step of reweighting round them.
+"""Wraps core's pipeline schedules, so that reweighting acts before and after a step's passes.
 
 A schedule runs the micro-batches of one step forward and backward and finalises the gradients.
-Core has no hook before and after it, so the three schedule functions are wrapped by name; any
-training loop that asks `get_forward_backward_func` for one gets the wrapped, `megatron.training`'s
-included. They act only on a training step whose forward step function is a `SteppedForward`.
+Core has no hook before and after it, so the three schedule functions are wrapped by name. Every
+training loop that asks `get_forward_backward_func` for one gets a wrapped one. The wrappers act
+only on a training step whose forward step function is a `SteppedForward`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAMES = (
 
 @runtime_checkable
 class SteppedForward(Protocol):
-    """A forward step function that wants to know where a training step begins and ends."""
+    """A forward step function that runs the passes of a training step itself."""
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
-        """Run `schedule(**call)`, with what belongs before and after it."""
+        """Runs `schedule(**call)`, with what comes before and after it, and returns its result."""
 
 
 def patches() -> list[Patch]:
-    """What runs a training step whose forward step function is a `SteppedForward`."""
+    """Returns the wrappers of core's three schedules."""
     why = "Core has no hook before and after the micro-batches of a step."
     return [Patch(schedules, name, Around(_run_step), why) for name in _NAMES]
 
@@ -52,11 +52,7 @@ def _run_step(proceed: Schedule, call: dict[str, Any]) -> Any:
 
 
 class ReplayIterator:
-    """Gives a step's micro-batches as often as asked.
-
-    Args:
-        source: drawn from once per micro-batch.
-    """
+    """Yields a step's micro-batches repeatedly, but draws each from its source only once."""
 
     def __init__(self, source: Iterator[Any]) -> None:
         self._source = source
@@ -74,15 +70,14 @@ class ReplayIterator:
         return copy.copy(self._drawn[self._position - 1])
 
     def rewind(self) -> None:
-        """Start again with the first micro-batch."""
+        """Starts again with the first micro-batch."""
         self._position = 0
 
 
 class ReplayedData:
-    """The data iterators of a schedule's call, each replayable.
+    """The data iterators of a schedule's call, made replayable.
 
-    Args:
-        data_iterator: an iterator or None, or a list of those with virtual pipeline stages.
+    They are an iterator or None, or a list of those with virtual pipeline stages.
     """
 
     def __init__(self, data_iterator: Any) -> None:
@@ -92,13 +87,13 @@ class ReplayedData:
         self.iterator: Any = self._chunks if is_list else self._chunks[0]
 
     def rewind(self) -> None:
-        """Start every iterator again with its first micro-batch."""
+        """Starts every iterator again with its first micro-batch."""
         for chunk in self._chunks:
             if chunk is not None:
                 chunk.rewind()
 
     def peek(self, num_microbatches: int) -> list[Any]:
-        """The micro-batches as the last chunk will draw them; none where there is no data."""
+        """Returns the micro-batches that the last chunk will draw; none if it has no data."""
         last = self._chunks[-1]
         if last is None:
             return []
@@ -108,18 +103,18 @@ class ReplayedData:
 
 
 def run_forward_only(schedule: Schedule, call: dict[str, Any]) -> None:
-    """Run a step's forward passes in training mode, leaving no trace but what the loss notes.
+    """Runs a step's forward passes in training mode, only for what the loss function notes.
 
-    No gradient, no activations kept. Dropout and every other random number are those of the
-    training pass that follows. The losses are our cross-entropy's, which here reads the logits
-    once and writes nothing of their size.
+    There are no gradients, and no activations are kept. Dropout and all other random numbers are
+    the same as in the training pass that follows. Our cross-entropy computes the losses: without a
+    gradient it reads the logits once and allocates nothing of their size.
     """
     with torch.no_grad(), _fork_rng(), patching.applied(forward_only_patches()):
         schedule(**(call | {"forward_only": True}))
 
 
 def forward_only_patches() -> list[Patch]:
-    """What is replaced while a step's forward passes run for their losses alone."""
+    """Returns what is replaced during `run_forward_only`."""
     why = "Core logs a multi-token-prediction loss even when no gradient is wanted."
     no_logging = staticmethod(lambda *args, **kwargs: None)
     return [

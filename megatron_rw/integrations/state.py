@@ -1,4 +1,4 @@
-"""The reweighting state that a checkpoint carries, whatever its format and parallel layout."""
+"""The reweighting state in a checkpoint, whose format and parallel layout do not matter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ _KEY = "reweight_state"
 class ReweightState:
     """Where the warm-up began, and the moments that the next step will use.
 
-    The same on every rank. The warm-up so does not depend on the run's age.
-
-    Args:
-        config: the reweighting settings.
+    It is the same on every rank. Warm-up counts from the first reweighted step, so a baseline
+    checkpoint can be continued.
 
     Attributes:
-        moments: `[2]` fp64 on the device, the range that the next step will use; None before the
-            first step, and outside the scope `deferred`.
+        moments: `[2]` fp64, the range of losses that the next step will use; None before the first
+            step, and outside the scope `deferred`.
     """
 
     def __init__(self, config: ReweightConfig) -> None:
@@ -35,7 +33,7 @@ class ReweightState:
         self.moments: Tensor | None = None
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint holds, in plain numbers; waits for the device."""
+        """Returns what a checkpoint holds, in plain numbers. Waits for the device."""
         return {
             "first_iteration": self._first_iteration,
             "moments": None if self.moments is None else self.moments.tolist(),
@@ -44,43 +42,35 @@ class ReweightState:
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self._config)
-        # Changes nothing of the training.
+        # This setting has no influence on training.
         del settings["log_samples"]
         return settings
 
     def keep_in(self, args: Namespace) -> None:
-        """Put the record into Megatron's arguments, before they are saved.
+        """Puts the record into Megatron's arguments, before they are saved.
 
-        Every checkpoint format saves them whole from one rank, and `load_checkpoint` hands them
-        to `check_checkpoint_args` (not on --finetune, which starts anew). No tensor may be in
-        them: Megatron broadcasts and compares them as Python objects.
+        Every checkpoint format saves the arguments as a whole from one rank, and `load_checkpoint`
+        passes them to `check_checkpoint_args` (not with --finetune, which starts a new run). They
+        may hold no tensor, because Megatron broadcasts and compares them as Python objects.
         """
         setattr(args, _KEY, self.record())
 
     def begin(self, iteration: int) -> int:
-        """Note that a training step runs; the first one is where reweighting begins.
+        """Begins a training step, and returns the completed steps of reweighted training.
 
-        Args:
-            iteration: completed iterations of the run.
-
-        Returns:
-            Completed steps of reweighted training, 0 in the first.
+        Reweighting begins with the first call. `iteration` counts the run's completed iterations.
         """
         if self._config.enabled and self._first_iteration is None:
             self._first_iteration = iteration
         return self.step(iteration)
 
     def step(self, iteration: int) -> int:
-        """Completed steps of reweighted training, 0 before and in the first."""
+        """Returns the completed steps of reweighted training, 0 before and in the first."""
         first = self._first_iteration
         return 0 if first is None else iteration - first
 
     def load(self, record: dict[str, Any]) -> None:
-        """Take over what `record()` was when a checkpoint was saved.
-
-        Raises:
-            UserError: it is not such a record.
-        """
+        """Takes over the `record()` of a checkpoint."""
         expected = self.record().keys()
         if record.keys() != expected:
             raise UserError(
@@ -92,13 +82,9 @@ class ReweightState:
         self.moments = None if moments is None else torch.tensor(moments, dtype=torch.float64)
 
     def resume(self, checkpoint_args: Namespace) -> list[str]:
-        """Take the state from a checkpoint's argument record.
+        """Takes the state out of a checkpoint's arguments; plain Megatron's hold none.
 
-        Args:
-            checkpoint_args: one of Megatron's own has no state.
-
-        Returns:
-            Lines for the user on what differs from the run that saved it.
+        Returns lines for the user on what differs from the run that saved the checkpoint.
         """
         saved = getattr(checkpoint_args, _KEY, None)
         before = dataclasses.asdict(ReweightConfig()) | (saved["settings"] if saved else {})

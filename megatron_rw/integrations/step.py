@@ -1,4 +1,4 @@
-"""A training step with reweighting: the method's life cycle tied to Megatron core's schedule."""
+"""Runs training steps with reweighting, within Megatron core's schedules."""
 
 from __future__ import annotations
 
@@ -24,23 +24,20 @@ from megatron_rw.reweighting import (
 )
 from megatron_rw.reweighting.config import flag
 
-# With fewer samples the weights say more about |S| than about the losses.
-SMALL_SET = 8
+# In smaller sets the weights depend on the number of samples more than on the losses.
+_SMALL_SET = 8
 
 
 class StepReweighting:
     """Runs the steps of one model with sample weights.
 
-    Args:
-        config: `config.enabled` must hold.
-        state: the checkpointed state.
-        iteration: completed iterations of the run.
-        observe: told of every set, on the ranks of the last pipeline stage.
+    `config.enabled` must hold. `iteration` returns the completed iterations of the run. `observe`
+    is called with every weighted set, on the ranks of the last pipeline stage.
 
     Attributes:
-        num_microbatches: of the step under way, or the last.
-        running: a training step is under way.
-        scoring: its forward pass that only scores.
+        num_microbatches: Micro-batches of the present step, or of the last one.
+        running: Whether a training step is running.
+        scoring: Whether the step is in the forward passes that only score the samples.
     """
 
     def __init__(
@@ -62,19 +59,7 @@ class StepReweighting:
         self.scoring = False
 
     def run(self, schedule: Schedule, call: dict[str, Any]) -> Any:
-        """Run one training step: `SteppedForward.run_step`.
-
-        Args:
-            schedule: core's own.
-            call: its arguments by name.
-
-        Returns:
-            What the schedule returns.
-
-        Raises:
-            UserError: the model has losses of its own that the scope cannot keep exact, or its
-                gradients cannot be scaled.
-        """
+        """Runs one training step, as `SteppedForward.run_step`."""
         model = call["model"] if isinstance(call["model"], list) else [call["model"]]
         reweighter = self._reweighter or self._build(model)
         self.num_microbatches = call["num_microbatches"]
@@ -101,14 +86,15 @@ class StepReweighting:
         return result
 
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss that the schedule wants for one micro-batch, on the last pipeline stage.
+        """Weights one micro-batch, on the last pipeline stage.
 
         Args:
-            sums: of this rank's tokens, with gradient.
+            sums: Sums over this rank's tokens, with gradient.
             domain: `[b]` int64, for the observer.
 
         Returns:
-            `(loss, divisor)`, a scalar and an int scalar. While scoring the loss is 0.
+            `(loss, divisor)` for the schedule, a scalar and an int scalar. While the step only
+            scores, the loss is 0.
         """
         reweighter = self._reweighter
         assert reweighter is not None
@@ -119,23 +105,31 @@ class StepReweighting:
             return torch.zeros_like(one, dtype=torch.float), one
         loss = reweighter.weigh(sums, domain)
         if self._keeps_token_divisor:
-            # Losses that the model adds itself are scaled for a division by the step's tokens.
+            # Megatron divides by the step's tokens, and losses that the model adds itself are
+            # scaled for that. Over ranks and micro-batches, Σ (loss·tokens/M) / tokens = Σ loss/M.
             tokens = reweighter.step_tokens if self._step_tokens is None else self._step_tokens
             assert tokens is not None
             scale = tokens.to(loss.dtype) / self.num_microbatches
             return loss * scale, sums.tokens.sum().to(torch.int)
-        # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the ranks' parts
-        # add up to the objective. A divisor of 1 keeps it from dividing by this rank's token count,
-        # which differs between shards; its sum, dp·cp·M, is what --calculate-per-token-loss, which
-        # sums over both instead, divides by.
+        # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the objective is
+        # the sum of the ranks' parts, hence the factor dp·cp. A divisor of 1 keeps Megatron from
+        # dividing by this rank's token count, which differs between shards. Under
+        # --calculate-per-token-loss it sums over ranks and micro-batches instead, and divides by
+        # the sum of the divisors, which is dp·cp·M.
         return loss * reweighter.ranks.size, one
 
     def _build(self, model: list[Any]) -> Reweighter:
         config = get_model_config(model[0])
         others = groups.other_losses(config)
         check_scope(self._config, config)
-        if self._config.scope == "deferred":
-            _check_scalable(model)
+        if self._config.scope == "deferred" and not all(
+            isinstance(chunk, DistributedDataParallel) for chunk in model
+        ):
+            raise UserError(
+                f"{flag('scope')} deferred scales gradients in Megatron's DistributedDataParallel "
+                f"buffers, which {type(model[0]).__name__} does not have: use another "
+                f"{flag('scope')}."
+            )
         self._keeps_token_divisor = bool(others) and config.calculate_per_token_loss
         reweighter = make_reweighter(self._config, groups.data_parallel_ranks(), self._observe)
         if isinstance(reweighter, DeferredReweighter) and self._state.moments is not None:
@@ -155,11 +149,7 @@ class StepReweighting:
             chunk.scale_gradients(shared[0])
 
     def _count_tokens(self, data: ReplayedData) -> Tensor:
-        """Active tokens of the step, before it begins.
-
-        Raises:
-            UserError: the data has no `loss_mask`.
-        """
+        """Returns the active tokens of the step, before it begins. Collective over the stage."""
         total = 0.0
         for drawn in data.peek(self.num_microbatches):
             if "loss_mask" not in drawn:
@@ -174,14 +164,9 @@ class StepReweighting:
 
 
 def check_scope(config: ReweightConfig, model_config: Any) -> None:
-    """Refuse what a scope cannot keep exact.
+    """Refuses what a scope cannot keep exact.
 
-    Args:
-        config: the reweighting settings.
-        model_config: Megatron's `TransformerConfig` or its parsed arguments.
-
-    Raises:
-        UserError: names the flag and the remedy.
+    `model_config` is Megatron's `TransformerConfig`, or its parsed arguments.
     """
     others = groups.other_losses(model_config)
     if config.scope == "deferred" and others:
@@ -199,28 +184,10 @@ def check_scope(config: ReweightConfig, model_config: Any) -> None:
         )
 
 
-def _check_scalable(model: list[Any]) -> None:
-    if not all(isinstance(chunk, DistributedDataParallel) for chunk in model):
-        raise UserError(
-            f"{flag('scope')} deferred scales gradients in Megatron's DistributedDataParallel "
-            f"buffers, which {type(model[0]).__name__} does not have: use another {flag('scope')}."
-        )
-
-
 def check_set_size(scope: str, micro_batch_size: int, replicas: int, batch_size: int) -> str | None:
-    """Refuse a set in which no sample competes.
+    """Refuses sets of one sample, and returns a warning for small ones.
 
-    Args:
-        scope: as in `ReweightConfig`.
-        micro_batch_size: samples of a micro-batch on one rank.
-        replicas: data-parallel size.
-        batch_size: samples of a step over all ranks.
-
-    Returns:
-        A warning where the set is small; None otherwise.
-
-    Raises:
-        UserError: the set has one sample.
+    `micro_batch_size` is that of one rank, `batch_size` that of a step over all ranks.
     """
     if scope == "microbatch":
         size = micro_batch_size * replicas
@@ -237,9 +204,9 @@ def check_set_size(scope: str, micro_batch_size: int, replicas: int, batch_size:
             f"samples compete for weight within {composition} sample, and one sample always has "
             f"weight 1: {remedy}."
         )
-    if size < SMALL_SET:
+    if size < _SMALL_SET:
         return (
-            f"samples compete for weight within {composition} samples. Below {SMALL_SET} the "
+            f"samples compete for weight within {composition} samples. Below {_SMALL_SET} the "
             "weights depend on the set's size more than on the losses (of two samples, linupper "
             f"always gives 0.269 and 0.731): {remedy}."
         )

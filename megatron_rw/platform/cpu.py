@@ -1,9 +1,8 @@
-"""The CPU platform: run the released Megatron, unmodified, on the CPU over gloo.
+"""Runs the released Megatron, unmodified, on the CPU over gloo.
 
-Megatron names CUDA in device literals, streams, events, memory statistics and random-number
-state. Each name is redirected here, in one place, with the code that needs it. The random
-state of the "CUDA generator" becomes that of torch's CPU generator, because on this platform
-that is the one dropout draws from.
+Megatron names CUDA in device literals, streams, events, memory statistics and random-number state.
+Each name is redirected here, with the code of Megatron that needs it. The random state of the "CUDA
+generator" becomes that of torch's CPU generator, because here dropout draws from that one.
 
 Nothing here is imported on a GPU.
 """
@@ -25,8 +24,8 @@ from torch.utils.data import DataLoader
 from megatron_rw.patching import Patch, apply
 from megatron_rw.platform.quiet import silence
 
-# Megatron flags, by destination, whose CUDA defaults cannot work here. They replace the
-# parser's defaults, so that what a user passes explicitly still wins and is then checked.
+# Megatron flags, by destination, whose CUDA defaults cannot work here. They replace the parser's
+# defaults, so that what a user passes is kept, and is then checked.
 ARGUMENT_DEFAULTS: dict[str, object] = {
     "distributed_backend": "gloo",
     "transformer_impl": "local",
@@ -38,8 +37,8 @@ ARGUMENT_DEFAULTS: dict[str, object] = {
     "bias_dropout_fusion": False,
     "no_persist_layer_norm": True,
     "use_cpu_initialization": True,
-    # It would save a checkpoint to rerun a bad step "on a different GPU". Disabled, the machine
-    # raises at once.
+    # The rerun state machine would save a checkpoint to repeat a bad step "on a different GPU".
+    # Disabled, it raises at once.
     "rerun_mode": "disabled",
 }
 
@@ -52,14 +51,10 @@ _active = False
 
 
 def activate(*, asked_for: bool = False) -> None:
-    """Redirect Megatron's CUDA names to the CPU in this process. Idempotent.
+    """Redirects Megatron's CUDA names to the CPU in this process. Idempotent.
 
-    Args:
-        asked_for: the user named the CPU. Without it, a visible CUDA device is an error: the
-            redirects would hide it.
-
-    Raises:
-        RuntimeError: a CUDA device is visible and the CPU was not asked for.
+    A visible CUDA device is a RuntimeError unless the user asked for the CPU, because the redirects
+    would hide the device.
     """
     global _active
     if _active:
@@ -68,10 +63,10 @@ def activate(*, asked_for: bool = False) -> None:
         raise RuntimeError(
             "the CPU platform was activated beside a CUDA device; pass --device cpu to mean it"
         )
-    # Megatron decorates functions with torch.compile while it is imported; on two cores the
-    # compilation costs more than the quick start itself.
+    # Megatron's modules decorate functions with torch.compile. On two cores compilation takes
+    # longer than the quick start itself.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # arguments.py asks for it under tensor parallelism; here there is no device queue to order.
+    # arguments.py demands it under tensor parallelism, although there is no device queue here.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     silence("cpu")
     redirect_torch()
@@ -80,7 +75,7 @@ def activate(*, asked_for: bool = False) -> None:
 
 
 def redirect_torch() -> None:
-    """Redirect torch's names alone: all that a process that writes checkpoints needs."""
+    """Redirects only torch's names, which is enough for a process that writes checkpoints."""
     apply(_torch_patches())
 
 
@@ -88,7 +83,7 @@ def redirect_torch() -> None:
 
 
 def _cpu_for_cuda(device: Any) -> Any:
-    """`"cpu"` for a CUDA device in any spelling, anything else unchanged."""
+    """Returns `"cpu"` for a CUDA device in any spelling, and anything else unchanged."""
     if isinstance(device, torch.device) and device.type == "cuda":
         return "cpu"
     if isinstance(device, str) and device.startswith("cuda"):
@@ -96,54 +91,30 @@ def _cpu_for_cuda(device: Any) -> Any:
     return device
 
 
-def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(factory)
+def _without_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs["device"] = _cpu_for_cuda(kwargs["device"])
-        return factory(*args, **kwargs)
+        kwargs = {name: _cpu_for_cuda(value) for name, value in kwargs.items()}
+        return function(*(_cpu_for_cuda(value) for value in args), **kwargs)
 
     return wrapper
 
 
-class _Stream:
-    """A stream on which everything has already happened."""
+class _Done:
+    """A stream on which everything has already happened, or an event that has."""
 
     cuda_stream = 0
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
-    def wait_stream(self, stream: object) -> None:
+    def wait(self, other: object = None) -> None:
         pass
 
-    def wait_event(self, event: object) -> None:
-        pass
+    wait_stream = wait_event = synchronize = record = wait
 
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
-
-
-class _Event:
-    """An event that has already happened."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def record(self, stream: object = None) -> None:
-        pass
-
-    def wait(self, stream: object = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
+    def record_event(self, event: _Done | None = None) -> _Done:
+        return event or _Done()
 
     def query(self) -> bool:
         return True
@@ -180,12 +151,6 @@ def _iterate_without_drawing(loader: DataLoader[Any]) -> Any:
 
 _loader_iter = DataLoader.__iter__
 _tensor_type = torch.Tensor.type
-_module_to = torch.nn.Module.to
-
-
-def _module_to_cpu(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    kwargs = {name: _cpu_for_cuda(value) for name, value in kwargs.items()}
-    return _module_to(module, *(_cpu_for_cuda(value) for value in args), **kwargs)
 
 
 def _copy_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
@@ -212,24 +177,24 @@ def _torch_patches() -> list[Patch]:
         Patch(torch.Tensor, "pin_memory", lambda self, *a, **k: self, "param_and_grad_buffer"),
         Patch(torch.Tensor, "type", _cuda_type_name, "optimizer.py: 'torch.cuda.FloatTensor'"),
         Patch(torch.nn.Module, "cuda", lambda self, *a, **k: self, "models/dist_utils.py"),
-        Patch(torch.nn.Module, "to", _module_to_cpu, "models/dist_utils.py"),
-        # A string, so that `device=torch.cuda.current_device()` is right without a redirect.
+        Patch(torch.nn.Module, "to", _without_cuda(torch.nn.Module.to), "models/dist_utils.py"),
+        # A string, so that `device=torch.cuda.current_device()` needs no redirect.
         Patch(cuda, "current_device", lambda: "cpu", "206 places"),
         Patch(cuda, "device_count", lambda: 1, "initialize.py: no model parallel groups at 0"),
         Patch(cuda, "set_device", nothing, "initialize.py"),
         Patch(cuda, "synchronize", nothing, "timers.py, schedules.py"),
         Patch(cuda, "empty_cache", nothing, "training.py"),
-        Patch(cuda, "Stream", _Stream, "distributed/, pipeline_parallel/"),
-        Patch(cuda, "Event", _Event, "distributed/, async_utils.py"),
-        Patch(cuda, "current_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
-        Patch(cuda, "default_stream", lambda *a: _Stream(), "param_and_grad_buffer.py"),
+        Patch(cuda, "Stream", _Done, "distributed/, pipeline_parallel/"),
+        Patch(cuda, "Event", _Done, "distributed/, async_utils.py"),
+        Patch(cuda, "current_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
+        Patch(cuda, "default_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
         Patch(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
         Patch(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
         Patch(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
         Patch(cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"),
         Patch(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
-        # On a GPU the CPU generator is not the one that dropout draws from, so Megatron restores
-        # random states before it starts the loaders, each of which draws a seed.
+        # Megatron restores random states before it starts the data loaders, each of which draws a
+        # seed from the CPU generator. Dropout draws from another one only on a GPU.
         Patch(DataLoader, "__iter__", _iterate_without_drawing, "load_checkpoint"),
         Patch(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
         Patch(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
@@ -255,6 +220,7 @@ def _megatron_patches() -> list[Patch]:
 
     from megatron_rw.platform.cpu_adam import CPUAdam
 
+    tracker = "CudaRNGStatesTracker, activation recomputation"
     return [
         Patch(
             training,
@@ -262,18 +228,8 @@ def _megatron_patches() -> list[Patch]:
             functools.partial(training.initialize_megatron, allow_no_cuda=True),
             "training.pretrain, which does not pass the argument on",
         ),
-        Patch(
-            random,
-            "_get_cuda_rng_state",
-            lambda *a, **k: torch.get_rng_state(),
-            "CudaRNGStatesTracker, activation recomputation",
-        ),
-        Patch(
-            random,
-            "_set_cuda_rng_state",
-            lambda state, *a, **k: torch.set_rng_state(state),
-            "CudaRNGStatesTracker, activation recomputation",
-        ),
+        Patch(random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state(), tracker),
+        Patch(random, "_set_cuda_rng_state", lambda s, *a, **k: torch.set_rng_state(s), tracker),
         # The distributed optimizer's checkpoint wants the step count in the parameter group,
         # as apex's FusedAdam has it; torch's AdamW keeps one per parameter.
         Patch(optimizer, "Adam", CPUAdam, "get_megatron_optimizer"),

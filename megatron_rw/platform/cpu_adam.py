@@ -11,20 +11,11 @@ from torch.optim.adamw import adamw
 
 
 class CPUAdam(torch.optim.Optimizer):
-    """Adam or AdamW whose step count lives in the parameter group.
+    """Adam, or AdamW with `adam_w_mode`, on fp32, whose step count is kept in the parameter group.
 
-    The arithmetic is torch's own functional implementation; only where the step count is kept
-    differs from `torch.optim.AdamW`. Megatron's distributed optimizer saves and reshards that
-    layout alone.
-
-    Args:
-        params: parameters or parameter groups, fp32.
-        lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the denominator.
-        weight_decay: decoupled when `adam_w_mode`, otherwise added to the gradient.
-        adam_w_mode: AdamW (decoupled weight decay) rather than Adam.
-        capturable: must be False; there are no CUDA graphs on the CPU.
+    Megatron's distributed optimizer can only save and reshard that layout. In all else it is
+    `torch.optim.AdamW`, whose functional implementation it calls. `capturable` must be False,
+    because there are no CUDA graphs on the CPU.
     """
 
     def __init__(
@@ -45,16 +36,12 @@ class CPUAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: not supported; Megatron never passes one.
-        """
+        """Updates every parameter that has a gradient. Megatron never passes a closure."""
         assert closure is None
         update = adamw if self.adam_w_mode else adam
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            # An empty group must not count steps: Megatron compares the counts of the others.
+            # An empty group has no step count, because Megatron compares the groups' counts.
             if not group["params"]:
                 continue
             group["step"] = group.get("step", 0) + 1

@@ -43,7 +43,7 @@ def try_collectives(
     progress = watchdog.Progress()
     progress.then("preflight, forming a group of all ranks")
     connection = messages.store.clone()
-    connection.set_timeout(timedelta(seconds=2 * watchdog.BEAT_S))
+    connection.set_timeout(timedelta(seconds=2 * watchdog.BEAT_SECONDS))
     dog = watchdog.Watchdog(connection, messages.rank, messages.size, progress, messages.wait_s)
     dog.start()
     try:

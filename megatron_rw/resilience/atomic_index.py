@@ -1,8 +1,9 @@
-"""Indexes of the data that are written whole or not at all, and used for the data they are of.
+"""Writes Megatron's indexes of the data atomically, and uses them only for the same data.
 
-Megatron keeps them in `--data-cache-path` and takes an index for whole when its files are there.
-One that a killed run was writing would make every later start fail. It finds them by the path of
-the data: those of a dataset that was made again under its path would be used, and be wrong.
+Megatron keeps indexes in `--data-cache-path`, finds one by the path of the data, and takes it for
+complete when its files exist. An index that a killed run was writing would make every later start
+fail, and one of a dataset that was made again under the same path would be used although it is
+wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy
@@ -20,14 +20,14 @@ from megatron.core.datasets.indexed_dataset import get_idx_path
 
 from megatron_rw.data.indexed.integrity import fingerprint
 from megatron_rw.errors import UserError
-from megatron_rw.patching import Around, Patch
+from megatron_rw.patching import Around, Patch, StandIn
 
-# The first of the three that a GPTDataset writes; its description is written before it.
+# The first of the three files that a GPTDataset writes; it writes its description before.
 _DOCUMENTS = "-document_index.npy"
 
 
 def patches() -> list[Patch]:
-    """What makes Megatron's datasets write each index completely or not at all, and check it."""
+    """Returns what makes Megatron's datasets write indexes atomically, and check them."""
     modules = (gpt_dataset, blended_dataset)
     saves = (
         "`numpy.save` leaves half a file when the run is killed. Megatron takes that for an index, "
@@ -35,38 +35,28 @@ def patches() -> list[Patch]:
     )
     loads = "An index that is damaged, or of other data under the same path, is used as it is."
     return [
-        *(Patch(module, "numpy", _Numpy(numpy), saves) for module in modules),
+        *(Patch(module, "numpy", StandIn(numpy, save=_save), saves) for module in modules),
         *(Patch(module, "safe_numpy_load", Around(_load), loads) for module in modules),
     ]
 
 
-class _Numpy(ModuleType):
-    """numpy, but for how `save` reaches its file."""
-
-    def __init__(self, original: ModuleType) -> None:
-        super().__init__(original.__name__)
-        self._original = original
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def save(self, file: Any, *args: Any, **kwargs: Any) -> None:
-        """As `numpy.save`, to a path that gets its name when all is written."""
-        if str(file).endswith(_DOCUMENTS):
-            base = str(file).removesuffix(_DOCUMENTS)
-            dataset = _dataset_of(base)
-            # Not of mock data, nor of data in object storage.
-            if dataset is not None and os.path.exists(get_idx_path(dataset)):
-                _source(base).write_text(fingerprint(dataset))
-        unfinished = f"{file}.{os.getpid()}"
-        with open(unfinished, "wb") as stream:
-            self._original.save(stream, *args, **kwargs)
-        os.replace(unfinished, file)
+def _save(file: Any, *args: Any, **kwargs: Any) -> None:
+    """Saves as `numpy.save` does, under a temporary name until all is written."""
+    if str(file).endswith(_DOCUMENTS):
+        base = str(file).removesuffix(_DOCUMENTS)
+        dataset = _dataset_of(base)
+        # Mock data and data in object storage have no files here.
+        if dataset is not None and os.path.exists(get_idx_path(dataset)):
+            _source(base).write_text(fingerprint(dataset))
+    unfinished = f"{file}.{os.getpid()}"
+    with open(unfinished, "wb") as stream:
+        numpy.save(stream, *args, **kwargs)
+    os.replace(unfinished, file)
 
 
 def _load(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
     path = str(call["path"])
-    # One rank asks for all.
+    # One rank checks for all.
     if path.endswith(_DOCUMENTS) and os.environ.get("RANK", "0") == "0":
         _check_source(path.removesuffix(_DOCUMENTS))
     try:
@@ -79,7 +69,7 @@ def _load(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
 
 
 def _check_source(base: str) -> None:
-    """Compare the data with what the index was made for. One of Megatron's own does not tell."""
+    """Refuses an index of other data. An index that plain Megatron made cannot be checked."""
     if not _source(base).exists():
         return
     dataset = _dataset_of(base)
@@ -95,6 +85,4 @@ def _source(base: str) -> Path:
 
 
 def _dataset_of(base: str) -> str | None:
-    description = json.loads(Path(f"{base}-description.txt").read_text())
-    path: str | None = description["dataset_path"]
-    return path
+    return json.loads(Path(f"{base}-description.txt").read_text())["dataset_path"]

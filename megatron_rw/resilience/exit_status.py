@@ -1,4 +1,4 @@
-"""How a run ends: on which signals, and with which exit status."""
+"""Ends a run on signals, and with an exit status that says whether there is more to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_rw.resilience import signal_shield
 
 
 def patches() -> list[Patch]:
-    """What lets more than one signal end the run after its step, with --exit-signal-handler."""
+    """Returns what lets several signals end the run after its step (--exit-signal-handler)."""
     why = (
         "Megatron waits for one signal, --exit-signal. A cluster sends SIGTERM when it takes nodes "
         "back and another signal (SLURM's --signal) some time before, and a user sends Ctrl-C. All "
@@ -59,14 +59,10 @@ def _release(self: Any) -> bool:
 def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], Any]) -> None:
     """Trains, and ends the process with a status that tells whether there is more to do.
 
-    A run that fails keeps its own status, and its process groups: taking them down could wait for
-    ranks that are gone.
-
-    Args:
-        args: Megatron's arguments; `curr_iteration` follows the run.
-        when_unfinished: The status of a run that ends in good order before its last iteration, on a
-            signal or by one of Megatron's --exit-* flags.
-        train: Returns, or raises SystemExit, at the end of the run.
+    The status is `when_unfinished` if the run ends in good order before its last iteration, on a
+    signal or by one of Megatron's --exit-* flags. A run that fails keeps its own status, and its
+    process groups: destroying them could wait for ranks that are gone. `train` returns, or raises
+    SystemExit, at the end of the run.
     """
     status: Any = 0
     try:
@@ -74,18 +70,13 @@ def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], An
     except SystemExit as left:
         status = left.code or 0
     if status == 0:
-        # Left to the interpreter's own end, threads of gloo have been seen to abort the process.
+        # When the interpreter ends them, threads of gloo have been seen to abort the process.
         if dist.is_initialized():
             dist.destroy_process_group()
-        if _is_unfinished(args):
+        # The index of the last step that ran; a run that has nothing left to do has none.
+        last = getattr(args, "curr_iteration", None)
+        trains = args.train_iters and not args.skip_train
+        if trains and last is not None and last + 1 < args.train_iters:
             status = when_unfinished
     if status != 0:
         sys.exit(status)
-
-
-def _is_unfinished(args: Namespace) -> bool:
-    if args.skip_train or not args.train_iters:
-        return False
-    # Of the step that ran last; a run that has nothing left to do runs none.
-    last: int | None = getattr(args, "curr_iteration", None)
-    return last is not None and last + 1 < args.train_iters

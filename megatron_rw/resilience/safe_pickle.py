@@ -1,4 +1,4 @@
-"""Checkpoints and indexes of data are read without running what they say.
+"""Reads checkpoints without running code that they may contain.
 
 Megatron's distributed checkpoints are files of torch.distributed.checkpoint: an index, `.metadata`,
 that torch unpickles without restrictions, and objects among the tensors that it loads with
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import types
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,9 +17,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_rw.errors import UserError
-from megatron_rw.patching import Patch
+from megatron_rw.patching import Patch, StandIn
 
-# torch.load obeys it, even where it is called with weights_only=False.
+# torch.load obeys this variable even where it is called with weights_only=False.
 WEIGHTS_ONLY_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 _ALLOWED = {
@@ -55,18 +54,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_index(stream: IO[bytes]) -> Metadata:
-    """The index of a checkpoint, out of `.metadata`.
-
-    Raises:
-        UnsafeCheckpointError: it is no plain index.
-    """
+    """Reads a checkpoint's index, `.metadata`; UnsafeCheckpointError if it is anything else."""
     name = getattr(stream, "name", "the index of the checkpoint")
     try:
         index = _Unpickler(stream).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{name}: {error}.") from None
     except Exception as error:
-        # What a truncated or foreign file does to an unpickler has no common class.
+        # The errors of an unpickler on a truncated or foreign file have no class in common.
         raise UnsafeCheckpointError(f"{name} is damaged: {error}.") from error
     if not isinstance(index, Metadata):
         raise UnsafeCheckpointError(f"{name} holds a {type(index).__name__}, no index.")
@@ -74,24 +69,17 @@ def load_index(stream: IO[bytes]) -> Metadata:
 
 
 def read_index(checkpoint: Path) -> Metadata:
-    """The index of the checkpoint in a folder.
-
-    Raises:
-        UnsafeCheckpointError: it is no plain index.
-        OSError: it cannot be read.
-    """
+    """Reads the index of the checkpoint in a folder."""
     with (checkpoint / ".metadata").open("rb") as stream:
         return load_index(stream)
 
 
 def patches() -> list[Patch]:
-    """What makes torch read the index of a checkpoint without running code that stands in it."""
-    # The module uses these two functions of pickle.
-    restricted = types.SimpleNamespace(load=load_index, dump=pickle.dump)
+    """Returns what makes torch read a checkpoint's index without running code in it."""
     why = "torch unpickles `.metadata` without restrictions, so that it runs what is in it."
-    return [Patch(filesystem, "pickle", restricted, why, seen_in="torch 2.11")]
+    return [Patch(filesystem, "pickle", StandIn(pickle, load=load_index), why, "torch 2.11")]
 
 
 def load_weights_only() -> None:
-    """Has `torch.load` refuse code, in this process and those that it starts."""
+    """Makes `torch.load` refuse code, in this process and those that it starts."""
     os.environ.setdefault(WEIGHTS_ONLY_VARIABLE, "1")

@@ -1,41 +1,43 @@
-"""Saving checkpoints that may fail: what was on the disk stays, and all ranks do the same next.
+"""Saves checkpoints so that a failure leaves the older ones intact and all ranks in step.
 
-Megatron's own saving is kept; wrapped round it is what it lacks. A checkpoint that is written over
-loses its completeness first. The tracker is renamed into place. Where a rank cannot write, all
-learn of it, what was written of the checkpoint is deleted, and the run stops or goes on as
-`--on-save-error` says. `--keep-last` and `--keep-every` delete old checkpoints.
+Megatron's own saving is wrapped. A checkpoint that is written over is marked incomplete first. The
+tracker is renamed into place. When a rank cannot write, all ranks learn of it, what was written of
+the checkpoint is deleted, and the run stops or goes on as `--on-save-error` says. `--keep-last` and
+`--keep-every` delete old checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.msc_utils import maybe_msc
 from megatron.training import async_utils, checkpointing, training
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rw.patching import Around, Patch
+from megatron_rw.patching import Around, Patch, StandIn
 from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
 
-# The status of a run that stops because it cannot save.
+# Exit status of a run that stops because it cannot save.
 _CANNOT_SAVE = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are kept, and what a run does that cannot save or has not finished."""
+    """Which checkpoints to keep, and how a run ends that cannot save or is not finished."""
 
     keep_last: int | None = None
     """How many of the newest checkpoints in --save to keep; older ones are deleted once a newer one
@@ -58,13 +60,10 @@ class CheckpointConfig:
 
 
 class SaveGuard:
-    """Runs Megatron's saving of distributed checkpoints, on every rank.
+    """Runs Megatron's saving of distributed checkpoints to the folder of --save, on every rank.
 
-    Args:
-        folder: `--save`.
-        config: What to keep, and what to do when saving fails.
-        is_async: Whether Megatron writes in the background (`--async-save`).
-        saved: Called with the iteration of each checkpoint that is complete, on every rank.
+    With --async-save Megatron writes in the background. `saved` is called, on every rank, with the
+    iteration of each checkpoint that is complete.
     """
 
     def __init__(
@@ -74,25 +73,20 @@ class SaveGuard:
         self._is_async = is_async
         self._saved = saved
         self._folder = CheckpointFolder(folder)
-        # What went wrong on this rank alone, where Megatron would leave the others waiting.
+        # An error that only this rank knows of; Megatron would leave the other ranks waiting.
         self._problem: str | None = None
         # Iterations whose checkpoints are being written, the oldest first.
         self._unfinished: deque[int] = deque()
 
     def patches(self) -> list[Patch]:
-        """What puts the guard around Megatron's functions."""
+        """Returns the patches that put the guard around Megatron's functions."""
         ranks = "An error on one rank leaves the others waiting in a collective."
         tracker = "Megatron does not rename the tracker into place; a killed run leaves it empty."
         return [
             Patch(training, "save_checkpoint", Around(self._save), ranks),
             Patch(training, "maybe_finalize_async_save", Around(self._finalize), ranks),
             Patch(serialization, "save_config", Around(self._declare), ranks),
-            Patch(
-                checkpointing,
-                "maybe_msc",
-                _Storage(checkpointing.maybe_msc, self._complete),
-                tracker,
-            ),
+            Patch(checkpointing, "maybe_msc", StandIn(maybe_msc, open=self._open), tracker),
         ]
 
     def _save(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
@@ -111,8 +105,8 @@ class SaveGuard:
             return
         before = _pending()
         if self._guarded(proceed):
-            # The same number on all ranks.
-            for _done in range(before - _pending()):
+            # All ranks complete the same number.
+            for _ in range(before - _pending()):
                 self._end(self._unfinished.popleft())
 
     def _end(self, iteration: int) -> None:
@@ -120,7 +114,7 @@ class SaveGuard:
             self._saved(iteration)
 
     def _guarded(self, proceed: Callable[..., Any]) -> bool:
-        """Whether nothing went wrong that Megatron has told all ranks of."""
+        """Calls Megatron; False on an error that Megatron has told all ranks of."""
         try:
             proceed()
         except (CheckpointException, OSError) as error:
@@ -129,7 +123,7 @@ class SaveGuard:
         return True
 
     def _prepare(self, iteration: int) -> str | None:
-        """What keeps rank 0 from writing there, which Megatron would find out alone."""
+        """Returns what keeps rank 0 from writing there; Megatron would tell no other rank."""
         path = self._folder.path / f"iter_{iteration:07d}"
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -143,14 +137,26 @@ class SaveGuard:
         return None
 
     def _declare(self, proceed: Callable[..., Any], call: dict[str, Any]) -> None:
-        """Rank 0 alone declares a checkpoint complete; the others wait for it."""
+        """Declares a checkpoint complete. Only rank 0 does so, and the others wait for it."""
         try:
             proceed()
         except OSError as error:
             self._problem = str(error)
 
+    def _open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        """Opens a file for Megatron; what is written to the tracker goes to `_complete`."""
+        if "w" in mode and os.path.basename(str(path)) == TRACKER:
+            return self._tracker()
+        return maybe_msc.open(path, mode, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _tracker(self) -> Iterator[io.StringIO]:
+        stream = io.StringIO()
+        yield stream
+        self._complete(stream.getvalue())
+
     def _complete(self, text: str) -> None:
-        """On rank 0, when all is written: name it in the tracker, then delete others."""
+        """Writes the tracker, on rank 0 when all is written, and then deletes old checkpoints."""
         if self._problem is not None:
             return
         try:
@@ -164,23 +170,20 @@ class SaveGuard:
         self._retain()
 
     def _retain(self) -> None:
-        complete = [c for c in self._folder.checkpoints() if c.defect() is None]
-        kept = {c.iteration: c for c in complete}
-        old = superfluous(list(kept), self._config.keep_last, self._config.keep_every)
-        doomed = [kept[iteration] for iteration in old]
+        complete = {c.iteration: c for c in self._folder.checkpoints() if c.defect() is None}
+        old = superfluous(list(complete), self._config.keep_last, self._config.keep_every)
 
         def delete() -> None:
-            for checkpoint in doomed:
-                self._folder.delete(checkpoint)
+            for iteration in old:
+                self._folder.delete(complete[iteration])
 
-        if doomed:
-            names = ", ".join(str(iteration) for iteration in old)
-            print_rank_0(f"> deleting the checkpoints of iterations {names}")
-            # What is left of it when the run ends is deleted when the next one begins.
+        if old:
+            print_rank_0(f"> deleting the checkpoints of iterations {', '.join(map(str, old))}")
+            # If the run ends before that is done, the next run deletes the rest at its start.
             threading.Thread(target=delete, daemon=True).start()
 
     def _failed(self, iteration: int) -> bool:
-        """Whether rank 0 has a problem with a checkpoint; then all deal with it."""
+        """Shares rank 0's problem with a checkpoint, if there is one. Collective."""
         shared = [self._problem]
         dist.broadcast_object_list(shared, src=0)
         if shared[0] is None:
@@ -192,14 +195,14 @@ class SaveGuard:
         self._problem = None
         abandoned = [iteration]
         if self._config.on_save_error == "stop":
-            # A later one may be on its way.
+            # A later checkpoint may be being written already.
             writer.stop()
             dist.barrier()
             abandoned += self._unfinished
         if dist.get_rank() == 0:
             self._tell(iteration, reason, abandoned)
         if self._config.on_save_error == "stop":
-            # Rank 0 has said why; status and no traceback.
+            # Rank 0 has printed the reason, so no traceback is needed.
             dist.barrier()
             sys.exit(_CANNOT_SAVE)
 
@@ -232,48 +235,15 @@ class SaveGuard:
 
 
 def _pending() -> int:
-    """Checkpoints that are being written in the background."""
+    """Returns how many checkpoints are being written in the background."""
     queue = async_utils._async_calls_queue
     return 0 if queue is None else int(queue.get_num_unfinalized_calls())
 
 
 def _reason(error: BaseException) -> str:
-    """The root of an error that other ranks and processes have wrapped."""
-    if isinstance(error, CheckpointException):
-        roots = {rank: str(writer.root(wrapped[0])) for rank, wrapped in error.failures.items()}
-        return "; ".join(f"rank {rank}: {text}" for rank, text in sorted(roots.items())) or (
-            "a rank failed to write, see its output"
-        )
-    return str(error)
-
-
-class _Storage:
-    """Megatron's access to files, but for the tracker when it is written.
-
-    Args:
-        original: for all else.
-        complete: takes what would be written to the tracker.
-    """
-
-    def __init__(self, original: Any, complete: Callable[[str], None]) -> None:
-        self._original, self._complete = original, complete
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """As `open`."""
-        if "w" in mode and os.path.basename(str(path)) == TRACKER:
-            return _Tracker(self._complete)
-        return self._original.open(path, mode, *args, **kwargs)
-
-
-class _Tracker(io.StringIO):
-    def __init__(self, complete: Callable[[str], None]) -> None:
-        super().__init__()
-        self._complete = complete
-
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is None:
-            self._complete(self.getvalue())
-        super().__exit__(*exception)
+    """Returns the root of an error that other ranks and processes have wrapped."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    failures = sorted(error.failures.items())
+    roots = [f"rank {rank}: {writer.root(wrapped[0])}" for rank, wrapped in failures]
+    return "; ".join(roots) or "a rank failed to write, see its output"

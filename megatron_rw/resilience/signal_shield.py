@@ -1,4 +1,4 @@
-"""Helper processes that outlive the signal on which the run saves.
+"""Shields helper processes from the signals on which a run saves and ends.
 
 SLURM sends a signal to every process of a step, and a terminal sends Ctrl-C to every process of a
 job. Processes that load data or write checkpoints have no handler for it: they would end, and the
@@ -15,12 +15,12 @@ from typing import Any
 
 from megatron_rw.patching import Around, Patch
 
-# Signals that processes started from now on never see.
+# The signals that processes started from now on are shielded from.
 blocked: set[signal.Signals] = set()
 
 
 def patches() -> list[Patch]:
-    """What starts the processes of `multiprocessing` with the signals in `blocked` blocked."""
+    """Returns what starts the processes of `multiprocessing` with the signals blocked."""
     why = (
         "A new program inherits blocked signals, but no handlers. `terminate()` kills the process "
         "instead, because SIGTERM may be one of the signals."

@@ -1,12 +1,13 @@
-"""A collective that never ends, and which rank it waits for.
+"""Ends a run that hangs in a collective, and names the rank that the others wait for.
 
 A rank that died, lost its network or is stuck leaves the others waiting in a collective until
-`--distributed-timeout-minutes` is over, and then with an error that does not say for whom. Here
-every rank notes how far it is, a thread tells the job's store every few seconds, and rank 0's
-thread looks at all of them. When rank 0 has not moved for most of the timeout, the run ends with a
-line that names who did not arrive: who is not heard from, or else who is behind.
+`--distributed-timeout-minutes` is over, and then with an error that does not name it. Here every
+rank notes how far it is, and a thread sends that to the job's store every few seconds, as a sign of
+life. Rank 0's thread reads the signs of all ranks. When rank 0 has made no progress for most of the
+timeout, the run ends with a line that names the ranks that have sent no sign for long, or else
+those that are behind.
 
-Nothing of it is on the path of a step but an assignment.
+Training itself only assigns an attribute.
 """
 
 from __future__ import annotations
@@ -27,22 +28,24 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# The statuses of <sysexits.h> for what one cannot get through to, of a run that a watchdog ends.
+# EX_IOERR of <sysexits.h>: the status of a run that the watchdog ends.
 EXIT_STATUS = 74
-# Seconds between two signs of life, and after how many without one a rank is not heard from.
-BEAT_S, SILENT_BEATS = 5.0, 5
-# Of the timeout: how long a rank may stand still.
-SHARE = 0.75
+# The longest time between two signs of life of a rank.
+BEAT_SECONDS = 5.0
+# A rank that has sent no sign of life for so many of these times counts as gone.
+_SILENT_BEATS = 5
+# Fraction of the timeout without progress that counts as a hang.
+STALL_FRACTION = 0.75
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a rank is; a later one is larger.
+    """How far a rank is; a later position is larger.
 
     Attributes:
-        iteration: completed iterations.
-        step: counts what the rank has begun since, in the order in which all ranks do.
-        doing: that, in words.
+        iteration: Completed iterations.
+        step: Counts the activities of the iteration, whose order is the same on all ranks.
+        doing: The present activity in words.
     """
 
     iteration: int
@@ -50,24 +53,23 @@ class Position:
     doing: str
 
     def __str__(self) -> str:
-        """For people."""
+        """Returns the position as messages name it."""
         return f"iteration {self.iteration + 1}, {self.doing}"
 
 
 class Progress:
-    """Where this rank is."""
+    """The position of this rank, and since when it has been there."""
 
     def __init__(self) -> None:
-        self.position = Position(0, 0, "start-up")
-        self.since = time.monotonic()
+        self.begin(0, "start-up")
 
     def begin(self, iteration: int, doing: str) -> None:
-        """A new iteration."""
+        """Notes that an iteration begins, with its first activity."""
         self.position = Position(iteration, 0, doing)
         self.since = time.monotonic()
 
     def then(self, doing: str) -> None:
-        """The next thing within it."""
+        """Notes the next activity of the iteration."""
         last = self.position
         self.position = Position(last.iteration, last.step + 1, doing)
         self.since = time.monotonic()
@@ -75,14 +77,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's last sign of life.
-
-    Attributes:
-        rank: whose.
-        host: where it runs.
-        position: how far it was.
-        age: seconds since it changed, as the reader has seen it.
-    """
+    """A rank's last sign of life; its age is the seconds since it arrived."""
 
     rank: int
     host: str
@@ -91,13 +86,8 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Who keeps the others waiting.
-
-    Attributes:
-        ranks: they.
-        text: for people.
-    """
+class Diagnosis:
+    """The ranks that the others wait for, and the message that says so."""
 
     ranks: list[int]
     text: str
@@ -105,14 +95,14 @@ class Verdict:
 
 def diagnosis(
     signs: Sequence[Sign], missing: Sequence[int], waited: float, silence: float
-) -> Verdict | None:
-    """Who keeps the others waiting, or None where nobody can be named.
+) -> Diagnosis | None:
+    """Names the ranks that the others wait for; None where all are at the same position.
 
     Args:
-        signs: of the ranks that have given one.
-        missing: ranks that never have.
-        waited: seconds that this rank has stood still.
-        silence: seconds after which a rank is not heard from.
+        signs: The last sign of life of each rank that has sent one.
+        missing: The other ranks.
+        waited: Seconds for which this rank has made no progress.
+        silence: Seconds without a sign of life after which a rank counts as gone.
     """
     who = {rank: f"rank {rank} was never heard from" for rank in missing} | {
         sign.rank: f"rank {sign.rank} on {sign.host} was last heard from {sign.age:.0f} s ago, at "
@@ -130,25 +120,20 @@ def diagnosis(
         }
     if not who:
         return None
-    return Verdict(list(who), f"no progress for {waited:.0f} s: {few(list(who.values()))}.")
+    return Diagnosis(list(who), f"no progress for {waited:.0f} s: {few(list(who.values()))}.")
 
 
 def few(lines: Sequence[str], most: int = 8) -> str:
-    """Join them for a message, the first ones if there are many."""
+    """Joins lines for a message, and counts those beyond the first few."""
     more = f"; and {len(lines) - most} more" if len(lines) > most else ""
     return "; ".join(lines[:most]) + more
 
 
 class Watchdog:
-    """Watches one rank from two threads: one talks to the store, which may block, one judges.
+    """Watches a rank from two threads: one uses the store, which may block, and one ends the run.
 
-    Args:
-        store: the job's `TCPStore`, a connection of its own.
-        rank: of this process.
-        size: of the job.
-        progress: what the rank notes.
-        timeout: seconds after which collectives fail.
-        leave: ends the process; for tests.
+    `store` is a connection to the job's `TCPStore` that nothing else uses. Collectives fail after
+    `timeout` seconds. `leave` ends the process; tests replace it.
     """
 
     def __init__(
@@ -161,22 +146,22 @@ class Watchdog:
         leave: Callable[[int], Any] = os._exit,
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._progress, self._limit, self._leave = progress, SHARE * timeout, leave
-        self._every = min(BEAT_S, timeout / 20)
+        self._progress, self._limit, self._leave = progress, STALL_FRACTION * timeout, leave
+        self._interval = min(BEAT_SECONDS, timeout / 20)
         self._beats = 0
-        # By rank: the number of its last sign of life, and when this one saw it.
+        # On rank 0, by rank: the number of the last sign of life, and when it arrived.
         self._seen: dict[int, tuple[int, float]] = {}
-        self._reached = time.monotonic()
-        self._verdict: Verdict | None = None
+        self._store_answered = time.monotonic()
+        self._diagnosis: Diagnosis | None = None
         self._stop = threading.Event()
 
     def start(self) -> None:
-        """Watch from now on."""
-        for target in (self._talk, self._judge):
+        """Starts to watch."""
+        for target in (self._talk, self._wait):
             threading.Thread(target=target, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """The run is over: others may now be gone with good reason."""
+        """Stops watching, so that the ranks may leave at the end of the run."""
         self._stop.set()
 
     def _talk(self) -> None:
@@ -185,20 +170,20 @@ class Watchdog:
                 self._beat()
                 if self._rank == 0:
                     self._look()
-                elif self._store.check([_VERDICT]):
-                    self._verdict = Verdict(**json.loads(self._store.get(_VERDICT)))
-                self._reached = time.monotonic()
+                elif self._store.check([_DIAGNOSIS]):
+                    self._diagnosis = Diagnosis(**json.loads(self._store.get(_DIAGNOSIS)))
+                self._store_answered = time.monotonic()
             except Exception:
-                # The store's errors have no class in common. That it is out of reach shows in
-                # `_reached`, which the other thread judges.
+                # The store's errors have no class in common. The other thread notices by the time
+                # of the last answer that the store is out of reach.
                 pass
-            self._stop.wait(self._every)
+            self._stop.wait(self._interval)
 
-    def _judge(self) -> None:
-        while not self._stop.wait(self._every):
-            verdict = self._verdict or self._unreachable()
-            if verdict is not None and not self._stop.is_set():
-                self._end(verdict)
+    def _wait(self) -> None:
+        while not self._stop.wait(self._interval):
+            diagnosis = self._diagnosis or self._unreachable()
+            if diagnosis is not None and not self._stop.is_set():
+                self._end(diagnosis)
                 return
 
     def _beat(self) -> None:
@@ -208,57 +193,57 @@ class Watchdog:
         self._store.set(_key(self._rank), json.dumps(sign))
 
     def _look(self) -> None:
-        """On rank 0: note all signs of life, and judge where this rank stands still."""
-        for rank in set(range(self._size)) - self._seen.keys():
-            if self._store.check([_key(rank)]):
+        """Reads all signs of life, and finds who is to blame if rank 0 makes no progress."""
+        ranks = range(self._size)
+        for rank in ranks:
+            if rank not in self._seen and self._store.check([_key(rank)]):
                 self._seen[rank] = (0, time.monotonic())
-        there = sorted(self._seen)
+        there = [rank for rank in ranks if rank in self._seen]
         values = self._store.multi_get([_key(rank) for rank in there])
-        signs = [self._sign(rank, json.loads(v)) for rank, v in zip(there, values, strict=True)]
+        signs = [self._sign(rank, *json.loads(v)) for rank, v in zip(there, values, strict=True)]
         waited = time.monotonic() - self._progress.since
         if waited < self._limit:
             return
-        missing = sorted(set(range(self._size)) - self._seen.keys())
-        found = diagnosis(signs, missing, waited, SILENT_BEATS * self._every)
+        missing = [rank for rank in ranks if rank not in self._seen]
+        found = diagnosis(signs, missing, waited, _SILENT_BEATS * self._interval)
         if found is not None:
-            self._store.set(_VERDICT, json.dumps(vars(found)))
-            self._verdict = found
+            self._store.set(_DIAGNOSIS, json.dumps(vars(found)))
+            self._diagnosis = found
 
-    def _sign(self, rank: int, sign: list[Any]) -> Sign:
-        number, host, *position = sign
+    def _sign(self, rank: int, number: int, host: str, *position: Any) -> Sign:
         now = time.monotonic()
         if self._seen[rank][0] != number:
             self._seen[rank] = (number, now)
         return Sign(rank, host, Position(*position), now - self._seen[rank][1])
 
-    def _unreachable(self) -> Verdict | None:
+    def _unreachable(self) -> Diagnosis | None:
         now = time.monotonic()
-        standing = now - self._progress.since
-        if min(now - self._reached, standing) < self._limit:
+        waited = now - self._progress.since
+        if min(now - self._store_answered, waited) < self._limit:
             return None
         where = f"{self._store.host}:{self._store.port}"
-        return Verdict(
+        return Diagnosis(
             [0],
-            f"no progress for {standing:.0f} s, and the store of the job at {where} cannot be "
+            f"no progress for {waited:.0f} s, and the store of the job at {where} cannot be "
             "reached: the network to that host, or rank 0 there, is gone.",
         )
 
-    def _end(self, verdict: Verdict) -> None:
+    def _end(self, diagnosis: Diagnosis) -> None:
         print(
             f"error: rank {self._rank} on {socket.gethostname()} stops at "
-            f"{self._progress.position}: {verdict.text}",
+            f"{self._progress.position}: {diagnosis.text}",
             file=sys.stderr,
             flush=True,
         )
-        if self._rank in (0, *verdict.ranks):
+        if self._rank in (0, *diagnosis.ranks):
             faulthandler.dump_traceback(file=2)
         if self._rank == 0:
-            # The others read the verdict in this process's store.
-            time.sleep(2 * self._every)
+            # The store is in this process, and the other ranks are to read the diagnosis.
+            time.sleep(2 * self._interval)
         self._leave(EXIT_STATUS)
 
 
-_VERDICT = "megatron_rw/watchdog/verdict"
+_DIAGNOSIS = "megatron_rw/watchdog/diagnosis"
 
 
 def _key(rank: int) -> str:
@@ -266,11 +251,9 @@ def _key(rank: int) -> str:
 
 
 class Rendezvous:
-    """Ends a process that does not meet the others; torch would wait for twice the timeout.
+    """Ends a process that waits too long for the others when process groups are made.
 
-    Args:
-        minutes: How long to wait.
-        flag: The flag that set this time.
+    Torch would wait for twice the timeout. The flag is the one that set the minutes.
     """
 
     def __init__(self, minutes: float, flag: str = "--distributed-timeout-minutes") -> None:
@@ -289,7 +272,7 @@ class Rendezvous:
         self._timer.start()
 
     def end(self) -> None:
-        """All processes have met."""
+        """Ends the wait: all processes have met."""
         self._timer.cancel()
 
     def _end(self) -> None:
@@ -306,14 +289,9 @@ class Rendezvous:
 
 
 def watch(args: Namespace, progress: Progress) -> Watchdog | None:
-    """Watch this rank, once torch.distributed is initialised.
+    """Watches this rank, once torch.distributed is initialised.
 
-    Args:
-        args: validated.
-        progress: what the rank notes.
-
-    Returns:
-        The watchdog; None for a run of one process, or one that met by other means than TCP.
+    Returns None for a run of one process, or one whose processes met by other means than TCP.
     """
     store: Any = distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
@@ -321,7 +299,7 @@ def watch(args: Namespace, progress: Progress) -> Watchdog | None:
     if dist.get_world_size() == 1 or type(store).__name__ != "TCPStore":
         return None
     connection = store.clone()
-    connection.set_timeout(timedelta(seconds=2 * BEAT_S))
+    connection.set_timeout(timedelta(seconds=2 * BEAT_SECONDS))
     seconds = 60.0 * args.distributed_timeout_minutes
     if args.distributed_timeout_seconds_after_init is not None:
         seconds = min(seconds, float(args.distributed_timeout_seconds_after_init))

@@ -1,4 +1,7 @@
-"""The process that writes a rank's checkpoints in the background: --use-persistent-ckpt-worker."""
+"""Ends the process that writes a rank's checkpoints in the background, and tells its errors.
+
+Megatron starts one for each rank with --use-persistent-ckpt-worker.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ from megatron_rw.platform import Device
 
 _original_loop = PersistentAsyncCaller.async_loop
 
-# Poll interval while all ranks wait for their writers, in seconds.
-_POLL_S = 0.05
+# Poll interval while all ranks wait for their writers.
+_POLL_SECONDS = 0.05
 
 
 def patches(device: Device) -> list[Patch]:
-    """What makes Megatron's writer processes end with their rank and tell what went wrong."""
+    """Returns what makes writer processes end with their rank, and tell what went wrong."""
     main = functools.partial(_main, device, os.getpid())
     return [
         *_writing_patches(),
@@ -51,12 +54,12 @@ def patches(device: Device) -> list[Patch]:
 
 
 def end_with_this_process() -> None:
-    """Ends the writer when this process ends, also when the process fails."""
+    """Ends the writer at the end of this process, even if the process fails."""
     Finalize(None, stop, exitpriority=100)
 
 
 def stop() -> None:
-    """End the writer, whatever it is writing. Megatron's own end would wait for it for ever."""
+    """Kills the writer, whatever it is writing. Megatron's own end would wait for it for ever."""
     process = PersistentAsyncCaller._persistent_process
     if process is not None:
         process.kill()
@@ -65,21 +68,21 @@ def stop() -> None:
 
 
 def _writing_patches() -> list[Patch]:
-    """For the rank, which writes synchronous checkpoints, and its writer, for asynchronous ones."""
+    """Returns what tells errors of writing, in a rank (synchronous saving) or in its writer."""
     why = "Of an error that is returned, Megatron reports the class and not the message."
     return [Patch(FileSystemWriterAsync, "write_preloaded_data", Around(_write), why)]
 
 
 def _write(proceed: Callable[..., Any], call: dict[str, Any]) -> Any:
     result = proceed()
-    # With several threads an error is handed over by a queue, and must not be raised.
+    # With several threads an error travels in a queue, and must not be raised here.
     if call["results_queue"] is None and isinstance(result[1], Exception):
         raise root(result[1])
     return result
 
 
 def root(error: BaseException) -> BaseException:
-    """What the operating system said, where it did, otherwise the error itself."""
+    """Returns the error of the operating system behind an error, otherwise the error itself."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -87,7 +90,7 @@ def root(error: BaseException) -> BaseException:
 
 
 def _main(device: Device, rank_pid: int, *args: Any) -> None:
-    """What runs in the writer."""
+    """Runs the writer's process."""
     threading.Thread(target=_end_with, args=(rank_pid,), daemon=True).start()
     if device == "cpu":
         from megatron_rw.platform import cpu
@@ -108,7 +111,7 @@ def _end_with(pid: int) -> None:
 
 
 def _done(proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
-    """Whether all ranks' writers are done; ends the process if this rank's has died."""
+    """Returns whether all ranks' writers are done; ends the process if this rank's has died."""
     while True:
         writer = call["self"].process
         if writer is not None and not writer.is_alive():
@@ -126,5 +129,5 @@ def _done(proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
             return True
         if not call["blocking"]:
             return False
-        # The answer is the same on all ranks, so that they ask equally often.
-        time.sleep(_POLL_S)
+        # The answer is the same on all ranks, so they make the same number of collective calls.
+        time.sleep(_POLL_SECONDS)

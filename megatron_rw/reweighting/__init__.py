@@ -1,7 +1,7 @@
-"""The method, pure: strategies, temperature, sample losses, weights and their metrics.
+"""The method: strategies, temperature, sample losses, weights and their metrics.
 
-Imports torch and our kernels alone, neither Megatron nor the training program, so that another
-script can lift it out whole.
+It imports torch and our kernels only, not Megatron or the training program, so that another program
+can use it by itself.
 """
 
 from megatron_rw.errors import UserError as ConfigError

@@ -1,4 +1,4 @@
-"""The settings of the method: one typed record, the single source of flags, help and checks."""
+"""The settings of the method, from which its flags, their help and their checks are made."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Schedule = Literal["step", "linear", "cosine"]
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-# Weights are 1/|S| to within e^(±2δ/100) at this temperature: the authors' "no reweighting yet".
+# At this temperature, weights are 1/|S| up to a factor in e^(±2δ/100): nearly no reweighting.
 WARMUP_TEMPERATURE = 100.0
 
-# The scope deferred back-propagates exp((h − h_max)/r) before its normaliser is known. Beyond this
-# exponent the gradients of a step whose losses all score low would run out of floating-point range.
+# The scope deferred back-propagates exp((h − h_max)/r) before its normaliser is known. With larger
+# exponents, the gradients of a step whose losses all score low would underflow.
 DEFERRED_EXPONENT_LIMIT = 20.0
 
 
@@ -63,17 +63,12 @@ class ReweightConfig:
     step into metrics.jsonl. Needs --log-dir."""
 
     def __post_init__(self) -> None:
-        """Check every setting and every contradiction between two.
-
-        Raises:
-            UserError: the first one found.
-        """
-        for name in ("strategy", "scope", "warmup_schedule"):
-            allowed = get_args({"strategy": Strategy, "scope": Scope}.get(name, Schedule))
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"{flag(name)} {getattr(self, name)!r}: choose one of {', '.join(allowed)}."
-                )
+        """Checks every setting, and settings that contradict each other."""
+        choices = {"strategy": Strategy, "scope": Scope, "warmup_schedule": Schedule}
+        for name, choice in choices.items():
+            value, allowed = getattr(self, name), get_args(choice)
+            if value not in allowed:
+                raise UserError(f"{flag(name)} {value!r}: choose one of {', '.join(allowed)}.")
         for name in ("delta", "temperature"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -92,27 +87,22 @@ class ReweightConfig:
             )
         if self.strategy == "none":
             self._refuse_idle_settings()
-        if self.scope == "deferred":
-            self._check_deferred()
+        elif self.scope == "deferred":
+            lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
+            if self.temperature < lowest:
+                raise UserError(
+                    f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
+                    f"deferred, whose gradients would underflow: use {lowest:g} or more, or "
+                    "another scope."
+                )
         elif self.moment_decay:
             raise UserError(
                 f"{flag('moment_decay')} acts on {flag('scope')} deferred alone: add that, or drop "
                 "the flag."
             )
 
-    def _check_deferred(self) -> None:
-        if self.strategy == "none":
-            return
-        lowest = largest_score(self.strategy, self.delta) / DEFERRED_EXPONENT_LIMIT
-        if self.temperature < lowest:
-            raise UserError(
-                f"{flag('temperature')} {self.temperature} is too low for {flag('scope')} "
-                f"deferred, whose gradients would underflow: use {lowest:g} or more, or another "
-                "scope."
-            )
-
     def _refuse_idle_settings(self) -> None:
-        # A forgotten --reweight-strategy would otherwise train a baseline under another name.
+        # If --reweight-strategy was forgotten, the run would otherwise be a baseline unnoticed.
         idle = [
             flag(field.name)
             for field in dataclasses.fields(self)
@@ -126,24 +116,20 @@ class ReweightConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether sample weights are in use at all."""
+        """Whether sample weights are in use."""
         return self.strategy != "none"
 
 
 def flag(field_name: str) -> str:
-    """Name of the command-line flag of a `ReweightConfig` field."""
+    """Returns the command-line flag of a field of `ReweightConfig`."""
     return "--reweight-" + field_name.replace("_", "-")
 
 
 def temperature_at(config: ReweightConfig, step: int) -> float:
-    """Temperature r(t) of the softmax at a step.
+    """Returns the temperature r(t) of the softmax.
 
-    Args:
-        config: temperature, warm-up length and schedule.
-        step: completed steps of reweighted training, 0 for the first.
-
-    Returns:
-        `WARMUP_TEMPERATURE` at the start of the warm-up, `config.temperature` after it.
+    It is `WARMUP_TEMPERATURE` at the start of the warm-up and `config.temperature` after it. `step`
+    counts the completed steps of reweighted training, and is 0 in the first.
     """
     if step >= config.warmup_steps:
         return config.temperature

@@ -1,4 +1,4 @@
-"""What the user is told about weights and domains, summed on the device between log lines."""
+"""Metrics of weights and domains, summed on the device between log lines."""
 
 from __future__ import annotations
 
@@ -16,20 +16,16 @@ LARGEST_RELATIVE_WEIGHT = 2.0
 
 
 def _sum_by_domain(values: Tensor, domain: Tensor, num_domains: int) -> Tensor:
-    """Add up `[…, k, n]` values by the domains `[…, n]`, giving `[…, k, D]`.
+    """Adds up values `[…, k, n]` by domain `[…, n]`, and returns `[…, k, D]`.
 
-    A product with the one-hot matrix rather than `index_add_`, whose order on CUDA varies.
+    It multiplies by a one-hot matrix, because the order of `index_add_` on CUDA varies.
     """
     one_hot = torch.nn.functional.one_hot(domain, num_domains).to(values.dtype)
     return values @ one_hot
 
 
 class DomainLosses:
-    """Token-mean loss by domain, from sums that stay on this rank until they are read.
-
-    Args:
-        num_domains: D.
-    """
+    """Token-mean loss by domain, from sums that stay on this rank until they are read."""
 
     def __init__(self, num_domains: int) -> None:
         self.num_domains = num_domains
@@ -37,12 +33,9 @@ class DomainLosses:
 
     @torch.no_grad()
     def add(self, loss_sum: Tensor, tokens: Tensor, domain: Tensor | None) -> None:
-        """Add one micro-batch of this rank.
+        """Adds one micro-batch of this rank: `[b]` loss sums in nats, tokens, and int64 domains.
 
-        Args:
-            loss_sum: `[b]`, nats.
-            tokens: `[b]`.
-            domain: `[b]` int64; all of domain 0 when None.
+        Without domains, all samples are of domain 0.
         """
         if domain is None:
             domain = torch.zeros_like(tokens, dtype=torch.long)
@@ -51,11 +44,10 @@ class DomainLosses:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def read(self, group: dist.ProcessGroup | None, *, reset: bool = True) -> LossByDomain:
-        """Reduce over the group and give the losses. Collective; waits for the device.
+        """Returns the losses over a group. Collective; waits for the device.
 
-        Args:
-            group: every rank of it has added at least one micro-batch.
-            reset: start again from zero.
+        Either every rank of the group has added a micro-batch, or none has. With `reset` the sums
+        start again from zero.
         """
         if self._sums is None:
             return LossByDomain(None, [None] * self.num_domains)
@@ -73,7 +65,7 @@ class DomainLosses:
 
 @dataclass(frozen=True)
 class LossByDomain:
-    """Unweighted losses, nats per token; None where no token was seen."""
+    """Unweighted losses, nats per token; None if no token was seen."""
 
     overall: float | None
     by_domain: list[float | None]
@@ -81,13 +73,13 @@ class LossByDomain:
 
 @dataclass(frozen=True)
 class DomainReport:
-    """One domain over a logging interval; None where the domain was not seen.
+    """One domain over a logging interval; None stands for values of a domain that was not seen.
 
     Attributes:
-        lm_loss: unweighted, nats per token.
-        weight_share: its share of the weight, mean over sets.
-        sample_share: its share of the samples.
-        ess: effective sample size within the domain, as a fraction of its samples.
+        lm_loss: Unweighted loss, nats per token.
+        weight_share: Share of the weight, mean over sets.
+        sample_share: Share of the samples.
+        ess: Effective sample size within the domain, as a fraction of its samples.
     """
 
     lm_loss: float | None
@@ -102,17 +94,17 @@ class ReweightReport:
 
     Attributes:
         objective: Σ w·l, mean over sets.
-        ess: effective sample size as a fraction of the set, mean over sets.
-        max_weight: the largest weight of the interval.
+        ess: Effective sample size as a fraction of the set, mean over sets.
+        max_weight: The largest weight of the interval.
         relative_max_weight: |S|·w_max, mean over sets. The paper's theory assumes at most 2.
-        over_bound: share of the sets where |S|·w_max exceeds 2.
-        beyond_range: share of the samples that the scope `deferred` clamped to the ends of the
-            range that it went by; None in the other scopes.
-        set_size: samples that competed, mean over sets.
-        nonfinite_samples: how many samples were left out because their loss was not finite.
-        sample_loss_min: smallest sample loss of the interval, nats per token.
-        sample_loss_max: largest.
-        domains: by domain index.
+        over_bound: Share of the sets in which |S|·w_max exceeds 2.
+        beyond_range: Share of the samples whose loss the scope `deferred` clamped, because it was
+            outside the range of the previous step; None in the other scopes.
+        set_size: Number of samples that competed, mean over sets.
+        nonfinite_samples: Number of samples that were left out because their loss was not finite.
+        sample_loss_min: The smallest sample loss of the interval, nats per token.
+        sample_loss_max: The largest sample loss of the interval, nats per token.
+        domains: The domains by index.
     """
 
     objective: float
@@ -136,7 +128,7 @@ class _Totals:
         sums: `[8]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite
             samples, samples beyond the range.
         domain_sums: `[5, D]` loss sum, tokens, samples, weight, ESS.
-        peaks: `[3]` −smallest loss, largest loss, largest weight: all three grow.
+        peaks: `[3]` −smallest loss, largest loss, largest weight.
     """
 
     sums: Tensor
@@ -152,16 +144,13 @@ class _Totals:
 
 
 class WeightMetrics:
-    """Sums over the sets of a logging interval. Every rank holds the same, without collectives.
+    """Sums over the sets of a logging interval, the same on every rank without collectives.
 
-    A step only takes note of its sets; their sums are formed for many at once, so that the
-    metrics cost next to nothing per micro-batch.
-
-    Args:
-        num_domains: D.
+    `add` only keeps the set. The sums are computed for many sets at once, so that the metrics cost
+    little per micro-batch.
     """
 
-    # Sets in memory at most: 16 bytes a sample each.
+    # Most sets that are kept, of 16 bytes a sample.
     _MOST_PENDING = 64
 
     def __init__(self, num_domains: int) -> None:
@@ -172,12 +161,12 @@ class WeightMetrics:
         self._clamps = False
 
     def reset(self) -> None:
-        """Start a new interval."""
+        """Starts a new interval."""
         self._pending.clear()
         self._totals = None
 
     def add(self, weighted: WeightedSet) -> None:
-        """Add one set; no host synchronisation."""
+        """Adds one set, without waiting for the device."""
         size = weighted.weights.numel()
         if len(self._pending) == self._MOST_PENDING or (
             self._pending and self._pending[0].weights.numel() != size
@@ -188,7 +177,7 @@ class WeightMetrics:
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Sum the pending sets up, all of one size: `[k, n]` at a time."""
+        """Adds the k pending sets, all of n samples, to the totals."""
         if not self._pending:
             return
         samples = [weighted.samples for weighted in self._pending]
@@ -220,19 +209,15 @@ class WeightMetrics:
             ),
             domain_sums=self._by_domain(losses, tokens, weights, domain, used),
             peaks=torch.stack(
-                [
-                    (-statistics[:, Statistic.LOW]).amax(),
-                    statistics[:, Statistic.HIGH].amax(),
-                    largest.amax(),
-                ]
-            ),
+                [-statistics[:, Statistic.LOW], statistics[:, Statistic.HIGH], largest]
+            ).amax(dim=1),
         )
         self._totals = new if self._totals is None else self._totals.plus(new)
 
     def _by_domain(
         self, losses: Tensor, tokens: Tensor, weights: Tensor, domain: Tensor, used: Tensor
     ) -> Tensor:
-        """`[5, D]` of `_Totals.domain_sums`, from `[k, n]` each."""
+        """Returns `[5, D]`, as `_Totals.domain_sums`, of k sets `[k, n]`."""
         counted = torch.where(used, tokens, 0.0)
         rows = torch.stack(
             [
@@ -246,14 +231,14 @@ class WeightMetrics:
         )
         by_set = _sum_by_domain(rows, domain, self.num_domains)
         weight, squares = by_set[:, 3], by_set[:, 4]
-        # The effective sample size is one of a set, so it is formed before the sets are added up.
+        # The effective sample size is defined for one set, so it is computed before sets are added.
         ess = torch.where(squares > 0, weight.square() / squares, 0.0)
         sums = by_set.sum(dim=0)
         sums[4] = ess.sum(dim=0)
         return sums
 
     def read(self) -> ReweightReport | None:
-        """The interval so far; waits for the device. None when it holds no set."""
+        """Returns the interval so far, or None if it has no set. Waits for the device."""
         self._fold()
         if self._totals is None:
             return None

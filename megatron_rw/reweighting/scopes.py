@@ -1,7 +1,7 @@
 """The scopes: which samples compete for weight, and when their weights are known.
 
-A step of training goes `begin`, for the scope `global` one `score` per micro-batch, one `weigh`
-per micro-batch with its backward pass, `finish`. The gradient of the step is
+A training step calls `begin`, for the scope `global` one `score` per micro-batch, one `weigh` per
+micro-batch, each with a backward pass, and `finish`. The gradient of the step is
 
     (1/M)·Σ_m Σ_ranks ∇weigh(m) · finish()
 
@@ -32,11 +32,11 @@ class WeightedSet:
     """A set of samples and their weights, the same on every data- and context-parallel rank.
 
     Attributes:
-        samples: losses, token counts and domains.
+        samples: Losses, token counts and domains.
         weights: `[n]`, w_i, in the order of `samples`.
-        statistics: `[9]` of them, see `megatron_rw.kernels.weights.Statistic`.
-        beyond: scalar, how many samples' losses lie beyond the range that they were scaled by, and
-            were clamped to its ends; None where the range is the set's own.
+        statistics: `[9]`, indexed by `megatron_rw.kernels.weights.Statistic`.
+        beyond: Scalar, number of samples whose losses were clamped, because they were outside the
+            range that losses were scaled by; None if that range is the set's own.
     """
 
     samples: SampleSet
@@ -47,7 +47,7 @@ class WeightedSet:
     @property
     def objective(self) -> Tensor:
         """Scalar, Σ_{i∈S} w_i·l_i."""
-        # 0·NaN is NaN: a sample without weight must not reach the sum at all.
+        # 0·NaN is NaN, so samples without weight are left out of the sum.
         return torch.where(self.weights > 0, self.weights * self.samples.losses, 0.0).sum()
 
 
@@ -55,13 +55,20 @@ Observer = Callable[[WeightedSet], None]
 
 
 class Reweighter(abc.ABC):
-    """Weighs the samples of one training step after the other, on the ranks that have the loss.
+    """Weights the samples of training steps, on the ranks that have the loss.
 
     Args:
-        config: strategy, temperature and warm-up; `config.enabled` must hold.
-        ranks: the ranks whose samples compete. This process alone when None.
-        observe: told of every set once its weights are known.
+        config: The settings, of which `enabled` must hold.
+        ranks: The ranks whose samples compete; None stands for this process alone.
+        observe: Called with every set once its weights are known.
+
+    Attributes:
+        scores_first: Whether the step needs a forward pass and `score` of all its micro-batches
+            before the first `weigh`.
+        step_tokens: Active tokens of the step over all ranks, from when they are known; else None.
     """
+
+    scores_first = False
 
     def __init__(
         self,
@@ -76,57 +83,45 @@ class Reweighter(abc.ABC):
         self._observe = observe or (lambda weighted: None)
         self._step = 0
         self._num_microbatches = 1
+        self.step_tokens: Tensor | None = None
 
     def begin(self, step: int, num_microbatches: int = 1) -> None:
-        """Begin a step.
+        """Begins a step.
 
         Args:
-            step: completed steps of reweighted training. The same number again, as when a step
-                is run anew to find a hardware fault, gives the same weights again.
-            num_microbatches: M, calls of `weigh` that follow.
+            step: Completed steps of reweighted training. With the same number again, as when
+                Megatron repeats a step to find a hardware fault, the weights are the same again.
+            num_microbatches: M, the number of calls of `weigh` that follow.
         """
         self._step = step
         self._num_microbatches = num_microbatches
-
-    @property
-    def scores_first(self) -> bool:
-        """Whether this step wants a forward pass and `score` of all its micro-batches first."""
-        return False
+        self.step_tokens = None
 
     def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
-        """Take note of a micro-batch before the step's first `weigh`; arguments as there.
+        """Notes a micro-batch before the step's first `weigh`, whose arguments it takes.
 
-        The last one of the step starts the step's one collective.
+        The last call of the step is collective.
         """
         raise RuntimeError(f"scope {self.config.scope} needs no scores")
 
     @abc.abstractmethod
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
-        """Weigh one micro-batch. No host synchronisation.
+        """Weights one micro-batch, without waiting for the device.
 
         Args:
-            sums: of this rank's tokens, with gradient; see `sample_sums`.
-            domain: `[b]` int64, for the observer alone. All 0 when None.
+            sums: Sums over this rank's tokens, with gradient; see `sample_sums`.
+            domain: `[b]` int64, used only for the observer; None stands for all 0.
 
         Returns:
-            Scalar with gradient, this rank's part of the objective; see the module's text.
+            Scalar with gradient, this rank's part of the objective; see the module's docstring.
         """
-
-    @property
-    def step_tokens(self) -> Tensor | None:
-        """Active tokens of the whole step over all ranks, where `weigh` has come to know them."""
-        return None
 
     def finish(self) -> Tensor | None:
-        """End a step.
-
-        Returns:
-            Scalar that the step's gradients remain to be multiplied by; None for 1.
-        """
+        """Ends a step; returns a scalar to multiply the step's gradients by, or None for 1."""
         return None
 
     def _weigh_set(self, sums: SampleSums, domain: Tensor | None) -> WeightedSet:
-        """Gather the set that this rank's samples are part of, and weigh it."""
+        """Gathers the set that this rank's samples are part of, and weights it. Collective."""
         samples = gather_samples(sums, domain, self.ranks)
         weighted = WeightedSet(samples, *self._weights(samples.losses, samples.has_tokens))
         self._observe(weighted)
@@ -135,64 +130,47 @@ class Reweighter(abc.ABC):
     def _weights(
         self, losses: Tensor, mask: Tensor, given_range: Tensor | None = None
     ) -> SampleWeights:
-        strategy = self.config.strategy
+        strategy, delta = self.config.strategy, self.config.delta
         assert strategy != "none"
-        return weigh_samples(
-            losses,
-            strategy,
-            temperature_at(self.config, self._step),
-            self.config.delta,
-            mask,
-            given_range,
-        )
+        temperature = temperature_at(self.config, self._step)
+        return weigh_samples(losses, strategy, temperature, delta, mask, given_range)
 
 
 def make_reweighter(
     config: ReweightConfig, ranks: ReduceGroup | None = None, observe: Observer | None = None
 ) -> Reweighter:
-    """The reweighter of `config.scope`; arguments as there."""
+    """Returns the reweighter for `config.scope`; see `Reweighter`."""
     return _BY_SCOPE[config.scope](config, ranks, observe)
 
 
 class MicrobatchReweighter(Reweighter):
-    """A micro-batch across the data-parallel group is the set, as in the authors' code.
+    """The set is a micro-batch across the data-parallel group, as in the authors' code.
 
-    One collective per micro-batch.
+    There is one collective per micro-batch.
     """
-
-    _step_tokens: Tensor | None = None
 
     @override
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
         weighted = self._weigh_set(sums, domain)
         own = weighted.samples.local
         if self._num_microbatches == 1:
-            self._step_tokens = weighted.samples.tokens.sum()
+            self.step_tokens = weighted.samples.tokens.sum()
         return _weighted_sum(sums.loss_sum, weighted.weights[own], weighted.samples.tokens[own])
-
-    @override
-    @property
-    def step_tokens(self) -> Tensor | None:
-        return self._step_tokens if self._num_microbatches == 1 else None
 
 
 class GlobalReweighter(MicrobatchReweighter):
-    """All samples of the step are the set, scored by a forward pass before the first backward.
+    """The set is all samples of the step, scored by a forward pass before the first backward pass.
 
-    One collective per step. A step of one micro-batch is its own set and needs no such pass.
+    There is one collective per step. A step of one micro-batch needs no pass for scores.
     """
 
     @override
     def begin(self, step: int, num_microbatches: int = 1) -> None:
         super().begin(step, num_microbatches)
+        self.scores_first = num_microbatches > 1
         self._scored: list[_Row] = []
         self._known: WeightedSet | None = None
         self._weighed = 0
-
-    @override
-    @property
-    def scores_first(self) -> bool:
-        return self._num_microbatches > 1
 
     @override
     @torch.no_grad()
@@ -200,6 +178,7 @@ class GlobalReweighter(MicrobatchReweighter):
         self._scored.append((sums, domain))
         if len(self._scored) == self._num_microbatches:
             self._known = self._weigh_set(*_concatenate(self._scored))
+            self.step_tokens = self._known.samples.tokens.sum()
 
     @override
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
@@ -215,42 +194,28 @@ class GlobalReweighter(MicrobatchReweighter):
         own = slice(start, start + count)
         self._weighed += 1
         weights, tokens = self._known.weights[own], self._known.samples.tokens[own]
-        # Megatron takes the mean over micro-batches, and the objective is a sum over them.
+        # Megatron takes the mean over micro-batches, but the objective is a sum over them.
         return self._num_microbatches * _weighted_sum(sums.loss_sum, weights, tokens)
-
-    @override
-    @property
-    def step_tokens(self) -> Tensor | None:
-        if not self.scores_first:
-            return super().step_tokens
-        return None if self._known is None else self._known.samples.tokens.sum()
 
 
 class DeferredReweighter(Reweighter):
-    """All samples of the step are the set, scaled by the range of the previous step's losses.
+    """The set is all samples of the step, scaled by the range of the previous step's losses.
 
-    With that range a sample's weight depends on its own loss alone, up to the set's normaliser,
-    which `finish` returns as a factor. The set's objective, ranks and micro-batches together, is
-    Σ ŵ_i·l_i / |S| before that factor |S|/Σ ŵ_j. One collective per step; under context
-    parallelism one per micro-batch besides, over that group alone.
+    With that range, a sample's weight ŵ_i depends on its own loss only, up to the normaliser of the
+    set, which `finish` returns as a factor: over ranks and micro-batches, the objective is
+    Σ ŵ_i·l_i / |S| before that factor, |S|/Σ ŵ_j. There is one collective per step and, with
+    context parallelism, one per micro-batch in the context-parallel group.
 
     Before the first step there is no range, and all weights are equal. A step without an active
-    sample has gradient 0 and leaves the range as it is.
+    sample has gradient 0 and does not change the range.
 
     Attributes:
         moments: `[2]` fp64, the range (l_min, l_max) that the next step will use.
     """
 
-    def __init__(
-        self,
-        config: ReweightConfig,
-        ranks: ReduceGroup | None = None,
-        observe: Observer | None = None,
-    ) -> None:
-        super().__init__(config, ranks, observe)
-        self.moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
-        self._used = self.moments
-        self._seen_step: int | None = None
+    moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
+    _used = moments
+    _seen_step: int | None = None
 
     @override
     def begin(self, step: int, num_microbatches: int = 1) -> None:
@@ -272,7 +237,7 @@ class DeferredReweighter(Reweighter):
     def finish(self) -> Tensor:
         sums, domain = _concatenate(self._rows)
         if self.ranks.cp_rank > 0:
-            # The shards of context parallelism have been added up already; one rank holds the sums.
+            # `_over_shards` has summed over context parallelism; only one rank may add the sums.
             sums = SampleSums(*map(torch.zeros_like, sums))
         samples = gather_samples(sums, domain, self.ranks)
         weights, statistics = self._weights(samples.losses, samples.has_tokens, self._used)
@@ -315,19 +280,17 @@ _Row = tuple[SampleSums, Tensor | None]
 
 
 def _concatenate(rows: list[_Row]) -> _Row:
-    """The micro-batches of a step as one of `[M·b]`."""
+    """Joins the micro-batches of a step into one of `[M·b]`."""
     sums = SampleSums(*map(torch.cat, zip(*(row for row, _ in rows), strict=True)))
     domains = [domain for _, domain in rows if domain is not None]
     return sums, torch.cat(domains) if domains else None
 
 
 def _weighted_sum(own_loss_sum: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-    """Σ w_i·l_i over this rank's samples and its part of their tokens.
+    """Returns Σ w_i·l_i over this rank's samples and its part of their tokens.
 
-    Args:
-        own_loss_sum: `[b]` with gradient, over this rank's tokens.
-        weights: `[b]`.
-        tokens: `[b]`, over all tokens of the sample.
+    `own_loss_sum` is over this rank's tokens, with gradient; `tokens` are all of the sample's. All
+    arguments are `[b]`.
     """
-    # 0·NaN is NaN: a sample without weight must not reach the sum at all.
+    # 0·NaN is NaN, so samples without weight are left out of the sum.
     return (torch.where(weights > 0, own_loss_sum, 0.0) * (weights / tokens.clamp(min=1.0))).sum()

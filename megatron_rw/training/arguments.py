@@ -1,4 +1,4 @@
-"""Megatron's command line with our flags added, and what is refused of it in one line."""
+"""Megatron's command line with our flags added, and its refusals in one line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FLAG_CHECKS = (
     "megatron/core/distributed/distributed_data_parallel_config.py",
     "megatron/core/tokenizers/",
 )
-# What the local transformer implementation must do without where a module is missing.
+# Settings of the local transformer implementation that hold where a module is missing.
 _WITHOUT_MODULE: dict[str, dict[str, object]] = {
     "apex": {"no_persist_layer_norm": True},
     "fused_weight_gradient_mlp_cuda": {"gradient_accumulation_fusion": False},
@@ -54,13 +54,8 @@ _WITHOUT_MODULE: dict[str, dict[str, object]] = {
 def parse_args(device: Device) -> Settings:
     """Parses, checks and validates the command line, and sets Megatron's globals.
 
-    Does what Megatron's `parse_and_validate_args` does, with our checks before and after it.
-
-    Args:
-        device: What `platform.select_device` chose.
-
-    Raises:
-        UserError: For what our checks or Megatron's refuse.
+    Does what Megatron's `parse_and_validate_args` does, with our checks before and after it. What
+    either refuses is a `UserError`.
     """
     add = functools.partial(add_arguments, device=device)
     with megatron_refusals():
@@ -75,10 +70,10 @@ def parse_args(device: Device) -> Settings:
 
 @contextlib.contextmanager
 def megatron_refusals() -> Iterator[None]:
-    """Has what Megatron refuses of the flags be a `UserError`; it raises assertions for it.
+    """Turns Megatron's assertions about flags into a `UserError`.
 
-    They are known by the file that raises them. Of an assertion without a text the condition is
-    shown instead. Any other error is a bug, and passes.
+    They are recognised by the file that raises them. Any other error is a bug, and passes. An
+    assertion that has no text is told by its condition.
     """
     try:
         yield
@@ -94,12 +89,7 @@ def megatron_refusals() -> Iterator[None]:
 
 
 def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
-    """Megatron's hook for more arguments: our groups, and defaults that fit the device.
-
-    Args:
-        parser: Holds Megatron's own arguments already.
-        device: What `platform.select_device` chose.
-    """
+    """Adds our groups of arguments to Megatron's, and sets defaults that fit the device."""
     # Annotations are strings under `from __future__`; the factory wants the types themselves.
     for config in (*CONFIGS, ReweightConfig):
         resolve_annotations(config)
@@ -115,12 +105,7 @@ def add_arguments(parser: ArgumentParser, device: Device) -> ArgumentParser:
 
 
 class _PrefixedGroupFactory(ArgumentGroupFactory):
-    """Names flags and destinations of a dataclass with a prefix, `strategy` as `reweight_strategy`.
-
-    Args:
-        config: The dataclass.
-        prefix: Without the underscore that follows it.
-    """
+    """Puts a prefix before flags and destinations: `strategy` becomes `reweight_strategy`."""
 
     def __init__(self, config: type, prefix: str) -> None:
         super().__init__(config)
@@ -137,10 +122,10 @@ class _PrefixedGroupFactory(ArgumentGroupFactory):
 
 
 def default_arguments(device: Device) -> dict[str, object]:
-    """Megatron defaults, by destination, that the device and the installed parts allow.
+    """Returns the defaults, by destination, that the device and the installed packages need.
 
-    On CUDA with Transformer Engine these are Megatron's own, but for the tracker that only NVIDIA
-    has: Megatron looks for it unless told not to, and then warns that it is missing.
+    On CUDA with Transformer Engine only NVIDIA's internal tracker is turned off where it is not
+    installed: Megatron would warn that it is missing.
     """
     defaults: dict[str, object] = {}
     if not _installed("one_logger"):
@@ -159,7 +144,7 @@ def default_arguments(device: Device) -> dict[str, object]:
 
 
 def announce(settings: Settings, domain_names: Sequence[str]) -> None:
-    """Says once what is in use: device, optional packages, domains, kernels and the method."""
+    """Prints what is in use: device, optional packages, domains, kernels and the method."""
     parts = ", ".join(
         f"{name} {'in use' if _installed(module) else 'not installed'}"
         for name, module in (("Transformer Engine", "transformer_engine"), ("apex", "apex"))
@@ -186,7 +171,7 @@ def announce(settings: Settings, domain_names: Sequence[str]) -> None:
 
 
 def _repair_help(parser: ArgumentParser) -> None:
-    """Lets --help print: a text of Megatron 0.19.2 ends in "10%)", where argparse sees a format."""
+    """Lets --help print although a text of Megatron 0.19.2 has "10%)", a broken format."""
     formatter = parser._get_formatter()
     for action in parser._actions:
         if action.help:
@@ -197,7 +182,7 @@ def _repair_help(parser: ArgumentParser) -> None:
 
 
 def _parser_error(parser: ArgumentParser, message: str) -> NoReturn:
-    """Names the flag that was probably meant, where argparse does not know one."""
+    """Raises argparse's error as a `UserError`, and suggests flags of a similar name."""
     known = [option for action in parser._actions for option in action.option_strings]
     unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
     if message.startswith("unrecognized arguments") and unknown:
@@ -211,7 +196,7 @@ def _installed(module: str) -> bool:
 
 
 def resolve_annotations(config: type) -> None:
-    """Replaces the annotations of a dataclass, which are strings, by the types they name."""
+    """Replaces the annotations of a dataclass, which are strings, by the types that they name."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         field.type = hints[field.name]

@@ -1,4 +1,4 @@
-"""One micro-batch on this rank: drawn, broadcast over tensor and cut over context parallelism."""
+"""Reads a micro-batch: broadcast over tensor parallelism, and cut over context parallelism."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.parallel_state import get_hybrid_data_context_parallel_groups
-from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
@@ -23,14 +22,11 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY
+from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY, has_mtp
 
-_TENSOR_KEYS = (
-    "tokens",
-    "labels",
-    "loss_mask",
-    "position_ids",
-    "attention_mask",
+# What the dataset gives for each micro-batch beside domain and place.
+_MODEL_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_PACKING_KEYS = (
     "cu_seqlens",
     "cu_seqlens_padded",
     "max_seqlen",
@@ -44,14 +40,13 @@ class Batch:
     """A micro-batch as the model and the loss take it; None where this stage has no use for it.
 
     Attributes:
-        tokens: `[b, s/cp]` int64.
-        labels: `[b, s/cp]` int64.
+        tokens: `[b, s/cp]` int64, as are labels and position_ids.
         loss_mask: `[b, s/cp]` fp32.
-        position_ids: `[b, s/cp]` int64.
         attention_mask: `[b, 1, s, s]` bool.
-        packed: boundaries of packed sequences; `b` is 1 then.
-        domain: `[samples]` int64 on the stage that has the loss.
-        places: `[samples, 3]` int64 on the host, where this rank drew them; see `Note`.
+        packed: Boundaries of packed sequences; `b` is 1 then.
+        domain: `[samples]` int64, on the stage that has the loss.
+        places: `[samples, 3]` int64 on the host, on the rank that drew them; see
+            `resilience.step_samples.Note`.
     """
 
     tokens: Tensor | None = None
@@ -67,9 +62,7 @@ class Batch:
 class BatchReader:
     """Draws micro-batches in the current parallel layout.
 
-    Args:
-        args: validated.
-        num_domains: domain labels travel only where there is more than one.
+    The domain labels are broadcast only where there is more than one domain.
     """
 
     def __init__(self, args: Namespace, num_domains: int) -> None:
@@ -81,25 +74,15 @@ class BatchReader:
     def __call__(
         self, data_iterator: Iterator[dict[str, Any]], vp_stage: int | None, training: bool
     ) -> Batch:
-        """Draw the next micro-batch. Collective over the tensor-parallel group.
+        """Draws the next micro-batch. Collective over the tensor-parallel group.
 
-        Args:
-            data_iterator: read on tensor-parallel rank 0 alone.
-            vp_stage: virtual pipeline stage.
-            training: evaluation may use another micro-batch size.
-
-        Raises:
-            ValueError: a token id is beyond the model's vocabulary.
+        Only tensor-parallel rank 0 reads the iterator. It raises ValueError for a token id beyond
+        the model's vocabulary. An evaluation may use another micro-batch size than training.
         """
         args = self._args
         at_edge = is_first_or_last_pipeline_stage(vp_stage)
-        has_mtp = mtp_on_this_rank(
-            layout=self._config.pipeline_model_parallel_layout,
-            mtp_num_layers=self._config.mtp_num_layers,
-            ignore_virtual=False,
-            vp_stage=vp_stage,
-        )
-        if not (at_edge or has_mtp or self._packed):
+        with_mtp = has_mtp(self._config, vp_stage)
+        if not (at_edge or with_mtp or self._packed):
             return Batch()
 
         micro_batch_size = args.micro_batch_size if training else args.eval_micro_batch_size
@@ -108,8 +91,9 @@ class BatchReader:
             drawn = next(data_iterator)
             self._check_ids(drawn)
         domain = self._share_domain(drawn, micro_batch_size, vp_stage)
+        keys = (*_MODEL_KEYS, *_PACKING_KEYS)
         batch = get_batch_on_this_tp_rank(
-            {key: _on_device(drawn.get(key)) for key in _TENSOR_KEYS} if drawn else {},
+            {key: _on_device(drawn.get(key)) for key in keys} if drawn else {},
             broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
             broadcast_group=mpu.get_tensor_model_parallel_group(),
             has_cu_seqlens=self._packed,
@@ -119,13 +103,13 @@ class BatchReader:
             tp_rank=mpu.get_tensor_model_parallel_rank(),
             micro_batch_size=micro_batch_size,
             seq_length=args.seq_length,
-            mtp_on_this_rank=has_mtp,
+            mtp_on_this_rank=with_mtp,
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
         batch = flatten_batch_for_packed_sequences(batch)
-        if not (at_edge or has_mtp):
+        if not (at_edge or with_mtp):
             return Batch(packed=self._packed_params(batch))
         batch = get_batch_on_this_cp_rank(
             batch,
@@ -135,19 +119,15 @@ class BatchReader:
             use_per_sequence_balancing=args.dataloader_inter_document_masking and not args.sft,
         )
         return Batch(
-            tokens=batch["tokens"],
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            position_ids=batch["position_ids"],
-            attention_mask=batch["attention_mask"],
+            **{key: batch[key] for key in _MODEL_KEYS},
             packed=self._packed_params(batch),
             domain=domain,
             places=drawn.get(PLACE_KEY),
         )
 
     def _check_ids(self, drawn: dict[str, Any]) -> None:
-        # The tensors are still on the host, so this waits for nothing. Past it an id beyond the
-        # vocabulary is a device assertion, or with tensor parallelism a silent zero embedding.
+        # The tensors are still on the host, so this does not wait for the device. Later, such an id
+        # is a device assertion or, with tensor parallelism, silently embedded as zero.
         largest = int(drawn["tokens"].max())
         if largest >= self._args.padded_vocab_size:
             raise ValueError(
@@ -159,7 +139,7 @@ class BatchReader:
     def _share_domain(
         self, drawn: dict[str, Any], micro_batch_size: int, vp_stage: int | None
     ) -> Tensor | None:
-        """The domain labels on every tensor-parallel rank of the stage that has the loss."""
+        """Returns the domain labels, on all tensor-parallel ranks of the stage with the loss."""
         if not self._with_domains or not mpu.is_pipeline_last_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ):

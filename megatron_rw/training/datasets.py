@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from argparse import Namespace
@@ -27,8 +28,7 @@ from megatron_rw.data.indexed.domains import domain_names
 DOMAIN_KEY = "domain"
 PLACE_KEY = "place"
 
-# GPTDatasetConfig field: argument it is called by. Fields not listed carry the argument's name
-# or are filled in below.
+# The arguments of those fields of GPTDatasetConfig that have another name than their argument.
 _RENAMED = {
     "random_seed": "seed",
     "sequence_length": "seq_length",
@@ -38,38 +38,21 @@ _RENAMED = {
     "defer_npy_index_mmap": "dataloader_defer_npy_index_mmap",
     "inter_document_masking": "dataloader_inter_document_masking",
 }
-_SAME_NAME = (
-    "split",
-    "multiple_validation_sets",
-    "full_validation",
-    "num_dataset_builder_threads",
-    "mmap_bin_files",
-    "reset_position_ids",
-    "reset_attention_mask",
-    "eod_mask_loss",
-    "object_storage_cache_path",
-    "mid_level_dataset_surplus",
-    "allow_ambiguous_pad_tokens",
-    "context_parallel_size",
-    "data_parallel_size",
-    "hybrid_context_parallel",
-)
-_FIM = ("fim_rate", "fim_spm_rate", "fim_split_sample", "fim_fragment_rate", "fim_no_prefix")
 _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 
 
 class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
-    """A Megatron dataset whose samples also say which domain they are from, and their place in it.
+    """A Megatron dataset whose samples also hold their domain and their place in the data.
 
     Args:
-        dataset: single or blended. A blended one gives each sample the `dataset_id` of its member.
-        domain_of_member: domain index by blend member; one entry for a single dataset.
+        dataset: A single or blended one. Samples of a blend hold the `dataset_id` of their member.
+        domain_of_member: Domain index by blend member; one entry for a single dataset.
     """
 
     def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:
         self.dataset = dataset
         self.domain_of_member = tuple(domain_of_member)
-        # The data loader tells training from evaluation batch sizes by it.
+        # By it the data loader chooses between the batch sizes of training and evaluation.
         self.split: Split = dataset.split if hasattr(dataset, "split") else dataset.index_split
 
     def __len__(self) -> int:
@@ -78,7 +61,7 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample: dict[str, Any] = self.dataset[index]
         member = int(sample.get("dataset_id", 0))
-        # Once a sample was read: a blended dataset may map its index only then.
+        # A blended dataset may load this index only when its first sample is read.
         of_member = getattr(self.dataset, "dataset_sample_index", None)
         within = index if of_member is None else int(of_member[index])
         place = np.array([index, member, within], dtype=np.int64)
@@ -88,12 +71,9 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
 class Domains:
     """The domains that a run's data paths name, in order of first appearance.
 
-    Args:
-        args: validated.
-
     Attributes:
-        names: by domain index.
-        train_members: path and domain of every member of the training blend.
+        names: Names by domain index.
+        train_members: Path and domain of every member of the training blend.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -112,7 +92,7 @@ class Domains:
         return len(self.names)
 
     def label(self, dataset: Any, split: Split) -> Any:
-        """Label one split's dataset, or each of several validation sets; None stays None."""
+        """Labels one split's dataset, or each of several validation sets; None stays None."""
         if dataset is None:
             return None
         members = self._members[split.value]
@@ -125,40 +105,38 @@ class Domains:
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
-    """Megatron's dataset configuration from its arguments."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    settings = {field: getattr(args, name) for field, name in _RENAMED.items()}
-    settings |= {name: getattr(args, name) for name in _SAME_NAME}
-    settings |= {
-        "blend": blend,
-        "blend_per_split": blend_per_split,
-        "tokenizer": build_tokenizer(args),
-        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+    """Returns Megatron's dataset configuration, made from its arguments."""
+    config_type = GPTFIMDatasetConfig if args.fim_data else GPTDatasetConfig
+    argument_of = {
+        field.name: _RENAMED.get(field.name, field.name)
+        for field in dataclasses.fields(config_type)
+        if field.init
     }
+    settings = {
+        name: getattr(args, argument)
+        for name, argument in argument_of.items()
+        if hasattr(args, argument)
+    }
+    settings["blend"], settings["blend_per_split"] = get_blend_and_blend_per_split(args)
+    settings["tokenizer"] = build_tokenizer(args)
+    settings["sequence_parallel_size"] = args.tensor_model_parallel_size * args.sequence_parallel
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             settings["sequences_per_dataset"] = json.load(file)
-    if not args.fim_data:
-        return GPTDatasetConfig(**settings)
-    settings |= {name: getattr(args, name) for name in _FIM}
-    settings["fim_extra_tokens"] = {
-        name: getattr(args, f"fim_{name}_token") for name in _FIM_TOKENS
-    }
-    return GPTFIMDatasetConfig(**settings)
+    if args.fim_data:
+        settings["fim_extra_tokens"] = {
+            name: getattr(args, f"fim_{name}_token") for name in _FIM_TOKENS
+        }
+    return config_type(**settings)
 
 
 def datasets_provider(
     domains: Domains, num_samples: Sequence[int | None], vp_stage: int | None = None
 ) -> tuple[Any, Any, Any]:
-    """Build the train, validation and test dataset of this rank.
+    """Builds the training, validation and test dataset of this rank, for Megatron's `pretrain`.
 
-    Args:
-        domains: labels for the samples.
-        num_samples: of each split, None for one epoch.
-        vp_stage: virtual pipeline stage.
-
-    Returns:
-        A dataset, a list of them (several validation sets), or None, for each split.
+    Each is a dataset, a list of them (several validation sets), or None. `num_samples` are those of
+    each split, None for one epoch.
     """
     args = get_args()
     if args.sft:
@@ -187,9 +165,16 @@ def _is_built_here(args: Namespace, vp_stage: int | None) -> bool:
     if args.sft:
         return True
     config = core_transformer_config_from_args(args)
-    return is_first_or_last_pipeline_stage(vp_stage) or mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(config, vp_stage)
+
+
+def has_mtp(config: Any, vp_stage: int | None) -> bool:
+    """Whether this rank's stage computes multi-token prediction, by core's TransformerConfig."""
+    return bool(
+        mtp_on_this_rank(
+            layout=config.pipeline_model_parallel_layout,
+            mtp_num_layers=config.mtp_num_layers,
+            ignore_virtual=False,
+            vp_stage=vp_stage,
+        )
     )

@@ -10,11 +10,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 
 def embedding_ranks(args: Namespace, pp_ranks: Sequence[int]) -> list[int]:
-    """Ranks of one pipeline group with word embeddings: first, tied last, and those with MTP.
+    """Returns the ranks of a pipeline group that hold the word embeddings.
 
-    Args:
-        args: validated.
-        pp_ranks: global ranks of the group, by stage.
+    These are the first, the last where the output layer shares the embeddings' weight, and those
+    with multi-token prediction. `pp_ranks` are the group's global ranks by stage.
     """
     ranks = {pp_ranks[0]}
     if len(pp_ranks) > 1:

@@ -20,26 +20,23 @@ from megatron_rw.training.settings import Settings
 _stimer = StragglerDetector()
 
 
-class ForwardPass:
-    """Draw a micro-batch, run the model, and bind the loss to the batch's mask and domains.
+class ForwardPass[Loss: Callable[..., LossResult]]:
+    """Draws a micro-batch, runs the model, and binds the loss function to the batch.
 
-    Args:
-        settings: Of the run.
-        read_batch: Draws micro-batches.
-        loss: Of a batch and its token losses, on the last pipeline stage; see `PretrainLoss`.
-        callbacks: Are called around the pass.
+    Core's schedules call it and then, on the last pipeline stage, the bound loss function with the
+    model's output. That function is called as `PretrainLoss.__call__` is.
     """
 
     def __init__(
         self,
         settings: Settings,
         read_batch: BatchReader,
-        loss: Callable[..., LossResult],
+        loss: Loss,
         callbacks: Sequence[Callback],
     ) -> None:
         self._args = settings.megatron
         self._read_batch = read_batch
-        self._batch_loss = loss
+        self._loss = loss
         self._callbacks = callbacks
         self._model_options: dict[str, Any] = {}
         if settings.kernels.fused_linear_cross_entropy:
@@ -50,27 +47,15 @@ class ForwardPass:
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, Callable[..., Any]]:
-        """One forward pass.
-
-        Args:
-            data_iterator: this pipeline stage's samples.
-            model: the stage, wrapped or not.
-            return_schedule_plan: give the plan that overlaps expert-parallel communication
-                instead of the output.
+        """Runs one forward pass of this pipeline stage.
 
         Returns:
-            The stage's output (`[b, s/cp]` token losses on the last), and the loss function of it.
+            The stage's output (`[b, s/cp]` token losses on the last stage) and the loss function.
+            With `return_schedule_plan` a plan that overlaps expert-parallel communication stands in
+            place of the output.
         """
         for callback in self._callbacks:
             callback.before_batch(model.training)
-        result = self._run(data_iterator, model, return_schedule_plan)
-        for callback in self._callbacks:
-            callback.after_forward(model.training)
-        return result
-
-    def _run(
-        self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool
-    ) -> tuple[Any, Callable[..., Any]]:
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -82,40 +67,29 @@ class ForwardPass:
             callback.before_forward()
 
         if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
-            # A packed micro-batch is one row of several samples.
+            # The mask travels as an attribute of the labels, because core passes no mask to its
+            # cross-entropy. A packed micro-batch is one row of several samples, which our kernels
+            # cannot sum by sample; the loss does it then.
             announce_mask(batch.labels, batch.loss_mask)
-        loss = functools.partial(self._batch_loss, batch, model=model, training=model.training)
+        loss = functools.partial(self._loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)
         options = self._model_options | {"labels": batch.labels, "loss_mask": batch.loss_mask}
         with _stimer:
             if return_schedule_plan:
                 assert self._args.overlap_moe_expert_parallel_comm
-                return model.build_schedule_plan(*inputs, **options), loss
-            return model(*inputs, **options, packed_seq_params=batch.packed), loss
+                output = model.build_schedule_plan(*inputs, **options)
+            else:
+                output = model(*inputs, **options, packed_seq_params=batch.packed)
+        for callback in self._callbacks:
+            callback.after_forward(model.training)
+        return output, loss
 
 
-class ForwardStep(ForwardPass):
-    """The forward pass of training, which also runs the passes of a step.
-
-    Args:
-        settings: Of the run.
-        read_batch: Draws micro-batches.
-        loss: Computes the loss on the last pipeline stage.
-        callbacks: Are called around the passes.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        read_batch: BatchReader,
-        loss: PretrainLoss,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        super().__init__(settings, read_batch, loss, callbacks)
-        self._loss = loss
+class ForwardStep(ForwardPass[PretrainLoss]):
+    """The forward pass of training, which also runs all passes of a step."""
 
     def run_step(self, schedule: Schedule, call: dict[str, Any]) -> Any:
-        """Runs the passes of a training step: see `integrations.schedule.SteppedForward`."""
+        """Runs the passes of a training step; see `integrations.schedule.SteppedForward`."""
         self._loss.begin_step()
         for callback in self._callbacks:
             callback.before_passes()

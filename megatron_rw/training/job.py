@@ -5,7 +5,6 @@ from __future__ import annotations
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.observability import prometheus
 from megatron_rw.observability.metrics_file import MetricsFile
-from megatron_rw.patching import Patch
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.spikes import SpikeLog
@@ -30,60 +29,46 @@ from megatron_rw.training.settings import Settings
 
 
 class Job:
-    """A run, built from its settings.
-
-    Args:
-        settings: Validated.
-        domains: Of the training data.
-        progress: Where the run notes how far it is.
+    """A run, built from its validated settings.
 
     Attributes:
-        forward_step: What Megatron's `pretrain` takes.
-
-    Raises:
-        UserError: If the endpoint of --prometheus-port cannot be opened.
+        forward_step: The forward step function for Megatron's `pretrain`.
+        patches: What the run replaces in Megatron, torch and Python.
     """
 
     def __init__(self, settings: Settings, domains: Domains, progress: Progress) -> None:
         args, nonfinite = settings.megatron, settings.nonfinite
-        self._settings = settings
         samples = StepSamples(domains.train_members)
-        self._state = ReweightState(settings.reweight)
-        self._guard: StepGuard | None = None
-        if args.check_for_nan_in_loss_and_grad:
-            self._guard = StepGuard(nonfinite, samples, settings.megatron_decides)
-        loss = PretrainLoss(settings, self._state, len(domains), samples)
+        state = ReweightState(settings.reweight)
+        loss = PretrainLoss(settings, state, len(domains), samples)
 
         callbacks: list[Callback] = [
             ProgressCallback(args, progress),
             CheckpointCallback(args),
             ProfileCallback(args),
         ]
-        if self._guard is not None:
-            callbacks.append(NonFiniteCallback(self._guard))
+        guard = None
+        if args.check_for_nan_in_loss_and_grad:
+            guard = StepGuard(nonfinite, samples, settings.megatron_decides)
+            callbacks.append(NonFiniteCallback(guard))
         if nonfinite.loss_spike_factor is not None and settings.monitoring.log_dir is not None:
             spikes = SpikeLog(nonfinite.loss_spike_factor, settings.monitoring.log_dir, samples)
             callbacks.append(SpikeCallback(args, spikes))
         if settings.monitoring.log_slowest_rank:
             callbacks.append(StragglerCallback(settings.device))
-        reporter = _reporter(settings, domains)
-        callbacks.append(MetricsCallback(args, settings.reweight, self._state, loss, reporter))
+        callbacks.append(MetricsCallback(settings, state, loss, _reporter(settings, domains)))
 
-        self._loop = TrainingLoop(args, callbacks)
-        self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
-
-    def patches(self) -> list[Patch]:
-        """What the run replaces in Megatron."""
-        args, save_guard = self._settings.megatron, None
+        loop = TrainingLoop(args, callbacks)
+        save_guard = None
         if args.ckpt_format == "torch_dist" and "://" not in (args.save or "://"):
-            config = self._settings.checkpoints
-            save_guard = SaveGuard(args.save, config, args.async_save, self._loop.saved)
+            save_guard = SaveGuard(args.save, settings.checkpoints, args.async_save, loop.saved)
             writer.end_with_this_process()
-        return patches(self._settings, self._loop, self._state, self._guard, save_guard)
+        self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
+        self.patches = patches(settings, loop, state, guard, save_guard)
 
 
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
-    """The reporter of the rank that Megatron logs from, the last; None on the others."""
+    """Returns the reporter of the rank that Megatron logs from, the last; None on the others."""
     args, monitoring = settings.megatron, settings.monitoring
     endpoint = prometheus.serve(monitoring, args.rank, args.world_size, args.seq_length)
     if args.rank != args.world_size - 1:

@@ -1,4 +1,4 @@
-"""Where the callbacks are called from: functions around those of Megatron's training loop."""
+"""Calls the callbacks, from functions around those of Megatron's training loop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ Call = dict[str, Any]
 
 
 class TrainingLoop:
-    """Calls callbacks around functions of `megatron.training.training`; see `patching.Around`.
+    """Calls callbacks, in order, around functions of `megatron.training.training`.
 
-    Args:
-        args: Megatron's arguments.
-        callbacks: In the order in which they are called.
+    Each method but `saved` is the `run` of a `patching.Around`, in the table of `patches.py`.
     """
 
     def __init__(self, args: Namespace, callbacks: Sequence[Callback]) -> None:
@@ -35,7 +33,7 @@ class TrainingLoop:
         return result
 
     def build_data_iterators(self, proceed: Proceed, call: Call) -> Any:
-        """Builds the data, the first that `pretrain` does when the checkpoint is loaded."""
+        """Builds the data, which is what `pretrain` does first once the checkpoint is loaded."""
         for callback in self._callbacks:
             callback.on_loaded()
         return proceed()

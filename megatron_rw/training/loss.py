@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -27,34 +26,27 @@ from megatron_rw.training.settings import Settings
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
 
-# A loss this many times the largest seen is reported as a spike, as in Megatron's pretrain_gpt.py.
-SPIKE_FACTOR = 10
+# The same as in Megatron's pretrain_gpt.py: --check-for-spiky-loss reports a loss that is this many
+# times the largest one seen.
+_SPIKE_FACTOR = 10
 
 
 class PretrainLoss:
     """Megatron's mean over tokens, or the weighted sum over samples.
 
-    Under `--reweight-strategy none` the result is Megatron's own, bit for bit.
-
-    Args:
-        settings: Of the run.
-        state: What the checkpoints hold of the reweighting.
-        num_domains: How many domains the batches' labels name.
-        samples: Is told of every training sample's loss.
+    Under `--reweight-strategy none` the result is Megatron's own, bit for bit. `samples` is told of
+    the loss of every training sample.
 
     Attributes:
-        reweighting: runs the steps; None without reweighting.
-        weight_metrics: every weighted set of the steps taken since the last reset.
-        train_losses: every micro-batch of those steps in a run without reweighting.
-        valid_losses: every evaluation micro-batch.
+        reweighting: Runs the training steps; None without reweighting.
+        weight_metrics: Sums over the weighted sets of the steps that the optimizer took since the
+            last reset.
+        train_losses: Losses of the same steps by domain, in a run without reweighting.
+        valid_losses: Losses of the evaluation by domain.
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        state: ReweightState,
-        num_domains: int,
-        samples: StepSamples,
+        self, settings: Settings, state: ReweightState, num_domains: int, samples: StepSamples
     ) -> None:
         args = settings.megatron
         self._args = args
@@ -71,21 +63,17 @@ class PretrainLoss:
         self.valid_losses = DomainLosses(num_domains)
 
     def begin_step(self) -> None:
-        """A step begins; what an earlier one noted is void."""
+        """Begins a step, and forgets what an earlier one has left."""
         self._sets.clear()
         self._samples.begin()
 
     def end_step(self, *, taken: bool) -> None:
-        """The step is over.
-
-        Args:
-            taken: it goes into the averages that are reported, as it goes into Megatron's.
-        """
+        """Ends a step; one that the optimizer took goes into the averages that are reported."""
         if taken:
             for weighted in self._sets:
                 self.weight_metrics.add(weighted)
             for note in self._samples.notes:
-                # Of a single domain Megatron's lm loss says it all.
+                # For a single domain, Megatron's lm loss is enough.
                 if self.reweighting is None and note.domain is not None:
                     self.train_losses.add(*note.sums, note.domain)
         self._sets.clear()
@@ -93,13 +81,13 @@ class PretrainLoss:
     def __call__(
         self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
     ) -> LossResult:
-        """The loss of one micro-batch.
+        """Computes the loss of one micro-batch, in an evaluation always the unweighted one.
 
         Args:
-            batch: its mask and domain labels.
-            token_losses: `[b, s/cp]`, what the model returned.
-            model: for a loss that hooks into it.
-            training: False during evaluation, which always reports the unweighted loss.
+            batch: Its mask and domain labels are used.
+            token_losses: `[b, s/cp]`, the model's output.
+            model: The model, for Megatron's distillation loss.
+            training: False in an evaluation.
 
         Returns:
             `(loss, divisor, report)`. Megatron divides the loss by the divisor (an int tensor) and
@@ -111,7 +99,7 @@ class PretrainLoss:
         if training and self.reweighting is not None:
             return self._weighted(self.reweighting, batch, batch.loss_mask, token_losses)
         if self._args.logits_load_dir is not None:
-            result = _distillation_loss(self._args)(batch.loss_mask, token_losses, model=model)
+            result = self._distillation(batch.loss_mask, token_losses, model=model)
         else:
             result = _token_mean(batch.loss_mask, token_losses)
         self._check(result[0])
@@ -130,7 +118,8 @@ class PretrainLoss:
         if reweighting.scoring:
             return loss, divisor, {}
         self._note(batch, sums)
-        # Not from the sums: to the last bit what a run without reweighting logs.
+        # Not computed from the sums, so that it is to the last bit what a run without reweighting
+        # logs.
         total, _, report = _token_mean(loss_mask, token_losses.detach())
         self._check(total)
         return loss, divisor, report
@@ -139,18 +128,34 @@ class PretrainLoss:
         self, batch: Batch, loss_mask: Tensor, token_losses: Tensor, training: bool
     ) -> SampleSums:
         if batch.packed is None:
+            # Our kernels have left the sums as an attribute of the losses.
             return sums_of(token_losses, loss_mask)
-        # Its samples arrive as one row of micro_batch_size·seq_length tokens.
+        # The samples of a packed micro-batch are one row of micro_batch_size·seq_length tokens.
         samples = self._args.micro_batch_size if training else self._args.eval_micro_batch_size
         return sample_sums(token_losses.view(samples, -1), loss_mask.view(samples, -1))
 
     def _note(self, batch: Batch, sums: SampleSums) -> None:
-        # Context parallelism cuts a packed row across its samples.
+        # Context parallelism cuts a packed row without regard to its samples.
         cut = batch.packed is not None and self._args.context_parallel_size > 1
         self._samples.note(sums, batch.domain, None if cut else batch.places)
 
+    @functools.cached_property
+    def _distillation(self) -> Callable[..., LossResult]:
+        """Megatron's offline distillation; reads the teacher's cached logits."""
+        from megatron.training.distillation import LossFuncCallable
+
+        args = self._args
+        return LossFuncCallable(
+            logprobs_dir=args.logits_load_dir,
+            decode_threads=args.logits_load_decode_threads,
+            prefetch_factor=args.logits_load_prefetch_factor,
+            msc_prefetch_depth=args.logits_load_msc_prefetch_depth,
+            kd_loss_alpha=args.logits_load_kd_loss_alpha,
+            ignore_errors=args.logits_load_ignore_errors,
+        )
+
     def _check(self, loss: Tensor) -> None:
-        """Megatron's checks on this rank's unweighted loss sum: not finite, or a spike."""
+        """Runs Megatron's checks of this rank's unweighted loss sum: not finite, or a spike."""
         machine = get_rerun_state_machine()
         if self._validates:
             for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
@@ -165,7 +170,7 @@ class PretrainLoss:
             machine.validate_result(
                 result=loss,
                 rejection_func=functools.partial(
-                    machine.is_unexpectedly_large, threshold=SPIKE_FACTOR, context="loss"
+                    machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"
                 ),
                 message="Spiky loss",
                 tolerance=0.0,
@@ -174,37 +179,8 @@ class PretrainLoss:
 
 
 def _token_mean(loss_mask: Tensor, token_losses: Tensor) -> LossResult:
-    """Megatron's own loss: the masked sum, the token count that divides it, and its report."""
+    """Returns Megatron's own loss: masked sum, token count that divides it, and report."""
     mask = loss_mask.reshape(-1).float()
     total = torch.sum(token_losses.reshape(-1).float() * mask)
     tokens = mask.sum().detach().to(torch.int)
     return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}
-
-
-def _distillation_loss(args: Namespace) -> Callable[..., LossResult]:
-    """Megatron's offline distillation from cached teacher logits."""
-    return _cached_distillation_loss(
-        args.logits_load_dir,
-        args.logits_load_decode_threads,
-        args.logits_load_prefetch_factor,
-        args.logits_load_msc_prefetch_depth,
-        args.logits_load_kd_loss_alpha,
-        args.logits_load_ignore_errors,
-    )
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_distillation_loss(*settings: Any) -> Callable[..., LossResult]:
-    # One reader of the cached logits per process.
-    from megatron.training.distillation import LossFuncCallable
-
-    names = (
-        "logprobs_dir",
-        "decode_threads",
-        "prefetch_factor",
-        "msc_prefetch_depth",
-        "kd_loss_alpha",
-        "ignore_errors",
-    )
-    loss: Callable[..., LossResult] = LossFuncCallable(**dict(zip(names, settings, strict=True)))
-    return loss

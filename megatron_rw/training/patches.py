@@ -25,7 +25,7 @@ from megatron_rw.training.settings import Settings
 
 
 def early_patches() -> list[Patch]:
-    """Those that must be in place before Megatron parses its arguments."""
+    """Returns the patches that must be in place before Megatron parses its arguments."""
     return [*safe_pickle.patches(), *exit_status.patches()]
 
 
@@ -36,14 +36,10 @@ def patches(
     guard: StepGuard | None,
     save_guard: SaveGuard | None,
 ) -> list[Patch]:
-    """The others: what a run with these settings replaces.
+    """Returns the other patches: what a run with these settings replaces.
 
-    Args:
-        settings: Of the run.
-        loop: Calls the callbacks.
-        state: Saved with every checkpoint.
-        guard: Looks for numbers that are not finite; None where Megatron does not either.
-        save_guard: Watches over the saving of checkpoints; None where its format has none.
+    There is no guard of steps where Megatron does not check their numbers, and no guard of saving
+    for checkpoint formats that it does not know.
     """
     return [
         *_loop_patches(loop),
@@ -72,7 +68,7 @@ def _loop_patches(loop: TrainingLoop) -> list[Patch]:
 
 
 def repairs() -> list[Patch]:
-    """What mends defects of Megatron 0.19.2; docs/upstream.md has the others."""
+    """Returns what repairs defects of Megatron 0.19.2; docs/upstream.md describes them."""
     found = [
         Patch(
             DistributedOptimizer,

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl and Prometheus, TensorBoard and W&B."""
+"""Writes metrics to metrics.jsonl, Prometheus, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ _HISTOGRAM_BINS = 30
 class Reporter:
     """Writes the metrics of a run, on the rank that Megatron logs from.
 
-    Args:
-        domain_names: By domain index.
-        file: `metrics.jsonl`, where it is wanted.
-        endpoint: Prometheus' endpoint, where it is wanted.
+    The file and Prometheus' endpoint are None where they are not wanted. The names are those of the
+    domains, by index.
     """
 
     def __init__(
@@ -41,13 +39,10 @@ class Reporter:
         self.endpoint = endpoint
 
     def write(self, kind: str, iteration: int, record: Mapping[str, object]) -> None:
-        """Writes a line of metrics.jsonl, and keeps it for Prometheus.
+        """Writes a line of metrics.jsonl of type `train`, `validation` or `test`.
 
-        Args:
-            kind: `train`, `validation` or `test`.
-            iteration: Completed iterations.
-            record: Values by name; tensors are read here, where Megatron has just waited for the
-                device.
+        Prometheus is given the same values. Tensors of the record are read here, at a point where
+        Megatron has just waited for the device.
         """
         if self._file is None and self.endpoint is None:
             return
@@ -58,7 +53,7 @@ class Reporter:
             self.endpoint.update(plain)
 
     def write_scalars(self, scalars: Scalars, iteration: int) -> None:
-        """Writes values by tag to TensorBoard and W&B, where they are in use."""
+        """Writes values, by tag, to TensorBoard and W&B if they are in use."""
         writer, wandb = get_tensorboard_writer(), get_wandb_writer()
         if writer:
             for name, value in scalars.items():
@@ -67,14 +62,12 @@ class Reporter:
             wandb.log(scalars, iteration)
 
     def seen(self, losses: LossByDomain) -> list[tuple[str, float]]:
-        """The domains that had a token, with their losses; none where there is one domain alone."""
-        if len(self.names) == 1:
-            return []
-        named = zip(self.names, losses.by_domain, strict=True)
+        """Returns the domains that had a token, with their losses; nothing for a single domain."""
+        named = self._by_name(losses.by_domain)
         return [(name, loss) for name, loss in named if loss is not None]
 
     def log_line(self, report: ReweightReport, temperature: float) -> dict[str, float]:
-        """What joins Megatron's log line after its own losses."""
+        """Returns what joins Megatron's log line, after its own losses."""
         values = {
             "weighted loss": report.objective,
             "ess": report.ess,
@@ -83,26 +76,20 @@ class Reporter:
         }
         if report.nonfinite_samples:
             values["non-finite samples"] = float(report.nonfinite_samples)
-        if len(self.names) > 1:
-            for name, domain in zip(self.names, report.domains, strict=True):
-                if domain.lm_loss is not None:
-                    values[f"lm loss {name}"] = domain.lm_loss
-                values[f"weight {name}"] = domain.weight_share
+        for name, domain in self._by_name(report.domains):
+            if domain.lm_loss is not None:
+                values[f"lm loss {name}"] = domain.lm_loss
+            values[f"weight {name}"] = domain.weight_share
         return values
 
     def weights_record(self, report: ReweightReport, temperature: float) -> dict[str, object]:
-        """The entry `reweight` of metrics.jsonl."""
-        record: dict[str, object] = {
-            field.name: getattr(report, field.name) for field in dataclasses.fields(report)
-        }
-        record["domains"] = {
-            name: dataclasses.asdict(domain)
-            for name, domain in zip(self.names, report.domains, strict=True)
-        }
-        return {"temperature": temperature, **record}
+        """Returns the entry `reweight` of a line of metrics.jsonl."""
+        record = {"temperature": temperature, **dataclasses.asdict(report)}
+        record["domains"] = dict(zip(self.names, record["domains"], strict=True))
+        return record
 
     def weights_scalars(self, report: ReweightReport, temperature: float) -> Scalars:
-        """The same for TensorBoard and W&B, by tag."""
+        """Returns the weights' values for TensorBoard and W&B, by tag."""
         scalars = {
             "reweight/weighted loss": report.objective,
             "reweight/ess": report.ess,
@@ -116,31 +103,30 @@ class Reporter:
         }
         if report.beyond_range is not None:
             scalars["reweight/share of samples beyond the range"] = report.beyond_range
-        if len(self.names) > 1:
-            for name, domain in zip(self.names, report.domains, strict=True):
-                scalars[f"domain weight share/{name}"] = domain.weight_share
-                scalars[f"domain sample share/{name}"] = domain.sample_share
-                if domain.lm_loss is not None:
-                    scalars[f"domain lm loss/{name}"] = domain.lm_loss
-                if domain.ess is not None:
-                    scalars[f"domain ess/{name}"] = domain.ess
+        for name, domain in self._by_name(report.domains):
+            scalars[f"domain weight share/{name}"] = domain.weight_share
+            scalars[f"domain sample share/{name}"] = domain.sample_share
+            if domain.lm_loss is not None:
+                scalars[f"domain lm loss/{name}"] = domain.lm_loss
+            if domain.ess is not None:
+                scalars[f"domain ess/{name}"] = domain.ess
         return scalars
 
+    def _by_name[Value](self, values: Sequence[Value]) -> list[tuple[str, Value]]:
+        """Pairs values by domain with its name; returns nothing for a single domain."""
+        return list(zip(self.names, values, strict=True)) if len(self.names) > 1 else []
+
     def samples(self, weighted: WeightedSet, count: int) -> list[dict[str, object]]:
-        """The first samples of a set with loss, weight and domain."""
-        rows = zip(
-            weighted.samples.losses[:count].tolist(),
-            weighted.weights[:count].tolist(),
-            weighted.samples.domain[:count].long().tolist(),
-            strict=True,
-        )
+        """Returns the first samples of a set with loss, weight and domain."""
+        samples = weighted.samples
+        columns = (samples.losses, weighted.weights, samples.domain.long())
         return [
             {"loss": loss, "weight": weight, "domain": self.names[domain]}
-            for loss, weight, domain in rows
+            for loss, weight, domain in zip(*(c[:count].tolist() for c in columns), strict=True)
         ]
 
     def write_histograms(self, weighted: WeightedSet, iteration: int) -> None:
-        """Writes, over the loss axis, how many samples lie in each bin and how much weight."""
+        """Writes TensorBoard histograms of the samples, and of their weight, by loss."""
         writer = get_tensorboard_writer()
         if not writer:
             return

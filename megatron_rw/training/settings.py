@@ -1,4 +1,4 @@
-"""The settings of a run, by subject: the source of our flags, of their help and their checks."""
+"""The settings of a run, by subject: the source of our flags, their help and their checks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class KernelConfig:
 
     @property
     def logits_budget(self) -> int | None:
-        """The budget in bytes."""
+        """The budget of --logits-budget-mib in bytes."""
         return None if self.logits_budget_mib is None else self.logits_budget_mib << 20
 
 
@@ -57,7 +57,7 @@ REWEIGHT_PREFIX = "reweight"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a run was asked for.
+    """All settings of a run.
 
     Attributes:
         megatron: Megatron's own flags, parsed and, once `parse_args` returns, validated.
@@ -82,11 +82,7 @@ class Settings:
 
     @classmethod
     def of(cls, args: Namespace, device: Device) -> Settings:
-        """Takes our flags out of the parsed arguments.
-
-        Raises:
-            UserError: If a setting is impossible, or contradicts another.
-        """
+        """Builds and checks the settings from parsed arguments."""
         return cls(
             megatron=args,
             device=device,

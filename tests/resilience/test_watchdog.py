@@ -16,7 +16,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_rw.resilience.watchdog import (
     EXIT_STATUS,
-    SHARE,
+    STALL_FRACTION,
     Position,
     Progress,
     Rendezvous,
@@ -131,7 +131,7 @@ def test_ends_all_ranks_when_one_is_stuck(capfd: pytest.CaptureFixture[str]) -> 
             it.progress[rank].then("the optimizer's step")
         start = time.monotonic()
         assert it.gone.wait(TIMEOUT_S), "not within the timeout"
-        assert time.monotonic() - start > 0.9 * SHARE * TIMEOUT_S, "too early"
+        assert time.monotonic() - start > 0.9 * STALL_FRACTION * TIMEOUT_S, "too early"
         assert set(it.left.values()) == {EXIT_STATUS}
     said = capfd.readouterr().err
     assert "rank 2 on" in said

@@ -1,1 +1,1 @@
-"""What the training loop calls, one concern a file; see `base.Callback`."""
+"""The callbacks of the training loop, one concern a file; see `base.Callback`."""

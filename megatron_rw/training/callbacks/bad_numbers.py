@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and losses that stand out, in every training step."""
+"""Handles losses and gradients that are not finite, and losses far above the mean."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 
 
 class NonFiniteCallback(Callback):
-    """Runs the guard against numbers that are not finite.
-
-    Args:
-        guard: Decides on each step. Its patches are in the table of patches.
-    """
+    """Runs the guard against numbers that are not finite, which decides on each step."""
 
     def __init__(self, guard: StepGuard) -> None:
         self._guard = guard
@@ -24,7 +20,7 @@ class NonFiniteCallback(Callback):
         self._guard.begin(step.iteration + 1, step.model)
 
     def after_step(self, step: Step) -> None:
-        """Explains the numbers for which Megatron itself ends the run. Collective then."""
+        """Explains the numbers if Megatron is about to end the run. Collective in that case."""
         if step.exits:
             self._guard.explain()
 
@@ -39,7 +35,7 @@ class NonFiniteCallback(Callback):
 
 
 class SpikeCallback(Callback):
-    """Writes the samples whose loss stands out to spikes.jsonl (`--loss-spike-factor`)."""
+    """Writes samples whose loss is far above the mean to spikes.jsonl (`--loss-spike-factor`)."""
 
     def __init__(self, args: Namespace, log: SpikeLog) -> None:
         self._args = args
@@ -57,6 +53,6 @@ class SpikeCallback(Callback):
         self._log.flush()
 
     def before_log(self, log: LogEvent) -> None:
-        """Writes the interval's samples, where Megatron waits for the device anyway."""
+        """Writes the interval's samples, at a point where Megatron waits for the device anyway."""
         if log.ends_interval or log.iteration == self._args.train_iters:
             self._log.flush()

@@ -12,10 +12,10 @@ class Step:
     """A training step.
 
     Attributes:
-        iteration: Completed iterations before it.
+        iteration: Completed iterations before the step.
         model: The model chunks of this rank.
-        skipped: Whether the optimizer took no step; known once the step is over.
-        exits: Whether Megatron will end the run after the step; known once the step is over.
+        skipped: Whether the optimizer took no step. It is known in `after_step`.
+        exits: Whether Megatron will end the run after the step. It is known in `after_step`.
     """
 
     iteration: int
@@ -52,17 +52,17 @@ class LogEvent:
 
 
 class Callback:
-    """One concern of a run. Every method is called on every rank, and does nothing here.
+    """One concern of a run. Every method is called on every rank, and does nothing by default.
 
-    A callback that needs a collective may use one in any method, but for those around a forward
-    pass, which the ranks of a pipeline reach at different times.
+    A method may use collectives, except for those around a forward pass, which the ranks of a
+    pipeline reach at different times.
     """
 
     def on_start(self) -> None:
         """Called before the process groups are made."""
 
     def on_process_groups(self) -> None:
-        """Called when the process groups are there; no model is built yet."""
+        """Called when the process groups exist; no model is built yet."""
 
     def on_loaded(self) -> None:
         """Called when the checkpoint, if there is one, is loaded; no data is read yet."""
@@ -74,7 +74,7 @@ class Callback:
         """Called before the forward and backward passes of a step."""
 
     def before_batch(self, training: bool) -> None:
-        """Called before a micro-batch is read. False in an evaluation."""
+        """Called before a micro-batch is read. `training` is False in an evaluation."""
 
     def before_forward(self) -> None:
         """Called when the micro-batch is read, before the model's forward pass."""

@@ -1,4 +1,4 @@
-"""What a run notes in its checkpoints, and a run whose checkpoint is its last."""
+"""Prepares what checkpoints record of the data, and ends a run that is complete already."""
 
 from __future__ import annotations
 
@@ -13,26 +13,22 @@ from megatron_rw.training.callbacks.base import Callback
 class CheckpointCallback(Callback):
     """Gives every rank the data's fingerprints, and ends a run that has nothing left to do.
 
-    Args:
-        args: Megatron's arguments, which are saved with every checkpoint.
+    The fingerprints are kept in Megatron's arguments, which are saved with every checkpoint.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
 
     def on_process_groups(self) -> None:
-        """Shares what rank 0 alone has read of the data. Collective."""
+        """Broadcasts the fingerprints, which only rank 0 has read. Collective."""
         shared = [getattr(self._args, "data_fingerprints", None)]
         dist.broadcast_object_list(shared, src=0)
         self._args.data_fingerprints = shared[0]
 
     def on_loaded(self) -> None:
-        """Ends the run if the checkpoint is that of its last iteration.
+        """Ends the run, with status 0, if the checkpoint is that of its last iteration.
 
         Megatron would go on and fail, because there are "no samples left to consume".
-
-        Raises:
-            SystemExit: With status 0.
         """
         args = self._args
         if args.skip_train or not args.train_iters or args.iteration < args.train_iters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,35 +10,29 @@ from megatron.core import mpu
 from megatron.training import get_timers, print_rank_last
 
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.reweighting import ReweightConfig, temperature_at
+from megatron_rw.reweighting import temperature_at
 from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter
+from megatron_rw.training.settings import Settings
 
 
 class MetricsCallback(Callback):
     """Puts the weights on Megatron's log line, and writes the metrics of each logged step.
 
-    It comes last of the callbacks: it writes what the others leave in a `LogEvent`.
-
-    Args:
-        args: Megatron's arguments.
-        config: The reweighting settings.
-        state: Tells the step of the warm-up.
-        loss: Collects the metrics.
-        reporter: Writes them; None on ranks that write nothing.
+    It comes last of the callbacks, because it writes what the others leave in a `LogEvent`. The
+    loss collects the metrics; the reporter writes them, and is None on ranks that write nothing.
     """
 
     def __init__(
         self,
-        args: Namespace,
-        config: ReweightConfig,
+        settings: Settings,
         state: ReweightState,
         loss: PretrainLoss,
         reporter: Reporter | None,
     ) -> None:
-        self._args = args
-        self._config = config
+        self._args = settings.megatron
+        self._config = settings.reweight
         self._state = state
         self._loss = loss
         self._reporter = reporter
@@ -50,7 +43,7 @@ class MetricsCallback(Callback):
         self._interval.begin(self._args.consumed_train_samples)
 
     def after_step(self, step: Step) -> None:
-        """Takes the step into the averages, as Megatron does, if the optimizer took it."""
+        """Adds the step to the averages if the optimizer took it, as Megatron does."""
         self._loss.end_step(taken=not step.skipped)
 
     def before_log(self, log: LogEvent) -> None:
@@ -91,8 +84,8 @@ class MetricsCallback(Callback):
             }
             samples = self._args.consumed_train_samples
             record["speed"] = self._interval.speed(samples, self._args.seq_length)
-            if metrics.last is not None and self._config.log_samples:
-                count = self._config.log_samples
+            count = self._config.log_samples
+            if metrics.last is not None and count:
                 record["samples"] = self._reporter.samples(metrics.last, count)
             self._reporter.write("train", log.iteration, record | log.record)
             self._reporter.write_scalars(log.scalars, log.iteration)
@@ -103,7 +96,7 @@ class MetricsCallback(Callback):
             self._interval = _Interval()
 
     def on_evaluation(self, call: Mapping[str, Any]) -> None:
-        """Writes an evaluation; where there are several domains, also as a line of its own."""
+        """Writes an evaluation; with several domains also prints a line with their losses."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
         group = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -139,14 +132,17 @@ class MetricsCallback(Callback):
         totals = log.call["total_loss_dict"]
         divisor = max(1, totals.get("advanced iterations", 0) + (not log.skipped))
         for key in log.call["loss_dict"]:
-            # Its own losses come first on the line.
+            # Megatron adds its own losses after this, and they are to come first on the line.
             totals.setdefault(key, torch.zeros(1, device=torch.cuda.current_device()))
         for name, value in reporter.log_line(report, temperature).items():
             totals[name] = torch.tensor([value * divisor])
 
 
 def _leave_out_if_all_skipped(log: LogEvent) -> None:
-    """Keeps losses of 0 off the line of an interval without a step: Megatron prints no -1."""
+    """Keeps losses of 0 off the line of an interval in which the optimizer took no step.
+
+    Megatron does not print a loss of -1.
+    """
     totals = log.call["total_loss_dict"]
     if log.skipped and not totals.get("advanced iterations", 0):
         for key, value in totals.items():
@@ -155,7 +151,7 @@ def _leave_out_if_all_skipped(log: LogEvent) -> None:
 
 
 class _Interval:
-    """A logging interval: the sums of Megatron's losses, on the device, and its speed."""
+    """Sums of Megatron's losses over a logging interval, on the device, and its speed."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
@@ -175,16 +171,11 @@ class _Interval:
             self._sums[key] = self._sums.get(key, 0.0) + value
 
     def means(self) -> dict[str, Any]:
-        """The mean losses of the steps that were not skipped."""
+        """Returns the mean losses of the steps that were not skipped."""
         return {key: value / self._taken_steps for key, value in self._sums.items()}
 
     def speed(self, samples: int, seq_length: int) -> dict[str, float]:
-        """The speed over all steps, skipped ones included.
-
-        Args:
-            samples: Consumed so far.
-            seq_length: Tokens of a sample.
-        """
+        """Returns the speed over all steps, skipped ones included, from the samples so far."""
         assert self._begun is not None
         seconds = _seconds_in_steps() - self._begun[1]
         return {
@@ -194,6 +185,5 @@ class _Interval:
 
 
 def _seconds_in_steps() -> float:
-    """Megatron's own measure, which stands still while it evaluates or saves."""
-    seconds: float = get_timers()("interval-time").active_time()
-    return seconds
+    """Returns the time by Megatron's timer, which is stopped while it evaluates or saves."""
+    return get_timers()("interval-time").active_time()

@@ -8,13 +8,11 @@ from megatron_rw.training.callbacks.base import Callback
 
 
 class ProfileCallback(Callback):
-    """Has the profiler take the steps that the flags name.
+    """Makes the profiler record the iterations that the flags name.
 
-    Megatron starts it that many steps after the resume, and stops it at the iteration of that
-    number, so that a resumed run leaves no trace, or that of other steps.
-
-    Args:
-        args: Megatron's arguments; its training loop reads them after `on_loaded`.
+    Megatron counts --profile-step-start from the resume and --profile-step-end from iteration 0, so
+    that a resumed run would leave no trace, or one of other steps. Its training loop reads the
+    arguments after `on_loaded`.
     """
 
     def __init__(self, args: Namespace) -> None:

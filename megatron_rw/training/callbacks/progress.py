@@ -1,4 +1,4 @@
-"""How far this rank is, for the watchdog, error messages and a container's health check."""
+"""Notes how far this rank is, for the watchdog, error messages and a container's health check."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from megatron_rw.training.callbacks.base import Callback, Step
 
 
 class ProgressCallback(Callback):
-    """Notes what this rank does, and has it watched once the ranks have met.
-
-    Args:
-        args: Megatron's arguments, for the timeout of its process groups.
-        progress: Where the position is noted.
-    """
+    """Notes what this rank does, and starts the watchdog once the ranks have met."""
 
     def __init__(self, args: Namespace, progress: Progress) -> None:
         self._args = args

@@ -1,7 +1,8 @@
 """Everything that a run refuses, before any long work: impossible, contradictory or missing.
 
-Each check is a function of parsed settings that raises a `UserError`; nothing is built for it.
-Checks of files run on rank 0 alone, so that 4,096 ranks do not ask the file system the same.
+Each check is a function of parsed settings. It builds nothing, and raises a `UserError` for the
+first problem that it finds. Checks of files run on rank 0 alone, so that 4,096 ranks do not ask the
+file system the same.
 """
 
 from __future__ import annotations
@@ -16,25 +17,14 @@ from megatron_rw.training.refusals.data import (
     fingerprints,
 )
 from megatron_rw.training.refusals.launch import check_cpu, check_shape
-from megatron_rw.training.refusals.method import (
-    check_backend,
-    check_kernels,
-    check_reweighting,
-)
+from megatron_rw.training.refusals.method import check_backend, check_kernels, check_reweighting
 from megatron_rw.training.refusals.monitoring import check_monitoring
 from megatron_rw.training.refusals.numbers import check_bad_numbers
 from megatron_rw.training.settings import Settings
 
 
 def check_parsed(settings: Settings) -> None:
-    """Checks what Megatron's own validation would report in its own terms, or too late.
-
-    Args:
-        settings: Parsed, not validated by Megatron yet.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Checks, before Megatron validates, what it would report in its own terms, or too late."""
     args = settings.megatron
     check_backend(settings)
     if args.yaml_cfg is None:
@@ -51,14 +41,7 @@ def check_parsed(settings: Settings) -> None:
 
 
 def check_validated(settings: Settings) -> None:
-    """Checks the validated arguments against the data, the checkpoint and our settings.
-
-    Args:
-        settings: Validated by Megatron; the padded vocabulary size is known.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Checks the validated arguments against the data, the checkpoint and our settings."""
     args = settings.megatron
     if args.rank == 0:
         args.data_fingerprints = fingerprints(args)
@@ -66,11 +49,5 @@ def check_validated(settings: Settings) -> None:
         check_split(args)
         check_vocabulary(args)
     check_kernels(args, settings.kernels)
-    check_bad_numbers(
-        settings.nonfinite,
-        log_dir=settings.monitoring.log_dir,
-        checks=args.check_for_nan_in_loss_and_grad,
-        megatron_fsdp=args.use_megatron_fsdp,
-        cuda_graph_impl=args.cuda_graph_impl,
-    )
+    check_bad_numbers(settings)
     check_reweighting(args, settings.reweight, settings.monitoring.log_dir)

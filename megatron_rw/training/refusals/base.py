@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from megatron_rw.errors import UserError
 
-# Flags that do not have the name of their argument.
+# Flags whose name is not that of their argument.
 _NAMES = {"gtp_weight_remat_size": "--tensor-parallel-num-weight-shards"}
 # Arguments that are in use when they are above 1.
 _SIZES = ("gtp_weight_remat_size", "context_parallel_size")
@@ -19,15 +19,12 @@ def flag(name: str) -> str:
 
 
 def refuse_flags(args: Namespace, why: Mapping[str, str], remedy: str) -> None:
-    """Refuses the flags of a table that are in use.
+    """Refuses the first flag of a table that is in use.
 
     Args:
         args: Megatron's arguments.
         why: By name of the argument, what the flag does that cannot be, to follow the flag's name.
         remedy: What to do instead, without a full stop.
-
-    Raises:
-        UserError: For the first one that is in use.
     """
     for name, reason in why.items():
         value = getattr(args, name, None)

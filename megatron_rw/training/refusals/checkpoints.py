@@ -13,19 +13,12 @@ from megatron_rw.resilience.folder import CheckpointFolder, nearest_existing
 from megatron_rw.resilience.saving import CheckpointConfig
 from megatron_rw.training.refusals.base import flag
 
+# Arguments that name folders to which the run writes.
 _WRITTEN = ("save", "tensorboard_dir", "data_cache_path")
 
 
 def check_saving(args: Namespace, config: CheckpointConfig) -> None:
-    """Check the flags on checkpoints, and on how the run ends, against each other.
-
-    Args:
-        args: Megatron's arguments, parsed.
-        config: Our flags.
-
-    Raises:
-        UserError: the first problem found.
-    """
+    """Checks the flags on checkpoints, and on how the run ends, against each other."""
     if args.save is not None and not args.save_interval:
         raise UserError("--save DIR needs --save-interval, the steps between checkpoints.")
     if args.save is None and args.save_interval:
@@ -73,15 +66,7 @@ def _check_async(args: Namespace) -> None:
 
 
 def check_folders(args: Namespace, log_dir: str | None) -> None:
-    """Sees that what the run writes can be written, and what it loads is there.
-
-    Args:
-        args: Megatron's arguments, parsed.
-        log_dir: The value of --log-dir.
-
-    Raises:
-        UserError: it cannot, or is not.
-    """
+    """Checks that what the run writes can be written, and that what it loads exists."""
     written = {flag(name): getattr(args, name) for name in _WRITTEN} | {"--log-dir": log_dir}
     for name, path in written.items():
         if path is None or "://" in path:
@@ -94,18 +79,18 @@ def check_folders(args: Namespace, log_dir: str | None) -> None:
                 f"{name} {path}: {existing} cannot be written to: give a "
                 "folder that can, or change its permissions."
             )
-    if args.exit_on_missing_checkpoint and not _is_there(args.load):
+    if args.exit_on_missing_checkpoint and not _holds_checkpoint(args.load):
         # Megatron would end with status 0, as if all were done.
         raise UserError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
     if args.pretrained_checkpoint is not None and not (
-        _is_there(args.load) or _is_there(args.pretrained_checkpoint)
+        _holds_checkpoint(args.load) or _holds_checkpoint(args.pretrained_checkpoint)
     ):
         raise UserError(
             f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint."
         )
 
 
-def _is_there(path: str | None) -> bool:
+def _holds_checkpoint(path: str | None) -> bool:
     if path is None:
         return False
     if "://" in path:

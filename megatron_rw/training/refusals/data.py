@@ -1,4 +1,7 @@
-"""Refusals of data: what is missing, damaged, of another tokenizer, or not what it was."""
+"""Refusals of data: what is missing, damaged, of another tokenizer, or not what it was.
+
+All checks run on one rank.
+"""
 
 from __future__ import annotations
 
@@ -14,75 +17,65 @@ from megatron_rw.data.indexed import integrity
 from megatron_rw.data.indexed.domains import DomainLookup, TokenizerRecord
 from megatron_rw.data.tokenizers.tokenizer import model_sha256
 from megatron_rw.errors import UserError
+from megatron_rw.training.refusals.base import flag
 
 
-def data_prefixes(args: Namespace) -> Iterator[str]:
+def data_prefixes(args: Namespace) -> list[str]:
     """Every `.bin/.idx` prefix that the arguments name, once each, in order."""
+    return list(dict.fromkeys(prefix for prefix, _ in _members(args)))
+
+
+def _members(args: Namespace) -> Iterator[tuple[str, float | None]]:
+    """Every member of the blends: its prefix, and its weight where it has one."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    seen: set[str] = set()
-    for member in [blend, *(blend_per_split or [])]:
-        for prefix in member[0] if member is not None else []:
-            if prefix not in seen:
-                seen.add(prefix)
-                yield prefix
+    for prefixes, weights in filter(None, [blend, *(blend_per_split or [])]):
+        yield from zip(prefixes, weights or [None] * len(prefixes), strict=True)
+
+
+def _on_disk(prefixes: list[str]) -> list[str]:
+    return [prefix for prefix in prefixes if not is_object_storage_path(prefix)]
+
+
+def _uses_no_pairs(args: Namespace) -> bool:
+    """Whether the samples do not come from `.bin/.idx` pairs."""
+    return bool(args.mock_data or args.sft)
 
 
 def check_files(args: Namespace) -> None:
-    """See that every file that the arguments name is there, and datasets are whole. On one rank.
-
-    Args:
-        args: parsed, not validated yet.
-
-    Raises:
-        UserError: one is not there, or damaged.
-    """
+    """Checks, before validation, that the files that are named exist and the datasets are whole."""
     for name in ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file"):
         path = getattr(args, name)
         # A Hugging Face tokenizer may be named by repository instead of path.
         is_path = name != "tokenizer_model" or args.tokenizer_type != "HuggingFaceTokenizer"
         if path is not None and is_path and not os.path.exists(path):
-            raise UserError(f"--{name.replace('_', '-')} {path}: there is no such file.")
-    if args.mock_data or args.sft:
+            raise UserError(f"{flag(name)} {path}: there is no such file.")
+    if _uses_no_pairs(args):
         return
     # Megatron cannot unpack an empty list.
-    prefixes = [] if args.data_path == [] else list(data_prefixes(args))
-    if not prefixes:
+    members = [] if args.data_path == [] else list(_members(args))
+    if not members:
         raise UserError(
             "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
         )
-    _check_weights(args)
-    for prefix in prefixes:
-        if is_object_storage_path(prefix):
-            continue
+    for prefix, weight in members:
+        if weight is not None and not weight > 0:
+            raise UserError(
+                f"data path {prefix} has the weight {weight:g}, which must be above 0: leave "
+                "it out to train without it."
+            )
+    for prefix in _on_disk(data_prefixes(args)):
         for suffix in (".idx", ".bin"):
             if not os.path.exists(prefix + suffix):
                 raise UserError(_missing_data(prefix, suffix))
         integrity.check_pair(prefix)
 
 
-def _check_weights(args: Namespace) -> None:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for member in [blend, *(blend_per_split or [])]:
-        for prefix, weight in zip(*member, strict=True) if member and member[1] else ():
-            if not weight > 0:
-                raise UserError(
-                    f"data path {prefix} has the weight {weight:g}, which must be above 0: leave "
-                    "it out to train without it."
-                )
-
-
 def check_split(args: Namespace) -> None:
-    """See that every dataset has a document in every part that is used. On one rank.
+    """Checks that every dataset has a document in every part that is used.
 
-    Megatron would train on nothing and end well, or look for an epoch without end.
-
-    Args:
-        args: validated.
-
-    Raises:
-        UserError: it has none.
+    Without one, Megatron would train on nothing and end well, or look for an epoch without end.
     """
-    if args.mock_data or args.sft or args.split is None:
+    if _uses_no_pairs(args) or args.split is None:
         return
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     if not re.fullmatch(f"{number}(,{number}){{0,2}}", args.split):
@@ -97,9 +90,7 @@ def check_split(args: Namespace) -> None:
     if shares[0] <= 0 and not args.skip_train:
         raise UserError(f"--split {args.split} leaves nothing to train on: its first share is 0.")
     used = ("training", "validation", "test") if args.eval_iters else ("training",)
-    for prefix in blend[0]:
-        if is_object_storage_path(prefix):
-            continue
+    for prefix in _on_disk(blend[0]):
         documents = integrity.check_pair(prefix)
         bounds = [round(documents * sum(shares[:i]) / sum(shares)) for i in range(len(shares) + 1)]
         for part, share, begin, end in zip(used, shares, bounds, bounds[1:], strict=False):
@@ -127,21 +118,12 @@ def _missing_data(prefix: str, suffix: str) -> str:
 
 
 def check_vocabulary(args: Namespace) -> None:
-    """Compare the data's tokenizer and token ids with the model's vocabulary. On one rank.
-
-    Args:
-        args: validated; the padded vocabulary size is known.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    if args.mock_data or args.sft:
+    """Compares the data's tokenizer and token ids with the model's padded vocabulary."""
+    if _uses_no_pairs(args):
         return
     domains, model = DomainLookup(), args.tokenizer_model
     digest = model_sha256(model) if model is not None and os.path.exists(model) else None
-    for prefix in data_prefixes(args):
-        if is_object_storage_path(prefix):
-            continue
+    for prefix in _on_disk(data_prefixes(args)):
         _check_tokenizer(prefix, domains.tokenizer(prefix), model, digest)
         record = domains.record(prefix)
         largest = record.max_token_id if record else integrity.largest_token_id(prefix)
@@ -165,7 +147,5 @@ def _check_tokenizer(
 
 
 def fingerprints(args: Namespace) -> dict[str, str]:
-    """Of every dataset on a disk, by absolute prefix: see `integrity.fingerprint`. On one rank."""
-    if args.mock_data or args.sft:
-        return {}
-    return integrity.fingerprints([p for p in data_prefixes(args) if not is_object_storage_path(p)])
+    """Returns the fingerprint of every dataset on a disk, by absolute prefix."""
+    return {} if _uses_no_pairs(args) else integrity.fingerprints(_on_disk(data_prefixes(args)))

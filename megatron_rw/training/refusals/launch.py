@@ -9,28 +9,16 @@ from megatron_rw.training.refusals.base import flag, refuse_flags
 
 
 def check_shape(args: Namespace) -> None:
-    """Checks the model's shape, the number of processes, batch sizes and the warm-up.
-
-    Args:
-        args: Megatron's arguments, parsed and not validated.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Checks the model's shape, the number of processes, batch sizes and the warm-up."""
     _check_required(args)
-    _check_world_size(args)
-    _check_batch_size(args)
+    _check_parallel_sizes(args)
     _check_warmup(args)
 
 
 def _check_required(args: Namespace) -> None:
     needed = (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "seq_length",
-        "max_position_embeddings",
-        "micro_batch_size",
+        *("num_layers", "hidden_size", "num_attention_heads"),
+        *("seq_length", "max_position_embeddings", "micro_batch_size"),
     )
     # A checkpoint's arguments may supply the shape.
     if args.use_checkpoint_args or args.heterogeneous_layers_config_path is not None:
@@ -42,7 +30,7 @@ def _check_required(args: Namespace) -> None:
         raise UserError("nothing to train for: give --train-iters or --train-samples.")
 
 
-def _check_world_size(args: Namespace) -> None:
+def _check_parallel_sizes(args: Namespace) -> None:
     model = (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
@@ -56,14 +44,7 @@ def _check_world_size(args: Namespace) -> None:
             f"{args.context_parallel_size} = {model}: start a multiple of {model} "
             "(torchrun --nproc-per-node, --nnodes) or lower one of the three."
         )
-
-
-def _check_batch_size(args: Namespace) -> None:
-    replicas = args.world_size // (
-        args.tensor_model_parallel_size
-        * args.pipeline_model_parallel_size
-        * args.context_parallel_size
-    )
+    replicas = args.world_size // model
     per_pass = args.micro_batch_size * replicas
     if args.global_batch_size is not None and args.global_batch_size % per_pass:
         raise UserError(
@@ -74,7 +55,7 @@ def _check_batch_size(args: Namespace) -> None:
 
 
 def _check_warmup(args: Namespace) -> None:
-    """Megatron asserts this without a word, after it has built the model."""
+    """Checks what Megatron asserts without a message once it has built the model."""
     for warmup, total, unit in (
         (args.lr_warmup_iters, args.lr_decay_iters or args.train_iters, "iters"),
         (args.lr_warmup_samples, args.lr_decay_samples or args.train_samples, "samples"),
@@ -87,11 +68,7 @@ def _check_warmup(args: Namespace) -> None:
 
 
 def check_cpu(args: Namespace) -> None:
-    """Refuses what needs a GPU.
-
-    Raises:
-        UserError: For the first flag that is in use.
-    """
+    """Refuses what needs a GPU."""
     if args.transformer_impl != "local":
         raise UserError(
             f"--transformer-impl {args.transformer_impl} needs a GPU: drop it to run on the CPU."

@@ -17,7 +17,7 @@ from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import KernelConfig, Settings
 
 _DROP = "drop it, or --fused-linear-cross-entropy"
-# What the fused output layer would silently leave out, or was not tried with.
+# Flags that the fused output layer would silently ignore, or was not tested with.
 _OUTPUT_LAYER = {
     "fp8_output_proj": "computes the output layer in FP8, with products of its own",
     "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its backward "
@@ -29,7 +29,7 @@ _OUTPUT_LAYER = {
     "gtp_weight_remat_size": "cuts the output layer's weight again",
     "logits_load_dir": "compares the logits with others",
 }
-# Losses that are not one of a sample, or that the weights cannot reach.
+# Flags whose losses are not losses of single samples, or that the weights do not reach.
 _REWEIGHTING = {
     "fp16_lm_cross_entropy": "rounds the losses to 16 bits, which quantises the weights",
     "sft": "packs conversations into one sequence, which has no loss per sample here",
@@ -42,11 +42,7 @@ _REWEIGHTING = {
 
 
 def check_backend(settings: Settings) -> None:
-    """Chooses the kernels and sees that they can run.
-
-    Raises:
-        UserError: If they would not be used, or cannot run here.
-    """
+    """Chooses the kernels; refuses ones that would not be used, or cannot run here."""
     kernels = settings.kernels
     chosen = kernels.reweight_kernels
     if chosen != "auto":
@@ -64,15 +60,7 @@ def check_backend(settings: Settings) -> None:
 
 
 def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
-    """Checks the implementations of the loss against each other and the model.
-
-    Args:
-        args: Megatron's arguments, validated.
-        kernels: The chosen implementations.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Checks the implementations of the loss against each other and the model."""
     fused, budget = kernels.cross_entropy_impl == "fused", kernels.logits_budget_mib
     if fused and args.cross_entropy_loss_fusion:
         raise UserError(
@@ -97,16 +85,7 @@ def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
 
 
 def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | None) -> None:
-    """Refuses what has no loss per sample, or what a scope cannot keep exact.
-
-    Args:
-        args: Megatron's arguments, validated.
-        config: The reweighting settings.
-        log_dir: The value of --log-dir.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Refuses what has no loss per sample, or what a scope cannot keep exact."""
     if config.log_samples and log_dir is None:
         raise UserError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
     if not config.enabled:

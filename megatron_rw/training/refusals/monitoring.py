@@ -11,16 +11,7 @@ from megatron_rw.platform import Device
 
 
 def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) -> None:
-    """Checks the flags against each other, the device and the disk.
-
-    Args:
-        args: Megatron's arguments, parsed.
-        config: Our flags.
-        device: The device in use.
-
-    Raises:
-        UserError: For the first problem found.
-    """
+    """Checks the flags against each other, the device and the disk."""
     if config.log_slowest_rank:
         _check_slowest_rank(args)
     if args.profile:
