@@ -11,6 +11,7 @@ from typing import Any
 from megatron_rw.data.indexed.domains import domain_names
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
+from megatron_rw.resilience.resuming import SHAPING
 from megatron_rw.scoring.plan import Blocks, Plan
 from megatron_rw.training.refusals.data import data_prefixes
 
@@ -18,14 +19,6 @@ _VERSION = 1
 _DEFINITION = (
     "token_losses[i] = -ln p(token i of the .bin | the tokens before it in its document, as many "
     "as its row holds), nats; NaN for the first token of a document"
-)
-# Arguments of the model. Runs that were killed can only be gone on with while these stay the same.
-_MODEL = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-    *("group_query_attention", "num_query_groups", "multi_latent_attention", "swiglu"),
-    *("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
-    *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
-    *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
 # Arguments that do not change a row's shape, but the last bits of its losses.
 _PRECISION = (
@@ -65,7 +58,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
         "version": _VERSION,
         "definition": _DEFINITION,
         "checkpoint": {"path": os.path.abspath(args.load), "iteration": _iteration(args)},
-        "model": {name: _plain(getattr(args, name)) for name in _MODEL},
+        "model": {name: _plain(getattr(args, name)) for name in SHAPING},
         "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
         "rows": dataclasses.asdict(plan),
         "datasets": datasets,
