@@ -29,11 +29,6 @@ class MonitoringConfig:
     took longer than the median of its pipeline stage."""
 
     def __post_init__(self) -> None:
-        """Checks the settings against each other.
-
-        Raises:
-            UserError: Names the flag and the remedy.
-        """
         if self.prometheus_port is None:
             if self.prometheus_address != DEFAULT_ADDRESS:
                 raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")

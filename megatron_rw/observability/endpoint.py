@@ -17,44 +17,41 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from megatron_rw.errors import UserError
 
-PATH = "/metrics"
-
-# The gauges without labels: meaning, and where a record of a logging interval has the value.
+# What the gauges without labels mean.
 _GAUGES = {
-    "start_time_seconds": ("When the process began, Unix time.", None),
-    "iteration": ("Completed iterations.", None),
-    "consumed_samples": ("Samples trained on.", None),
-    "consumed_tokens": ("Tokens trained on.", None),
-    "last_step_timestamp_seconds": ("When the last step ended, Unix time.", None),
-    "last_checkpoint_iteration": ("Iteration of the last complete checkpoint.", None),
+    "start_time_seconds": "When the process began, Unix time.",
+    "iteration": "Completed iterations.",
+    "consumed_samples": "Samples trained on.",
+    "consumed_tokens": "Tokens trained on.",
+    "last_step_timestamp_seconds": "When the last step ended, Unix time.",
+    "last_checkpoint_iteration": "Iteration of the last complete checkpoint.",
     "last_checkpoint_timestamp_seconds": (
-        "When this process last completed a checkpoint, Unix time.",
-        None,
+        "When this process last completed a checkpoint, Unix time."
     ),
-    "learning_rate": ("Learning rate of the last step.", "learning_rate"),
-    "loss_scale": ("Loss scale of mixed precision.", "loss_scale"),
-    "grad_norm": ("Norm of the gradient before clipping.", "grad_norm"),
-    "step_duration_seconds": (
-        "Duration of a step, without evaluations and checkpoints.",
-        "speed.seconds_per_step",
-    ),
-    "tokens_per_second": ("Tokens trained on, by all ranks.", "speed.tokens_per_second"),
-    "reweight_temperature": ("Temperature of the last step.", "reweight.temperature"),
-    "reweight_ess_ratio": (
-        "Effective sample size as a fraction of the set; 1 is uniform.",
-        "reweight.ess",
-    ),
-    "reweight_max_weight": ("Largest weight of a sample.", "reweight.max_weight"),
-    "reweight_relative_max_weight": (
-        "Largest weight times set size, mean over sets; 1 is uniform.",
-        "reweight.relative_max_weight",
-    ),
-    "reweight_nonfinite_samples": (
-        "Samples left out since their loss is not finite.",
-        "reweight.nonfinite_samples",
-    ),
+    "learning_rate": "Learning rate of the last step.",
+    "loss_scale": "Loss scale of mixed precision.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "step_duration_seconds": "Duration of a step, without evaluations and checkpoints.",
+    "tokens_per_second": "Tokens trained on, by all ranks.",
+    "reweight_temperature": "Temperature of the last step.",
+    "reweight_ess_ratio": "Effective sample size as a fraction of the set; 1 is uniform.",
+    "reweight_max_weight": "Largest weight of a sample.",
+    "reweight_relative_max_weight": "Largest weight times set size, mean over sets; 1 is uniform.",
+    "reweight_nonfinite_samples": "Samples left out since their loss is not finite.",
 }
-_PATHS = {name: path for name, (_, path) in _GAUGES.items() if path is not None}
+# Where a record of a logging interval has the values of some.
+_PATHS = {
+    "learning_rate": "learning_rate",
+    "loss_scale": "loss_scale",
+    "grad_norm": "grad_norm",
+    "step_duration_seconds": "speed.seconds_per_step",
+    "tokens_per_second": "speed.tokens_per_second",
+    "reweight_temperature": "reweight.temperature",
+    "reweight_ess_ratio": "reweight.ess",
+    "reweight_max_weight": "reweight.max_weight",
+    "reweight_relative_max_weight": "reweight.relative_max_weight",
+    "reweight_nonfinite_samples": "reweight.nonfinite_samples",
+}
 # The numbers of a record's top level that are not losses.
 _NOT_LOSSES = {"time", "iteration", *_PATHS.values()}
 
@@ -63,15 +60,7 @@ _Samples = Sequence[tuple[Sequence[str], float]]
 
 
 class Endpoint:
-    """Serves `/metrics` from a thread of its own.
-
-    Args:
-        address: The address to listen at.
-        port: The port to listen at; 0 for any that is free.
-        seq_length: Tokens of a sample.
-
-    Attributes:
-        url: Where the metrics are.
+    """Serves `/metrics` at its `url`, from a thread of its own.
 
     Raises:
         UserError: If the port is taken, or the address is not this host's. Only this rank knows.
@@ -101,16 +90,10 @@ class Endpoint:
         os.register_at_fork(after_in_child=self._server.socket.close)
         host, port = self._server.server_address[:2]
         host = socket.gethostname() if host in ("0.0.0.0", "::") else str(host)
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
 
     def step(self, iteration: int, samples: int, skipped: bool) -> None:
-        """Notes a step.
-
-        Args:
-            iteration: Completed iterations.
-            samples: Samples consumed so far, over the whole training.
-            skipped: Whether there was no update.
-        """
+        """Notes how far training is after a step, and whether the step was no update."""
         self._skipped += skipped
         self._progress = {
             "iteration": iteration,
@@ -142,7 +125,7 @@ class Endpoint:
         interval = {name: _at(train, path) for name, path in _PATHS.items()}
         for name, value in (self._start | progress | self._checkpoint | interval).items():
             if value is not None:
-                yield GaugeMetricFamily(f"megatron_rw_{name}", _GAUGES[name][0], value=value)
+                yield GaugeMetricFamily(f"megatron_rw_{name}", _GAUGES[name], value=value)
         if progress:
             yield CounterMetricFamily(
                 "megatron_rw_skipped_iterations",
@@ -161,8 +144,7 @@ class Endpoint:
         ):
             samples = _of_domains(records, field)
             yield from _labelled(name, meaning, ("split", "domain"), samples)
-        slowest = train.get("slowest_rank")
-        if slowest is not None:
+        if (slowest := train.get("slowest_rank")) is not None:
             yield from _labelled(
                 "slowest_rank_ratio",
                 "Forward time of the slowest rank over the median of its pipeline stage.",

@@ -24,11 +24,6 @@ def explaining(
     The line names rank, host and place, how full the device is, and flags that would help. With
     Megatron's --record-memory-history it names the snapshot that Megatron has written of the failed
     allocation, for pytorch.org/memory_viz.
-
-    Args:
-        train: The function.
-        args: Megatron's validated arguments.
-        progress: Where the rank is.
     """
 
     @functools.wraps(train)
@@ -42,20 +37,11 @@ def explaining(
     return explained
 
 
-def snapshot_path(args: Namespace) -> str | None:
-    """Returns where Megatron writes this rank's memory snapshot; None where it writes none."""
-    if not args.record_memory_history:
-        return None
-    if args.profile_ranks and args.rank not in args.profile_ranks:
-        return None
-    base, extension = os.path.splitext(args.memory_snapshot_path)
-    return f"{base}_oom_rank-{args.rank}{extension}"
-
-
 def _explanation(args: Namespace, progress: Progress) -> str:
     gib = 2.0**30
-    path = snapshot_path(args)
-    if path is None:
+    # Where Megatron writes this rank's snapshot.
+    path = f"_oom_rank-{args.rank}".join(os.path.splitext(args.memory_snapshot_path))
+    if not args.record_memory_history or args.rank not in (args.profile_ranks or [args.rank]):
         snapshot = "--record-memory-history would leave a snapshot of what took it."
     elif os.path.exists(path):
         snapshot = f"Snapshot: {path}."

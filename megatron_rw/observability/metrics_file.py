@@ -13,10 +13,11 @@ import torch
 
 def numbers(record: Mapping[str, object]) -> dict[str, Any]:
     """Returns a record with its tensors as numbers; waits for the device they are on."""
-    result: dict[str, Any] = _each(
-        lambda value: value.item() if isinstance(value, torch.Tensor) else value, record
-    )
-    return result
+    return {name: _each(_number, value) for name, value in record.items()}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _each(change: Callable[[Any], Any], value: Any) -> Any:
@@ -28,7 +29,7 @@ def _each(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _json(value: Any) -> Any:
-    """Returns a value as JSON can hold it, which has no number that is not finite."""
+    # JSON has no number that is not finite.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -36,9 +37,6 @@ class MetricsFile:
     """`metrics.jsonl`: one object per line, appended, flushed at once.
 
     After a resume an iteration can appear twice; then the later line counts.
-
-    Args:
-        log_dir: The folder, created if it is missing.
     """
 
     def __init__(self, log_dir: str) -> None:

@@ -48,22 +48,14 @@ def event_maker(device: Device) -> Callable[[], Any]:
 
 @dataclass(frozen=True)
 class SlowestRank:
-    """The slowest rank of a logging interval.
-
-    Attributes:
-        rank: The global rank.
-        host: The host it runs on.
-        ratio: Its forward time over the median of its pipeline stage's ranks, the lower median.
-        seconds: Its forward time, over the interval.
-    """
+    """The slowest rank of a logging interval."""
 
     rank: int
     host: str
-    ratio: float
-    seconds: float
+    ratio: float  # Its forward time over the lower median of its pipeline stage's ranks.
+    seconds: float  # Its forward time, over the interval.
 
     def __str__(self) -> str:
-        """Returns the text for the log."""
         return (
             f"slowest rank: {self.rank} on {self.host}, {self.ratio:.2f} of the median forward "
             f"time ({self.seconds:.3f} s)"
@@ -71,11 +63,7 @@ class SlowestRank:
 
 
 class ForwardTimes:
-    """Times this rank's forward passes, and finds the slowest rank.
-
-    Args:
-        make_event: Makes a new event; see `event_maker`.
-    """
+    """Times this rank's forward passes with events of `event_maker`; finds the slowest rank."""
 
     def __init__(self, make_event: Callable[[], Any]) -> None:
         self._make_event = make_event
@@ -98,10 +86,8 @@ class ForwardTimes:
         """Compares the interval's times and begins a new interval. Collective over all ranks.
 
         Call it where the device has finished the passes. It costs one all-gather of 16 bytes a
-        rank, and the first time one of the hosts' names.
-
-        Args:
-            stage: This rank's pipeline stage; only ranks of one stage have the same work.
+        rank, and the first time one of the hosts' names. Ranks are compared with those of their
+        pipeline stage, which have the same work.
         """
         seconds = sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1e3
         self._free += self._pairs

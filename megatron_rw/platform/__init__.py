@@ -23,17 +23,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def select_device(argv: Sequence[str]) -> Device:
-    """Reads `--device` from a command line and makes that device ready.
+    """Reads `--device` from a command line without the program's name; makes that device ready.
 
-    Must run before the first import of `megatron`. `auto` (the default) takes CUDA when a
-    device is visible and the CPU otherwise.
-
-    Args:
-        argv: The command line without the program's name. Flags other than `--device` are left
-            for Megatron's own parser.
-
-    Returns:
-        The device in use.
+    Must run before the first import of `megatron`. `auto` (the default) takes CUDA when a device is
+    visible and the CPU otherwise. Other flags are left for Megatron's own parser.
 
     Raises:
         UserError: If `--device cuda` is given where there is no CUDA device, or an unknown device,

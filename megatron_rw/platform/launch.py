@@ -18,9 +18,6 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
     torchrun sets all of it. Under `srun` with one task per GPU the ranks come from SLURM, and the
     first task's node serves as master. Otherwise this is a run of one process.
 
-    Args:
-        env: The environment, changed in place.
-
     Raises:
         UserError: If a launcher set some variables and not others. Only this rank may know.
     """
@@ -31,7 +28,14 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
                 f"RANK or WORLD_SIZE is set, but {', '.join(missing)} is not: start with torchrun, "
                 "or unset both for a run of one process."
             )
-        _check_numbers(env)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+            if not env[name].isdecimal():
+                raise _error(f"{name}={env[name]} is no number: start with torchrun.")
+        if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
+            raise _error(
+                f"RANK={env['RANK']} is none of the ranks 0 to {int(env['WORLD_SIZE']) - 1} that "
+                f"WORLD_SIZE={env['WORLD_SIZE']} has: start with torchrun."
+            )
         return
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         env["RANK"] = env["SLURM_PROCID"]
@@ -43,22 +47,13 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
         return
     env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(_free_port()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
 
 
 def _error(message: str) -> UserError:
     return UserError(message, known_to_all=False)
-
-
-def _check_numbers(env: MutableMapping[str, str]) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        if not env[name].isdecimal():
-            raise _error(f"{name}={env[name]} is no number: start with torchrun.")
-    if int(env["RANK"]) >= int(env["WORLD_SIZE"]):
-        raise _error(
-            f"RANK={env['RANK']} is none of the ranks 0 to {int(env['WORLD_SIZE']) - 1} that "
-            f"WORLD_SIZE={env['WORLD_SIZE']} has: start with torchrun."
-        )
 
 
 def _slurm_master(env: MutableMapping[str, str]) -> str:
@@ -72,12 +67,6 @@ def _slurm_master(env: MutableMapping[str, str]) -> str:
             'hostnames "$SLURM_JOB_NODELIST" | head -n 1) before srun.'
         )
     return address
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def prepare_process(env: MutableMapping[str, str] = os.environ) -> None:

@@ -31,11 +31,6 @@ def try_collectives(
     A watchdog ends the process, with the names of the ranks that keep the others waiting, if the
     group stands still for most of `messages.wait_s`.
 
-    Args:
-        messages: Its store brings the group together.
-        backend: The job's --distributed-backend.
-        device: What `platform.select_device` chose.
-
     Returns:
         Why collectives do not work, None if they do; and, on rank 0 of GPUs, the lines of the sniff
         test, of which those that begin with "OUTLIER" name a rank far from the median.
@@ -55,7 +50,7 @@ def try_collectives(
             timeout=timedelta(seconds=messages.wait_s),
         )
         progress.then("preflight, all-reduce over all ranks")
-        problem = check_sum(device)
+        problem = _check_sum(device)
         progress.then("preflight, Megatron's GPU sniff test")
         speeds = sniff_test() if device == "cuda" else []
         dist.destroy_process_group()
@@ -67,7 +62,7 @@ def try_collectives(
         dog.stop()
 
 
-def check_sum(device: Device) -> str | None:
+def _check_sum(device: Device) -> str | None:
     """All-reduces ones over all ranks, and returns what is wrong with the sum."""
     ranks = dist.get_world_size()
     message = torch.ones(1 << 20, device=device)

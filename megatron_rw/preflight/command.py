@@ -58,8 +58,7 @@ def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> i
     if needed is None:
         print("Megatron has no formulas for a hybrid model.")
         return 0
-    for line in needed.lines(settings):
-        print(line)
+    print(*needed.lines(settings), sep="\n")
     if settings.json is not None:
         write_json(settings.json, {"estimate": dataclasses.asdict(needed)})
     if needed.memory_bytes <= settings.device_memory_gib * GIB:

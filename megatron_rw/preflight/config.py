@@ -37,11 +37,6 @@ class PreflightConfig:
     """Model FLOPs utilisation assumed for estimates of time, from 0 to 1. It was not measured."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            UserError: One is impossible.
-        """
         for name in (
             *("wait_seconds", "room_for_checkpoints", "estimate"),
             *("device_memory_gib", "peak_tflops", "assumed_mfu"),

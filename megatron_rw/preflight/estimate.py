@@ -37,29 +37,18 @@ PEAK_TFLOPS = {16: 989.0, 32: 67.0}
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job will need.
+    """What a job will need."""
 
-    Attributes:
-        gpus: Processes, one a GPU.
-        parameters: Of the whole model, without biases and position embeddings.
-        weights_bytes: Weights, gradients and optimizer state on the fullest GPU.
-        activation_bytes: Activations there.
-        checkpoint_bytes: A whole checkpoint, with Adam's state unless --no-save-optim.
-        operations: Floating-point operations of all steps.
-        bits: Of the operands of matrix products.
-        limits: What the memory formula leaves out, in words.
-    """
-
-    gpus: int
-    parameters: float
-    weights_bytes: float
-    activation_bytes: float
-    checkpoint_bytes: float
+    gpus: int  # Processes, one a GPU.
+    parameters: float  # Of the whole model, without biases and position embeddings.
+    weights_bytes: float  # Weights, gradients and optimizer state on the fullest GPU.
+    activation_bytes: float  # Activations there.
+    checkpoint_bytes: float  # A whole checkpoint, with Adam's state unless --no-save-optim.
     steps: int
     tokens: int
-    operations: float
-    bits: int
-    limits: tuple[str, ...]
+    operations: float  # Floating-point operations of all steps.
+    bits: int  # Of the operands of matrix products.
+    limits: tuple[str, ...]  # What the memory formula leaves out, in words.
 
     @property
     def memory_bytes(self) -> float:
@@ -129,7 +118,7 @@ def estimate(args: Namespace) -> Estimate | None:
     args = copy.copy(args)
     with contextlib.redirect_stdout(io.StringIO()):
         weights, activations, _ = report_theoretical_memory(args, get_num_microbatches())
-    parameters = count_parameters(args)
+    parameters = _count_parameters(args)
     batch = args.global_batch_size
     steps = args.train_iters or math.ceil((args.train_samples or 0) / batch)
     return Estimate(
@@ -137,7 +126,7 @@ def estimate(args: Namespace) -> Estimate | None:
         parameters=parameters,
         weights_bytes=weights * NUM_BYTES_IN_MEGABYTE,
         activation_bytes=activations * NUM_BYTES_IN_MEGABYTE,
-        checkpoint_bytes=parameters * saved_bytes_per_parameter(args),
+        checkpoint_bytes=parameters * _saved_bytes_per_parameter(args),
         steps=steps,
         tokens=steps * batch * args.seq_length,
         operations=steps * num_floating_point_operations(args, batch),
@@ -146,7 +135,7 @@ def estimate(args: Namespace) -> Estimate | None:
     )
 
 
-def count_parameters(args: Namespace) -> float:
+def _count_parameters(args: Namespace) -> float:
     """Counts the parameters of the whole model, as Megatron's memory formula does.
 
     The formula prints their number with two digits only. Where nothing is distributed its result
@@ -159,7 +148,7 @@ def count_parameters(args: Namespace) -> float:
     return float(compute_weight_and_optimizer_memory(whole)) / _BYTES_PER_PARAMETER
 
 
-def saved_bytes_per_parameter(args: Namespace) -> int:
+def _saved_bytes_per_parameter(args: Namespace) -> int:
     """Counts a checkpoint's bytes: the weight, and for Adam the fp32 weight and both moments."""
     weight = _bits(args) // 8
     if args.no_save_optim:

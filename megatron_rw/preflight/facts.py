@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -29,66 +30,35 @@ def amount(nbytes: float) -> str:
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's machine.
-
-    Attributes:
-        rank: Of the process that looked.
-        host: Its name.
-        refusal: Why the job would not start on this rank, None where it would.
-        setup: What has to be the same on all ranks, by name: the device, the driver, CUDA, NCCL,
-            Python and packages; "none" where there is none.
-        device_memory: Bytes of the GPU, None on the CPU.
-        free_memory: Bytes of it that nobody uses.
-        free_disk: Bytes free on the disk of --save, None without --save, or where it is no folder.
-        save_problem: Why --save cannot be written to, None where it can.
-    """
+    """One rank's machine; sizes are in bytes."""
 
     rank: int
     host: str
-    refusal: str | None
-    setup: dict[str, str]
-    device_memory: int | None
-    free_memory: int | None
-    free_disk: int | None
-    save_problem: str | None
+    refusal: str | None  # Why the job would not start on this rank.
+    setup: dict[str, str]  # What has to be the same on all ranks, by name; "none" for what is not.
+    device_memory: int | None  # None on the CPU.
+    free_memory: int | None  # Of the device's, what nobody uses.
+    free_disk: int | None  # On the disk of --save; None without --save, or where it is no folder.
+    save_problem: str | None  # Why --save cannot be written to.
 
 
 def look_around(rank: int, device: Device, save: str | None, refusal: str | None) -> Facts:
     """Returns the facts of this rank; on CUDA about the current device."""
-    free, total = torch.cuda.mem_get_info() if device == "cuda" else (None, None)
-    free_disk, save_problem = try_to_save(save)
-    return Facts(
-        rank=rank,
-        host=socket.gethostname(),
-        refusal=refusal,
-        setup=_setup(device),
-        device_memory=total,
-        free_memory=free,
-        free_disk=free_disk,
-        save_problem=save_problem,
-    )
-
-
-def _setup(device: Device) -> dict[str, str]:
     on_gpu = device == "cuda"
-    return {
+    free, total = torch.cuda.mem_get_info() if on_gpu else (None, None)
+    setup = {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "driver": driver_version(_DRIVER),
         "CUDA": str(torch.version.cuda) if on_gpu else NONE,
         "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else NONE,
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        **{
-            name: _package_version(name) for name in ("megatron-core", "transformer-engine", "apex")
-        },
     }
-
-
-def _package_version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return NONE
+    for name in ("megatron-core", "transformer-engine", "apex"):
+        setup[name] = NONE
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            setup[name] = importlib.metadata.version(name)
+    return Facts(rank, socket.gethostname(), refusal, setup, total, free, *try_to_save(save))
 
 
 def driver_version(path: Path) -> str:
@@ -104,10 +74,7 @@ def try_to_save(save: str | None) -> tuple[int | None, str | None]:
     """Writes a small file where the job will save, and deletes it.
 
     A folder that is not there yet is not created: the job does that, with rights that it needs in
-    the nearest folder above, which is tried instead.
-
-    Args:
-        save: Folder, None for a job that saves nothing; object storage is not tried.
+    the nearest folder above, which is tried instead. Object storage is not tried.
 
     Returns:
         Bytes free there, and what the operating system says against writing.

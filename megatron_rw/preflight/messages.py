@@ -1,4 +1,4 @@
-"""Messages between the ranks of a job, and the names of the ranks that do not answer.
+"""Messages between the ranks of a job: who does not answer, and whose clock is off.
 
 They go through a `TCPStore`, before there is any process group: when a rank does not join a group,
 torch cannot say which one. Messages are JSON values under keys.
@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistError
 from torch.distributed.rendezvous import rendezvous
+
+_ROUNDS = 7
 
 
 class NoAnswerError(Exception):
@@ -22,21 +27,14 @@ class NoAnswerError(Exception):
 
 
 class RankMessages:
-    """Messages to and from all ranks of a job.
-
-    Args:
-        store: The job's.
-        rank: Of this process.
-        size: Number of ranks.
-        wait_s: Seconds to wait for a message.
-    """
+    """Messages to and from all ranks of a job, each of which is waited for `wait_s` seconds."""
 
     def __init__(self, store: Any, rank: int, size: int, wait_s: float) -> None:
         self.store, self.rank, self.size, self.wait_s = store, rank, size, wait_s
 
     def send(self, key: str, value: Any) -> None:
         """Sends a value to all who ask for this key of this rank."""
-        self.store.set(_name(f"{key}/{self.rank}"), json.dumps(value))
+        self.store.set(_name(key, self.rank), json.dumps(value))
 
     def receive(self, key: str, rank: int, wait_s: float | None = None) -> Any:
         """Returns what a rank sends, after waiting for it.
@@ -44,7 +42,7 @@ class RankMessages:
         Raises:
             NoAnswerError: It sent nothing.
         """
-        name = _name(f"{key}/{rank}")
+        name = _name(key, rank)
         seconds = self.wait_s if wait_s is None else wait_s
         try:
             self.store.wait([name], timedelta(seconds=seconds))
@@ -57,21 +55,15 @@ class RankMessages:
     def receive_all(
         self, key: str, ranks: Sequence[int] | None = None, wait_s: float | None = None
     ) -> tuple[dict[int, Any], list[int]]:
-        """Returns what ranks send, by rank, and those of them that sent nothing in time.
-
-        Args:
-            key: Of the message.
-            ranks: All by default.
-            wait_s: Of this class by default.
-        """
+        """Returns what ranks send, by rank, and those of them that sent nothing in time."""
         ranks = range(self.size) if ranks is None else ranks
-        names = [_name(f"{key}/{rank}") for rank in ranks]
+        names = {rank: _name(key, rank) for rank in ranks}
         with contextlib.suppress(DistError):
             seconds = self.wait_s if wait_s is None else wait_s
-            self.store.wait(names, timedelta(seconds=seconds))
+            self.store.wait(list(names.values()), timedelta(seconds=seconds))
         sent = {
             rank: json.loads(self.store.get(name))
-            for rank, name in zip(ranks, names, strict=True)
+            for rank, name in names.items()
             if self.store.check([name])
         }
         return sent, [rank for rank in ranks if rank not in sent]
@@ -81,9 +73,6 @@ def open_store(wait_s: float) -> Any:
     """Connects to the job's store, which rank 0 holds, or torchrun where it does.
 
     This is torch's `env://`, except that it does not wait for all ranks.
-
-    Args:
-        wait_s: Seconds to wait for the store.
     """
     # Told the true number of ranks torch would wait for them here, and not say who is missing.
     store, _, _ = next(
@@ -94,5 +83,43 @@ def open_store(wait_s: float) -> Any:
     return store
 
 
-def _name(key: str) -> str:
-    return f"megatron_rw/preflight/{key}"
+def _name(key: str, rank: int) -> str:
+    return f"megatron_rw/preflight/{key}/{rank}"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A host's clock compared with rank 0's, measured as NTP does; both in seconds."""
+
+    ahead: float  # The error is at most half a round trip.
+    round_trip: float
+
+
+def median_clock(rounds: Sequence[tuple[float, float, float]]) -> Clock:
+    """Returns the offset of a clock from round trips to its host.
+
+    Args:
+        rounds: At least one (time here before, time there, time here after), in seconds.
+    """
+    return Clock(
+        statistics.median(there - (before + after) / 2 for before, there, after in rounds),
+        statistics.median(after - before for before, _, after in rounds),
+    )
+
+
+def ask_clock(messages: RankMessages, rank: int) -> Clock:
+    """Compares clocks with a rank that is in `answer_clock`. On rank 0."""
+    rounds = []
+    for number in range(_ROUNDS):
+        before = time.time()
+        messages.send(f"ask/{rank}/{number}", True)
+        there = messages.receive(f"answer/{number}", rank)
+        rounds.append((before, there, time.time()))
+    return median_clock(rounds)
+
+
+def answer_clock(messages: RankMessages) -> None:
+    """Sends the time whenever rank 0 asks. On another rank."""
+    for number in range(_ROUNDS):
+        messages.receive(f"ask/{messages.rank}/{number}", 0)
+        messages.send(f"answer/{number}", time.time())

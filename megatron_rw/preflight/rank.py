@@ -20,12 +20,17 @@ from megatron_rw.errors import USER_ERROR_STATUS, UserError
 from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_complete
 from megatron_rw.preflight import report
-from megatron_rw.preflight.clocks import answer_clock, ask_clock
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.config import PreflightConfig
 from megatron_rw.preflight.estimate import advice, estimate
 from megatron_rw.preflight.facts import Facts, look_around
-from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
+from megatron_rw.preflight.messages import (
+    NoAnswerError,
+    RankMessages,
+    answer_clock,
+    ask_clock,
+    open_store,
+)
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
 from megatron_rw.training.arguments import megatron_refusals
@@ -37,12 +42,7 @@ _LAST_WAIT_S = 10.0
 
 
 def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int:
-    """Makes all checks. On every rank.
-
-    Args:
-        settings: The preflight's own flags.
-        flags: The job's.
-        device: What `platform.select_device` chose.
+    """Makes all checks of a job with these flags, on every rank.
 
     Returns:
         The exit status, the same on all ranks that see the end.
@@ -112,7 +112,7 @@ def _lead(
         messages.send("first ranks", None)
         refused = any(one.refusal is not None for one in facts)
         return _end(settings, messages, results, record, USER_ERROR_STATUS if refused else PROBLEMS)
-    first_ranks = {host: ranks[0] for host, ranks in report.hosts_of(facts).items()}
+    first_ranks = {host: own[0].rank for host, own in report.by_host(facts).items()}
     messages.send("first ranks", list(first_ranks.values()))
     clocks = {host: ask_clock(messages, rank) for host, rank in first_ranks.items() if rank}
     messages.send("clocks are compared", True)
@@ -123,13 +123,11 @@ def _lead(
         raise NoAnswerError(f"{ranks_text(missing)} did not finish the collectives")
 
     needed = estimate(args)
-    for line in report.table(facts, clocks, speeds):
-        print(line)
+    print(*report.table(facts, clocks, speeds), sep="\n")
     if needed is not None:
         # Without the peak of the device there is no time.
         known = settings.peak_tflops is not None or "H100" in facts[0].setup["device"]
-        for line in needed.lines(settings if known else None):
-            print(line)
+        print(*needed.lines(settings if known else None), sep="\n")
     print()
     size = None if needed is None else needed.checkpoint_bytes
     wanted = settings.room_for_checkpoints or (args.keep_last or 1) + 1

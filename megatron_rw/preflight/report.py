@@ -6,12 +6,13 @@ Everything here is a function of what the ranks sent: `facts` are those of all r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_rw.preflight.clocks import Clock
 from megatron_rw.preflight.facts import Facts, amount
+from megatron_rw.preflight.messages import Clock
 
 if TYPE_CHECKING:
     # Imports Megatron, which has to wait until the device is chosen.
@@ -29,23 +30,18 @@ _NOTHING = "-"
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of one check.
+    """The result of one check, with a text that names the remedy.
 
-    Attributes:
-        level: A job should not be started with a problem.
-        text: Message to print, with the remedy.
+    A job should not be started with a problem.
     """
 
     level: Level
     text: str
 
 
-def hosts_of(facts: Sequence[Facts]) -> dict[str, list[int]]:
-    """Returns the ranks of each host, in the order of their first ranks."""
-    found: dict[str, list[int]] = {}
-    for one in sorted(facts, key=lambda one: one.rank):
-        found.setdefault(one.host, []).append(one.rank)
-    return found
+def by_host(facts: Sequence[Facts]) -> dict[str, list[Facts]]:
+    """Returns the facts of each host's ranks, in the order of their first ranks."""
+    return _grouped(facts, lambda one: one.host)
 
 
 def check_presence(
@@ -175,8 +171,8 @@ def check_memory(facts: Sequence[Facts], needed: Estimate | None, advice: str) -
 def table(
     facts: Sequence[Facts], clocks: Mapping[str, Clock], speeds: Sequence[str]
 ) -> Iterator[str]:
-    """Yields the lines of the table; what is the same on all ranks is told once."""
-    hosts = hosts_of(facts)
+    """Yields the lines of the table, which tells once what is the same on all ranks."""
+    hosts = by_host(facts)
     yield f"preflight: {_count(len(facts), 'rank')}, {_count(len(hosts), 'host')}"
     for name in facts[0].setup:
         groups = _by_version(facts, name)
@@ -186,8 +182,7 @@ def table(
     yield ""
     rows: list[tuple[str, ...]] = [("host", "ranks", "clock", "free disk", "free memory")]
     rows += [
-        _row([facts[rank] for rank in ranks], clocks.get(host))
-        for host, ranks in list(hosts.items())[:MAX_HOSTS]
+        _row(own, clocks.get(host)) for host, own in itertools.islice(hosts.items(), MAX_HOSTS)
     ]
     columns = [c for c in zip(*rows, strict=True) if any(cell != _NOTHING for cell in c[1:])]
     widths = [max(map(len, column)) for column in columns]
@@ -201,7 +196,6 @@ def table(
 
 
 def _row(own: Sequence[Facts], clock: Clock | None) -> tuple[str, ...]:
-    """The cells of a host in the table."""
     disks = [one.free_disk for one in own if one.free_disk is not None]
     memories = [one.free_memory for one in own if one.free_memory is not None]
     return (

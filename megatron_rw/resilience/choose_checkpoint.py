@@ -28,7 +28,15 @@ def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None)
     if folder.is_release():
         return []
     if ckpt_step:
-        _check_named(folder, ckpt_step)
+        wanted = folder.of(ckpt_step)
+        if wanted is None:
+            raise UserError(
+                f"--ckpt-step {ckpt_step}: {load} has no such checkpoint{_complete(folder)}."
+            )
+        if (defect := wanted.defect()) is not None:
+            raise UserError(
+                f"{wanted.path} is incomplete: {defect}. --ckpt-step names it: give another."
+            )
         return []
     tracked = folder.tracked()
     named = None if tracked is None else folder.of(tracked)
@@ -52,19 +60,6 @@ def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None)
     return [
         f"{load}: {why}; going on from the newest complete checkpoint, iteration {newest.iteration}"
     ]
-
-
-def _check_named(folder: CheckpointFolder, ckpt_step: int) -> None:
-    wanted = folder.of(ckpt_step)
-    if wanted is None:
-        raise UserError(
-            f"--ckpt-step {ckpt_step}: {folder.path} has no such checkpoint{_complete(folder)}."
-        )
-    defect = wanted.defect()
-    if defect is not None:
-        raise UserError(
-            f"{wanted.path} is incomplete: {defect}. --ckpt-step names it: give another."
-        )
 
 
 def _note_newer(folder: CheckpointFolder, named: Checkpoint) -> list[str]:

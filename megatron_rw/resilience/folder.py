@@ -8,32 +8,32 @@ an empty tracker, since Megatron does not rename that into place.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 
+_COMMON = "common_state"
 TRACKER = "latest_checkpointed_iteration.txt"
 DECLARATION = "metadata.json"
-RELEASE = "release"
 # A checkpoint that is to be deleted gets this prefix first, so that none is there in part.
 _DOOMED = "deleted-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint.
-
-    Attributes:
-        path: Its folder.
-        iteration: Iterations that the run had completed.
-    """
+    """One checkpoint: its folder, and how many iterations the run had completed."""
 
     path: Path
     iteration: int
@@ -42,6 +42,34 @@ class Checkpoint:
     def is_distributed(self) -> bool:
         """False for Megatron's older format, which has a file for each rank and no index."""
         return not any(self.path.glob("mp_rank_*"))
+
+    def common(self) -> dict[str, Any]:
+        """Returns iteration, arguments, LR schedule and what else is the same on every rank.
+
+        Nothing that it holds is run, and torch.distributed is not needed.
+
+        Raises:
+            UnsafeCheckpointError: It is damaged, or would run code.
+            OSError: It cannot be read.
+        """
+        index = read_index(self.path)
+        # Registers the classes of Megatron's arguments as harmless.
+        import megatron.core  # noqa: F401
+
+        names = (n for n in index.state_dict_metadata if n.split("/")[0] == _COMMON)
+        name = next(names, None)
+        if name is None:
+            raise UnsafeCheckpointError(f"{self.path} has no {_COMMON}: it is of another format.")
+        info = index.storage_data[MetadataIndex(name)]
+        with (self.path / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            stored = io.BytesIO(stream.read(info.length))
+        try:
+            found: dict[str, Any] = torch.load(stored, map_location="cpu", weights_only=True)[0]
+        except Exception as error:
+            # torch has no common class for what it refuses and what it cannot read.
+            raise UnsafeCheckpointError(f"{self.path}: {name} cannot be read: {error}") from error
+        return found
 
     def defect(self) -> str | None:
         """Returns what the checkpoint lacks, or None if it is complete. Reads no shards."""
@@ -65,47 +93,41 @@ class Checkpoint:
             needed[info.relative_path] = max(needed.get(info.relative_path, 0), end)
         for name, size in needed.items():
             shard = self.path / name
-            found = shard.stat().st_size if shard.is_file() else None
-            if found is None:
+            if not shard.is_file():
                 return f"{name} is missing"
-            if found < size:
+            if (found := shard.stat().st_size) < size:
                 return f"{name} has {found} bytes of {size}"
         return None
 
 
-class CheckpointFolder:
-    """A folder that `--save` or `--load` names, on a local or shared file system.
+def saved_arguments(common: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the run that saved a checkpoint, by name."""
+    saved = common.get("args")
+    return dict(sorted(vars(saved).items())) if isinstance(saved, Namespace) else {}
 
-    Args:
-        path: The folder, which need not exist.
-    """
+
+class CheckpointFolder:
+    """A folder that `--save` or `--load` names, which need not exist."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Returns all checkpoints, complete or not, by iteration."""
-        return sorted(self._found(), key=lambda checkpoint: checkpoint.iteration)
+        found = [
+            Checkpoint(path, int(match[1]))
+            for path in self.path.glob("iter_*")
+            if (match := re.fullmatch(r"iter_(\d{7,})", path.name)) and path.is_dir()
+        ]
+        return sorted(found, key=lambda checkpoint: checkpoint.iteration)
 
     def of(self, iteration: int) -> Checkpoint | None:
         """Returns the checkpoint of an iteration, complete or not."""
-        found = (c for c in self.checkpoints() if c.iteration == iteration)
-        return next(found, None)
-
-    def _found(self) -> Iterator[Checkpoint]:
-        if not self.path.is_dir():
-            return
-        for entry in self.path.iterdir():
-            match = re.fullmatch(r"iter_(\d{7,})", entry.name)
-            if match and entry.is_dir():
-                yield Checkpoint(entry, int(match[1]))
+        return next((c for c in self.checkpoints() if c.iteration == iteration), None)
 
     def newest_complete(self) -> Checkpoint | None:
         """Returns the complete checkpoint with the most iterations."""
-        for checkpoint in reversed(self.checkpoints()):
-            if checkpoint.defect() is None:
-                return checkpoint
-        return None
+        return next((c for c in reversed(self.checkpoints()) if c.defect() is None), None)
 
     def tracked(self) -> int | None:
         """Returns the iteration that the tracker names; None if it names none, or is missing."""
@@ -118,18 +140,14 @@ class CheckpointFolder:
     def is_release(self) -> bool:
         """Returns whether the tracker names a release, a checkpoint without an iteration."""
         tracker = self.path / TRACKER
-        return tracker.is_file() and tracker.read_text().strip() == RELEASE
+        return tracker.is_file() and tracker.read_text().strip() == "release"
 
     def write_tracker(self, iteration: int) -> None:
         """Names an iteration in the tracker, in one step that happens completely or not at all."""
         write_complete(self.path / TRACKER, str(iteration))
 
     def undeclare(self, iteration: int) -> bool:
-        """Marks a checkpoint that is about to be written over as incomplete.
-
-        Returns:
-            Whether it was marked as complete before.
-        """
+        """Marks a checkpoint as incomplete before it is written over; returns if it was not."""
         declaration = self.path / f"iter_{iteration:07d}" / DECLARATION
         existed = declaration.exists()
         declaration.unlink(missing_ok=True)
@@ -144,9 +162,8 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Deletes what a process that was killed during `delete` has left."""
-        if self.path.is_dir():
-            for entry in self.path.glob(f"{_DOOMED}iter_*"):
-                shutil.rmtree(entry, ignore_errors=True)
+        for entry in self.path.glob(f"{_DOOMED}iter_*"):
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | None) -> list[int]:

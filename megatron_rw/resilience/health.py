@@ -31,8 +31,8 @@ EVERY_S = 5.0
 class Heartbeat:
     """Touches the file that says when this host's part of the run last made progress.
 
-    Only the first process of a host does, and only where the environment names a file. A file that
-    cannot be written is said once and ends nothing.
+    Only the first process of a host does, and only where the environment names a file. If the file
+    cannot be written, a warning says so and the run goes on.
     """
 
     def __init__(self) -> None:

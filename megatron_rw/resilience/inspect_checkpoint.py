@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rw.command_line import parse
 from megatron_rw.errors import UserError, reported
-from megatron_rw.resilience.checkpoint_reader import CheckpointReader, saved_arguments
-from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder
+from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder, saved_arguments
+from megatron_rw.resilience.safe_pickle import read_index
 
-LAYOUT = {
+_LAYOUT = {
     "world_size": "processes",
     "tensor_model_parallel_size": "tensor",
     "pipeline_model_parallel_size": "pipeline",
@@ -32,7 +32,7 @@ LAYOUT = {
     "expert_model_parallel_size": "expert",
     "data_parallel_size": "data",
 }
-MODEL = (
+_MODEL = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("seq_length", "padded_vocab_size", "num_experts", "params_dtype"),
 )
@@ -58,12 +58,7 @@ class InspectCheckpointConfig:
     """Print everything as one JSON object."""
 
 
-def chosen(path: Path, iteration: int | None) -> Checkpoint:
-    """Returns the checkpoint that is meant.
-
-    Raises:
-        UserError: If there is none.
-    """
+def _chosen(path: Path, iteration: int | None) -> Checkpoint:
     if path.name.startswith("iter_"):
         return Checkpoint(path, int(path.name.removeprefix("iter_")))
     folder = CheckpointFolder(path)
@@ -80,25 +75,20 @@ def chosen(path: Path, iteration: int | None) -> Checkpoint:
     return found
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns what is in a checkpoint, as plain values.
-
-    Raises:
-        UnsafeCheckpointError: If it cannot be read safely.
-    """
-    reader = CheckpointReader(checkpoint.path)
-    common = reader.common()
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what is in a checkpoint, as plain values."""
+    index, common = read_index(checkpoint.path), checkpoint.common()
     saved = saved_arguments(common)
-    entries = sorted(reader.index.state_dict_metadata.items())
+    entries = sorted(index.state_dict_metadata.items())
     tensors = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
-    files = sorted({info.relative_path for info in reader.index.storage_data.values()})
+    files = sorted({info.relative_path for info in index.storage_data.values()})
     return {
         "path": str(checkpoint.path),
         "iteration": common.get("iteration", checkpoint.iteration),
         "samples": saved.get("consumed_train_samples"),
-        "layout": {name: saved.get(key) for key, name in LAYOUT.items()},
+        "layout": {name: saved.get(key) for key, name in _LAYOUT.items()},
         "distributed_optimizer": saved.get("use_distributed_optimizer"),
-        "model": {key: _plain(saved[key]) for key in MODEL if saved.get(key) is not None},
+        "model": {key: _plain(saved[key]) for key in _MODEL if saved.get(key) is not None},
         "reweighting": saved.get("reweight_state"),
         "parameters": sum(
             entry.size.numel()
@@ -124,8 +114,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | list | None) else str(value)
 
 
-def show(found: dict[str, Any], all_arguments: bool) -> None:
-    """Prints what `describe` has found, for people."""
+def _show(found: dict[str, Any], all_arguments: bool) -> None:
     layout = ", ".join(f"{name} {size}" for name, size in found["layout"].items() if size)
     nbytes = sum(found["files"].values())
     print(f"iteration {found['iteration']}, {found['samples']} samples")
@@ -151,7 +140,7 @@ def show(found: dict[str, Any], all_arguments: bool) -> None:
             print(f"  {key} = {value}")
 
 
-def list_folder(path: Path) -> None:
+def _list_folder(path: Path) -> None:
     """Prints the checkpoints of a folder, and which one a run would go on from."""
     folder = CheckpointFolder(path)
     tracked = folder.tracked()
@@ -162,12 +151,8 @@ def list_folder(path: Path) -> None:
         print("the tracker names no iteration")
 
 
-def check_files(path: Path) -> bool:
-    """Prints which files differ from their checksums, and returns whether none does.
-
-    Raises:
-        UserError: If the checkpoint has no checksums.
-    """
+def _is_intact(path: Path) -> bool:
+    """Prints which files differ from their checksums, and returns whether none does."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import (
         INTEGRITY_FNAME,
@@ -191,20 +176,17 @@ def check_files(path: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     with reported("inspecting a checkpoint"):
-        return _run(parse(InspectCheckpointConfig, argv, description=__doc__ or ""))
-
-
-def _run(config: InspectCheckpointConfig) -> int:
-    checkpoint = chosen(config.path, config.iteration)
-    if not config.json and checkpoint.path != config.path:
-        list_folder(config.path)
-    defect = checkpoint.defect()
-    if defect is not None:
-        print(f"error: {checkpoint.path} is incomplete: {defect}.", file=sys.stderr)
-        return 1
-    found = describe(checkpoint)
-    if config.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found, config.arguments)
-    return 0 if not config.verify or check_files(checkpoint.path) else 1
+        config = parse(InspectCheckpointConfig, argv, description=__doc__ or "")
+        checkpoint = _chosen(config.path, config.iteration)
+        if not config.json and checkpoint.path != config.path:
+            _list_folder(config.path)
+        defect = checkpoint.defect()
+        if defect is not None:
+            print(f"error: {checkpoint.path} is incomplete: {defect}.", file=sys.stderr)
+            return 1
+        found = _described(checkpoint)
+        if config.json:
+            print(json.dumps(found, indent=2))
+        else:
+            _show(found, config.arguments)
+        return 0 if not config.verify or _is_intact(checkpoint.path) else 1

@@ -1,19 +1,14 @@
-"""What a run does with a step whose loss or gradient is not finite, and how it explains one."""
+"""The flags about losses and gradients that are not finite, and how such a run ends."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.distributed as dist
 from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 
 from megatron_rw.errors import UserError
-from megatron_rw.resilience.step_samples import Sample
-from megatron_rw.resilience.watchdog import few
 
 OnNonFinite = Literal["raise", "skip-step"]
 
@@ -35,11 +30,6 @@ class NonFiniteConfig:
     to spikes.jsonl in --log-dir. Training is unaffected. Off by default."""
 
     def __post_init__(self) -> None:
-        """Checks the settings against each other.
-
-        Raises:
-            UserError: Names the flag and the remedy.
-        """
         most, factor = self.max_consecutive_skips, self.loss_spike_factor
         if most is not None and most < 1:
             raise UserError(
@@ -61,31 +51,6 @@ class NonFiniteExit(SystemExit):
         super().__init__(EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one rank found in a bad step.
-
-    Attributes:
-        rank: The global rank.
-        stage: Its pipeline stage.
-        samples: Its samples whose loss is not finite.
-        positions: Indexes in training order of all its samples of the step.
-        local: Whether its own gradient was not finite before ranks were averaged.
-        parameters: Those whose gradient is not finite, in the order of the forward pass.
-        checked: Number of parameters that have a gradient.
-        norm: Norm of the gradients.
-    """
-
-    rank: int
-    stage: int
-    samples: list[Sample]
-    positions: list[int]
-    local: bool
-    parameters: list[str]
-    checked: int
-    norm: float
-
-
 def megatron_decides(on_nonfinite: OnNonFinite, checks: bool, rerun_mode: str) -> bool:
     """Returns whether Megatron's rerun state machine judges a bad step, and we only explain it.
 
@@ -93,63 +58,3 @@ def megatron_decides(on_nonfinite: OnNonFinite, checks: bool, rerun_mode: str) -
     `checks` is the value of --check-for-nan-in-loss-and-grad.
     """
     return checks and on_nonfinite == "raise" and rerun_mode != "disabled"
-
-
-def gather(mine: Any) -> list[Any]:
-    """Returns every rank's object on every rank. It is slow, and meant for a bad step alone."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
-def diagnosis(findings: Sequence[Finding]) -> str:
-    """Says in one or two sentences what is not finite, and where.
-
-    Args:
-        findings: Those of all ranks.
-    """
-    lines = [f"rank {found.rank}, {sample}" for found in findings for sample in found.samples]
-    if lines:
-        count = "1 sample" if len(lines) == 1 else f"{len(lines)} samples"
-        return f"the loss of {count} is not finite: {few(lines)}."
-    bad = [finding for finding in findings if finding.parameters]
-    if not bad:
-        return (
-            f"the norm of the gradients is {findings[0].norm}, though every loss and every "
-            "gradient is finite."
-        )
-    # The backward pass hands what is not finite on towards the input: it began at the last layer.
-    last = max(bad, key=lambda finding: (finding.stage, -finding.rank))
-    text = (
-        f"a gradient is not finite, though every loss is: that of {last.parameters[-1]} on rank "
-        f"{last.rank} first, {len(last.parameters)} of {last.checked} there by the end."
-    )
-    origin = [finding for finding in findings if finding.local and finding.stage == last.stage]
-    if origin:
-        whose = [
-            f"rank {finding.rank}, samples {few([str(p) for p in finding.positions])}"
-            if finding.positions
-            else f"rank {finding.rank}"
-            for finding in origin
-        ]
-        text += f" Before ranks were averaged it was so on {few(whose)}."
-    return text
-
-
-def bad_parameters(model: Sequence[Any]) -> tuple[list[str], int]:
-    """Returns the names of parameters with a gradient that is not finite, and how many have one.
-
-    Args:
-        model: The model's chunks on this rank.
-    """
-    bad, checked = [], 0
-    for chunk in model:
-        for name, parameter in chunk.named_parameters():
-            gradient = getattr(parameter, "main_grad", None)
-            gradient = parameter.grad if gradient is None else gradient
-            if gradient is None:
-                continue
-            checked += 1
-            if not torch.isfinite(gradient).all():
-                bad.append(name.removeprefix("module.").removeprefix("module."))
-    return bad, checked

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from megatron_rw.data.indexed.integrity import changed
 from megatron_rw.errors import UserError
-from megatron_rw.resilience.checkpoint_reader import CheckpointReader, saved_arguments
-from megatron_rw.resilience.folder import CheckpointFolder
+from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder, saved_arguments
 
 # The flags that decide which tensors there are, and their shapes. The padding of the vocabulary
 # may differ.
 SHAPING = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-    *("group_query_attention", "multi_latent_attention", "swiglu"),
+    *("group_query_attention", "num_query_groups", "multi_latent_attention", "swiglu"),
     *("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
     *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
     *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
-# This one counts if positions are learnt.
-_POSITIONS = "max_position_embeddings"
-# Without --group-query-attention Megatron changes its own default to the number of heads while it
-# trains, and saves that.
-_QUERY_GROUPS = "num_query_groups"
 
 
 def check_resume(args: Namespace, allow_changed_data: bool) -> None:
@@ -37,15 +30,15 @@ def check_resume(args: Namespace, allow_changed_data: bool) -> None:
     Raises:
         UserError: If they differ; lists in what, and the remedy.
     """
-    path = _loaded(args)
-    if path is None:
+    checkpoint = _loaded(args)
+    if checkpoint is None:
         return
-    common = CheckpointReader(path).common()
+    path, common = checkpoint.path, checkpoint.common()
     saved = saved_arguments(common)
-    differing = {} if args.use_checkpoint_args else differences(vars(args), saved)
+    differing = "" if args.use_checkpoint_args else _listed(saved, _shapes(args))
     if differing:
         raise UserError(
-            f"{path} is a checkpoint of another model: {_listed(differing)}. Give the same flags, "
+            f"{path} is a checkpoint of another model: {differing}. Give the same flags, "
             "or --use-checkpoint-args to take them from it."
         )
     if args.finetune or args.skip_train:
@@ -57,12 +50,9 @@ def check_resume(args: Namespace, allow_changed_data: bool) -> None:
             "or replaced since, and the position in it means nothing. Put the data back, or add "
             "--allow-changed-data to go on with what is there."
         )
-    if not args.no_load_optim:
-        _check_experts(args, path, saved.get("expert_model_parallel_size", 1))
-        _check_schedule(args, path, common.get("opt_param_scheduler", {}))
-
-
-def _check_experts(args: Namespace, path: Path, theirs: int) -> None:
+    if args.no_load_optim:
+        return
+    theirs = saved.get("expert_model_parallel_size", 1)
     mine = args.expert_model_parallel_size
     if args.num_experts and (theirs > 1) != (mine > 1):
         raise UserError(
@@ -71,44 +61,53 @@ def _check_experts(args: Namespace, path: Path, theirs: int) -> None:
             "experts above, and cannot take the state of one layout into the other. Resume with "
             "1 from 1, with any above from any above, or add --no-load-optim."
         )
-
-
-def _check_schedule(args: Namespace, path: Path, saved: dict[str, Any]) -> None:
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    differing = differing_schedule(args, saved)
+    differing = _listed(common.get("opt_param_scheduler", {}), _schedule(args))
     if differing:
         raise UserError(
-            f"{path} was written under another schedule: {_listed(differing)} (in samples, where "
+            f"{path} was written under another schedule: {differing} (in samples, where "
             "counted). Add --override-opt_param-scheduler to go on under the one given here, or "
             "--use-checkpoint-opt_param-scheduler for the one there."
         )
 
 
-def differences(mine: dict[str, Any], saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the shaping arguments that differ: the checkpoint's value and this run's, by name."""
-    names = list(SHAPING)
-    if mine.get("position_embedding_type") == "learned_absolute":
-        names.append(_POSITIONS)
-    if mine.get("group_query_attention"):
-        names.append(_QUERY_GROUPS)
-    return {
-        name: (saved[name], mine[name])
-        for name in names
-        if name in saved and name in mine and saved[name] != mine[name]
-    }
+def _loaded(args: Namespace) -> Checkpoint | None:
+    if args.load is None or "://" in args.load:
+        return None
+    folder = CheckpointFolder(args.load)
+    wanted = args.ckpt_step or folder.tracked()
+    checkpoint = folder.of(wanted) if wanted else None
+    return checkpoint if checkpoint is not None and checkpoint.is_distributed else None
 
 
-def differing_schedule(args: Namespace, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Compares the settings that Megatron's scheduler compares when it loads a checkpoint.
+def _listed(saved: dict[str, Any], mine: dict[str, tuple[str, Any]]) -> str:
+    """Lists the flags whose value differs from the saved one, where there is one.
 
     Args:
-        args: Megatron's validated arguments.
-        saved: The checkpoint's state of the scheduler.
-
-    Returns:
-        The checkpoint's value and this run's, by flag, of those that differ.
+        saved: The checkpoint's values by their names there.
+        mine: This run's name there and value, by flag.
     """
+    return "; ".join(
+        f"--{flag.replace('_', '-')} {saved[name]} there, {value} here"
+        for flag, (name, value) in mine.items()
+        if name in saved and saved[name] != value
+    )
+
+
+def _shapes(args: Namespace) -> dict[str, tuple[str, Any]]:
+    names = list(SHAPING)
+    if not args.group_query_attention:
+        # Megatron then changes its own default to the number of heads while it trains, and saves
+        # that.
+        names.remove("num_query_groups")
+    if args.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
+    return {name: (name, getattr(args, name)) for name in names}
+
+
+def _schedule(args: Namespace) -> dict[str, tuple[str, Any]]:
+    """Returns the settings that Megatron's scheduler compares when it loads a checkpoint."""
     if args.train_iters:
         scale, unit = args.global_batch_size, "iters"
     else:
@@ -118,7 +117,7 @@ def differing_schedule(args: Namespace, saved: dict[str, Any]) -> dict[str, tupl
     warmup = getattr(args, f"lr_warmup_{unit}") * scale
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
-    mine = {
+    return {
         "lr": ("max_lr", args.lr),
         "min_lr": ("min_lr", args.min_lr),
         f"lr_warmup_{unit}": ("lr_warmup_steps", warmup),
@@ -129,24 +128,3 @@ def differing_schedule(args: Namespace, saved: dict[str, Any]) -> dict[str, tupl
         f"train_{unit}": ("wd_incr_steps", total),
         "weight_decay_incr_style": ("wd_incr_style", args.weight_decay_incr_style),
     }
-    return {
-        name: (saved[theirs], value)
-        for name, (theirs, value) in mine.items()
-        if theirs in saved and saved[theirs] != value
-    }
-
-
-def _listed(differing: dict[str, tuple[Any, Any]]) -> str:
-    return "; ".join(
-        f"--{name.replace('_', '-')} {theirs} there, {mine} here"
-        for name, (theirs, mine) in differing.items()
-    )
-
-
-def _loaded(args: Namespace) -> Path | None:
-    if args.load is None or "://" in args.load:
-        return None
-    folder = CheckpointFolder(args.load)
-    wanted = args.ckpt_step or folder.tracked()
-    checkpoint = folder.of(wanted) if wanted else None
-    return checkpoint.path if checkpoint is not None and checkpoint.is_distributed else None

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.integrations import groups
-from megatron_rw.resilience.nonfinite import gather
-from megatron_rw.resilience.step_samples import Note, Sample, StepSamples
+from megatron_rw.resilience.step_samples import Note, StepSamples, gather
 from megatron_rw.reweighting import SampleSums, gather_samples
 
 # Decay of the running mean over steps, in which about the last fifty count.
@@ -37,24 +36,14 @@ class _Step:
 
     iteration: int
     notes: list[Note]
-    # Over all of a sample's tokens, `[M, b]`.
-    losses: Tensor
-    # The samples to be written, `[M, b]` bool.
-    chosen: Tensor
-    # Mean over the samples of all ranks, a scalar.
-    mean: Tensor
-    # The running mean of the steps before, a scalar; not finite in the first step.
-    running: Tensor
+    losses: Tensor  # Over all of a sample's tokens, `[M, b]`.
+    chosen: Tensor  # The samples to be written, `[M, b]` bool.
+    mean: Tensor  # Over the samples of all ranks, a scalar.
+    running: Tensor  # Mean of the steps before, a scalar; not finite in the first step.
 
 
 class SpikeLog:
-    """Writes `spikes.jsonl`. Collective: every rank calls every method.
-
-    Args:
-        factor: Value of --loss-spike-factor.
-        log_dir: The folder of `spikes.jsonl`.
-        samples: The samples of the current step.
-    """
+    """Writes `spikes.jsonl` in the folder of logs. Collective: every rank calls every method."""
 
     def __init__(self, factor: float, log_dir: str, samples: StepSamples) -> None:
         self._factor = factor
@@ -88,10 +77,9 @@ class SpikeLog:
     def flush(self) -> None:
         """Writes the spikes of the steps since the last call; waits for the device."""
         steps, self._steps = self._steps, []
-        flags = [step.chosen.any() for step in steps]
-        device = groups.device()
-        found = torch.stack(flags).any() if flags else torch.zeros((), device=device)
-        found = found.int()
+        found = torch.zeros((), dtype=torch.int, device=groups.device())
+        for step in steps:
+            found += step.chosen.any()
         if dist.get_world_size() > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         if not found.item():
@@ -107,7 +95,10 @@ class SpikeLog:
 
     def _records(self, step: _Step) -> list[dict[str, Any]]:
         found = self._samples.named(step.chosen, step.losses, step.notes)
-        found.sort(key=_size, reverse=True)
+        found.sort(
+            key=lambda sample: sample.loss if math.isfinite(sample.loss) else math.inf,
+            reverse=True,
+        )
         shared = {
             "iteration": step.iteration,
             "rank": dist.get_rank(),
@@ -119,10 +110,6 @@ class SpikeLog:
         return [
             shared | asdict(sample) | {"loss": _finite(sample.loss)} for sample in found[:_MOST]
         ]
-
-
-def _size(sample: Sample) -> float:
-    return sample.loss if math.isfinite(sample.loss) else math.inf
 
 
 def _finite(value: float) -> float | None:

@@ -13,7 +13,8 @@ consumed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,26 +27,15 @@ from torch import Tensor
 
 from megatron_rw.integrations import groups
 from megatron_rw.patching import Around, Patch
-from megatron_rw.resilience.nonfinite import (
-    Finding,
-    NonFiniteConfig,
-    NonFiniteExit,
-    bad_parameters,
-    diagnosis,
-    gather,
-)
-from megatron_rw.resilience.step_samples import StepSamples
+from megatron_rw.resilience.nonfinite import NonFiniteConfig, NonFiniteExit
+from megatron_rw.resilience.step_samples import Sample, StepSamples, gather
+from megatron_rw.resilience.watchdog import few
 
 _MOST_IN_A_ROW = 10
 
 
 class StepGuard:
     """Looks at every step before its optimizer does. Every rank calls every method.
-
-    Args:
-        config: What to do with a bad step.
-        samples: The samples of the current step.
-        explains_only: Whether Megatron judges bad steps; see `nonfinite.megatron_decides`.
 
     Attributes:
         skips: Whether a bad step is skipped, rather than the run ended.
@@ -55,6 +45,7 @@ class StepGuard:
     def __init__(self, config: NonFiniteConfig, samples: StepSamples, explains_only: bool) -> None:
         self._config = config
         self._samples = samples
+        # Megatron judges bad steps then; see `nonfinite.megatron_decides`.
         self._explains_only = explains_only
         self._model: list[Any] = []
         self._norm: Any = None
@@ -88,12 +79,7 @@ class StepGuard:
         ]
 
     def begin(self, iteration: int, model: list[Any]) -> None:
-        """Forgets the step before.
-
-        Args:
-            iteration: The iteration as it is logged, from 1.
-            model: The model's chunks on this rank.
-        """
+        """Forgets the step before, and takes the iteration as it is logged, from 1."""
         self._iteration, self._model = iteration, model
         self._bucket_norms.clear()
 
@@ -155,9 +141,10 @@ class StepGuard:
             print(f"error: iteration {self._iteration}: {text}", file=sys.stderr, flush=True)
 
     def _diagnosis(self) -> str:
-        parameters, checked = bad_parameters(self._model)
+        """Says in one or two sentences what is not finite, and where. Collective."""
+        parameters, checked = _bad_parameters(self._model)
         bad = self._samples.nonfinite()
-        mine = Finding(
+        mine = _Finding(
             rank=dist.get_rank(),
             stage=mpu.get_pipeline_model_parallel_rank(),
             samples=[] if bad is None else self._samples.named(bad, self._samples.losses()),
@@ -165,6 +152,59 @@ class StepGuard:
             local=not all(bool(norm.isfinite()) for norm in self._bucket_norms),
             parameters=parameters,
             checked=checked,
-            norm=float(self._norm),
         )
-        return diagnosis(gather(mine))
+        return _diagnosis_of(gather(mine)) or (
+            f"the norm of the gradients is {float(self._norm)}, though every loss and every "
+            "gradient is finite."
+        )
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What one rank found in a bad step."""
+
+    rank: int
+    stage: int
+    samples: list[Sample]  # Those whose loss is not finite.
+    positions: list[int]  # Of all its samples of the step.
+    local: bool  # Its own gradient was not finite before ranks were averaged.
+    parameters: list[str]  # Those whose gradient is not finite, in the order of the forward pass.
+    checked: int  # Number of parameters that have a gradient.
+
+
+def _diagnosis_of(findings: Sequence[_Finding]) -> str | None:
+    lines = [f"rank {found.rank}, {sample}" for found in findings for sample in found.samples]
+    if lines:
+        count = "1 sample" if len(lines) == 1 else f"{len(lines)} samples"
+        return f"the loss of {count} is not finite: {few(lines)}."
+    bad = [finding for finding in findings if finding.parameters]
+    if not bad:
+        return None
+    # The backward pass hands what is not finite on towards the input: it began at the last stage.
+    last = max(bad, key=lambda finding: finding.stage)
+    text = (
+        f"a gradient is not finite, though every loss is: that of {last.parameters[-1]} on rank "
+        f"{last.rank} first, {len(last.parameters)} of {last.checked} there by the end."
+    )
+    whose = [
+        f"rank {finding.rank}"
+        + (f", samples {few([str(p) for p in finding.positions])}" if finding.positions else "")
+        for finding in findings
+        if finding.local and finding.stage == last.stage
+    ]
+    return f"{text} Before ranks were averaged it was so on {few(whose)}." if whose else text
+
+
+def _bad_parameters(model: Sequence[Any]) -> tuple[list[str], int]:
+    """Names the parameters whose gradient is not finite, and counts those that have one."""
+    bad, checked = [], 0
+    for chunk in model:
+        for name, parameter in chunk.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            gradient = parameter.grad if gradient is None else gradient
+            if gradient is None:
+                continue
+            checked += 1
+            if not torch.isfinite(gradient).all():
+                bad.append(name.removeprefix("module.").removeprefix("module."))
+    return bad, checked

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.reweighting import SampleSums
@@ -33,26 +35,16 @@ class Note:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, in plain values.
+    """One sample, in plain values; the loss is in nats per token."""
 
-    Attributes:
-        micro_batch: Index of the micro-batch in its rank's step, from 0.
-        loss: Nats per token.
-        position: Index in training order, from 0.
-        dataset: Prefix of the dataset's files.
-        index: Index in that dataset, in the order that Megatron shuffled.
-        domain: Domain of the dataset.
-    """
-
-    micro_batch: int
+    micro_batch: int  # Index in its rank's step, from 0.
     loss: float
-    position: int
-    dataset: str
-    index: int
+    position: int  # Index in training order, from 0.
+    dataset: str  # Prefix of the dataset's files.
+    index: int  # In that dataset, in the order that Megatron shuffled.
     domain: str
 
     def __str__(self) -> str:
-        """Returns the sample as messages name it."""
         return (
             f"micro-batch {self.micro_batch}: sample {self.position} (no. {self.index} of "
             f"{self.dataset}, domain {self.domain}), loss {self.loss:g}"
@@ -79,8 +71,7 @@ class StepSamples:
 
     def note(self, sums: SampleSums, domain: Tensor | None, places: Tensor | None) -> None:
         """Takes note of a micro-batch without waiting for the device. Arguments as in `Note`."""
-        detached = SampleSums(sums.loss_sum.detach(), sums.tokens.detach())
-        self.notes.append(Note(detached, domain, places))
+        self.notes.append(Note(SampleSums(*map(Tensor.detach, sums)), domain, places))
 
     def nonfinite(self) -> Tensor | None:
         """Returns which losses are not finite, `[M, b]` bool on the device; None without a note."""
@@ -111,7 +102,9 @@ class StepSamples:
             places = (self.notes if notes is None else notes)[micro_batch].places
             if places is not None:
                 loss = float(losses[micro_batch, row])
-                found.append(self._sample(micro_batch, loss, places[row].tolist()))
+                position, member, index = places[row].tolist()
+                path, domain = self._members[member] if self._members else ("mock data", "all")
+                found.append(Sample(micro_batch, loss, position, path, index, domain))
         return found
 
     def positions(self) -> list[int]:
@@ -119,7 +112,9 @@ class StepSamples:
         places = [note.places for note in self.notes if note.places is not None]
         return torch.cat(places)[:, 0].tolist() if places else []
 
-    def _sample(self, micro_batch: int, loss: float, place: Sequence[int]) -> Sample:
-        position, member, index = place
-        path, domain = self._members[member] if self._members else ("mock data", "all")
-        return Sample(micro_batch, loss, position, path, index, domain)
+
+def gather(mine: Any) -> list[Any]:
+    """Returns every rank's object on every rank. It is slow, and meant for a bad step alone."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

@@ -52,11 +52,9 @@ def main() -> None:
         from megatron_rw.observability.memory import explaining
         from megatron_rw.resilience.watchdog import Progress
         from megatron_rw.scoring.job import run
-        from megatron_rw.scoring.refusals import check_scoring
         from megatron_rw.training.tool_arguments import parse_job_flags
 
         job = parse_job_flags(job_flags(config, flags), device)
-        check_scoring(config, job.megatron)
         progress = Progress()
         explaining(run, job.megatron, progress)(job, config, progress)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +46,6 @@ class ScoreConfig:
     """Draw the histograms into this PNG file (needs matplotlib)."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            UserError: One is missing or impossible.
-        """
         if not self.load:
             raise UserError("--load DIR is missing: the folder of the checkpoint.")
         if not self.score_dir:
@@ -78,15 +73,10 @@ class IgnoredFlags:
 
 
 def job_flags(config: ScoreConfig, flags: Sequence[str]) -> list[str]:
-    """Returns the flags that Megatron is to parse.
-
-    Args:
-        config: Of scoring.
-        flags: The job's own.
+    """Returns the flags that Megatron is to parse, out of scoring's and a job's own.
 
     Raises:
         UserError: A folder of --data-path has no domains.json.
-        ValueError: One is malformed.
     """
     _, kept = parse_known(IgnoredFlags, flags, "")
     data = ["--data-path", *expanded(config.data_path)] if config.data_path else []
@@ -99,17 +89,17 @@ def expanded(paths: Sequence[str]) -> list[str]:
     from megatron.core.datasets.utils import get_blend_from_list
 
     prefixes, _ = get_blend_from_list(list(paths))
-    return [p for prefix in prefixes for p in _prefixes_in(prefix)]
-
-
-def _prefixes_in(prefix: str) -> Iterable[str]:
-    if not os.path.isdir(prefix):
-        return [prefix]
-    path = os.path.join(prefix, FILE_NAME)
-    if not os.path.isfile(path):
-        raise UserError(
-            f"--data-path {prefix}: a folder without a {FILE_NAME}; give the prefixes of its .bin "
-            "and .idx files."
-        )
-    records = DomainsFile.load(path).domains.values()
-    return [os.path.join(prefix, record.prefix) for record in records]
+    found: list[str] = []
+    for prefix in prefixes:
+        path = os.path.join(prefix, FILE_NAME)
+        if not os.path.isdir(prefix):
+            found.append(prefix)
+        elif os.path.isfile(path):
+            records = DomainsFile.load(path).domains.values()
+            found += [os.path.join(prefix, record.prefix) for record in records]
+        else:
+            raise UserError(
+                f"--data-path {prefix}: a folder without a {FILE_NAME}; give the prefixes of its "
+                ".bin and .idx files."
+            )
+    return found

@@ -8,6 +8,7 @@ there the arrays get their names, `scores.json` is written, and `progress.json` 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -33,11 +34,7 @@ Record = Mapping[str, Any]
 
 
 class ScoreFolder:
-    """The folder of `--score-dir`.
-
-    Args:
-        path: Need not exist.
-    """
+    """The folder of `--score-dir`, which need not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +56,7 @@ class ScoreFolder:
         """Prepares the folder for a run, or finds how far the same run came. On one rank.
 
         Args:
-            record: See `describe`.
+            record: See `plan.describe`.
 
         Returns:
             How many blocks of each dataset are there; None when all are, under their names.
@@ -77,14 +74,13 @@ class ScoreFolder:
         begun = self._read(PROGRESS)
         if begun is not None:
             self._compare(record, begun["job"], PROGRESS)
-            for dataset in record["datasets"]:
-                for kind in ARRAYS:
-                    path = self.current(dataset, kind)
-                    if not path.exists():
-                        raise UserError(
-                            f"{path} is missing, which {PROGRESS} tells of; delete the folder to "
-                            "begin anew"
-                        )
+            for dataset, kind in itertools.product(record["datasets"], ARRAYS):
+                path = self.current(dataset, kind)
+                if not path.exists():
+                    raise UserError(
+                        f"{path} is missing, which {PROGRESS} tells of; delete the folder to "
+                        "begin anew"
+                    )
             return dict(begun["blocks"])
         self.path.mkdir(parents=True, exist_ok=True)
         for dataset, counts in record["datasets"].items():
@@ -108,20 +104,19 @@ class ScoreFolder:
         """
         means, tokens = document_means(block, losses)
         losses[block.starts[block.lengths > 0]] = np.nan
+        at = {"tokens": block.start, "documents": block.first}
         with self._naming_the_folder():
-            self._write(dataset, "token_losses", block.start, losses)
-            self._write(dataset, "document_losses", block.first, means)
-            self._write(dataset, "document_tokens", block.first, tokens)
-
-    def _write(self, dataset: str, kind: str, at: int, values: NDArray[Any]) -> None:
-        """Plain writes and not a memory map: a full disk is then an error, not a signal."""
-        path, (dtype, _) = self.partial(dataset, kind), ARRAYS[kind]
-        header = int(np.load(path, mmap_mode="r").offset)
-        with path.open("r+b") as file:
-            file.seek(header + at * dtype.itemsize)
-            file.write(np.ascontiguousarray(values, dtype).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+            for (kind, (dtype, unit)), values in zip(
+                ARRAYS.items(), (losses, means, tokens), strict=True
+            ):
+                path = self.partial(dataset, kind)
+                header = int(np.load(path, mmap_mode="r").offset)
+                # No memory map is written to: a full disk would be a signal and not an error.
+                with path.open("r+b") as file:
+                    file.seek(header + at[unit] * dtype.itemsize)
+                    file.write(np.ascontiguousarray(values, dtype).tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
 
     def record(self, record: Record, blocks: Mapping[str, int]) -> None:
         """Notes how many blocks of each dataset are on the disk."""
@@ -142,9 +137,8 @@ class ScoreFolder:
 
     def finish(self, record: Record, found: Mapping[str, Any]) -> None:
         """Gives the arrays their names, and writes `scores.json` with what else was found."""
-        for dataset in record["datasets"]:
-            for kind in ARRAYS:
-                self.current(dataset, kind).replace(self.array(dataset, kind))
+        for dataset, kind in itertools.product(record["datasets"], ARRAYS):
+            self.current(dataset, kind).replace(self.array(dataset, kind))
         write_complete(self.path / SCORES, _text({**record, **found}))
         # With what runs have left that died while writing it.
         for path in self.path.glob(f"{PROGRESS}*"):

@@ -17,35 +17,51 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.utils import print_rank_0
 
 from megatron_rw import patching
+from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
 from megatron_rw.scoring.config import ScoreConfig
 from megatron_rw.scoring.folder import ScoreFolder
-from megatron_rw.scoring.plan import Blocks, Plan, plan_of
-from megatron_rw.scoring.record import describe
+from megatron_rw.scoring.plan import Blocks, Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.embeddings import embedding_ranks
 from megatron_rw.training.patches import repairs
+from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import Settings
 
 _PROGRESS_SECONDS = 10.0
 _FEW_MICRO_BATCHES = 10
+# Flags of a job that scoring refuses.
+UNSUPPORTED = {
+    "mock_data": "has no dataset to score",
+    "sft": "reads conversations and not .bin and .idx files",
+    "use_megatron_fsdp": "was not tried with scoring",
+    "use_torch_fsdp2": "was not tried with scoring",
+    "hybrid_context_parallel": "cuts rows",
+    "perform_rl_step": "brings a loss of its own",
+    "logits_load_dir": "brings a loss of its own",
+    "fp16_lm_cross_entropy": "rounds the losses to 16 bits",
+    "context_parallel_size": "above 1 cuts rows, whose losses are not put together again, and "
+    "scoring keeps no activations",
+    "gtp_weight_remat_size": "was not tried with scoring",
+}
 
 
 def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     """Scores what is not scored yet, and finishes the folder. Collective over all ranks.
 
     Args:
-        job: The flags of the job, checked by `check_scoring`.
+        job: The flags of the job.
         config: Of scoring.
         progress: Told how far the rank is.
 
     Raises:
-        UserError: A dataset, or where the scores go, is not as it should be.
+        UserError: A flag, a dataset, or where the scores go, is not as it should be.
         OSError: The folder cannot be written to.
     """
     args = job.megatron
+    check_scoring(config, args)
     # A row has one document, and Megatron's way to mask between documents is not needed.
     args.dataloader_inter_document_masking = False
     plan, folder = plan_of(config, args), ScoreFolder(Path(config.score_dir))
@@ -76,6 +92,22 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     dist.barrier()
     # Left to the interpreter's own end, threads of gloo have been seen to abort the process.
     dist.destroy_process_group()
+
+
+def check_scoring(config: ScoreConfig, args: Namespace) -> None:
+    """Refuses flags of a job, as validated by Megatron, that scoring cannot serve.
+
+    Raises:
+        UserError: The first one found.
+    """
+    refuse_flags(args, UNSUPPORTED, "drop it")
+    if args.cuda_graph_impl != "none":
+        raise UserError("--cuda-graph-impl wants one shape, and rows have several: drop it.")
+    if config.score_stride is not None and config.score_stride > args.seq_length:
+        raise UserError(
+            f"--score-stride {config.score_stride} would leave tokens out: give at most "
+            f"--seq-length, {args.seq_length}."
+        )
 
 
 def _warn_of_small_blocks(args: Namespace, plan: Plan) -> None:

@@ -11,34 +11,45 @@ with all of them.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from argparse import Namespace
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.indexed.domains import domain_names
 from megatron_rw.data.indexed.pair import Index, bin_path
 from megatron_rw.errors import UserError
+from megatron_rw.resilience.folder import CheckpointFolder
+from megatron_rw.resilience.resuming import SHAPING
 from megatron_rw.scoring.config import ScoreConfig
+from megatron_rw.training.refusals.data import data_prefixes
 
+_VERSION = 1
+_DEFINITION = (
+    "token_losses[i] = -ln p(token i of the .bin | the tokens before it in its document, as many "
+    "as its row holds), nats; NaN for the first token of a document"
+)
+# Arguments that do not change a row's shape, but the last bits of its losses.
+_PRECISION = (
+    *("bf16", "fp16", "fp8", "fp4", "transformer_impl", "attention_backend"),
+    *("tensor_model_parallel_size", "fused_linear_cross_entropy"),
+)
 # Shorter rows than this are not worth a shape of their own.
 SHORTEST_ROW = 64
 
 
 @dataclass(frozen=True)
 class DocumentBlock:
-    """Consecutive documents that are scored, written and recorded together.
+    """Consecutive documents that are scored, written and recorded together."""
 
-    Attributes:
-        first: Index of its first document.
-        lengths: int64 [documents], tokens of each.
-        start: Index of its first token in the `.bin`.
-    """
-
-    first: int
-    lengths: NDArray[np.int64]
-    start: int
+    first: int  # Index of its first document.
+    lengths: NDArray[np.int64]  # [documents], tokens of each.
+    start: int  # Index of its first token in the `.bin`.
 
     @property
     def tokens(self) -> int:
@@ -91,11 +102,7 @@ class Plan:
     block_tokens: int
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[MicroBatch]:
-        """Returns the micro-batches of a block, the longest rows first.
-
-        Args:
-            lengths: [documents] tokens of each.
-        """
+        """Returns the micro-batches of a block's documents, the longest rows first."""
         rows = _rows(lengths, self.seq_length, self.stride)
         predictions, batches, longer = rows[:, 2], [], np.zeros(len(rows), bool)
         for length, shorter in zip(self.lengths, [*self.lengths[1:], 0], strict=True):
@@ -110,17 +117,12 @@ class Plan:
 
 
 class Blocks:
-    """The blocks of one dataset.
-
-    Args:
-        prefix: Its path without `.bin` and `.idx`.
-        block_tokens: See `Plan`.
+    """The blocks of one dataset, whose prefix is its path without `.bin` and `.idx`.
 
     Raises:
         UserError: The dataset cannot be read, or has no tokens.
 
     Attributes:
-        prefix: Its path.
         tokens: Of the whole `.bin`.
         documents: Sequences of the index, which are what GPTDataset takes for documents.
     """
@@ -178,10 +180,7 @@ def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
 
 
 def row_lengths(seq_length: int, divisor: int) -> list[int]:
-    """Returns the lengths that rows are padded to: `seq_length`, halved as long as possible.
-
-    All are multiples of `divisor`.
-    """
+    """Returns the lengths that rows are padded to, halved as long as `divisor` divides them."""
     lengths = [seq_length]
     while lengths[-1] % (2 * divisor) == 0 and lengths[-1] // 2 >= SHORTEST_ROW:
         lengths.append(lengths[-1] // 2)
@@ -204,3 +203,52 @@ def _rows(lengths: NDArray[np.int64], seq_length: int, stride: int) -> NDArray[n
         ],
         axis=1,
     )
+
+
+def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
+    """Returns all that decides the scores, as `scores.json` has it: equal runs have equal records.
+
+    It is called on the rank that looked at the data, with arguments that have `data_fingerprints`.
+
+    Raises:
+        UserError: Two datasets have the same file name, or one cannot be read.
+    """
+    prefixes = [os.path.abspath(prefix) for prefix in data_prefixes(args)]
+    datasets: dict[str, dict[str, Any]] = {}
+    for prefix, domain in zip(prefixes, domain_names(prefixes), strict=True):
+        name = os.path.basename(prefix)
+        if name in datasets:
+            raise UserError(
+                f"--data-path {datasets[name]['path']} and {prefix} have the same file name, by "
+                "which their scores are named: score one of them into another --score-dir."
+            )
+        blocks = Blocks(prefix, plan.block_tokens)
+        datasets[name] = {
+            "path": prefix,
+            "domain": domain,
+            "fingerprint": args.data_fingerprints[prefix],
+            "documents": blocks.documents,
+            "tokens": blocks.tokens,
+        }
+    return {
+        "version": _VERSION,
+        "definition": _DEFINITION,
+        "checkpoint": {"path": os.path.abspath(args.load), "iteration": _iteration(args)},
+        "model": {name: _plain(getattr(args, name)) for name in SHAPING},
+        "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
+        "rows": dataclasses.asdict(plan),
+        "datasets": datasets,
+    }
+
+
+def _iteration(args: Namespace) -> int | str | None:
+    if "://" in args.load:
+        return int(args.ckpt_step) if args.ckpt_step else None
+    folder = CheckpointFolder(args.load)
+    return "release" if folder.is_release() else args.ckpt_step or folder.tracked()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    return value if isinstance(value, str | int | float | None) else str(value)

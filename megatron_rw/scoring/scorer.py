@@ -138,23 +138,14 @@ class Scorer:
 
 def writes() -> bool:
     """Returns whether this is the one rank of the job that gets the losses and writes them."""
-    return (
-        has_loss()
-        and mpu.get_tensor_model_parallel_rank() == 0
-        and mpu.get_data_parallel_rank() == 0
-    )
+    ranks = (mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank())
+    return has_loss() and ranks == (0, 0)
 
 
 def to_samples(
     prefix: str, ids: NDArray[Any], batch: MicroBatch, vocab_size: int
 ) -> dict[str, Tensor]:
-    """Returns a micro-batch as the data loader would give it.
-
-    Args:
-        prefix: Of the dataset, for the message.
-        ids: [tokens] of the block.
-        batch: Its rows.
-        vocab_size: Of the model.
+    """Returns a micro-batch of a block's token ids as the data loader would give it.
 
     Returns:
         `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_rw.platform.files import complete_file
 from megatron_rw.scoring.folder import ScoreFolder
@@ -20,11 +21,7 @@ _CHUNK = 1 << 22
 
 
 def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns figures of each domain, from the arrays of documents, in bounded memory.
-
-    Args:
-        folder: With complete arrays, named or not yet.
-        datasets: Of the record; `domain` of each.
+    """Returns figures of each domain, from the folder's complete arrays, in bounded memory.
 
     Returns:
         By domain: `documents`; `tokens` that have a loss; `loss`, their mean (None of none);
@@ -72,10 +69,8 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{entry['without_loss']:>9,}  {entry['not_finite']:>10,}"
         )
     columns = {name: _coarse(entry["histogram"]) for name, entry in domains.items()}
-    filled = [
-        i for i in range(len(_coarse([0] * (BINS + 1)))) if any(c[i] for c in columns.values())
-    ]
-    if not filled:
+    filled = np.flatnonzero(sum(columns.values()))
+    if not len(filled):
         return lines
     cell = {name: max(len(name), 7) for name in columns}
     lines += ["", "documents by loss in nats per token, % of the domain"]
@@ -85,15 +80,15 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
         above = i * _COARSE >= BINS
         label = f"{i * step:.1f}-" if above else f"{i * step:.1f}-{(i + 1) * step:.1f}"
         shares = (
-            f"  {100 * column[i] / max(1, sum(column)):>{cell[name]}.2f}"
+            f"  {100 * column[i] / max(1, column.sum()):>{cell[name]}.2f}"
             for name, column in columns.items()
         )
         lines.append(f"{label:<11}" + "".join(shares))
     return lines
 
 
-def _coarse(histogram: list[int]) -> list[int]:
-    return [sum(histogram[i : i + _COARSE]) for i in range(0, BINS, _COARSE)] + [histogram[BINS]]
+def _coarse(histogram: list[int]) -> NDArray[np.int64]:
+    return np.add.reduceat(np.array(histogram, np.int64), np.arange(0, BINS + 1, _COARSE))
 
 
 def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 def main() -> None:
     """Run it."""
     from megatron_rw.errors import UserError
-    from megatron_rw.preflight import clocks, command, facts
+    from megatron_rw.preflight import command, facts, messages
 
     rank = os.environ["RANK"]
     faults = {
@@ -30,7 +30,7 @@ def main() -> None:
     host = faults.get("host", "node0")
     socket.gethostname = lambda: host
     if "clock" in faults:
-        vars(clocks)["time"] = types.SimpleNamespace(time=lambda: time.time() + faults["clock"])
+        vars(messages)["time"] = types.SimpleNamespace(time=lambda: time.time() + faults["clock"])
     if "torch" in faults:
         torch.__version__ = faults["torch"]
     if "file_size" in faults:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.preflight import report
-from megatron_rw.preflight.clocks import Clock, median_clock
 from megatron_rw.preflight.estimate import Estimate
 from megatron_rw.preflight.facts import GIB, Facts, driver_version, try_to_save
+from megatron_rw.preflight.messages import Clock, median_clock
 
 SETUP = {"device": "H100", "driver": "580.1", "torch": "2.11.0"}
 NEEDED = Estimate(64, 7e9, 40 * GIB, 20 * GIB, 90 * GIB, 10, 10, 1e18, 16, ())

@@ -20,8 +20,8 @@ from megatron_rw.data.indexed.pair import Index, PairWriter
 from megatron_rw.errors import UserError
 from megatron_rw.scoring.config import ScoreConfig, expanded, job_flags
 from megatron_rw.scoring.folder import ARRAYS
+from megatron_rw.scoring.job import UNSUPPORTED, check_scoring
 from megatron_rw.scoring.plan import MicroBatch
-from megatron_rw.scoring.refusals import UNSUPPORTED, check_scoring
 from megatron_rw.scoring.scorer import to_samples
 from tests.corpus import EOD, VOCAB_SIZE
 from tests.program import Run, kill_when, read_checkpoint, run_program
