@@ -53,7 +53,6 @@ class StepReweighting:
         self._observe = observe
         self._reweighter: Reweighter | None = None
         self.num_microbatches = 1
-        self._step_tokens: Tensor | None = None
         self._keeps_token_divisor = False
         self.running = False
         self.scoring = False
@@ -64,7 +63,7 @@ class StepReweighting:
         reweighter = self._reweighter or self._build(model)
         self.num_microbatches = call["num_microbatches"]
         reweighter.begin(self._state.begin(self._iteration()), self.num_microbatches)
-        self._step_tokens = None
+        # With token counts as divisors, `weigh` needs the step's total from the start.
         counts_first = self._keeps_token_divisor and not reweighter.scores_first
         self.running = True
         try:
@@ -72,7 +71,7 @@ class StepReweighting:
                 data = ReplayedData(call["data_iterator"])
                 call = call | {"data_iterator": data.iterator}
                 if counts_first:
-                    self._step_tokens = self._count_tokens(data)
+                    reweighter.step_tokens = self._count_tokens(data)
                 else:
                     self.scoring = True
                     run_forward_only(schedule, call)
@@ -107,9 +106,8 @@ class StepReweighting:
         if self._keeps_token_divisor:
             # Megatron divides by the step's tokens, and losses that the model adds itself are
             # scaled for that. Over ranks and micro-batches, Σ (loss·tokens/M) / tokens = Σ loss/M.
-            tokens = reweighter.step_tokens if self._step_tokens is None else self._step_tokens
-            assert tokens is not None
-            scale = tokens.to(loss.dtype) / self.num_microbatches
+            assert reweighter.step_tokens is not None
+            scale = reweighter.step_tokens.to(loss.dtype) / self.num_microbatches
             return loss * scale, sums.tokens.sum().to(torch.int)
         # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the objective is
         # the sum of the ranks' parts, hence the factor dp·cp. A divisor of 1 keeps Megatron from

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY, has_mtp
 
-# What the dataset gives for each micro-batch beside domain and place.
+# What the dataset gives for a micro-batch, apart from domains and places.
 _MODEL_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _PACKING_KEYS = (
     "cu_seqlens",

@@ -44,9 +44,8 @@ _FIM_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
 class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     """A Megatron dataset whose samples also hold their domain and their place in the data.
 
-    Args:
-        dataset: A single or blended one. Samples of a blend hold the `dataset_id` of their member.
-        domain_of_member: Domain index by blend member; one entry for a single dataset.
+    The domains are given by member of a blend, whose samples hold a `dataset_id`. A single dataset
+    counts as one member.
     """
 
     def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:

@@ -83,11 +83,8 @@ class PretrainLoss:
     ) -> LossResult:
         """Computes the loss of one micro-batch, in an evaluation always the unweighted one.
 
-        Args:
-            batch: Its mask and domain labels are used.
-            token_losses: `[b, s/cp]`, the model's output.
-            model: The model, for Megatron's distillation loss.
-            training: False in an evaluation.
+        The token losses are the model's output, `[b, s/cp]`. Megatron's distillation loss needs the
+        model itself.
 
         Returns:
             `(loss, divisor, report)`. Megatron divides the loss by the divisor (an int tensor) and

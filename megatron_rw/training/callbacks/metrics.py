@@ -57,11 +57,10 @@ class MetricsCallback(Callback):
             self._reporter.endpoint.step(log.iteration, samples, log.skipped)
         if not log.prints:
             return
-        if self._config.enabled:
-            if self._reporter is not None:
-                self._put_weights(log, self._reporter)
-        else:
-            # Collective over the ranks that have the loss.
+        if self._config.enabled and self._reporter is not None:
+            self._put_weights(log, self._reporter)
+        elif not self._config.enabled:
+            # This is collective over the ranks that have the loss.
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             losses = self._loss.train_losses.read(group, reset=log.ends_interval)
             if self._reporter is not None and (seen := self._reporter.seen(losses)):
