@@ -31,16 +31,12 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
 
     from megatron_rw import patching
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.training.arguments import announce, megatron_refusals, parse_args
+    from megatron_rw.training.arguments import announce, megatron_config, parse_args
     from megatron_rw.training.datasets import Domains, datasets_provider
     from megatron_rw.training.embeddings import embedding_ranks
     from megatron_rw.training.job import Job
@@ -51,11 +47,9 @@ def main() -> None:
     safe_pickle.load_weights_only()
     with reported("reading the arguments", alike=True):
         settings = parse_args(device)
-        args = settings.megatron
-        with megatron_refusals():
-            megatron_config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        config = megatron_config(settings.megatron)
 
-    progress = Progress()
+    args, progress = settings.megatron, Progress()
     with reported("preparing the run", alike=True):
         domains = Domains(args)
         job = Job(settings, domains, progress)
@@ -69,7 +63,7 @@ def main() -> None:
     )
     train = functools.partial(
         pretrain,
-        megatron_config,
+        config,
         provider,
         ModelType.encoder_or_decoder,
         job.forward_step,

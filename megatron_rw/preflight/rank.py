@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from torch.distributed import DistError
 
 from megatron_rw.errors import USER_ERROR_STATUS, UserError
@@ -33,7 +32,7 @@ from megatron_rw.preflight.messages import (
 )
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
-from megatron_rw.training.arguments import megatron_refusals
+from megatron_rw.training.arguments import megatron_config
 from megatron_rw.training.datasets import Domains
 from megatron_rw.training.tool_arguments import parse_job_flags
 
@@ -79,9 +78,8 @@ def check_job(flags: Sequence[str], device: Device) -> Namespace:
         OSError: A file of the job cannot be read.
     """
     args = parse_job_flags(flags, device).megatron
-    with megatron_refusals():
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-        Domains(args)
+    megatron_config(args)
+    Domains(args)
     return args
 
 

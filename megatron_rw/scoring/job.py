@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import print_rank_0
 
 from megatron_rw import patching
@@ -25,6 +24,7 @@ from megatron_rw.scoring.config import ScoreConfig
 from megatron_rw.scoring.folder import ScoreFolder
 from megatron_rw.scoring.plan import Blocks, Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes
+from megatron_rw.training.arguments import megatron_config
 from megatron_rw.training.embeddings import embedding_ranks
 from megatron_rw.training.patches import repairs
 from megatron_rw.training.refusals.base import refuse_flags
@@ -127,7 +127,7 @@ def _load(args: Namespace) -> list[Any]:
     model, _, _ = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},
-        cfg_container=pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        cfg_container=megatron_config(args),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     return list(model)

@@ -15,7 +15,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
-from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.argument_utils import (
+    ArgumentGroupFactory,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
@@ -66,6 +70,12 @@ def parse_args(device: Device) -> Settings:
     settings = Settings.of(args, device)
     refusals.check_validated(settings)
     return settings
+
+
+def megatron_config(args: Namespace) -> Any:
+    """Returns the typed configuration that Megatron makes of its validated arguments."""
+    with megatron_refusals():
+        return pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
 
 
 @contextlib.contextmanager
