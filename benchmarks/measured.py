@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-SAMPLE_SECONDS = 0.25
+SAMPLE_SECONDS = 0.05
 TIMEOUT_SECONDS = 3600
 
 

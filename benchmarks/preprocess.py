@@ -5,7 +5,7 @@ tokenizer, text and number of workers, and the bare tokenizer: as many processes
 encode their share of the documents, which they have in memory already. Time is from the start of
 the process to its end, imports included; the bare tokenizer's begins when all have loaded it.
 Memory is the largest sum of the proportional set sizes (PSS) of a run's processes, looked at every
-quarter of a second: pages that processes share count once. Both tools' files must be the same,
+twentieth of a second: pages that processes share count once. Both tools' files must be the same,
 byte for byte, or the benchmark fails.
 
     python benchmarks/preprocess.py --corpus corpus/train --tokenizer-model bpe16k.model \

@@ -76,13 +76,27 @@ class DatasetReader:
             UserError: If the tables of the index contradict each other, or documents do not follow
                 one another in the `.bin`; the message names the first such document.
         """
-        end = 0
+        total, end = len(self.index.lengths), 0
         for first in range(0, self.documents, _DOCUMENTS):
             bounds = np.asarray(self.index.bounds[first : first + _DOCUMENTS + 1])
-            self._check_bounds(first, bounds)
+            wrong = (np.diff(bounds) < 0) | (bounds[1:] > total)
+            wrong[0] |= first == 0 and bounds[0] != 0
+            wrong[-1] |= first + len(wrong) == self.documents and bounds[-1] != total
+            if wrong.any():
+                raise UserError(
+                    f"{idx_path(self.prefix)}: the bounds of document {first + wrong.argmax()} do "
+                    f"not follow those before it; {_REMEDY}"
+                )
             lengths = np.asarray(self.index.lengths[bounds[0] : bounds[-1]])
             edges = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            self._check_offsets(bounds, lengths, edges[:-1], first)
+            offsets = self.index.offsets[bounds[0] : bounds[-1]]
+            wrong = (offsets != edges[:-1] * self.dtype.itemsize) | (lengths < 0)
+            if wrong.any():
+                document = np.searchsorted(bounds, bounds[0] + wrong.argmax(), side="right") - 1
+                raise UserError(
+                    f"{idx_path(self.prefix)}: document {first + document} does not begin where "
+                    f"the lengths of those before it say; {_REMEDY}"
+                )
             end = int(edges[-1])
             documents = edges[bounds - bounds[0]]  # where each begins, in tokens, and the end
             yield from self._cut(first, bounds, lengths, documents)
@@ -132,37 +146,6 @@ class DatasetReader:
                 size=int(edges[stop] - edges[start]) * itemsize,
             )
             start = stop
-
-    def _check_bounds(self, first: int, bounds: NDArray[np.int64]) -> None:
-        ends = (0, len(self.index.lengths))
-        wrong = np.diff(bounds) < 0
-        wrong |= (bounds[:-1] < ends[0]) | (bounds[1:] > ends[1])
-        if first == 0:
-            wrong[0] |= bounds[0] != ends[0]
-        if first + len(wrong) == self.documents:
-            wrong[-1] |= bounds[-1] != ends[1]
-        if wrong.any():
-            raise UserError(
-                f"{idx_path(self.prefix)}: the bounds of document {first + int(wrong.argmax())} "
-                f"do not follow those before it; {_REMEDY}"
-            )
-
-    def _check_offsets(
-        self,
-        bounds: NDArray[np.int64],
-        lengths: NDArray[np.int32],
-        starts: NDArray[np.int64],
-        first: int,
-    ) -> None:
-        offsets = self.index.offsets[bounds[0] : bounds[-1]]
-        wrong = (offsets != starts * self.dtype.itemsize) | (lengths < 0)
-        if wrong.any():
-            sequence = bounds[0] + int(wrong.argmax())
-            document = first + int(np.searchsorted(bounds, sequence, side="right")) - 1
-            raise UserError(
-                f"{idx_path(self.prefix)}: document {document} does not begin where the lengths "
-                f"of those before it say; {_REMEDY}"
-            )
 
 
 def write_selected(

@@ -29,13 +29,14 @@ def check_pair(prefix: str) -> int:
     """
     index, tokens = Index.open(prefix), bin_path(prefix)
     if len(index.lengths) == 0:
-        raise UserError(f"{idx_path(prefix)} lists no documents; leave this dataset out")
+        raise UserError(f"data path {prefix}: {idx_path(prefix)} lists no documents; leave it out")
     end = int(index.offsets[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
     there = os.path.getsize(tokens)
     if there != end:
         wrong = "is cut off" if there < end else "belongs to another index"
         raise UserError(
-            f"{tokens} {wrong}: it has {there:,} bytes, and its index tells of {end:,}; {REMEDY}"
+            f"data path {prefix}: {tokens} {wrong}: it has {there:,} bytes, and its index tells of "
+            f"{end:,}; {REMEDY}"
         )
     return len(index.lengths)
 

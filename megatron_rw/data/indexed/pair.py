@@ -92,18 +92,21 @@ class Index:
         with path.open("rb") as file:
             header = file.read(HEADER.size)
             size = os.fstat(file.fileno()).st_size
+        where = f"data path {prefix}: {path}"
         if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise UserError(f"{path} is no index of a dataset; {REMEDY}")
+            raise UserError(f"{where} is no index of a dataset; {REMEDY}")
         _, version, code, sequences, bounds = HEADER.unpack(header)
         if version != VERSION or code not in CODES:
             raise UserError(
-                f"{path} has version {version} and type {code}, which are unknown; {REMEDY}"
+                f"{where} has version {version} and type {code}, which are unknown; {REMEDY}"
             )
         offsets_at = HEADER.size + 4 * sequences
         bounds_at = offsets_at + 8 * sequences
         end = bounds_at + 8 * bounds
         if size not in (end, end + sequences):
-            raise UserError(f"{path} has {size:,} bytes, and its header tells of {end:,}; {REMEDY}")
+            raise UserError(
+                f"{where} has {size:,} bytes, and its header tells of {end:,}; {REMEDY}"
+            )
         return cls(
             np.dtype(CODES[code]),
             _mapped(path, np.int32, HEADER.size, sequences),

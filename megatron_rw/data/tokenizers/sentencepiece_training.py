@@ -22,7 +22,9 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from megatron_rw.errors import UserError
 
@@ -73,14 +75,14 @@ def sentences(text: str) -> Iterator[str]:
 class VocabularyFlags:
     """The flags of a SentencePiece vocabulary."""
 
-    vocab_size: int = 32000
+    vocab_size: Annotated[int, arg(metavar="N")] = 32000
     """Number of token ids, special tokens and bytes included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """The algorithm."""
-    special_tokens: tuple[str, ...] = ()
+    special_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [...]")] = ()
     """Tokens that are one id each, from 4 on, wherever they occur in a text, as the marks of a chat
     template must be. Remove them from texts in which they should mean nothing."""
-    threads: int = 8
+    threads: Annotated[int, arg(metavar="N")] = 8
     """Training threads. The number changes the bytes of the model, so it is not taken from the
     machine."""
 

@@ -1,7 +1,9 @@
 """The command-line flags that choose a tokenizer, with Megatron's names and defaults."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from tyro.conf import arg
 
 from megatron_rw.errors import UserError
 
@@ -21,16 +23,16 @@ BYTE_LEVEL: TokenizerType = "ByteLevelTokenizer"
 class TokenizerOptions:
     """The flags of a tokenizer beside its type, with Megatron's names and defaults."""
 
-    tokenizer_model: str | None = None
+    tokenizer_model: Annotated[str | None, arg(metavar="PATH")] = None
     """A SentencePiece .model, a Hugging Face directory, or a .json vocabulary of tiktoken."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int | None, arg(metavar="N")] = None
     """For TikTokenizer: the number of token ids, special tokens included; Megatron takes 131072 if
     it is not given."""
-    tokenizer_special_tokens: tuple[str, ...] | None = None
+    tokenizer_special_tokens: Annotated[tuple[str, ...] | None, arg(metavar="TOKEN [...]")] = None
     """For TikTokenizer and HuggingFaceTokenizer: special tokens to add."""
     tiktoken_pattern: Literal["v1", "v2"] | None = None
     """For TikTokenizer: how text is cut into words; Megatron takes v2 if it is not given."""
-    tiktoken_num_special_tokens: int = 1000
+    tiktoken_num_special_tokens: Annotated[int, arg(metavar="N")] = 1000
     """For TikTokenizer: how many of the first ids are kept for special tokens."""
     tokenizer_sentencepiece_ignore_extra_whitespaces: bool = True
     """Keep runs of spaces that the SentencePiece model would fold."""
