@@ -96,11 +96,7 @@ class Clock:
 
 
 def median_clock(rounds: Sequence[tuple[float, float, float]]) -> Clock:
-    """Returns the offset of a clock from round trips to its host.
-
-    Args:
-        rounds: At least one (time here before, time there, time here after), in seconds.
-    """
+    """Returns a clock's offset from round trips: times here before, there, and here after."""
     return Clock(
         statistics.median(there - (before + after) / 2 for before, there, after in rounds),
         statistics.median(after - before for before, _, after in rounds),

@@ -23,10 +23,6 @@ SHAPING = (
 def check_resume(args: Namespace, allow_changed_data: bool) -> None:
     """Compares a run with the checkpoint that it will load. Called on one rank.
 
-    Args:
-        args: Megatron's validated arguments, with `data_fingerprints`.
-        allow_changed_data: Value of --allow-changed-data.
-
     Raises:
         UserError: If they differ; lists in what, and the remedy.
     """
@@ -82,12 +78,7 @@ def _loaded(args: Namespace) -> Checkpoint | None:
 
 
 def _listed(saved: dict[str, Any], mine: dict[str, tuple[str, Any]]) -> str:
-    """Lists the flags whose value differs from the saved one, where there is one.
-
-    Args:
-        saved: The checkpoint's values by their names there.
-        mine: This run's name there and value, by flag.
-    """
+    """Lists the flags of this run whose value differs from the one saved under their name."""
     return "; ".join(
         f"--{flag.replace('_', '-')} {saved[name]} there, {value} here"
         for flag, (name, value) in mine.items()

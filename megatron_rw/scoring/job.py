@@ -51,11 +51,6 @@ UNSUPPORTED = {
 def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     """Scores what is not scored yet, and finishes the folder. Collective over all ranks.
 
-    Args:
-        job: The flags of the job.
-        config: Of scoring.
-        progress: Told how far the rank is.
-
     Raises:
         UserError: A flag, a dataset, or where the scores go, is not as it should be.
         OSError: The folder cannot be written to.
