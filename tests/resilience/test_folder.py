@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_rw.errors import UserError
-from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
 from megatron_rw.resilience.folder import CheckpointFolder, superfluous
+from megatron_rw.resilience.resuming import choose_checkpoint
 
 
 def write_checkpoint(folder: Path, iteration: int) -> Path:
