@@ -85,12 +85,7 @@ class Estimate:
 
 
 def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
-    """Returns the arguments of a job of that many GPUs, on a machine that need not have any.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
+    """Returns the arguments of a job of that many GPUs, on a machine that need not have any."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
     # Megatron's default, which ours gives up where Transformer Engine is not installed.
     return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda").megatron

@@ -37,11 +37,7 @@ class RankMessages:
         self.store.set(_name(key, self.rank), json.dumps(value))
 
     def receive(self, key: str, rank: int, wait_s: float | None = None) -> Any:
-        """Returns what a rank sends, after waiting for it.
-
-        Raises:
-            NoAnswerError: It sent nothing.
-        """
+        """Returns what a rank sends, after waiting for it, or raises a `NoAnswerError`."""
         name = _name(key, rank)
         seconds = self.wait_s if wait_s is None else wait_s
         try:

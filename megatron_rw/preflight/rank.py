@@ -72,12 +72,7 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
 
 
 def check_job(flags: Sequence[str], device: Device) -> Namespace:
-    """Returns the job's arguments, after all checks that it makes itself before it starts.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
+    """Returns the job's arguments, after all checks that it makes itself before it starts."""
     args = parse_job_flags(flags, device).megatron
     with megatron_refusals():
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args))

@@ -113,11 +113,7 @@ def _complete(folder: CheckpointFolder) -> str:
 
 
 def check_resume(args: Namespace, allow_changed_data: bool) -> None:
-    """Compares a run with the checkpoint that it will load. Called on one rank.
-
-    Raises:
-        UserError: If they differ; lists in what, and the remedy.
-    """
+    """Refuses to resume where the run differs from its checkpoint. Called on one rank."""
     checkpoint = _loaded(args)
     if checkpoint is None:
         return

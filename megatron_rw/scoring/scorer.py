@@ -143,9 +143,6 @@ def to_samples(
     Returns:
         `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
         the rows themselves, [rows, 3] int64, in the place of the samples' places.
-
-    Raises:
-        UserError: A token id is beyond the vocabulary.
     """
     shape = (len(batch.rows), batch.length)
     tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
