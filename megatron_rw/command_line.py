@@ -13,7 +13,7 @@ from typing import NoReturn
 import tyro
 
 from megatron_rw.errors import UserError
-from megatron_rw.platform.argfile import allow_argument_files
+from megatron_rw.platform import allow_argument_files
 
 _FLAG_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 

@@ -17,8 +17,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from megatron_rw.errors import UserError
 
-# What the gauges without labels mean.
-_GAUGES = {
+_SKIPPED = "skipped_iterations"
+# What the metrics without labels mean: this counter, and gauges.
+_MEANINGS = {
+    _SKIPPED: "Iterations without an update since the process began.",
     "start_time_seconds": "When the process began, Unix time.",
     "iteration": "Completed iterations.",
     "consumed_samples": "Samples trained on.",
@@ -68,11 +70,8 @@ class Endpoint:
 
     def __init__(self, address: str, port: int, seq_length: int) -> None:
         self._seq_length = seq_length
-        self._start = {"start_time_seconds": time.time()}
-        # Each is replaced as a whole, so that the server's threads see the old or the new one.
-        self._progress: dict[str, float] = {}
-        self._checkpoint: dict[str, float] = {}
-        self._skipped = 0
+        # Both are replaced as a whole, so that the server's threads see the old or the new ones.
+        self._values: dict[str, float] = {"start_time_seconds": time.time()}
         self._records: dict[str, Mapping[str, Any]] = {}
         registry = CollectorRegistry()
         registry.register(self)
@@ -94,8 +93,8 @@ class Endpoint:
 
     def step(self, iteration: int, samples: int, skipped: bool) -> None:
         """Notes how far training is after a step, and whether the step was no update."""
-        self._skipped += skipped
-        self._progress = {
+        self._values = self._values | {
+            _SKIPPED: self._values.get(_SKIPPED, 0) + skipped,
             "iteration": iteration,
             "consumed_samples": samples,
             "consumed_tokens": samples * self._seq_length,
@@ -104,7 +103,7 @@ class Endpoint:
 
     def saved(self, iteration: int) -> None:
         """Notes a complete checkpoint."""
-        self._checkpoint = {
+        self._values = self._values | {
             "last_checkpoint_iteration": iteration,
             "last_checkpoint_timestamp_seconds": time.time(),
         }
@@ -120,18 +119,13 @@ class Endpoint:
 
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics that have a value: what a collector of `prometheus_client` does."""
-        progress, records = self._progress, self._records
+        values, records = self._values, self._records
         train = records.get("train", {})
         interval = {name: _at(train, path) for name, path in _PATHS.items()}
-        for name, value in (self._start | progress | self._checkpoint | interval).items():
+        for name, value in (values | interval).items():
             if value is not None:
-                yield GaugeMetricFamily(f"megatron_rw_{name}", _GAUGES[name], value=value)
-        if progress:
-            yield CounterMetricFamily(
-                "megatron_rw_skipped_iterations",
-                "Iterations without an update since the process began.",
-                value=self._skipped,
-            )
+                family = CounterMetricFamily if name == _SKIPPED else GaugeMetricFamily
+                yield family(f"megatron_rw_{name}", _MEANINGS[name], value=value)
         yield from _labelled(
             "loss",
             "Nats per token; of training, mean of an interval.",

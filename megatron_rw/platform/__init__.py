@@ -7,11 +7,12 @@ nothing of this package changes anything after `select_device`.
 from __future__ import annotations
 
 import argparse
+import functools
+import shlex
 from collections.abc import Sequence
 from typing import Literal, NoReturn
 
 from megatron_rw.errors import UserError
-from megatron_rw.platform.argfile import allow_argument_files
 
 Device = Literal["cuda", "cpu"]
 DEVICE_CHOICES = ("auto", "cuda", "cpu")
@@ -57,3 +58,13 @@ def select_device(argv: Sequence[str]) -> Device:
 
     silence("cuda")
     return "cuda"
+
+
+def allow_argument_files(parser: argparse.ArgumentParser) -> None:
+    """Lets a parser read `@path` as the flags in that file, split as a shell would.
+
+    A line may hold several flags; `#` begins a comment. Flags after `@path` win over those in it.
+    """
+    parser.fromfile_prefix_chars = "@"
+    split = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = split  # type: ignore[method-assign]

@@ -70,11 +70,7 @@ def _slurm_master(env: MutableMapping[str, str]) -> str:
 
 
 def prepare_process(env: MutableMapping[str, str] = os.environ) -> None:
-    """Completes the environment, and silences library warnings except on rank 0.
-
-    Raises:
-        UserError: As `complete_environment`.
-    """
+    """Completes the environment, and silences library warnings except on rank 0."""
     complete_environment(env)
     if env["RANK"] != "0":
         warnings.filterwarnings("ignore")

@@ -58,19 +58,13 @@ class Estimate:
     def hours(self, peak_tflops: float | None, mfu: float) -> float:
         """Returns the time of training alone, without start, evaluation and checkpoints.
 
-        Args:
-            peak_tflops: Of one GPU; None for an H100 at the precision of the run.
-            mfu: Model FLOPs utilisation, from 0 to 1. An assumption.
+        Without a peak it is that of an H100. The model FLOPs utilisation, from 0 to 1, is assumed.
         """
         rate = self.gpus * (peak_tflops or PEAK_TFLOPS[self.bits]) * 1e12 * mfu
         return self.operations / rate / 3600
 
     def lines(self, assumed: PreflightConfig | None) -> Iterator[str]:
-        """Yields the estimate as text.
-
-        Args:
-            assumed: Has the peak and the utilisation for the time; None leaves the time out.
-        """
+        """Yields the estimate as text, with the time only where peak and utilisation are given."""
         yield ""
         yield f"estimate for {self.gpus} GPUs by Megatron's formulas, nothing of it measured"
         yield f"  parameters          {self.parameters:,.0f}"
@@ -80,27 +74,18 @@ class Estimate:
             f"{amount(self.activation_bytes)}"
         )
         yield f"  a checkpoint        {amount(self.checkpoint_bytes)}"
-        yield (
-            f"  work                {self.steps:,} steps, {self.tokens:,} tokens, "
-            f"{self.operations:.2e} operations"
-        )
+        work = f"{self.steps:,} steps, {self.tokens:,} tokens, {self.operations:.2e} operations"
+        yield f"  work                {work}"
         if assumed is not None:
             peak, mfu = assumed.peak_tflops or PEAK_TFLOPS[self.bits], assumed.assumed_mfu
-            yield (
-                f"  time                {self.hours(peak, mfu):,.1f} h at {mfu:.0%} of {peak:g} "
-                "TFLOP/s a GPU, which is assumed"
-            )
+            rate = f"{mfu:.0%} of {peak:g} TFLOP/s a GPU, which is assumed"
+            yield f"  time                {self.hours(peak, mfu):,.1f} h at {rate}"
         for limit in self.limits:
             yield f"  note                {limit}"
 
 
 def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
-    """Returns the arguments of a job of that many GPUs, on a machine that need not have any.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
+    """Returns the arguments of a job of that many GPUs, on a machine that need not have any."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(gpus)}
     # Megatron's default, which ours gives up where Transformer Engine is not installed.
     return parse_job_flags(["--transformer-impl", "transformer_engine", *flags], "cuda").megatron
@@ -160,45 +145,44 @@ def _saved_bytes_per_parameter(args: Namespace) -> int:
 
 def limits(args: Namespace) -> list[str]:
     """Lists what Megatron's memory formula leaves out, and to which side it errs by that."""
-    found = ["too low by CUDA's context, NCCL's buffers, fragmentation and the loss's fp32 logits"]
-    if _bits(args) == 32:
-        found.append(
-            "activations too low: they are counted with 2 bytes, and take 4 in fp32, where "
-            "attention keeps its scores besides"
-        )
-    elif args.transformer_impl == "local" and args.recompute_granularity is None:
-        found.append("activations too low: --transformer-impl local keeps attention's scores")
-    if args.recompute_granularity == "full":
-        found.append("activations too high: full recomputation is not in the formula")
-    elif args.sequence_parallel and args.recompute_granularity != "selective":
-        found.append(
-            "activations too high: --sequence-parallel is in the formula with "
-            "--recompute-activations alone"
-        )
-    if args.context_parallel_size > 1:
-        found.append("activations too high: --context-parallel-size is not in the formula")
-    if args.num_experts is not None:
-        found.append("activations of experts are not in the formula")
-    if args.use_megatron_fsdp or args.use_torch_fsdp2:
-        found.append("weights too high: FSDP is not in the formula")
-    return found
+    fp32, recompute = _bits(args) == 32, args.recompute_granularity
+    left_out = {
+        "too low by CUDA's context, NCCL's buffers, fragmentation and the loss's fp32 logits": True,
+        "activations too low: they are counted with 2 bytes, and take 4 in fp32, where attention "
+        "keeps its scores besides": fp32,
+        "activations too low: --transformer-impl local keeps attention's scores": (
+            not fp32 and args.transformer_impl == "local" and recompute is None
+        ),
+        "activations too high: full recomputation is not in the formula": recompute == "full",
+        "activations too high: --sequence-parallel is in the formula with --recompute-activations "
+        "alone": args.sequence_parallel and recompute is None,
+        "activations too high: --context-parallel-size is not in the formula": (
+            args.context_parallel_size > 1
+        ),
+        "activations of experts are not in the formula": args.num_experts is not None,
+        "weights too high: FSDP is not in the formula": (
+            args.use_megatron_fsdp or args.use_torch_fsdp2
+        ),
+    }
+    return [text for text, applies in left_out.items() if applies]
 
 
 def advice(args: Namespace) -> str:
     """Names flags that lower the memory of a GPU and are not in use yet, cheapest first."""
-    options = []
-    if not args.use_distributed_optimizer and args.data_parallel_size > 1:
-        options.append("--use-distributed-optimizer")
-    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        options.append("--sequence-parallel")
-    if args.micro_batch_size > 1:
-        options.append(f"a --micro-batch-size below {args.micro_batch_size}")
-    options.append(f"a --tensor-model-parallel-size above {args.tensor_model_parallel_size}")
-    options.append(f"a --pipeline-model-parallel-size above {args.pipeline_model_parallel_size}")
-    if args.recompute_granularity != "full":
-        options.append(
-            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-        )
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    useful = {
+        "--use-distributed-optimizer": (
+            not args.use_distributed_optimizer and args.data_parallel_size > 1
+        ),
+        "--sequence-parallel": tensor > 1 and not args.sequence_parallel,
+        f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
+        f"a --tensor-model-parallel-size above {tensor}": True,
+        f"a --pipeline-model-parallel-size above {pipeline}": True,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
+            args.recompute_granularity != "full"
+        ),
+    }
+    options = [flag for flag, applies in useful.items() if applies]
     return ", ".join(options[:-1]) + f" or {options[-1]}"
 
 

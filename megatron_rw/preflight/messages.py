@@ -37,11 +37,7 @@ class RankMessages:
         self.store.set(_name(key, self.rank), json.dumps(value))
 
     def receive(self, key: str, rank: int, wait_s: float | None = None) -> Any:
-        """Returns what a rank sends, after waiting for it.
-
-        Raises:
-            NoAnswerError: It sent nothing.
-        """
+        """Returns what a rank sends, after waiting for it, or raises a `NoAnswerError`."""
         name = _name(key, rank)
         seconds = self.wait_s if wait_s is None else wait_s
         try:
@@ -96,11 +92,7 @@ class Clock:
 
 
 def median_clock(rounds: Sequence[tuple[float, float, float]]) -> Clock:
-    """Returns the offset of a clock from round trips to its host.
-
-    Args:
-        rounds: At least one (time here before, time there, time here after), in seconds.
-    """
+    """Returns a clock's offset from round trips: times here before, there, and here after."""
     return Clock(
         statistics.median(there - (before + after) / 2 for before, there, after in rounds),
         statistics.median(after - before for before, _, after in rounds),

@@ -71,12 +71,7 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
 
 
 def check_job(flags: Sequence[str], device: Device) -> Namespace:
-    """Returns the job's arguments, after all checks that it makes itself before it starts.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
+    """Returns the job's arguments, after all checks that it makes itself before it starts."""
     args = parse_job_flags(flags, device).megatron
     megatron_config(args)
     Domains(args)
@@ -108,8 +103,7 @@ def _lead(
     results = list(report.check_presence(missing, facts, messages.wait_s))
     if results or args is None:
         messages.send("first ranks", None)
-        refused = any(one.refusal is not None for one in facts)
-        return _end(settings, messages, results, record, USER_ERROR_STATUS if refused else PROBLEMS)
+        return _end(settings, messages, results, record)
     first_ranks = {host: own[0].rank for host, own in report.by_host(facts).items()}
     messages.send("first ranks", list(first_ranks.values()))
     clocks = {host: ask_clock(messages, rank) for host, rank in first_ranks.items() if rank}
@@ -139,8 +133,7 @@ def _lead(
     record["clocks"] = {host: dataclasses.asdict(clock) for host, clock in clocks.items()}
     record["sniff_test"] = speeds
     record["estimate"] = None if needed is None else dataclasses.asdict(needed)
-    failed = any(result.level == "problem" for result in results)
-    return _end(settings, messages, results, record, PROBLEMS if failed else 0)
+    return _end(settings, messages, results, record)
 
 
 def _end(
@@ -148,8 +141,11 @@ def _end(
     messages: RankMessages,
     results: Sequence[CheckResult],
     record: dict[str, Any],
-    status: int,
 ) -> int:
+    """Prints the results, writes the report, and returns the exit status on which ranks agree."""
+    refused = any(one["refusal"] is not None for one in record["ranks"])
+    failed = any(result.level == "problem" for result in results)
+    status = USER_ERROR_STATUS if refused else PROBLEMS if failed else 0
     for result in results:
         print(f"{result.level}: {result.text}", flush=True)
     if settings.json is not None:

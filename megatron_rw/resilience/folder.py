@@ -167,13 +167,7 @@ class CheckpointFolder:
 
 
 def superfluous(iterations: list[int], keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Returns the checkpoints that need not be kept.
-
-    Args:
-        iterations: Those of the complete checkpoints, ascending.
-        keep_last: How many of the newest to keep; None to keep all.
-        keep_every: Keep those whose iteration is a multiple of this as well.
-    """
+    """Returns which of the complete checkpoints' iterations, ascending, need not be kept."""
     if keep_last is None:
         return []
     old = iterations[:-keep_last]

@@ -57,25 +57,13 @@ class StepGuard:
 
     def patches(self) -> list[Patch]:
         """What looks at the gradients of each step before its optimizer does."""
+        alone = "Megatron waits for the device for every bucket, and raises on one rank alone."
+        last = "It is the last call before the optimizer clips and steps, and may skip the step."
+        known = "The norm that decides has been computed already."
         return [
-            Patch(
-                _ParamAndGradBucketGroup,
-                "check_grads",
-                Around(self._check_grads),
-                "Megatron waits for the device for every bucket, and raises on one rank alone.",
-            ),
-            Patch(
-                ChainedOptimizer,
-                "prepare_grads",
-                Around(self._prepare_grads),
-                "It is the last call before the optimizer clips and steps, and may skip the step.",
-            ),
-            Patch(
-                ChainedOptimizer,
-                "get_grad_norm",
-                Around(self._get_grad_norm),
-                "The norm that decides has been computed already.",
-            ),
+            Patch(_ParamAndGradBucketGroup, "check_grads", Around(self._check_grads), alone),
+            Patch(ChainedOptimizer, "prepare_grads", Around(self._prepare_grads), last),
+            Patch(ChainedOptimizer, "get_grad_norm", Around(self._get_grad_norm), known),
         ]
 
     def begin(self, iteration: int, model: list[Any]) -> None:
@@ -118,23 +106,24 @@ class StepGuard:
             self._in_a_row = 0
             return False
         what = self._diagnosis()
-        if not self.skips:
-            self._print_error(
-                f"{what} Go on from the last checkpoint, with --iterations-to-skip "
-                f"{self._iteration} or --on-nonfinite skip-step to leave the step out."
-            )
-            raise NonFiniteExit
         self._in_a_row += 1
         self.skipped += 1
         most = self._config.max_consecutive_skips or _MOST_IN_A_ROW
-        if self._in_a_row > most:
-            self._print_error(
-                f"{what} No step was taken for {self._in_a_row} iterations, more than "
+        if not self.skips:
+            why = (
+                f"Go on from the last checkpoint, with --iterations-to-skip {self._iteration} or "
+                "--on-nonfinite skip-step to leave the step out."
+            )
+        elif self._in_a_row > most:
+            why = (
+                f"No step was taken for {self._in_a_row} iterations, more than "
                 f"--max-consecutive-skips {most}."
             )
-            raise NonFiniteExit
-        print_rank_0(f"WARNING: iteration {self._iteration}: the step is skipped: {what}")
-        return True
+        else:
+            print_rank_0(f"WARNING: iteration {self._iteration}: the step is skipped: {what}")
+            return True
+        self._print_error(f"{what} {why}")
+        raise NonFiniteExit
 
     def _print_error(self, text: str) -> None:
         if dist.get_rank() == 0:

@@ -87,15 +87,10 @@ class StepSamples:
     def named(
         self, chosen: Tensor, losses: Tensor, notes: Sequence[Note] | None = None
     ) -> list[Sample]:
-        """Names samples; waits for the device.
+        """Names the chosen samples, in order, of the current step or one with other notes.
 
-        Args:
-            chosen: Which samples, `[M, b]` bool.
-            losses: Their losses, `[M, b]`.
-            notes: The notes of their step; None for the current one.
-
-        Returns:
-            The samples in order. None on a rank that draws no data: another has the same samples.
+        It waits for the device. `chosen` and `losses` are `[M, b]`. A rank that draws no data names
+        none: another has the same samples.
         """
         found = []
         for micro_batch, row in chosen.nonzero().tolist():

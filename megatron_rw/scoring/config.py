@@ -73,11 +73,7 @@ class IgnoredFlags:
 
 
 def job_flags(config: ScoreConfig, flags: Sequence[str]) -> list[str]:
-    """Returns the flags that Megatron is to parse, out of scoring's and a job's own.
-
-    Raises:
-        UserError: A folder of --data-path has no domains.json.
-    """
+    """Returns the flags that Megatron is to parse, out of scoring's and a job's own."""
     _, kept = parse_known(IgnoredFlags, flags, "")
     data = ["--data-path", *expanded(config.data_path)] if config.data_path else []
     return [*kept, "--load", config.load, *_FORCED, *data]

@@ -53,10 +53,7 @@ class ScoreFolder:
         return partial if partial.exists() else self.array(dataset, kind)
 
     def begin(self, record: Record) -> dict[str, int] | None:
-        """Prepares the folder for a run, or finds how far the same run came. On one rank.
-
-        Args:
-            record: See `plan.describe`.
+        """Prepares the folder for a run with this record, or finds how far it came. On one rank.
 
         Returns:
             How many blocks of each dataset are there; None when all are, under their names.
@@ -94,10 +91,7 @@ class ScoreFolder:
     def write(self, dataset: str, block: DocumentBlock, losses: NDArray[np.float32]) -> None:
         """Writes a block's losses and the means of its documents, onto the disk.
 
-        Args:
-            dataset: Its name.
-            block: Of the dataset.
-            losses: [tokens] of the block, the first of each document of no meaning; changed.
+        The losses, [tokens] of the block, are changed: the first of each document means nothing.
 
         Raises:
             UserError: The disk is full, or the folder cannot be written to.
@@ -180,12 +174,7 @@ def document_means(
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Returns the mean loss of each document, summed in fp64, and over how many tokens it is.
 
-    Args:
-        block: Its documents.
-        losses: [tokens] of the block; the first of each document does not count.
-
-    Returns:
-        [documents] each; the mean is NaN where there are no tokens.
+    The first token of a document does not count. Where there are no others the mean is NaN.
     """
     tokens = np.maximum(block.lengths - 1, 0)
     values = losses.astype(np.float64)

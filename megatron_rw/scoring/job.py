@@ -49,17 +49,7 @@ UNSUPPORTED = {
 
 
 def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
-    """Scores what is not scored yet, and finishes the folder. Collective over all ranks.
-
-    Args:
-        job: The flags of the job.
-        config: Of scoring.
-        progress: Told how far the rank is.
-
-    Raises:
-        UserError: A flag, a dataset, or where the scores go, is not as it should be.
-        OSError: The folder cannot be written to.
-    """
+    """Scores what is not scored yet, and finishes the folder. Collective over all ranks."""
     args = job.megatron
     check_scoring(config, args)
     # A row has one document, and Megatron's way to mask between documents is not needed.
@@ -95,11 +85,7 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
 
 
 def check_scoring(config: ScoreConfig, args: Namespace) -> None:
-    """Refuses flags of a job, as validated by Megatron, that scoring cannot serve.
-
-    Raises:
-        UserError: The first one found.
-    """
+    """Refuses flags of a job, as validated by Megatron, that scoring cannot serve."""
     refuse_flags(args, UNSUPPORTED, "drop it")
     if args.cuda_graph_impl != "none":
         raise UserError("--cuda-graph-impl wants one shape, and rows have several: drop it.")

@@ -143,21 +143,16 @@ class Blocks:
         return len(self._bounds) - 1
 
     def __getitem__(self, number: int) -> DocumentBlock:
-        """Returns one block.
-
-        Raises:
-            UserError: Its documents do not lie one after the other in the `.bin`.
-        """
         first, last = int(self._bounds[number]), int(self._bounds[number + 1])
         lengths = np.asarray(self._index.lengths[first:last], np.int64)
         offsets = np.asarray(self._index.offsets[first:last])
-        ends = np.cumsum(lengths)
-        if not np.array_equal(offsets - offsets[0], (ends - lengths) * self._itemsize):
+        block = DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize)
+        if not np.array_equal(offsets - offsets[0], block.starts * self._itemsize):
             raise UserError(
                 f"{self.prefix}.idx: documents {first} to {last - 1} do not lie one after the "
                 "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
             )
-        return DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize)
+        return block
 
     def ids(self, block: DocumentBlock) -> NDArray[Any]:
         """Returns the token ids of a block, [tokens], from a memory map."""

@@ -30,14 +30,7 @@ from megatron_rw.training.settings import Settings
 
 
 class Scorer:
-    """Scores the blocks of datasets, on all ranks together.
-
-    Args:
-        settings: The flags of the job.
-        model: Its chunks on this rank, with the weights to score with.
-        plan: How blocks are cut into rows.
-        progress: Told how far the rank is.
-    """
+    """Scores the blocks of datasets with the model's chunks, on all ranks together."""
 
     def __init__(
         self, settings: Settings, model: list[Any], plan: Plan, progress: Progress
@@ -150,9 +143,6 @@ def to_samples(
     Returns:
         `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
         the rows themselves, [rows, 3] int64, in the place of the samples' places.
-
-    Raises:
-        UserError: A token id is beyond the vocabulary.
     """
     shape = (len(batch.rows), batch.length)
     tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

@@ -27,8 +27,7 @@ from megatron.training.utils import print_rank_0
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
-from megatron_rw.platform import Device
-from megatron_rw.platform.argfile import allow_argument_files
+from megatron_rw.platform import Device, allow_argument_files
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training import refusals
 from megatron_rw.training.settings import CONFIGS, REWEIGHT_PREFIX, Settings

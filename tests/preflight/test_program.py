@@ -108,7 +108,7 @@ def test_rank_0_never_comes(tmp_path: Path, data_flags: list[str]) -> None:
 def test_rank_that_leaves_a_collective(
     fault: str, status: int, tmp_path: Path, data_flags: list[str]
 ) -> None:
-    run = preflight(tmp_path, data_flags, "--wait-seconds", "3", faults={fault: {"1": True}})
+    run = preflight(tmp_path, data_flags, "--wait-seconds", "8", faults={fault: {"1": True}})
     assert run.status == [74, status], run.all_output
     assert not run.hung
     assert "error: rank 0 on node0: rank 1 did not finish the collectives" in run.output[0]

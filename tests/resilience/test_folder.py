@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_rw.errors import UserError
-from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
 from megatron_rw.resilience.folder import CheckpointFolder, superfluous
+from megatron_rw.resilience.resuming import choose_checkpoint
 
 
 def write_checkpoint(folder: Path, iteration: int) -> Path:
@@ -43,54 +43,33 @@ def tracker(folder: Path) -> str:
     return (folder / "latest_checkpointed_iteration.txt").read_text()
 
 
-def undeclare(path: Path) -> None:
-    (path / "metadata.json").unlink()
-
-
-def empty_declaration(path: Path) -> None:
-    (path / "metadata.json").write_text("")
-
-
-def foreign_declaration(path: Path) -> None:
-    (path / "metadata.json").write_text("[]")
-
-
-def lose_index(path: Path) -> None:
-    (path / ".metadata").unlink()
-
-
-def cut_index(path: Path) -> None:
-    data = (path / ".metadata").read_bytes()
-    (path / ".metadata").write_bytes(data[: len(data) // 2])
-
-
-def lose_shard(path: Path) -> None:
-    next(path.glob("*.distcp")).unlink()
-
-
-def cut_shard(path: Path) -> None:
-    shard = next(path.glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+def damage(path: Path, pattern: str, keep: float | bytes | None) -> None:
+    """Deletes a file of a checkpoint, cuts it to a share of its bytes, or writes others."""
+    file = next(path.glob(pattern))
+    data = file.read_bytes()
+    file.unlink()
+    if keep is not None:
+        file.write_bytes(keep if isinstance(keep, bytes) else data[: int(keep * len(data))])
 
 
 DEFECTS = {
-    undeclare: "it has no metadata.json: its writing was not finished",
-    empty_declaration: "its metadata.json is damaged",
-    foreign_declaration: "its metadata.json is not one of a checkpoint",
-    lose_index: "its index cannot be read: [Errno 2]",
-    cut_index: "its index cannot be read",
-    lose_shard: "distcp is missing",
-    cut_shard: "distcp has ",
+    ("metadata.json", None): "it has no metadata.json: its writing was not finished",
+    ("metadata.json", b""): "its metadata.json is damaged",
+    ("metadata.json", b"[]"): "its metadata.json is not one of a checkpoint",
+    (".metadata", None): "its index cannot be read: [Errno 2]",
+    (".metadata", 0.5): "its index cannot be read",
+    ("*.distcp", None): "distcp is missing",
+    ("*.distcp", 0.9999): "distcp has ",
 }
 
 
-@pytest.mark.parametrize("damage", DEFECTS)
-def test_own_folder_goes_on_from_the_newest_complete_one(folder: Path, damage: Any) -> None:
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_own_folder_goes_on_from_the_newest_complete_one(folder: Path, defect: Any) -> None:
     """Defects are found without reading the shards."""
-    damage(folder / "iter_0000020")
+    damage(folder / "iter_0000020", *defect)
     old, new = CheckpointFolder(folder).checkpoints()
     assert old.defect() is None
-    assert DEFECTS[damage] in (new.defect() or "")
+    assert DEFECTS[defect] in (new.defect() or "")
     [line] = lines_of(folder)
     assert "its tracker names iteration 20, which is incomplete" in line
     assert "going on from the newest complete checkpoint, iteration 10" in line
@@ -128,7 +107,7 @@ def test_tracker_that_was_put_back_is_obeyed(folder: Path) -> None:
 
 
 def test_another_folder_is_not_written_to(folder: Path, tmp_path: Path) -> None:
-    cut_shard(folder / "iter_0000020")
+    damage(folder / "iter_0000020", "*.distcp", 0.9999)
     with pytest.raises(UserError, match="add --ckpt-step 10"):
         lines_of(folder, save=tmp_path / "other")
     assert tracker(folder) == "20"
@@ -138,14 +117,14 @@ def test_another_folder_is_not_written_to(folder: Path, tmp_path: Path) -> None:
 def test_named_step_must_be_complete(folder: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint; it has those of iterations 10, 20"):
         lines_of(folder, ckpt_step=15)
-    cut_shard(folder / "iter_0000020")
+    damage(folder / "iter_0000020", "*.distcp", 0.9999)
     with pytest.raises(UserError, match="--ckpt-step names it: give another"):
         lines_of(folder, ckpt_step=20)
 
 
 def test_nothing_complete(folder: Path) -> None:
     for path in folder.glob("iter_*"):
-        undeclare(path)
+        damage(path, "metadata.json", None)
     with pytest.raises(UserError, match=r"there is no complete checkpoint\. To begin anew"):
         lines_of(folder)
     (folder / "latest_checkpointed_iteration.txt").unlink()

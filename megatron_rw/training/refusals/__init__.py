@@ -7,8 +7,7 @@ file system the same.
 
 from __future__ import annotations
 
-from megatron_rw.resilience.choose_checkpoint import choose_checkpoint
-from megatron_rw.resilience.resuming import check_resume
+from megatron_rw.resilience.resuming import check_resume, choose_checkpoint
 from megatron_rw.training.refusals.checkpoints import check_folders, check_saving
 from megatron_rw.training.refusals.data import (
     check_files,
