@@ -58,14 +58,12 @@ def test_runs_then_skips_then_redoes_what_changed(
     assert stages_of(capfd.readouterr().out) == dict.fromkeys(names, True)
 
     # What changed is redone. A stage that fails says so and stays undone.
-    monkeypatch.setitem(run.RUNS, "linupper", [*run.REWEIGHTING, "--reweight-delta", "-2"])
+    monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "none"])
     assert run.main(arguments) == 1
-    printed = capfd.readouterr()
-    assert stages_of(printed.out) == dict.fromkeys(names[:5], True)
-    failed = printed.err
-    assert "error: --reweight-delta must be a finite number above 0" in failed
-    assert "error: stage 'pretrain linupper' failed" in failed
-    assert not (tmp_path / ".stages" / "pretrain-linupper").exists()
+    failed = capfd.readouterr().err
+    assert "--max-bytes-per-domain" in failed
+    assert "error: stage 'corpus' failed" in failed
+    assert not (tmp_path / ".stages" / "corpus").exists()
 
 
 def test_blend_gives_the_noise_a_tenth(tmp_path: Path) -> None:
