@@ -37,7 +37,7 @@ def main() -> None:
     from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import announce, megatron_config, parse_args
-    from megatron_rw.training.datasets import Domains, datasets_provider
+    from megatron_rw.training.datasets import Domains
     from megatron_rw.training.embeddings import embedding_ranks
     from megatron_rw.training.job import Job
     from megatron_rw.training.patches import early_patches
@@ -56,15 +56,13 @@ def main() -> None:
         announce(settings, domains.names)
         patching.apply(job.patches)
 
-    provider = functools.partial(datasets_provider, domains)
-    provider.is_distributed = True  # type: ignore[attr-defined]
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(
         explaining(pretrain, args, progress)
     )
     train = functools.partial(
         pretrain,
         config,
-        provider,
+        job.datasets_provider,
         ModelType.encoder_or_decoder,
         job.forward_step,
         store=store,

@@ -79,9 +79,6 @@ def redirect_torch() -> None:
     apply(_torch_patches())
 
 
-# --- torch -------------------------------------------------------------------------------
-
-
 def _cpu_for_cuda(device: Any) -> Any:
     """Returns `"cpu"` for a CUDA device in any spelling, and anything else unchanged."""
     if isinstance(device, torch.device) and device.type == "cuda":
@@ -206,9 +203,6 @@ def _torch_patches() -> list[Patch]:
         Patch(cuda, "device_memory_used", _resident_bytes, "report_memory"),
     ]
     return patches
-
-
-# --- Megatron ----------------------------------------------------------------------------
 
 
 def _megatron_patches() -> list[Patch]:

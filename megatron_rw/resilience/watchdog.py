@@ -181,9 +181,9 @@ class Watchdog:
 
     def _wait(self) -> None:
         while not self._stop.wait(self._interval):
-            diagnosis = self._diagnosis or self._unreachable()
-            if diagnosis is not None and not self._stop.is_set():
-                self._end(diagnosis)
+            found = self._diagnosis or self._unreachable()
+            if found is not None and not self._stop.is_set():
+                self._end(found)
                 return
 
     def _beat(self) -> None:
@@ -228,14 +228,14 @@ class Watchdog:
             "reached: the network to that host, or rank 0 there, is gone.",
         )
 
-    def _end(self, diagnosis: Diagnosis) -> None:
+    def _end(self, found: Diagnosis) -> None:
         print(
             f"error: rank {self._rank} on {socket.gethostname()} stops at "
-            f"{self._progress.position}: {diagnosis.text}",
+            f"{self._progress.position}: {found.text}",
             file=sys.stderr,
             flush=True,
         )
-        if self._rank in (0, *diagnosis.ranks):
+        if self._rank in (0, *found.ranks):
             faulthandler.dump_traceback(file=2)
         if self._rank == 0:
             # The store is in this process, and the other ranks are to read the diagnosis.

@@ -76,8 +76,8 @@ class BatchReader:
     ) -> Batch:
         """Draws the next micro-batch. Collective over the tensor-parallel group.
 
-        Only tensor-parallel rank 0 reads the iterator. It raises ValueError for a token id beyond
-        the model's vocabulary. An evaluation may use another micro-batch size than training.
+        Only tensor-parallel rank 0 reads the iterator, and checks the token ids. An evaluation may
+        use another micro-batch size than training.
         """
         args = self._args
         at_edge = is_first_or_last_pipeline_stage(vp_stage)
@@ -126,8 +126,8 @@ class BatchReader:
         )
 
     def _check_ids(self, drawn: dict[str, Any]) -> None:
-        # The tensors are still on the host, so this does not wait for the device. Later, such an id
-        # is a device assertion or, with tensor parallelism, silently embedded as zero.
+        # The tensors are still on the host, so this does not wait for the device. Later, an id that
+        # is too large is a device assertion or, with tensor parallelism, silently embedded as zero.
         largest = int(drawn["tokens"].max())
         if largest >= self._args.padded_vocab_size:
             raise ValueError(

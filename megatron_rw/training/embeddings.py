@@ -12,8 +12,8 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 def embedding_ranks(args: Namespace, pp_ranks: Sequence[int]) -> list[int]:
     """Returns the ranks of a pipeline group that hold the word embeddings.
 
-    These are the first, the last where the output layer shares the embeddings' weight, and those
-    with multi-token prediction. `pp_ranks` are the group's global ranks by stage.
+    `pp_ranks` are the group's global ranks by stage. The first holds them, the last if the output
+    layer shares their weight, and those with multi-token prediction.
     """
     ranks = {pp_ranks[0]}
     if len(pp_ranks) > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.observability import prometheus
 from megatron_rw.observability.metrics_file import MetricsFile
@@ -19,7 +21,7 @@ from megatron_rw.training.callbacks.metrics import MetricsCallback
 from megatron_rw.training.callbacks.profile import ProfileCallback
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.callbacks.stragglers import StragglerCallback
-from megatron_rw.training.datasets import Domains
+from megatron_rw.training.datasets import Domains, datasets_provider
 from megatron_rw.training.forward_step import ForwardStep
 from megatron_rw.training.loop import TrainingLoop
 from megatron_rw.training.loss import PretrainLoss
@@ -33,6 +35,7 @@ class Job:
 
     Attributes:
         forward_step: The forward step function for Megatron's `pretrain`.
+        datasets_provider: The function that builds the datasets, for `pretrain` too.
         patches: What the run replaces in Megatron, torch and Python.
     """
 
@@ -42,12 +45,9 @@ class Job:
         state = ReweightState(settings.reweight)
         loss = PretrainLoss(settings, state, len(domains), samples)
 
-        callbacks: list[Callback] = [
-            ProgressCallback(args, progress),
-            CheckpointCallback(args),
-            ProfileCallback(args),
-        ]
         guard = None
+        callbacks: list[Callback] = [ProgressCallback(args, progress)]
+        callbacks += [CheckpointCallback(args), ProfileCallback(args)]
         if args.check_for_nan_in_loss_and_grad:
             guard = StepGuard(nonfinite, samples, settings.megatron_decides)
             callbacks.append(NonFiniteCallback(guard))
@@ -63,6 +63,9 @@ class Job:
         if args.ckpt_format == "torch_dist" and "://" not in (args.save or "://"):
             save_guard = SaveGuard(args.save, settings.checkpoints, args.async_save, loop.saved)
             writer.end_with_this_process()
+        self.datasets_provider = functools.partial(datasets_provider, domains)
+        # Megatron then calls it on every rank.
+        self.datasets_provider.is_distributed = True  # type: ignore[attr-defined]
         self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
         self.patches = patches(settings, loop, state, guard, save_guard)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,22 +22,17 @@ Scalars = dict[str, float]
 _HISTOGRAM_BINS = 30
 
 
+@dataclass(frozen=True)
 class Reporter:
     """Writes the metrics of a run, on the rank that Megatron logs from.
 
-    The file and Prometheus' endpoint are None where they are not wanted. The names are those of the
-    domains, by index.
+    The names are those of the domains, by index. The file and Prometheus' endpoint are None where
+    they are not wanted.
     """
 
-    def __init__(
-        self,
-        domain_names: Sequence[str],
-        file: MetricsFile | None = None,
-        endpoint: Endpoint | None = None,
-    ) -> None:
-        self.names = tuple(domain_names)
-        self._file = file
-        self.endpoint = endpoint
+    names: Sequence[str]
+    file: MetricsFile | None = None
+    endpoint: Endpoint | None = None
 
     def write(self, kind: str, iteration: int, record: Mapping[str, object]) -> None:
         """Writes a line of metrics.jsonl of type `train`, `validation` or `test`.
@@ -44,11 +40,11 @@ class Reporter:
         Prometheus is given the same values. Tensors of the record are read here, at a point where
         Megatron has just waited for the device.
         """
-        if self._file is None and self.endpoint is None:
+        if self.file is None and self.endpoint is None:
             return
         plain = numbers({"type": kind, "iteration": iteration, "time": time.time(), **record})
-        if self._file is not None:
-            self._file.write(plain)
+        if self.file is not None:
+            self.file.write(plain)
         if self.endpoint is not None:
             self.endpoint.update(plain)
 

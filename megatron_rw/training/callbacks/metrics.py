@@ -138,10 +138,7 @@ class MetricsCallback(Callback):
 
 
 def _leave_out_if_all_skipped(log: LogEvent) -> None:
-    """Keeps losses of 0 off the line of an interval in which the optimizer took no step.
-
-    Megatron does not print a loss of -1.
-    """
+    """Sets the losses of an interval without a step from 0 to -1, which Megatron does not print."""
     totals = log.call["total_loss_dict"]
     if log.skipped and not totals.get("advanced iterations", 0):
         for key, value in totals.items():
