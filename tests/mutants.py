@@ -71,7 +71,7 @@ def instead(replacement: Any) -> Callable[[Any], Any]:
     return lambda original: replacement
 
 
-def without_decay(_: None, self: Any, *args: Any) -> None:
+def without_decay(_: None, self: Any, *args: Any, **named: Any) -> None:
     self.config = dataclasses.replace(self.config, moment_decay=0.0)
 
 
@@ -134,9 +134,7 @@ MUTANTS = {
         "tests/refusals/test_refusals.py::test_refusal[auxiliary loss scaled with the gradients]",
         *("integrations.groups", "other_losses", instead(lambda config: [])),
     ),
-    "deferred: decay of the moments ignored": Mutant(
-        ONE, DEFERRED, "__init__", result(without_decay)
-    ),
+    "deferred: decay of the moments ignored": Mutant(ONE, DEFERRED, "begin", result(without_decay)),
     "deferred: an empty step forgets the moments": Mutant(
         ONE, DEFERRED, "_update_moments", result(seen_moments)
     ),
