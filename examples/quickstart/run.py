@@ -118,7 +118,7 @@ def run_stage(stage: Stage, position: str, records: Path) -> None:
 def build_stages(out: Path) -> list[Stage]:
     """The stages in order, writing below `out`."""
     corpus, tokenizer, data = out / "corpus", out / "tokenizer", out / "data"
-    package = sorted((ROOT / "megatron_rw" / "data").glob("*.py"))
+    package = sorted((ROOT / "megatron_rw" / "data").rglob("*.py"))
     program = [ROOT / "pretrain_gpt_rw.py", *sorted((ROOT / "megatron_rw").rglob("*.py"))]
 
     make_corpus = Stage(

@@ -85,7 +85,8 @@ class Domains:
         self.names = self.names or ["all"]
         train = Split.train.value
         self.train_members = list(zip(prefixes[train], by_split[train], strict=True))
-        self._members = [[self.names.index(name) for name in names] or [0] for names in by_split]
+        index = {name: number for number, name in enumerate(self.names)}
+        self._members = [[index[name] for name in names] or [0] for names in by_split]
 
     def __len__(self) -> int:
         return len(self.names)
