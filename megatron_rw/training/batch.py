@@ -22,6 +22,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_rw.errors import UserError
 from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY, has_mtp
 
 # What the dataset gives for a micro-batch, apart from domains and places.
@@ -130,7 +131,7 @@ class BatchReader:
         # is too large is a device assertion or, with tensor parallelism, silently embedded as zero.
         largest = int(drawn["tokens"].max())
         if largest >= self._args.padded_vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"a sample holds token id {largest}, but the model's vocabulary has "
                 f"{self._args.padded_vocab_size} entries: the data was made with another "
                 "tokenizer than --tokenizer-model"

@@ -70,6 +70,6 @@ def test_token_beyond_the_vocabulary_is_caught_when_drawn(tmp_path: Path, corpus
     flags = "--train-iters 1 --micro-batch-size 8 --split 90,5,5 --tokenizer-type NullTokenizer"
     data = ["--data-path", str(prefix), "--vocab-size", "9"]
     run = run_program(tmp_path / "run", *flags.split(), *data)
-    assert run.status == [1]
-    assert "a sample holds token id" in run.output[0]
+    assert run.status == [2]
+    assert "error: a sample holds token id" in run.output[0]
     assert "but the model's vocabulary has 16 entries" in run.output[0]
