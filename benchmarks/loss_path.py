@@ -91,6 +91,7 @@ class LossPath:
             micro_batch_size=SAMPLES,
             check_for_nan_in_loss_and_grad=False,
             check_for_spiky_loss=False,
+            rerun_mode="disabled",
         )
         settings = Settings(megatron=megatron, device="cpu", reweight=config)
         self._loss = PretrainLoss(settings, ReweightState(config), DOMAINS, StepSamples([]))

@@ -44,7 +44,7 @@ def parsed(path: str, vocabulary: int, extra: list[str]) -> dict[str, Any]:
 
     sys.argv = ["pretrain_gpt_rw", f"@{path}", *extra, "--mock-data"]
     sys.argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)]
-    return plain(parse_args("cpu"))
+    return plain(parse_args("cpu").megatron)
 
 
 def parameters(args: dict[str, Any], vocabulary: int) -> int:
