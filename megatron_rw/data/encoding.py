@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.indexed.parts import Counts, Group, Part, Store, checksum
+from megatron_rw.data.indexed.parts import Group, Part, Store, checksum
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text.chunks import Chunk, Task, read
 from megatron_rw.data.text.dedup import HASH_BYTES
@@ -78,7 +78,7 @@ class Encoder:
                 continue
             part = self._encode(task.source, chunk)
             records += part.records
-            text_bytes += sum(group.counts.text_bytes for group in part.groups)
+            text_bytes += int(part.text_bytes.sum())
             rejects += part.rejects.total()
         return TaskResult(records, text_bytes, rejects)
 
@@ -114,10 +114,6 @@ class _OpenGroup:
     splits: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
-
-    def counts(self) -> Counts:
-        largest = max(int(ids.max()) for ids in self.ids)
-        return Counts(len(self.splits), sum(map(len, self.ids)), sum(self.text_bytes), largest)
 
 
 class _PartBuilder:
@@ -167,7 +163,13 @@ class _PartBuilder:
             records=self._records,
             rejects=self._rejects,
             groups=[
-                Group(key, domain, group.counts(), len(group.ids))
+                Group(
+                    key=key,
+                    domain=domain,
+                    documents=len(group.splits),
+                    sequences=len(group.ids),
+                    max_token_id=max(int(ids.max()) for ids in group.ids),
+                )
                 for (key, domain), group in self._groups.items()
             ],
             last=chunk.last,

@@ -82,7 +82,7 @@ def _run(config: PreprocessConfig) -> None:
     store = Store(output_dir / FOLDER, sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {
-        "format": 2,
+        "format": 3,
         "chunk_bytes": chunk_bytes,
         "tokenizer sha256": record.sha256,
         **config.part_settings(),
@@ -201,7 +201,7 @@ def _join(
     else:
         final.unlink(missing_ok=True)
     for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
-        records = joined.records(key)
+        records = joined.records[key]
         weights = blend_weights(
             records, config.blend_by, config.blend_temperature, config.weights_given()
         )
@@ -211,16 +211,13 @@ def _join(
 
 
 def _report(joined: Joined, rejects: Rejects, seconds: float) -> None:
-    text_bytes = {
-        domain: counts.text_bytes for (key, domain), counts in joined.counts.items() if key == 0
-    }
-    print(table(joined.records(0), text_bytes))
+    print(table(joined.records[0], joined.text_bytes))
     if rejects.counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
         print(f"rejected: {rejects.counts.total():,} lines ({kinds}), listed in {REJECTS_FILE}")
     if joined.duplicates:
         print(f"duplicates left out: {joined.duplicates:,}")
-    megabytes = sum(text_bytes.values()) / 1e6
+    megabytes = joined.text_bytes.total() / 1e6
     print(f"{megabytes:,.1f} MB in {duration(seconds)}, {megabytes / seconds:.1f} MB/s")
 
 

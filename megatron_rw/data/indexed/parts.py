@@ -36,23 +36,6 @@ REJECTS_FILE = "rejects.jsonl"
 _BLOCK_BYTES = 1 << 20
 
 
-@dataclass
-class Counts:
-    """Sizes of a domain, or of a part of it; the largest token id is -1 if there is none."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    max_token_id: int = -1
-
-    def add(self, other: Counts) -> None:
-        """Adds the sizes of other documents."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.text_bytes += other.text_bytes
-        self.max_token_id = max(self.max_token_id, other.max_token_id)
-
-
 @dataclass(frozen=True)
 class Group:
     """The documents of a part that go to one dataset, one after the other.
@@ -62,8 +45,9 @@ class Group:
 
     key: int
     domain: str
-    counts: Counts
+    documents: int
     sequences: int
+    max_token_id: int
 
 
 @dataclass(frozen=True)
@@ -106,9 +90,7 @@ class Part:
             arrays: dict[str, Any] = dict(file)
         head = json.loads(arrays.pop("head").tobytes())
         head["rejects"] = Counter(head["rejects"])
-        head["groups"] = [
-            Group(**{**group, "counts": Counts(**group["counts"])}) for group in head["groups"]
-        ]
+        head["groups"] = [Group(**group) for group in head["groups"]]
         return cls(**head, **arrays)
 
 
@@ -182,25 +164,14 @@ class Rejects:
 
 @dataclass
 class Joined:
-    """What was written."""
+    """What was written; domains are in order of appearance."""
 
-    # Key and domain of each dataset to its sizes; domains in order of appearance.
-    counts: dict[tuple[int, str], Counts] = field(default_factory=dict)
+    # For each of the keys, domain to what is in its dataset.
+    records: list[dict[str, DomainRecord]]
+    # Domain to UTF-8 bytes of the first key's text.
+    text_bytes: Counter[str] = field(default_factory=Counter)
     # Documents that were left out as copies.
     duplicates: int = 0
-
-    def records(self, key: int) -> dict[str, DomainRecord]:
-        """Returns domain to what is in the dataset of one of `--json-keys`."""
-        return {
-            domain: DomainRecord(
-                prefix=f"{domain}_text_document",
-                documents=counts.documents,
-                tokens=counts.tokens,
-                max_token_id=counts.max_token_id,
-            )
-            for (of_key, domain), counts in self.counts.items()
-            if of_key == key
-        }
 
 
 def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicate: bool) -> Joined:
@@ -213,10 +184,11 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
     # Each domain has three open files.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    joined = Joined()
+    joined = Joined([{} for _ in directories])
     with ExitStack() as stack:
         copies = _duplicates(store, directories[0]) if deduplicate else None
         writers: dict[tuple[int, str], PairWriter] = {}
+        largest: dict[tuple[int, str], int] = {}
         start = 0
         for _, path, part in store.parts():
             keep = np.ones(part.records, np.bool_)
@@ -224,30 +196,33 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
                 keep = ~copies.slice(start, start + part.records)
             start += part.records
             with path.with_suffix(".bin").open("rb") as tokens:
-                for group, before, sequences, documents in _groups(part):
+                for group, before, lengths, documents in _groups(part):
                     name = (group.key, group.domain)
                     kept = keep[part.origins[documents]]
                     joined.duplicates += len(kept) - int(kept.sum())
                     if not kept.any():
                         continue  # a domain that holds nothing but copies gets no dataset
                     if name not in writers:
-                        prefix = directories[group.key] / f"{group.domain}_text_document"
+                        prefix = directories[group.key] / _dataset_name(group.domain)
                         writers[name] = stack.enter_context(PairWriter(prefix, dtype))
-                        joined.counts[name] = Counts()
-                    lengths, splits = part.lengths[sequences], part.splits[documents]
-                    bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-                    bounds = (before + bounds) * np.dtype(dtype).itemsize
-                    written = Counts(
-                        documents=int(kept.sum()),
-                        tokens=_append(writers[name], tokens, lengths, bounds, splits, kept),
-                        text_bytes=int(part.text_bytes[documents][kept].sum()),
-                        # That of all documents, copies included.
-                        max_token_id=group.counts.max_token_id,
-                    )
-                    joined.counts[name].add(written)
-        for writer in writers.values():
+                    bounds = np.concatenate([[before], lengths]).cumsum(dtype=np.int64)
+                    bounds *= np.dtype(dtype).itemsize
+                    _append(writers[name], tokens, lengths, bounds, part.splits[documents], kept)
+                    # That of all documents, copies included.
+                    largest[name] = max(largest.get(name, -1), group.max_token_id)
+                    if group.key == 0:
+                        size = int(part.text_bytes[documents][kept].sum())
+                        joined.text_bytes[group.domain] += size
+        for (key, domain), writer in writers.items():
             writer.finalize()
+            joined.records[key][domain] = DomainRecord(
+                _dataset_name(domain), writer.documents, writer.tokens, largest[key, domain]
+            )
     return joined
+
+
+def _dataset_name(domain: str) -> str:
+    return f"{domain}_text_document"
 
 
 def write_rejects(store: Store, path: Path) -> Rejects:
@@ -278,15 +253,15 @@ def _duplicates(store: Store, directory: Path) -> Bitmap:
         return finder.duplicates()
 
 
-def _groups(part: Part) -> Iterator[tuple[Group, int, slice, slice]]:
-    """Yields each group, the tokens before it, and the slices of its sequences and documents."""
+def _groups(part: Part) -> Iterator[tuple[Group, int, NDArray[np.int32], slice]]:
+    """Yields each group, the tokens before it, its sequences' lengths, and its documents."""
     tokens = sequence = document = 0
     for group in part.groups:
-        sequences = slice(sequence, sequence + group.sequences)
-        documents = slice(document, document + group.counts.documents)
-        yield group, tokens, sequences, documents
-        sequence, document = sequences.stop, documents.stop
-        tokens += group.counts.tokens
+        lengths = part.lengths[sequence : sequence + group.sequences]
+        yield group, tokens, lengths, slice(document, document + group.documents)
+        sequence += group.sequences
+        document += group.documents
+        tokens += int(lengths.sum(dtype=np.int64))
 
 
 def _append(
@@ -296,8 +271,8 @@ def _append(
     bounds: NDArray[np.int64],
     splits: NDArray[np.int32],
     kept: NDArray[np.bool_],
-) -> int:
-    """Appends some of a group's documents and returns their number of tokens.
+) -> None:
+    """Appends some of a group's documents.
 
     `lengths` [sequences] are numbers of tokens, `bounds` [sequences + 1] the offsets in the file at
     which sequences begin, and the last one's end, in bytes; `splits` [documents] are numbers of
@@ -309,4 +284,3 @@ def _append(
     for first, last in bounds[changes].reshape(-1, 2).tolist():
         writer.copy_tokens(file, first, last - first)
     writer.add_documents(lengths[sequence_kept], splits[kept])
-    return int(lengths[sequence_kept].sum(dtype=np.int64))

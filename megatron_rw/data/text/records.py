@@ -166,15 +166,14 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
     if "\0" in value:
         at = value.index("\0")
         raise BadRecordError("NUL", f"field '{key}' ({flag}) holds a NUL at character {at}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecordError(
-                "half a surrogate pair",
-                f"field '{key}' ({flag}) holds half of a surrogate pair at character "
-                f"{error.start}, which is not text",
-            ) from error
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(
+            "half a surrogate pair",
+            f"field '{key}' ({flag}) holds half of a surrogate pair at character "
+            f"{error.start}, which is not text",
+        ) from error
     return value
 
 
