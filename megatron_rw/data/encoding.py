@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -224,7 +224,8 @@ class _PartBuilder:
         ending = self._encoder.ending
         documents = [sequences]
         if (limit := self._config.max_document_tokens) is not None:
-            documents = list(_cut(sequences, limit - len(ending)))
+            [ids], room = sequences, limit - len(ending)  # never together with --split-sentences
+            documents = [[ids[start : start + room]] for start in range(0, len(ids), room)]
         for document in documents:
             if len(ending):
                 document[-1] = np.concatenate([document[-1], ending])
@@ -233,22 +234,6 @@ class _PartBuilder:
             group.origins.append(self._records)
         size = len(text) if text.isascii() else len(text.encode())
         group.text_bytes += [size] + [0] * (len(documents) - 1)
-
-
-def _cut(sequences: list[NDArray[Any]], limit: int) -> Iterator[list[NDArray[Any]]]:
-    """Cuts a document after every `limit` tokens."""
-    room = limit
-    document: list[NDArray[Any]] = []
-    for sequence in sequences:
-        ids = sequence
-        while len(ids):
-            if room == 0:
-                yield document
-                document, room = [], limit
-            document.append(ids[:room])
-            ids = ids[room:]
-            room -= len(document[-1])
-    yield document
 
 
 def _hash(texts: list[str]) -> bytes:

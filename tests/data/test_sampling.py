@@ -97,7 +97,7 @@ def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> N
 def read_texts(parts: list[Task], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
     reader = DocumentReader(reading, "text", None, max_bad_fraction)
     texts = [text for part in parts for _, text in reader.documents(part)]
-    reader.finish()
+    reader.check_bad(at_end=True)
     return texts
 
 
@@ -122,7 +122,7 @@ def test_a_bad_line_has_its_number_in_the_file(
         read_texts(parts, reading)
     reader = DocumentReader(reading, "text", None, 0.02)
     assert sum(1 for part in parts for _ in reader.documents(part)) == 98
-    reader.finish()
+    reader.check_bad(at_end=True)
     assert reader.bad == 1
 
 

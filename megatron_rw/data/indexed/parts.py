@@ -232,8 +232,7 @@ def write_rejects(store: Store, path: Path) -> Rejects:
         for source, parts in itertools.groupby(store.parts(), key=operator.itemgetter(0)):
             before = 0
             for _, index, part in parts:
-                listed = index.with_suffix(".rejects").read_bytes() if part.rejects else b""
-                for content in listed.splitlines():
+                for content in _lines(index.with_suffix(".rejects")) if part.rejects else ():
                     reject = json.loads(content)
                     kind, line = reject["kind"], before + reject["line"]
                     reject = {"file": source.path, **reject, "line": line}
@@ -244,6 +243,11 @@ def write_rejects(store: Store, path: Path) -> Rejects:
     if not rejects.counts:
         path.unlink()
     return rejects
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
 
 
 def _duplicates(store: Store, directory: Path) -> Bitmap:

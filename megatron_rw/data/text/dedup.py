@@ -102,16 +102,13 @@ class DuplicateFinder:
         entries["position"] = np.arange(self.total, self.total + len(hashes))
         buckets = (entries["high"] >> np.uint64(48)) * np.uint64(self._buckets) >> np.uint64(16)
         order = np.argsort(buckets, kind="stable")  # within a bucket they stay in order
-        ends = np.searchsorted(buckets[order], np.arange(self._buckets), side="right")
-        entries = entries[order]
-        start = 0
-        for bucket, end in enumerate(ends.tolist()):
-            if end > start:
+        starts = np.searchsorted(buckets[order], np.arange(1, self._buckets))
+        for bucket, piece in enumerate(np.split(entries[order], starts)):
+            if len(piece):
                 if bucket not in self._files:
                     path = self._directory / f"hashes-{bucket:05}"
                     self._files[bucket] = path.open("wb")
-                self._files[bucket].write(entries[start:end].tobytes())
-            start = end
+                self._files[bucket].write(piece.tobytes())
         self.total += len(hashes)
 
     def duplicates(self) -> Bitmap:

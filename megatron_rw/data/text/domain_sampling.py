@@ -130,7 +130,7 @@ def draw_sample(
                 if weights[domain] == 0:
                     continue
             sample.add(domain, cut(text), task.fraction)
-    reader.finish()
+    reader.check_bad(at_end=True)
     if domain_of is None and weights:
         _check_domains(weights, found)
     return sample
@@ -236,13 +236,10 @@ class DocumentReader:
                 self._records += 1
                 yield domain, text
             lines += chunk.lines
-        self._check(at_end=False)
+        self.check_bad(at_end=False)
 
-    def finish(self) -> None:
-        """Refuses the inputs if too many of all lines were bad."""
-        self._check(at_end=True)
-
-    def _check(self, at_end: bool) -> None:
+    def check_bad(self, at_end: bool) -> None:
+        """Refuses the inputs if too many of the lines were bad."""
         if too_many_bad(self.bad, self._records, self._max_bad_fraction, at_end):
             raise UserError(
                 f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
