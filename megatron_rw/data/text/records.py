@@ -28,7 +28,7 @@ class BadRecordError(Exception):
 class Raw:
     """A document as it stands in its file, still to be parsed."""
 
-    # The number from 1 at the start of the chunk of a line, a row of Parquet or an element of JSON.
+    # The number of the line, the row of Parquet or the element of JSON, from 1 in each chunk.
     line: int
     # A line without its end, or the fields themselves.
     content: bytes | dict[str, Any]
@@ -156,23 +156,20 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
             "missing key",
             f"no field '{key}' ({flag}); it has: {', '.join(sorted(record)) or 'none'}"[:_EXCERPT],
         )
-    value = record[key]
+    field, value = f"field '{key}' ({flag})", record[key]
     if not isinstance(value, str):
-        raise BadRecordError(
-            "not a string", f"field '{key}' ({flag}) is {_json_type(value)}, not a string"
-        )
+        raise BadRecordError("not a string", f"{field} is {_json_type(value)}, not a string")
     if not value:
-        raise BadRecordError("empty text", f"field '{key}' ({flag}) is empty")
+        raise BadRecordError("empty text", f"{field} is empty")
     if "\0" in value:
         at = value.index("\0")
-        raise BadRecordError("NUL", f"field '{key}' ({flag}) holds a NUL at character {at}")
+        raise BadRecordError("NUL", f"{field} holds a NUL at character {at}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise BadRecordError(
             "half a surrogate pair",
-            f"field '{key}' ({flag}) holds half of a surrogate pair at character "
-            f"{error.start}, which is not text",
+            f"{field} holds half of a surrogate pair at character {error.start}, which is not text",
         ) from error
     return value
 
