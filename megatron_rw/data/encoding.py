@@ -5,54 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.indexed.parts import Counts, Group, Part, Store, checksum
+from megatron_rw.data.indexed.parts import Group, Part, Store, checksum
 from megatron_rw.data.preprocess_config import PreprocessConfig
+from megatron_rw.data.text.chunks import Chunk, Task, read
 from megatron_rw.data.text.dedup import HASH_BYTES
 from megatron_rw.data.text.domain_names import safe_domain
-from megatron_rw.data.text.readers import Chunk, Task, read
 from megatron_rw.data.text.records import BadRecordError, Raw, parse, text_field
-from megatron_rw.data.text.sentences import sentence_splitter
 from megatron_rw.data.text.sources import Source
 from megatron_rw.data.tokenizers.tokenizer import Tokenizer, end_of_document_id, optimal_dtype
+from megatron_rw.errors import UserError
 
 # Large enough for the overhead of a tokenizer's batch not to matter, and little memory.
 _BATCH_CHARACTERS = 1 << 18
 
 
-@dataclass
-class TaskResult:
-    """What came of a task.
+class TaskResult(NamedTuple):
+    """Lines that were taken of a task, UTF-8 bytes of their text, and lines not taken."""
 
-    Attributes:
-        records: Number of lines that were taken.
-        text_bytes: UTF-8 bytes of their text.
-        rejects: Kind to number of the lines that were not taken.
-    """
-
-    records: int = 0
-    text_bytes: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
+    records: int
+    text_bytes: int
+    rejects: int
 
 
 class Encoder:
-    """Turns the chunks of tasks into parts.
+    """Turns the chunks of tasks into parts, which the store takes.
 
-    Args:
-        chunk_bytes: About how many bytes of text make a chunk.
-        store: Takes the parts.
-
-    Attributes:
-        dtype: Type of a token id in the parts.
-        ending: [0 or 1] token ids that end every document.
-        sentences: Cuts a text into the sequences of its document.
+    `dtype` is that of a token id in the parts, `ending` [0 or 1] the token ids that end every
+    document, and `sentences` cuts a text into the sequences of its document.
 
     Raises:
         UserError: If the tokenizer lacks an end-of-document token that is asked for, or the package
@@ -71,8 +59,9 @@ class Encoder:
         if config.append_eod:
             model = flags.tokenizer_model or flags.tokenizer_type
             self.ending = np.array([end_of_document_id(tokenizer, model)], self.dtype)
-        language = config.sentence_language if config.split_sentences else None
-        self.sentences = sentence_splitter(language)
+        self.sentences: Callable[[str], list[str]] = lambda text: [text]
+        if config.split_sentences:
+            self.sentences = sentence_splitter(config.sentence_language)
         self._store = store
 
     def __call__(self, task: Task) -> TaskResult:
@@ -81,17 +70,17 @@ class Encoder:
         Raises:
             UserError: If the source is damaged.
         """
-        result = TaskResult()
+        records = text_bytes = rejects = 0
         for chunk in read(task, self.reading):
             if chunk.number in task.finished:
                 for _ in chunk.documents:
                     pass
                 continue
             part = self._encode(task.source, chunk)
-            result.records += part.records
-            result.text_bytes += sum(group.counts.text_bytes for group in part.groups)
-            result.rejects += part.rejects
-        return result
+            records += part.records
+            text_bytes += int(part.text_bytes.sum())
+            rejects += part.rejects.total()
+        return TaskResult(records, text_bytes, rejects)
 
     def _encode(self, source: Source, chunk: Chunk) -> Part:
         path = self._store.path(source, chunk.number)
@@ -102,13 +91,26 @@ class Encoder:
         return builder.finish(chunk)
 
 
+def sentence_splitter(language: str) -> Callable[[str], list[str]]:
+    """Returns a function that cuts a text into sentences without losing anything.
+
+    Raises:
+        UserError: If the package that finds sentences is missing.
+    """
+    try:
+        from sentencex import segment
+    except ImportError as error:
+        raise UserError(
+            "--split-sentences needs a package that is not installed; run: pip install sentencex"
+        ) from error
+    return lambda text: list(segment(language, text))
+
+
 @dataclass
 class _OpenGroup:
-    """A group that documents are still added to."""
+    """A group that documents are still added to: its sequences, and the columns of a `Part`."""
 
-    counts: Counts = field(default_factory=Counts)
     ids: list[NDArray[Any]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     splits: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
@@ -161,15 +163,21 @@ class _PartBuilder:
             records=self._records,
             rejects=self._rejects,
             groups=[
-                Group(key, domain, group.counts, len(group.lengths))
+                Group(
+                    key=key,
+                    domain=domain,
+                    documents=len(group.splits),
+                    sequences=len(group.ids),
+                    max_token_id=max(int(ids.max()) for ids in group.ids),
+                )
                 for (key, domain), group in self._groups.items()
             ],
             last=chunk.last,
             checksum=checksum(self._path),
-            lengths=_joined([group.lengths for group in groups], np.int32),
-            splits=_joined([group.splits for group in groups], np.int32),
-            origins=_joined([group.origins for group in groups], np.int32),
-            text_bytes=_joined([group.text_bytes for group in groups], np.int64),
+            lengths=_joined((map(len, group.ids) for group in groups), np.int32),
+            splits=_joined((group.splits for group in groups), np.int32),
+            origins=_joined((group.origins for group in groups), np.int32),
+            text_bytes=_joined((group.text_bytes for group in groups), np.int64),
             hashes=np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, HASH_BYTES),
         )
         part.save(self._path)
@@ -216,36 +224,16 @@ class _PartBuilder:
         ending = self._encoder.ending
         documents = [sequences]
         if (limit := self._config.max_document_tokens) is not None:
-            documents = list(_cut(sequences, limit - len(ending)))
+            [ids], room = sequences, limit - len(ending)  # never together with --split-sentences
+            documents = [[ids[start : start + room]] for start in range(0, len(ids), room)]
         for document in documents:
             if len(ending):
                 document[-1] = np.concatenate([document[-1], ending])
-            lengths = [len(ids) for ids in document]
             group.ids += document
-            group.lengths += lengths
             group.splits.append(len(document))
             group.origins.append(self._records)
-            largest = max(int(ids.max()) for ids in document)
-            group.counts.add(Counts(1, sum(lengths), 0, largest))
         size = len(text) if text.isascii() else len(text.encode())
-        group.counts.text_bytes += size
         group.text_bytes += [size] + [0] * (len(documents) - 1)
-
-
-def _cut(sequences: list[NDArray[Any]], limit: int) -> Iterator[list[NDArray[Any]]]:
-    """Cuts a document after every `limit` tokens."""
-    room = limit
-    document: list[NDArray[Any]] = []
-    for sequence in sequences:
-        ids = sequence
-        while len(ids):
-            if room == 0:
-                yield document
-                document, room = [], limit
-            document.append(ids[:room])
-            ids = ids[room:]
-            room -= len(document[-1])
-    yield document
 
 
 def _hash(texts: list[str]) -> bytes:
@@ -256,5 +244,5 @@ def _hash(texts: list[str]) -> bytes:
     return digest.digest()
 
 
-def _joined(lists: Sequence[list[int]], dtype: type[Any]) -> NDArray[Any]:
-    return np.array([item for items in lists for item in items], dtype)
+def _joined(lists: Iterable[Iterable[int]], dtype: type[Any]) -> NDArray[Any]:
+    return np.fromiter(chain.from_iterable(lists), dtype)

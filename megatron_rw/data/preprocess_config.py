@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from megatron_rw.command_line import require
+from megatron_rw.data.text.chunks import Reading
 from megatron_rw.data.text.domain_names import check_domain
 from megatron_rw.data.text.domain_sampling import parse_weights
 from megatron_rw.data.text.input_flags import ONE_DOMAIN_FLAG, InputFlags
-from megatron_rw.data.text.readers import Reading
 from megatron_rw.data.text.records import MAX_LINE_BYTES
-from megatron_rw.data.text.shards import InputShard
-from megatron_rw.data.text.sources import Source
+from megatron_rw.data.text.sources import Source, parse_shard
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.workers import available_cores
 from megatron_rw.errors import UserError
@@ -114,7 +113,7 @@ class PreprocessConfig:
         if self.domain is not None:
             check_domain(self.domain, "--domain")
         if self.shard is not None:
-            InputShard.parse(self.shard)
+            parse_shard(self.shard)
         self.weights_given()
 
     def weights_given(self) -> dict[str, float] | None:

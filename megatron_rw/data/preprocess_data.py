@@ -22,30 +22,20 @@ from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
 from megatron_rw.data.indexed.blend import blend_weights, check_weights
-from megatron_rw.data.indexed.joining import (
-    REJECTS_FILE,
-    Joined,
-    Rejects,
-    dataset_name,
-    join,
-    write_rejects,
-)
 from megatron_rw.data.indexed.output import check_output_dir, publish, table
-from megatron_rw.data.indexed.parts import Store
+from megatron_rw.data.indexed.parts import REJECTS_FILE, Joined, Rejects, Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
 from megatron_rw.data.resume import (
+    FOLDER,
     earlier_chunk_bytes,
-    folder_of,
     is_published,
-    is_unfinished,
     set_published,
     work_folder,
 )
 from megatron_rw.data.text.chunks import chunk_size, tasks
 from megatron_rw.data.text.records import too_many_bad
-from megatron_rw.data.text.shards import shard_of
-from megatron_rw.data.text.sources import Source, find_sources
+from megatron_rw.data.text.sources import Source, find_sources, shard_of
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError, reported
@@ -67,22 +57,12 @@ _LISTED_DOMAINS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line.
-
-    Raises:
-        SystemExit: If the user made a mistake, in one line and with status 2.
-    """
+    """Runs the command line."""
     with reported("preprocessing text"):
-        run(parse(PreprocessConfig, argv, _DESCRIPTION))
+        _run(parse(PreprocessConfig, argv, _DESCRIPTION))
 
 
-def run(config: PreprocessConfig) -> None:
-    """Makes the datasets.
-
-    Raises:
-        UserError: If the inputs, the tokenizer or the output directory cannot be used, or too many
-            lines are bad.
-    """
+def _run(config: PreprocessConfig) -> None:
     started = time.monotonic()
     sources = shard_of(find_sources(config.inputs.input), config.shard)
     outputs = _outputs(config)
@@ -99,10 +79,10 @@ def run(config: PreprocessConfig) -> None:
     chunk_bytes = earlier_chunk_bytes(output_dir) or chunk_size(
         sum(source.text_bytes for source in sources), _CHUNKS
     )
-    store = Store(folder_of(output_dir), sources)
+    store = Store(output_dir / FOLDER, sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {
-        "format": 2,
+        "format": 3,
         "chunk_bytes": chunk_bytes,
         "tokenizer sha256": record.sha256,
         **config.part_settings(),
@@ -122,7 +102,7 @@ def _outputs(config: PreprocessConfig) -> list[Path]:
     keys = config.json_keys
     # Datasets that an interrupted call has published may be replaced: they are this call's, or
     # else `work_folder` refuses.
-    may_replace = config.overwrite or is_unfinished(config.output_dir)
+    may_replace = config.overwrite or (config.output_dir / FOLDER).exists()
     output_dir = check_output_dir(config.output_dir, may_replace)
     if len(keys) == 1:
         return [output_dir]
@@ -159,7 +139,7 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
 def _encode(config: PreprocessConfig, store: Store, encoder: Encoder) -> None:
     """Makes the parts that are missing."""
     store.prepare()
-    records, rejects = 0, 0
+    records = rejects = 0
     for _, _, part in store.parts():
         records += part.records
         rejects += part.rejects.total()
@@ -171,7 +151,7 @@ def _encode(config: PreprocessConfig, store: Store, encoder: Encoder) -> None:
     work = tasks(sources, encoder.reading, config.workers, store.finished)
     for task, result in run_unordered(encoder, work, config.workers):
         records += result.records
-        rejects += result.rejects.total()
+        rejects += result.rejects
         if too_many_bad(rejects, records, config.max_bad_fraction, at_end=False):
             raise _bad_lines(config, store, records)
         progress.skip(task.skipped_bytes)
@@ -221,7 +201,7 @@ def _join(
     else:
         final.unlink(missing_ok=True)
     for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
-        records = _records(joined, key)
+        records = joined.records[key]
         weights = blend_weights(
             records, config.blend_by, config.blend_temperature, config.weights_given()
         )
@@ -230,32 +210,14 @@ def _join(
     return joined, rejects
 
 
-def _records(joined: Joined, key: int) -> dict[str, domains.DomainRecord]:
-    """Returns domain to what is in the dataset of one of `--json-keys`."""
-    return {
-        domain: domains.DomainRecord(
-            prefix=dataset_name(domain),
-            documents=counts.documents,
-            tokens=counts.tokens,
-            max_token_id=counts.max_token_id,
-        )
-        for (of_key, domain), counts in joined.counts.items()
-        if of_key == key
-    }
-
-
 def _report(joined: Joined, rejects: Rejects, seconds: float) -> None:
-    """Prints what was made."""
-    text_bytes = {
-        domain: counts.text_bytes for (key, domain), counts in joined.counts.items() if key == 0
-    }
-    print(table(_records(joined, 0), text_bytes))
+    print(table(joined.records[0], joined.text_bytes))
     if rejects.counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
         print(f"rejected: {rejects.counts.total():,} lines ({kinds}), listed in {REJECTS_FILE}")
     if joined.duplicates:
         print(f"duplicates left out: {joined.duplicates:,}")
-    megabytes = sum(text_bytes.values()) / 1e6
+    megabytes = joined.text_bytes.total() / 1e6
     print(f"{megabytes:,.1f} MB in {duration(seconds)}, {megabytes / seconds:.1f} MB/s")
 
 

@@ -9,9 +9,8 @@ _SECONDS = 5.0
 class Progress:
     """Prints a line every few seconds: what is done, how fast, and the time that is left.
 
-    Args:
-        work: The tool, and what it is doing if it does several things; begins the line.
-        total: Bytes to read, as they are stored; 0 if unknown.
+    The line begins with `work`: the tool, and what it is doing if it does several things. `total`
+    are the bytes to read, as they are stored; 0 if unknown.
     """
 
     def __init__(self, work: str, total: int) -> None:
@@ -29,10 +28,8 @@ class Progress:
     def advance(self, size: int, documents: int = 0, text_bytes: int | None = None) -> None:
         """Counts what has been read, and prints the line if it is time to.
 
-        Args:
-            size: Bytes as they are stored.
-            documents: Documents in them, where documents are counted.
-            text_bytes: Bytes of text in them, if that is another number.
+        `size` are bytes as they are stored, and `text_bytes` those of the text in them, if that is
+        another number.
         """
         self._done += size
         self._documents += documents

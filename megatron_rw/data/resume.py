@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,34 +25,28 @@ _PUBLISHED = "published"
 def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) -> Iterator[Path]:
     """Makes or finds the folder of unfinished work, for one process at a time.
 
-    Args:
-        output_dir: Holds the folder.
-        settings: Everything that decides what is in it, by the flag's name; values of JSON.
-        restart: Whether to drop what is there if it was made with other settings.
-
-    Yields:
-        The folder. It stays if the body raises or the process dies, and is removed otherwise.
+    `settings` is everything that decides what is in it, by the flag's name; with `restart`, what
+    was made with other settings is dropped. The folder stays if the body raises or the process
+    dies, and is removed otherwise.
 
     Raises:
         UserError: If another process works there, or what is there was made with other settings.
     """
     settings = json.loads(json.dumps(settings))  # lists, as in the file, not tuples
-    folder = folder_of(output_dir)
+    folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with (output_dir / f"{FOLDER}.lock").open("w") as lock:
         _lock(lock, output_dir)
-        if restart and _held_settings(folder) not in (None, settings):
+        held = _held_settings(folder)
+        if held not in (None, settings):
+            if not restart:
+                raise _other_settings(output_dir, settings, held)
             shutil.rmtree(folder)
             folder.mkdir()
-        _check_settings(folder, settings)
+        write_complete(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
         yield folder
         _remove(folder)
         (output_dir / f"{FOLDER}.lock").unlink()
-
-
-def folder_of(output_dir: Path) -> Path:
-    """Returns the folder of unfinished work, which may not be there."""
-    return output_dir / FOLDER
 
 
 def _lock(file: TextIO, output_dir: Path) -> None:
@@ -75,24 +68,19 @@ def _lock(file: TextIO, output_dir: Path) -> None:
         )
 
 
-def is_unfinished(output_dir: Path) -> bool:
-    """Tells whether a call was interrupted there; any finished datasets are then its own."""
-    return folder_of(output_dir).exists()
-
-
 def set_published(folder: Path, sources: Sequence[Source]) -> None:
     """Notes that everything has its final name, and only the folder is still to be removed."""
-    (folder / _PUBLISHED).write_text(_digest(sources))
+    (folder / _PUBLISHED).write_text(_keys(sources))
 
 
 def is_published(folder: Path, sources: Sequence[Source]) -> bool:
     """Tells whether everything made of these sources, as they are now, has its final name."""
     path = folder / _PUBLISHED
-    return path.exists() and path.read_text() == _digest(sources)
+    return path.exists() and path.read_text() == _keys(sources)
 
 
-def _digest(sources: Sequence[Source]) -> str:
-    return hashlib.sha256("".join(source.key for source in sources).encode()).hexdigest()
+def _keys(sources: Sequence[Source]) -> str:
+    return "\n".join(source.key for source in sources)
 
 
 def _remove(folder: Path) -> None:
@@ -107,7 +95,7 @@ def _remove(folder: Path) -> None:
 
 def earlier_chunk_bytes(output_dir: Path) -> int | None:
     """Returns the `chunk_bytes` of the unfinished work, which may have had fewer inputs."""
-    held = _held_settings(folder_of(output_dir))
+    held = _held_settings(output_dir / FOLDER)
     return None if held is None else int(held["chunk_bytes"])
 
 
@@ -116,18 +104,15 @@ def _held_settings(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    held = _held_settings(folder)
-    if held is None:
-        write_complete(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
-        return
+def _other_settings(
+    output_dir: Path, settings: Mapping[str, Any], held: Mapping[str, Any]
+) -> UserError:
     different = [
         f"{name} is {json.dumps(settings.get(name))} now and was {json.dumps(held.get(name))}"
         for name in sorted(settings.keys() | held.keys())
         if settings.get(name) != held.get(name)
     ]
-    if different:
-        raise UserError(
-            f"--output-dir {folder.parent}: holds unfinished work of another call: "
-            f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
-        )
+    return UserError(
+        f"--output-dir {output_dir}: holds unfinished work of another call: "
+        f"{'; '.join(different)}; repeat that call, or --overwrite to drop it"
+    )

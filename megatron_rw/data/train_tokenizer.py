@@ -1,7 +1,7 @@
 """Trains a SentencePiece tokenizer on text, sampled evenly or by weight over domains.
 
 The same inputs and flags give the same bytes. `--max-bytes` bounds the memory and how much is read
-(see `spread_reading`). `sentencepiece_training` says what the model keeps of a text, and which
+(see `domain_sampling`). `sentencepiece_training` says what the model keeps of a text, and which
 token ids are fixed.
 """
 
@@ -20,14 +20,15 @@ from megatron_rw.command_line import parse, require
 from megatron_rw.data.progress import say
 from megatron_rw.data.text.domain_sampling import (
     READ_PER_KEPT,
+    DocumentReader,
     TextSample,
     draw_sample,
+    how_to_read,
     parse_weights,
     plan_reading,
 )
 from megatron_rw.data.text.input_flags import InputFlags
 from megatron_rw.data.text.sources import find_sources
-from megatron_rw.data.text.spread_reading import DocumentReader, how_to_read
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     VocabularyFlags,
     check_special_tokens,

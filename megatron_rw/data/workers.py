@@ -33,12 +33,9 @@ def run_unordered[Task, Result](
 ) -> Iterator[tuple[Task, Result]]:
     """Runs a function over tasks in worker processes and yields results in the order they come.
 
-    Only a few tasks more than there are workers are taken at a time.
-
-    Args:
-        function: Need not be picklable, since workers inherit it.
-        tasks: Its arguments; they must be picklable.
-        workers: Number of processes; with one, none is started.
+    Only a few tasks more than there are workers are taken at a time. Tasks and results must be
+    picklable; the function need not, since workers inherit it. With one worker, no process is
+    started.
 
     Raises:
         UserError: If a worker process was killed. What the function raises is passed on.

@@ -2,7 +2,9 @@
 
     KILL='{"point": "rename", "count": 3, "who": "group"}' python -m tests.data.killed --input ...
 
-The point is one of `POINTS`, which is passed `count` times before. `who` is killed: the process
+The point is `part` (a worker has written a part that has no name yet), `join` (between two pieces
+of the joined datasets), `rename` (before and after each rename to a final name) or `cleanup` (while
+the finished work is removed), and is passed `count` times before. `who` is killed: the process
 itself (`worker`), the one that all workers have as parent (`parent`), or all (`group`). The path of
 every part that is completed goes to the file `PARTS_LOG`, a line each.
 """
@@ -23,12 +25,6 @@ from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.resume import FOLDER
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
-POINTS = {
-    "part": "a worker has written a part that has no name yet",
-    "join": "between two pieces of the joined datasets",
-    "rename": "before and after each rename to a final name",
-    "cleanup": "while the finished work is removed",
-}
 
 
 def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:

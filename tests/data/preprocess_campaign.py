@@ -14,6 +14,7 @@ trial and the count. Exit status 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import itertools
 import json
@@ -44,10 +45,7 @@ WHO = ("group", "worker", "parent")
 WITH_WORKERS = ("any time", "parts", "part")
 # How far `count` may go for the point to be there still, with 12 MB and either variant.
 COUNTS = {"any time": 1000, "parts": 12, "part": 4, "join": 14, "rename": 18, "cleanup": 25}
-VARIANTS = {
-    "one field": [],
-    "two fields": ["--json-keys", "text", "title"],
-}
+VARIANTS = {"one field": [], "two fields": ["--json-keys", "text", "title"]}
 BAD = [b"no json\n", b'{"txt": "no text"}\n', b'{"text": 1}\n', b"\xff\n", b'{"text": ""}\n']
 WORKERS, LOG = 2, "parts.log"
 # What a repeated call says if the earlier one was killed when it had only to end.
@@ -61,18 +59,12 @@ PATIENCE_S, NOTICE_S, ATTEMPTS = 120.0, 20.0, 3
 
 @dataclass(frozen=True)
 class Kill:
-    """What happens to a call.
-
-    Attributes:
-        variant: One of `VARIANTS`.
-        point: `any time`, `parts` or one of `killed.POINTS`.
-        count: How often the point is passed before; for `parts` the parts that are there; for `any
-            time` thousandths of the undisturbed call's time from when it has all workers.
-        who: `worker`, `parent` or `group`.
-    """
+    """What happens to a call of a variant, at a point of `COUNTS`: who of `WHO` is killed."""
 
     variant: str
     point: str
+    # How often the point is passed before; for `parts` the parts that are there; for `any time`
+    # thousandths of the undisturbed call's time from when it has all workers.
     count: int
     who: str
 
@@ -90,20 +82,16 @@ def kills(seed: int, points: int) -> Iterator[Kill]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a call ended.
+    """How a call ended."""
 
-    Attributes:
-        status: Exit status, negative if killed; None if it took too long.
-        seconds: Time from when it had all workers.
-        error: What it wrote to stderr.
-        left: Number of its processes that were still there a while after.
-        made: Parts that were completed.
-    """
-
+    # Exit status, negative if killed; None if it took too long.
     status: int | None
+    # Time from when it had all workers.
     seconds: float
     error: str
+    # Number of its processes that were still there a while after.
     left: int
+    # Parts that were completed.
     made: list[str]
 
 
@@ -210,11 +198,9 @@ class Campaign:
     ) -> None:
         """Kills from outside, at the points that the process itself does not know."""
         if kill.point == "any time":
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(kill.count / 1000 * undisturbed_s)
                 return
-            except subprocess.TimeoutExpired:
-                pass
         elif kill.point == "parts":
             while len((self._folder / LOG).read_text().splitlines()) <= kill.count:
                 if process.poll() is not None:
@@ -246,20 +232,16 @@ def _wait_for_the_rest(group: int) -> int:
     """Waits until no process of a group is left; returns how many still are after a while."""
     deadline = time.monotonic() + NOTICE_S
     while True:
-        left = [process for process in psutil.process_iter() if _group(process.pid) == group]
-        if not left:
-            return 0
-        if time.monotonic() > deadline:
+        left = 0
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError):
+                left += os.getpgid(process.pid) == group
+        if left and time.monotonic() > deadline:
             os.killpg(group, signal.SIGKILL)
-            return len(left)
-        time.sleep(0.02)
-
-
-def _group(pid: int) -> int:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return 0
+        elif left:
+            time.sleep(0.02)
+            continue
+        return left
 
 
 def write_inputs(folder: Path, megabytes: float) -> None:
@@ -325,7 +307,6 @@ def main() -> int:
     parser.add_argument("--points", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--megabytes", type=float, default=12.0, help="of text")
-    parser.add_argument("--only", type=int, help="the number of one trial")
     options = parser.parse_args()
     failed = done = 0
     with tempfile.TemporaryDirectory(prefix="preprocess-campaign-") as name:
@@ -334,8 +315,6 @@ def main() -> int:
         train_tokenizer.main([*flags, "--output-prefix", f"{name}/bpe"])
         campaign = Campaign(Path(name), f"{name}/bpe.model", options.megabytes)
         for number, kill in enumerate(kills(options.seed, options.points)):
-            if options.only is not None and number != options.only:
-                continue
             outcome = campaign.trial(kill)
             print(f"{number:3}  {kill}  {outcome}", flush=True)
             done += 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.indexed.blend import blend_text, blend_weights
+from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.output import check_output_dir, publish
 from megatron_rw.data.indexed.pair import PairWriter
@@ -34,13 +34,10 @@ def test_weights_are_in_proportion_to_counts(counts: dict[str, int], temperature
         assert weights[name] / weights[largest] == pytest.approx(ratio, rel=1e-9)
 
 
-def test_documents_are_counted_on_request() -> None:
+def test_documents_are_counted_and_weights_given_on_request() -> None:
     there = records({"a": 10, "b": 40})
     assert blend_weights(there, "documents") == pytest.approx({"a": 71 / 352, "b": 281 / 352})
-
-
-def test_given_weights_are_normalized_in_the_order_of_the_domains() -> None:
-    weights = blend_weights(records({"a": 1, "b": 1}), given={"b": 3, "a": 1})
+    weights = blend_weights(there, given={"b": 3, "a": 1})
     assert list(weights.items()) == [("a", 0.25), ("b", 0.75)]
 
 
@@ -55,11 +52,6 @@ def test_a_weight_of_0_is_an_error() -> None:
         blend_weights(records({"a": 10**9, "b": 1}), temperature=0.01)
     with pytest.raises(UserError, match="the domain 'b' has no tokens to weigh it by"):
         blend_weights(records({"a": 1, "b": 0}))
-
-
-def test_a_blend_is_weights_and_paths() -> None:
-    text = blend_text({"a": 1 / 3, "b": 2 / 3}, {"a": Path("/d/a_x"), "b": Path("/d/b_x")})
-    assert text == "0.333333 /d/a_x\n0.666667 /d/b_x\n"
 
 
 def put(output_dir: Path, scratch: Path, names: str, tokenizer: TokenizerRecord | None) -> None:

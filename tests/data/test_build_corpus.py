@@ -64,9 +64,7 @@ def test_documents_are_split_by_source_and_of_the_size_asked_for(corpus: Corpus)
             assert not {r["source"] for r in train} & {r["source"] for r in valid}
 
 
-def test_noise_says_what_it_is_and_keeps_to_its_split(
-    corpus: Corpus,
-) -> None:
+def test_noise_says_what_it_is_and_keeps_to_its_split(corpus: Corpus) -> None:
     for split in corpus.values():
         prose = {record["source"] for record in split["prose"]}
         by_kind: dict[str, int] = defaultdict(int)
@@ -102,9 +100,8 @@ def test_without_library_tests_tables_stand_in(
     for split in fallen_back.values():
         assert set(split) == {"code", "prose", "tables", "noise"}
     assert "'tables' stands in" in capsys.readouterr().out
-    sources = {record["source"].partition(":")[0] for record in fallen_back["train"]["tables"]}
-    assert any(source.startswith("unicodedata-") for source in sources)
-    assert any(source.startswith("cpython-") for source in sources)
+    sources = {record["source"].partition("-")[0] for record in fallen_back["train"]["tables"]}
+    assert sources >= {"unicodedata", "cpython"}
 
 
 def without_docstrings(tree: ast.Module) -> str:
@@ -119,15 +116,11 @@ def without_docstrings(tree: ast.Module) -> str:
     return ast.dump(tree)
 
 
-@pytest.mark.parametrize("name", ["dataclasses.py", "email/message.py", "difflib.py"])
-def test_stripping_leaves_the_program(build_corpus: ModuleType, name: str) -> None:
-    source = (STDLIB / name).read_text("utf-8")
+def test_stripping_leaves_the_program(build_corpus: ModuleType) -> None:
+    source = (STDLIB / "dataclasses.py").read_text("utf-8")
     stripped = build_corpus.strip_code(source)
     assert without_docstrings(ast.parse(source)) == ast.dump(ast.parse(stripped))
     assert len(stripped) < len(source)
-
-
-def test_stripping_in_detail(build_corpus: ModuleType) -> None:
     source = (
         '"""Module."""\n'
         "# comment\n"

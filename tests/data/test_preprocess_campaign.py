@@ -7,16 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.datasets import write_directory
-from tests.data.killed import POINTS
-from tests.data.preprocess_campaign import (
-    COUNTS,
-    WITH_WORKERS,
-    Campaign,
-    Kill,
-    differences,
-    incomplete,
-    kills,
-)
+from tests.data.preprocess_campaign import Campaign, Kill, differences, incomplete
 
 # As many parts as files: the text is less than a chunk in each.
 MEGABYTES = 1.0
@@ -42,15 +33,6 @@ def test_repeating_the_call_completes_it(kill: Kill, campaign: Campaign) -> None
     assert outcome.startswith("ok, 2 attempts"), outcome
     reused = int(outcome.split(", ")[2].split()[0])
     assert reused >= (3 if kill.point in ("join", "rename") else 1), outcome
-
-
-def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
-    chosen = list(kills(0, 60))
-    assert chosen == list(kills(0, 60))
-    assert {kill.point for kill in chosen} == set(COUNTS) == {"any time", "parts", *POINTS}
-    assert {kill.who for kill in chosen if kill.point in WITH_WORKERS} == {
-        "group", "worker", "parent",
-    }  # fmt: skip
 
 
 def test_what_is_wrong_is_noticed(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import tasks
-from megatron_rw.data.text.readers import Reading, read
+from megatron_rw.data.text.chunks import Reading, read, tasks
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, Raw
 from megatron_rw.data.text.sources import Source, find_sources
 from megatron_rw.errors import UserError
@@ -48,10 +47,9 @@ def documents(source: Source, reading: Reading) -> Iterator[Raw]:
 
 
 def write(path: Path, content: bytes) -> Source:
-    if path.suffix == ".gz":
-        content = gzip.compress(content[: len(content) // 2]) + gzip.compress(
-            content[len(content) // 2 :]
-        )
+    if path.suffix == ".gz":  # of two members
+        half = len(content) // 2
+        content = gzip.compress(content[:half]) + gzip.compress(content[half:])
     if path.suffix == ".zst":
         content = zstd.compress(content)
     path.write_bytes(content)
@@ -218,23 +216,14 @@ def test_parquet_rows_are_documents(
     assert [(raw.line, raw.content) for raw in found] == [
         (row, {"text": text}) for row, text in enumerate(texts, start=1)
     ]
-
-
-def test_parquet_without_the_column_is_an_error(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "in.parquet")
-    source = find_sources([str(tmp_path / "in.parquet")])[0]
-    with pytest.raises(UserError, match=r"in\.parquet: no column 'text'; it has: body"):
-        list(documents(source, reading()))
+    with pytest.raises(UserError, match=r"in\.parquet: no column 'body'; it has: id, text"):
+        list(documents(find_sources([str(path)])[0], reading(columns=("body",))))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl.gz",
-            CUT,
-            r"damaged gzip data after line \d+ \(C",
-        ),
+        ("a.jsonl.gz", CUT, r"damaged gzip data after line \d+ \(C"),
         ("a.jsonl.gz", b"{}\n", r"damaged gzip data after line 0 \(Not a gzipped file"),
         ("a.jsonl.zst", zstd.compress(b"{}\n" * 9999)[:-5], r"damaged zstd data after line \d+ \("),
         ("a.jsonl.zst", b"{}\n", r"damaged zstd data after line 0 \("),

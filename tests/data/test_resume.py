@@ -84,7 +84,9 @@ def parts_at_publication(call: Callable[[], int], out: Path) -> dict[Path, int]:
     return kept
 
 
+@pytest.mark.parametrize("flags", ["", "--overwrite"])
 def test_it_goes_on_from_its_parts(
+    flags: str,
     inputs: list[Path],
     interrupted: Path,
     run: Preprocess,
@@ -93,7 +95,7 @@ def test_it_goes_on_from_its_parts(
 ) -> None:
     before = parts(interrupted)
     assert len(before) == 25
-    kept = parts_at_publication(lambda: run(inputs, interrupted), interrupted)
+    kept = parts_at_publication(lambda: run(inputs, interrupted, flags), interrupted)
     assert len(kept) > 30
     assert {path: kept[path] for path in before} == before
     lines = capsys.readouterr().err.splitlines()
@@ -153,13 +155,6 @@ def test_another_call_is_refused_until_it_is_dropped(
     assert "--append-eod is true now and was false; repeat that call, or --overwrite" in error
     assert run(inputs, interrupted, "--append-eod --overwrite") == 0
     assert datasets(interrupted) == whole("--append-eod")
-
-
-def test_a_call_that_replaces_goes_on_too(
-    inputs: list[Path], interrupted: Path, run: Preprocess, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(inputs, interrupted, "--overwrite") == 0
-    assert "going on from" in capsys.readouterr().err
 
 
 def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Literal
 
 from megatron_rw.data.indexed.domains import DomainRecord
@@ -22,16 +21,9 @@ def blend_weights(
     """Returns the weight of each domain: count^(1/temperature), or the one given.
 
     A temperature of 1 draws every token (or document) equally often, a higher one draws more often
-    from small domains, and an infinite one from all domains alike.
-
-    Args:
-        records: Domain to what is in it.
-        by: What is counted.
-        temperature: A number above 0.
-        given: Domain to weight, above 0 and of any sum; the other two are then ignored.
-
-    Returns:
-        Domain to weight, above 0 and of sum 1, in the order of `records`.
+    from small domains, and an infinite one from all domains alike. Weights that are given are above
+    0 and of any sum; the temperature and what is counted are then ignored. The weights returned are
+    above 0 and of sum 1, in the order of `records`.
 
     Raises:
         UserError: If the given weights are not those of the domains, or a weight would be 0.
@@ -56,26 +48,16 @@ def blend_weights(
     return _normalized(weights)
 
 
-def blend_text(weights: Mapping[str, float], prefixes: Mapping[str, Path]) -> str:
-    """Returns Megatron's "weight prefix weight prefix ...", a dataset a line.
-
-    Args:
-        weights: Domain to weight.
-        prefixes: Domain to the path of its dataset without `.bin` and `.idx`.
-    """
-    return "".join(f"{weight:.6g} {prefixes[name]}\n" for name, weight in weights.items())
-
-
-def check_weights(domains: Collection[str], given: Mapping[str, float]) -> None:
+def check_weights(names: Collection[str], given: Mapping[str, float]) -> None:
     """Checks that every domain is given a weight, and nothing else.
 
     Raises:
         UserError: If not.
     """
-    if set(given) != set(domains):
+    if set(given) != set(names):
         raise UserError(
             f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
-            f"{', '.join(sorted(domains))}; give each of them one"
+            f"{', '.join(sorted(names))}; give each of them one"
         )
 
 

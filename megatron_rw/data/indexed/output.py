@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_rw.data.indexed import domains
-from megatron_rw.data.indexed.blend import BLEND_FILE, blend_text
+from megatron_rw.data.indexed.blend import BLEND_FILE
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
-    """Returns the absolute path of a directory into which datasets may be put.
-
-    Args:
-        output_dir: The value of `--output-dir`; the directory need not exist.
-        overwrite: Whether datasets that it holds may be replaced.
+    """Returns the absolute path of a directory for datasets, which need not exist.
 
     Raises:
-        UserError: If they may not, or their `domains.json` is malformed.
+        UserError: If it holds datasets that may not be replaced, or their `domains.json` is
+            malformed.
     """
     absolute = output_dir.absolute()
     if any(character.isspace() for character in str(absolute)):
@@ -48,14 +45,10 @@ def publish(
     """Moves finished datasets to their names, `domains.json` last.
 
     When datasets are replaced, the old `domains.json` is removed first, so that one that is there
-    is always true.
-
-    Args:
-        scratch: Directory of the `.bin/.idx` files and nothing else, on the same file system.
-        output_dir: Absolute path of an existing directory.
-        records: Domain to what is in it.
-        weights: Domain to its weight in the blend.
-        tokenizer: What made the token ids; None, if unknown, writes no `domains.json`.
+    is always true. `scratch` holds the `.bin/.idx` files and nothing else, on the file system of
+    `output_dir`, the absolute path of an existing directory. `records` and `weights` map a domain
+    to what is in it and to its weight in the blend. No `domains.json` is written if it is unknown
+    which tokenizer made the token ids.
     """
     manifest, blend = output_dir / domains.FILE_NAME, output_dir / BLEND_FILE
     stale = _listed_files(manifest)
@@ -67,8 +60,9 @@ def publish(
     for name in stale:
         (output_dir / name).unlink(missing_ok=True)
 
-    prefixes = {name: output_dir / record.prefix for name, record in records.items()}
-    write_complete(blend, blend_text(weights, prefixes))
+    # Megatron's "weight prefix weight prefix ...", a dataset a line.
+    lines = (f"{w:.6g} {output_dir / records[name].prefix}\n" for name, w in weights.items())
+    write_complete(blend, "".join(lines))
     if tokenizer is not None:
         domains.DomainsFile(tokenizer=tokenizer, domains=records).save(manifest)
 
@@ -99,9 +93,7 @@ def table(
 ) -> str:
     """Returns documents, tokens and share of the tokens, a domain a line, for people to read.
 
-    Args:
-        records: Domain to what is in it.
-        text_bytes: Domain to UTF-8 bytes of text; where it is given, so are the bytes per token.
+    Where the UTF-8 bytes of text of each domain are given, so are the bytes per token.
     """
     rows = [(name, record.documents, record.tokens) for name, record in records.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))

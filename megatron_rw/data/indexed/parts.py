@@ -10,90 +10,65 @@ interrupted call left behind is compared with its checksums before it is used.
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
+import resource
 import shutil
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.indexed.domains import DomainRecord
+from megatron_rw.data.indexed.pair import PairWriter
+from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder
 from megatron_rw.data.text.sources import STANDARD_INPUT, Source
 
+REJECTS_FILE = "rejects.jsonl"
 _BLOCK_BYTES = 1 << 20
-
-
-@dataclass
-class Counts:
-    """Sizes of a domain, or of a part of it.
-
-    Attributes:
-        tokens: Number of tokens, end-of-document tokens included.
-        text_bytes: UTF-8 bytes of text.
-        max_token_id: The largest token id, -1 if there is none.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    max_token_id: int = -1
-
-    def add(self, other: Counts) -> None:
-        """Adds the sizes of something else."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.text_bytes += other.text_bytes
-        self.max_token_id = max(self.max_token_id, other.max_token_id)
 
 
 @dataclass(frozen=True)
 class Group:
     """The documents of a part that go to one dataset, one after the other.
 
-    Attributes:
-        key: Number of the text's field among `--json-keys`.
-        sequences: Number of sequences; the documents unless those are split into sentences.
+    `key` is the number of the text's field among `--json-keys`.
     """
 
     key: int
     domain: str
-    counts: Counts
+    documents: int
     sequences: int
+    max_token_id: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """What was made of a chunk.
+    """What was made of a chunk."""
 
-    Attributes:
-        lines: Number of lines of the chunk, blank ones included.
-        records: Number of lines that were taken.
-        rejects: Kind of reject to number of lines.
-        last: Whether the chunk is its source's last one.
-        checksum: See the function `checksum`.
-        lengths: int32 [sequences], tokens of each, group by group.
-        splits: int32 [documents], sequences of each.
-        origins: int32 [documents], which of the taken lines each is from.
-        text_bytes: int64 [documents], UTF-8 bytes of each document's text.
-        hashes: uint8 [records, 16] of the text of each taken line; [0, 16] unless duplicates are
-            left out.
-    """
-
+    # Lines of the chunk, blank ones included; those that were taken; the others by kind of reject.
     lines: int
     records: int
     rejects: Counter[str]
     groups: list[Group]
+    # Whether the chunk is its source's last one.
     last: bool
     checksum: int
+    # [sequences] tokens of each, group by group.
     lengths: NDArray[np.int32]
+    # [documents] sequences of each, which of the taken lines it is from, UTF-8 bytes of its text.
     splits: NDArray[np.int32]
     origins: NDArray[np.int32]
     text_bytes: NDArray[np.int64]
+    # [records, 16] of the text of each taken line; [0, 16] unless duplicates are left out.
     hashes: NDArray[np.uint8]
 
     def save(self, path: Path) -> None:
@@ -115,9 +90,7 @@ class Part:
             arrays: dict[str, Any] = dict(file)
         head = json.loads(arrays.pop("head").tobytes())
         head["rejects"] = Counter(head["rejects"])
-        head["groups"] = [
-            Group(**{**group, "counts": Counts(**group["counts"])}) for group in head["groups"]
-        ]
+        head["groups"] = [Group(**group) for group in head["groups"]]
         return cls(**head, **arrays)
 
 
@@ -177,3 +150,141 @@ class Store:
             paths = (self.directory / source.key).glob("*.npz")
             for path in sorted(paths, key=lambda path: int(path.stem)):
                 yield source, path, Part.load(path)
+
+
+@dataclass
+class Rejects:
+    """Lines that were left out."""
+
+    # Kind to number of lines.
+    counts: Counter[str] = field(default_factory=Counter)
+    # Kind to the first of its lines: file, line from the start of the file, and reason.
+    first: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+
+
+@dataclass
+class Joined:
+    """What was written; domains are in order of appearance."""
+
+    # For each of the keys, domain to what is in its dataset.
+    records: list[dict[str, DomainRecord]]
+    # Domain to UTF-8 bytes of the first key's text.
+    text_bytes: Counter[str] = field(default_factory=Counter)
+    # Documents that were left out as copies.
+    duplicates: int = 0
+
+
+def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicate: bool) -> Joined:
+    """Writes `<domain>_text_document.bin/.idx` from the parts of all sources.
+
+    The datasets of each key go to a directory of their own. `dtype` is the type of a token id. With
+    `deduplicate`, only the first of several lines with the same text is kept, which takes a bit of
+    memory for each document; else memory does not grow with the sources. The parts stay.
+    """
+    # Each domain has three open files.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    joined = Joined([{} for _ in directories])
+    with ExitStack() as stack:
+        copies = _duplicates(store, directories[0]) if deduplicate else None
+        writers: dict[tuple[int, str], PairWriter] = {}
+        largest: dict[tuple[int, str], int] = {}
+        start = 0
+        for _, path, part in store.parts():
+            keep = np.ones(part.records, np.bool_)
+            if copies is not None:
+                keep = ~copies.slice(start, start + part.records)
+            start += part.records
+            with path.with_suffix(".bin").open("rb") as tokens:
+                for group, before, lengths, documents in _groups(part):
+                    name = (group.key, group.domain)
+                    kept = keep[part.origins[documents]]
+                    joined.duplicates += len(kept) - int(kept.sum())
+                    if not kept.any():
+                        continue  # a domain that holds nothing but copies gets no dataset
+                    if name not in writers:
+                        prefix = directories[group.key] / _dataset_name(group.domain)
+                        writers[name] = stack.enter_context(PairWriter(prefix, dtype))
+                    bounds = np.concatenate([[before], lengths]).cumsum(dtype=np.int64)
+                    bounds *= np.dtype(dtype).itemsize
+                    _append(writers[name], tokens, lengths, bounds, part.splits[documents], kept)
+                    # That of all documents, copies included.
+                    largest[name] = max(largest.get(name, -1), group.max_token_id)
+                    if group.key == 0:
+                        size = int(part.text_bytes[documents][kept].sum())
+                        joined.text_bytes[group.domain] += size
+        for (key, domain), writer in writers.items():
+            writer.finalize()
+            joined.records[key][domain] = DomainRecord(
+                _dataset_name(domain), writer.documents, writer.tokens, largest[key, domain]
+            )
+    return joined
+
+
+def _dataset_name(domain: str) -> str:
+    return f"{domain}_text_document"
+
+
+def write_rejects(store: Store, path: Path) -> Rejects:
+    """Writes a line of JSON for each rejected line of the parts that are there, if there is any."""
+    rejects = Rejects()
+    with path.open("w", encoding="utf-8") as file:
+        for source, parts in itertools.groupby(store.parts(), key=operator.itemgetter(0)):
+            before = 0
+            for _, index, part in parts:
+                for content in _lines(index.with_suffix(".rejects")) if part.rejects else ():
+                    reject = json.loads(content)
+                    kind, line = reject["kind"], before + reject["line"]
+                    reject = {"file": source.path, **reject, "line": line}
+                    file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                    rejects.counts[kind] += 1
+                    rejects.first.setdefault(kind, (source.path, line, reject["reason"]))
+                before += part.lines
+    if not rejects.counts:
+        path.unlink()
+    return rejects
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+def _duplicates(store: Store, directory: Path) -> Bitmap:
+    with DuplicateFinder(directory) as finder:
+        for _, _, part in store.parts():
+            finder.add(part.hashes)
+        return finder.duplicates()
+
+
+def _groups(part: Part) -> Iterator[tuple[Group, int, NDArray[np.int32], slice]]:
+    """Yields each group, the tokens before it, its sequences' lengths, and its documents."""
+    tokens = sequence = document = 0
+    for group in part.groups:
+        lengths = part.lengths[sequence : sequence + group.sequences]
+        yield group, tokens, lengths, slice(document, document + group.documents)
+        sequence += group.sequences
+        document += group.documents
+        tokens += int(lengths.sum(dtype=np.int64))
+
+
+def _append(
+    writer: PairWriter,
+    file: BinaryIO,
+    lengths: NDArray[np.int32],
+    bounds: NDArray[np.int64],
+    splits: NDArray[np.int32],
+    kept: NDArray[np.bool_],
+) -> None:
+    """Appends some of a group's documents.
+
+    `lengths` [sequences] are numbers of tokens, `bounds` [sequences + 1] the offsets in the file at
+    which sequences begin, and the last one's end, in bytes; `splits` [documents] are numbers of
+    sequences, and `kept` [documents] tells which documents are appended.
+    """
+    sequence_kept = np.repeat(kept, splits)
+    # Runs of sequences that are kept, as the positions at which that changes.
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], sequence_kept.view(np.int8), [0]])))
+    for first, last in bounds[changes].reshape(-1, 2).tolist():
+        writer.copy_tokens(file, first, last - first)
+    writer.add_documents(lengths[sequence_kept], splits[kept])

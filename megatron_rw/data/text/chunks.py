@@ -1,20 +1,105 @@
-"""Cuts the inputs into chunks: what one worker turns into one part of the output at a time.
+"""Cuts the inputs into chunks, and reads the documents of a chunk from any format.
 
-A chunk is a run of documents of one source, and its number tells its place there. The cuts depend
-on the source and `chunk_bytes` alone, so that parts made by any number of workers, in any order,
-before or after an interruption, are the same.
+A chunk is a run of documents of one source, which a worker turns into one part of the output, and
+its number tells its place in the source. The cuts depend on the source and `chunk_bytes` alone, so
+that parts made by any number of workers, in any order, before or after an interruption, are the
+same.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
 
-from megatron_rw.data.text.readers import Reading, Task, read_lines
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source, parquet_file
+from megatron_rw.data.text.records import BYTE_ORDER_MARK, LineReader, Raw, seek_line
+from megatron_rw.data.text.sources import (
+    STANDARD_INPUT,
+    Source,
+    damage,
+    damage_errors,
+    open_source,
+    package_of,
+    parquet_file,
+)
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
+_BATCH_BYTES = 8 << 20
+_BLANK = b" \t\r\n"
+_END = object()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read; the same for every source."""
+
+    # About how many bytes of text make a chunk.
+    chunk_bytes: int
+    max_line_bytes: int
+    # The fields that are read, the text first.
+    columns: tuple[str, ...]
+    # Whether a .txt file is one document, rather than each of its lines.
+    whole_files: bool
+
+    def by_lines(self, source: Source) -> bool:
+        """Tells whether each line of the source is a document."""
+        return source.format == "jsonl" or (source.format == "txt" and not self.whole_files)
+
+    def only_from_start(self, source: Source) -> bool:
+        """Tells whether the source cannot be entered in the middle."""
+        if source.format == "parquet":
+            return False
+        special = source.compression is not None or source.path == STANDARD_INPUT
+        return special or not self.by_lines(source)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work for one worker: one chunk, or all of a source.
+
+    Attributes:
+        source: The source of the documents.
+        number: The chunk's number; -1 for all chunks of the source, one after the other.
+        finished: Numbers of the chunks that are there already, if the task is a whole source.
+        start: First byte at which a line of the chunk may begin; for Parquet the first row.
+        end: The byte after the last one.
+        row_groups: Parquet's row groups of the chunk.
+        lines: The documents themselves, if only one process can read the source.
+        line_count: Number of lines that those were, blank ones included.
+        last: Whether this is the source's last chunk; unknown for a whole source.
+        stored_bytes: Bytes of the source that the task reads, for the progress.
+        skipped_bytes: Bytes between the task before and this one that were done already.
+        fraction: The share of such tasks that are read at all, where a sample is read.
+    """
+
+    source: Source
+    number: int
+    finished: frozenset[int] = frozenset()
+    start: int = 0
+    end: int = 0
+    row_groups: tuple[int, ...] = ()
+    lines: tuple[Raw, ...] | None = field(default=None, repr=False)
+    line_count: int = 0
+    last: bool = False
+    stored_bytes: int = 0
+    skipped_bytes: int = 0
+    fraction: float = 1.0
+
+
+@dataclass
+class Chunk:
+    """The documents of a chunk, which must be read to the end before the next chunk is asked for.
+
+    At the end of `documents`, `lines` is the number of lines, blank ones included, and `last` tells
+    whether it is the source's last chunk.
+    """
+
+    number: int
+    documents: Iterator[Raw] = field(default_factory=lambda: iter(()))
+    lines: int = 0
+    last: bool = False
 
 
 def chunk_size(text_bytes: int, chunks: int) -> int:
@@ -55,10 +140,9 @@ def tasks(
         if fed(source):
             yield from _missing(_fed(source, reading), done)
     for source, done in left:
-        if source.format == "parquet":
-            yield from _missing(_rows(source, reading), done)
-        elif not reading.only_from_start(source):
-            yield from _missing(_ranges(source, reading), done)
+        if not reading.only_from_start(source):
+            cut = _row_groups if source.format == "parquet" else _ranges
+            yield from _missing(cut(source, reading), done)
 
 
 def _missing(every: Iterator[Task], done: frozenset[int]) -> Iterator[Task]:
@@ -72,18 +156,17 @@ def _missing(every: Iterator[Task], done: frozenset[int]) -> Iterator[Task]:
 
 
 def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
-    count = max(1, -(-source.size // reading.chunk_bytes))
-    for number in range(count):
-        start = number * reading.chunk_bytes
+    starts = range(0, max(1, source.size), reading.chunk_bytes)
+    for number, start in enumerate(starts):
         end = min(start + reading.chunk_bytes, source.size)
-        last = number == count - 1
+        last = number == len(starts) - 1
         yield Task(source, number, start=start, end=end, last=last, stored_bytes=end - start)
 
 
 def _fed(source: Source, reading: Reading) -> Iterator[Task]:
     with open_source(source) as (stream, stored):
         told = 0
-        for chunk in read_lines(stream, source, reading):
+        for chunk in _line_chunks(stream, source, reading):
             lines = tuple(chunk.documents)
             position = stored.tell() if stored.seekable() else 0
             yield Task(
@@ -97,29 +180,14 @@ def _fed(source: Source, reading: Reading) -> Iterator[Task]:
             told = position
 
 
-def _rows(source: Source, reading: Reading) -> Iterator[Task]:
-    groups = _row_groups(source, reading)
-    for number, (first_row, row_groups) in enumerate(groups):
-        yield Task(
-            source,
-            number,
-            start=first_row,
-            row_groups=row_groups,
-            last=number == len(groups) - 1,
-            stored_bytes=source.size // len(groups),
-        )
-
-
-def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, ...]]]:
-    """Returns the first row and the row groups of each chunk of a Parquet file."""
+def _row_groups(source: Source, reading: Reading) -> Iterator[Task]:
     with open_source(source) as (stream, _):
         parquet = parquet_file(source, stream)
-        names = parquet.schema_arrow.names
-        for column in reading.columns:
-            if column not in names:
-                raise UserError(f"{source.path}: no column '{column}'; it has: {', '.join(names)}")
-        metadata = parquet.metadata
-    chunks: list[tuple[int, tuple[int, ...]]] = []
+        names, metadata = parquet.schema_arrow.names, parquet.metadata
+    for column in reading.columns:
+        if column not in names:
+            raise UserError(f"{source.path}: no column '{column}'; it has: {', '.join(names)}")
+    chunks: list[Task] = []
     groups: list[int] = []
     row = first_row = size = 0
     for index in range(metadata.num_row_groups):
@@ -127,9 +195,174 @@ def _row_groups(source: Source, reading: Reading) -> list[tuple[int, tuple[int, 
         groups.append(index)
         row += group.num_rows
         size += group.total_byte_size
-        if size >= reading.chunk_bytes:
-            chunks.append((first_row, tuple(groups)))
+        if size >= reading.chunk_bytes or index == metadata.num_row_groups - 1:
+            chunks.append(Task(source, len(chunks), start=first_row, row_groups=tuple(groups)))
             first_row, size, groups = row, 0, []
-    if groups or not chunks:
-        chunks.append((first_row, tuple(groups)))
-    return chunks
+    chunks = chunks or [Task(source, 0)]
+    for chunk in chunks:
+        yield replace(chunk, last=chunk is chunks[-1], stored_bytes=source.size // len(chunks))
+
+
+def read(task: Task, reading: Reading) -> Iterator[Chunk]:
+    """Yields the chunks of a task, those that are finished already included.
+
+    Raises:
+        UserError: If the file is damaged; the message names the place.
+    """
+    source = task.source
+    chunk = Chunk(task.number, lines=task.line_count, last=task.last)
+    if task.lines is not None:
+        chunk.documents = iter(task.lines)
+        yield chunk
+        return
+    with open_source(source) as (stream, _):
+        if source.format == "parquet":
+            chunk.documents = _rows(parquet_file(source, stream), task, reading, chunk)
+            yield chunk
+        elif task.number >= 0:
+            start = seek_line(stream, task.start, task.end)
+            if start is not None:
+                lines = LineReader(stream, reading.max_line_bytes, start)
+                chunk.documents = _lines(lines, task.end, source, chunk)
+            yield chunk
+        elif reading.by_lines(source):
+            yield from _line_chunks(stream, source, reading)
+        elif source.format == "txt":
+            yield Chunk(0, _whole(stream, source, reading), lines=1, last=True)
+        elif source.format == "json":
+            yield from _JsonReader(stream, source, reading).chunks()
+        else:
+            raise AssertionError(f"no reader for the format {source.format}")
+
+
+def _line_chunks(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
+    """Yields the chunks of a file of lines that is read from its start."""
+    lines = LineReader(stream, reading.max_line_bytes)
+    number = 0
+    while not lines.ended:
+        chunk = Chunk(number)
+        number += 1
+        chunk.documents = _lines(lines, number * reading.chunk_bytes, source, chunk)
+        yield chunk
+
+
+def _lines(lines: LineReader, end: int, source: Source, chunk: Chunk) -> Iterator[Raw]:
+    try:
+        yield from lines.until(end)
+    except damage_errors(source) as error:
+        raise damage(source, lines.total, error) from error
+    chunk.lines = lines.lines
+    chunk.last = chunk.last or lines.ended
+
+
+def _whole(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Raw]:
+    size = 0
+    try:
+        content = stream.read(reading.max_line_bytes + 1)
+        if len(content) > reading.max_line_bytes:
+            size = len(content)
+            while piece := stream.read(1 << 20):
+                size += len(piece)
+    except damage_errors(source) as error:
+        raise damage(source, 0, error) from error
+    content = content.removeprefix(BYTE_ORDER_MARK)
+    if content.strip():
+        yield Raw(1, content[:200] if size else content, size)
+
+
+def _rows(parquet: Any, task: Task, reading: Reading, chunk: Chunk) -> Iterator[Raw]:
+    from pyarrow import ArrowException
+
+    groups = [parquet.metadata.row_group(group) for group in task.row_groups]
+    rows = sum(group.num_rows for group in groups)
+    row_bytes = sum(group.total_byte_size for group in groups) // max(1, rows)
+    batch = min(max(1, _BATCH_BYTES // max(1, row_bytes)), 8192)
+    try:
+        for table in parquet.iter_batches(
+            batch_size=batch, row_groups=list(task.row_groups), columns=list(reading.columns)
+        ):
+            for record in table.to_pylist():
+                chunk.lines += 1
+                yield Raw(chunk.lines, record, 0)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise damage(task.source, task.start + chunk.lines, error) from error
+
+
+class _JsonReader:
+    """Reads a `.json` file: an array of objects, or objects one after the other.
+
+    It is the stream that ijson reads from, so that an element that is too long is refused.
+    """
+
+    def __init__(self, stream: BinaryIO, source: Source, reading: Reading) -> None:
+        self._stream = stream
+        self._source = source
+        self._reading = reading
+        self._head = b""
+        self._position = 0
+        self._element = 0
+        self._element_start = 0
+        self._ended = False
+
+    def chunks(self) -> Iterator[Chunk]:
+        or_else = ", or rename it to .jsonl if each of its lines is an object"
+        with package_of(self._source, "ijson", or_else):
+            import ijson
+        try:
+            first = self._first_byte()
+        except damage_errors(self._source) as error:
+            raise damage(self._source, 0, error) from error
+        if not first:  # an empty file, which ijson takes for one that is cut off
+            yield Chunk(0, last=True)
+            return
+        elements = ijson.items(self, "item" if first == b"[" else "", multiple_values=True)
+        number = 0
+        while not self._ended:
+            chunk = Chunk(number)
+            chunk.documents = self._documents(elements, chunk)
+            yield chunk
+            number += 1
+
+    def read(self, size: int) -> bytes:
+        """Reads for ijson."""
+        if size == 0:
+            return b""
+        piece, self._head = self._head[:size], self._head[size:]
+        piece = piece or self._stream.read(size)
+        self._position += len(piece)
+        limit = self._reading.max_line_bytes
+        if self._position - self._element_start > limit + (2 << 16):
+            raise UserError(
+                f"{self._source.path}: element {self._element + 1} is longer than "
+                f"--max-line-bytes {limit}; split the document"
+            )
+        return piece
+
+    def _first_byte(self) -> bytes:
+        """Returns the first byte that is no white space, and leaves it in the stream."""
+        while piece := self._stream.read(1 << 16):
+            if stripped := piece.removeprefix(BYTE_ORDER_MARK).lstrip(_BLANK):
+                self._head = stripped
+                return stripped[:1]
+        return b""
+
+    def _documents(self, elements: Any, chunk: Chunk) -> Iterator[Raw]:
+        import ijson
+
+        size = 0
+        try:
+            # The size is that of the elements: how far ijson has read depends on its buffer.
+            while size < self._reading.chunk_bytes:
+                element = next(elements, _END)
+                if element is _END:
+                    self._ended = chunk.last = True
+                    return
+                self._element += 1
+                self._element_start = self._position
+                chunk.lines += 1
+                record = element if isinstance(element, dict) else {}
+                size += 1 + sum(len(value) for value in record.values() if isinstance(value, str))
+                content = record or json.dumps(element, default=str).encode("utf-8", "replace")
+                yield Raw(chunk.lines, content, 0)
+        except (ijson.JSONError, UnicodeDecodeError, *damage_errors(self._source)) as error:
+            raise damage(self._source, self._element, error) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -27,15 +26,10 @@ _BYTES_PER_SORTED_ENTRY = 3 * _ENTRY.itemsize
 def hash_documents(
     tokens: NDArray[Any], lengths: NDArray[np.integer[Any]], key: bytes = b""
 ) -> NDArray[np.uint8]:
-    """Hashes the bytes of each document's tokens.
+    """Hashes the bytes of each document's tokens: uint8 [documents, 16].
 
-    Args:
-        tokens: [tokens] of the documents, one after the other.
-        lengths: [documents] tokens of each.
-        key: At most 64 bytes; another key gives other hashes.
-
-    Returns:
-        uint8 [documents, 16].
+    `tokens` [tokens] are those of the documents, one after the other, and `lengths` [documents] how
+    many each has. `key` has at most 64 bytes; another key gives other hashes.
     """
     view = memoryview(np.ascontiguousarray(tokens).view(np.uint8))
     ends = np.cumsum(lengths, dtype=np.int64) * tokens.itemsize
@@ -76,15 +70,9 @@ class Bitmap:
 class DuplicateFinder:
     """Collects the hashes of documents and tells which are copies; a context manager.
 
-    It needs 24 bytes of disk per document until the context is left.
-
-    Args:
-        directory: Takes its files; it exists.
-        buckets: Number of files, at most 65,536. All of them are open at the same time.
-        memory_bytes: About how much to sort at a time.
-
-    Attributes:
-        total: Number of documents added.
+    It needs 24 bytes of disk per document in the directory until the context is left. There are at
+    most 65,536 buckets, each a file, which are open at the same time. `memory_bytes` is about how
+    much is sorted at a time, and `total` the number of documents added.
     """
 
     def __init__(self, directory: Path, buckets: int = 256, memory_bytes: int = 512 << 20) -> None:
@@ -114,13 +102,13 @@ class DuplicateFinder:
         entries["position"] = np.arange(self.total, self.total + len(hashes))
         buckets = (entries["high"] >> np.uint64(48)) * np.uint64(self._buckets) >> np.uint64(16)
         order = np.argsort(buckets, kind="stable")  # within a bucket they stay in order
-        ends = np.searchsorted(buckets[order], np.arange(self._buckets), side="right")
-        entries = entries[order]
-        start = 0
-        for bucket, end in enumerate(ends.tolist()):
-            if end > start:
-                self._file(bucket).write(entries[start:end].tobytes())
-            start = end
+        starts = np.searchsorted(buckets[order], np.arange(1, self._buckets))
+        for bucket, piece in enumerate(np.split(entries[order], starts)):
+            if len(piece):
+                if bucket not in self._files:
+                    path = self._directory / f"hashes-{bucket:05}"
+                    self._files[bucket] = path.open("wb")
+                self._files[bucket].write(piece.tobytes())
         self.total += len(hashes)
 
     def duplicates(self) -> Bitmap:
@@ -134,26 +122,16 @@ class DuplicateFinder:
                 self._find(file.name, part, parts, found)
         return found
 
-    def _file(self, bucket: int) -> BinaryIO:
-        if bucket not in self._files:
-            self._files[bucket] = (self._directory / f"hashes-{bucket:05}").open("wb")
-        return self._files[bucket]
-
     def _find(self, path: str, part: int, parts: int, found: Bitmap) -> None:
         """Finds the copies among a bucket's hashes that leave `part` on division by `parts`."""
         firsts = [np.empty(0, _ENTRY)]
-        for entries in _read(path, self._sorted_entries):
-            mine = entries[entries["low"] % np.uint64(parts) == part]
-            # Copies are left out here already, so that a page that a crawl met a billion times
-            # takes no memory.
-            firsts.append(_without_copies(mine, found))
+        with open(path, "rb") as file:
+            while len(entries := np.fromfile(file, _ENTRY, self._sorted_entries)):
+                mine = entries[entries["low"] % np.uint64(parts) == part]
+                # Copies are left out here already, so that a page that a crawl met a billion times
+                # takes no memory.
+                firsts.append(_without_copies(mine, found))
         _without_copies(np.concatenate(firsts), found)
-
-
-def _read(path: str, count: int) -> Iterator[NDArray[Any]]:
-    with open(path, "rb") as file:
-        while block := file.read(count * _ENTRY.itemsize):
-            yield np.frombuffer(block, _ENTRY)
 
 
 def _without_copies(entries: NDArray[Any], found: Bitmap) -> NDArray[Any]:

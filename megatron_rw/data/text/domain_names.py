@@ -24,22 +24,11 @@ _SHORTEST_SHARD_NUMBER = 3
 
 
 def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
-    """Returns the domain of a file's documents.
+    """Returns the domain of a file's documents, from the names of the file and its directory.
 
-    Args:
-        name: Name of the file.
-        folder: Name of the directory that it is in.
-        by: `file` takes the name up to the first dot; `corpus` the same without a shard number at
-            its end, or the directory if nothing else is left; `directory` always the directory.
-    """
-    if by == "directory":
-        return folder
-    stem = name.split(".")[0]
-    return stem if by == "file" else without_shard_number(stem) or folder
-
-
-def without_shard_number(stem: str) -> str:
-    """Removes the number that tells a shard of a corpus from the others.
+    "file" takes the name up to the first dot, "directory" the directory, and "corpus" the name
+    without the number that tells a shard of a corpus from the others, or the directory if nothing
+    else is left.
 
     It looks at the one name alone, so that each task of a job array, and a call that is repeated
     with more files, gives a file the same domain. A number is a shard's if it follows a word such
@@ -48,6 +37,11 @@ def without_shard_number(stem: str) -> str:
     removed, as those of `2023` and `news-20230131`, and neither are short numbers without such a
     word, as those of `cc-2019-35`, `wiki-2` and `v2`.
     """
+    if by == "directory":
+        return folder
+    stem = name.split(".")[0]
+    if by == "file":
+        return stem
     while found := _NUMBER.search(stem):
         rest, number = stem[: found.start()], found["number"]
         marked = found["word"] or found["suffix"] or found["hash"]
@@ -55,7 +49,7 @@ def without_shard_number(stem: str) -> str:
         if not marked and (short or _DATE.fullmatch(number)):
             break
         stem = rest
-    return stem
+    return stem or folder
 
 
 def safe_domain(name: str) -> str:
@@ -77,12 +71,8 @@ def safe_domain(name: str) -> str:
 def check_domain(name: str, origin: str) -> str:
     """Returns the name of a domain that was not read from a document, if it is usable.
 
-    Args:
-        name: The domain.
-        origin: Where it is from, for the message.
-
     Raises:
-        UserError: If it cannot be part of a file name.
+        UserError: If it cannot be part of a file name; the message begins with `origin`.
     """
     try:
         return safe_domain(name)

@@ -3,6 +3,11 @@
 Every passage of a text draws a rank at random, from a fixed seed, and of each domain those of the
 lowest ranks are kept. So a sample is always a fair one of what has been read so far, nobody needs
 to know beforehand how much will come, and the same passages in the same order give the same sample.
+
+Inputs that are too large to be read whole are read in part. Of files that can be entered anywhere,
+evenly spaced chunks are read. Files that can only be read from their start, such as compressed
+ones, are read to their end, but only evenly spaced ones of them. The choice follows from names and
+sizes alone.
 """
 
 from __future__ import annotations
@@ -12,18 +17,27 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from megatron_rw.data.text.readers import Reading
-from megatron_rw.data.text.sources import Source
-from megatron_rw.data.text.spread_reading import DocumentReader, Portion, plan
+from megatron_rw.data.text.chunks import Reading, Task, chunk_size, read, tasks
+from megatron_rw.data.text.records import (
+    MAX_LINE_BYTES,
+    BadRecordError,
+    parse,
+    text_field,
+    too_many_bad,
+)
+from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source
 from megatron_rw.errors import UserError
 
 # Text is only a part of what is read of a line, and a domain only a part of what a file holds.
 READ_PER_KEPT = 16
 _SEED = 0
 _PASSAGE_CHARACTERS = 1000
+# Enough chunks for a sample to be spread, each large enough for seeking to cost nothing.
+_CHUNKS = 256
+_COUNT_BYTES = 1 << 20
 
 DomainOf = Callable[[Source], str]
 
@@ -57,7 +71,7 @@ def plan_reading(
     domain_of: DomainOf | None,
     weights: Mapping[str, float] | None,
     limit: int,
-) -> list[Portion]:
+) -> list[Task]:
     """Chooses what to read of the inputs for a sample.
 
     `domain_of` gives the domain of a source's documents; it is None if each document names its own.
@@ -83,14 +97,14 @@ def plan_reading(
         limit,
     )
     return [
-        part
+        task
         for group, budget in zip(groups.values(), budgets, strict=True)
-        for part in plan(group, reading, READ_PER_KEPT * budget)
+        for task in plan(group, reading, READ_PER_KEPT * budget)
     ]
 
 
 def draw_sample(
-    parts: Sequence[Portion],
+    chosen: Sequence[Task],
     reader: DocumentReader,
     domain_of: DomainOf | None,
     weights: Mapping[str, float] | None,
@@ -106,17 +120,17 @@ def draw_sample(
     """
     sample = TextSample(limit, weights)
     found = set()
-    for part in parts:
-        of_source = domain_of(part.task.source) if domain_of is not None else ""
-        for of_document, text in reader.documents(part):
+    for task in chosen:
+        of_source = domain_of(task.source) if domain_of is not None else ""
+        for of_document, text in reader.documents(task):
             domain = of_source if of_document is None else of_document
             if weights:
                 found.add(domain)
-                _check_weight(domain, weights, part.task.source)
+                _check_weight(domain, weights, task.source)
                 if weights[domain] == 0:
                     continue
-            sample.add(domain, cut(text), part.fraction)
-    reader.finish()
+            sample.add(domain, cut(text), task.fraction)
+    reader.check_bad(at_end=True)
     if domain_of is None and weights:
         _check_domains(weights, found)
     return sample
@@ -137,6 +151,115 @@ def _check_domains(weights: Mapping[str, float], found: Collection[str]) -> None
                 f"--domain-weights: no domain '{domain}' in --input, which has "
                 f"{', '.join(sorted(found))}; leave it out"
             )
+
+
+def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
+    """Returns how documents are read where `plan` chooses `max_bytes` of them."""
+    return Reading(
+        chunk_bytes=chunk_size(max_bytes, _CHUNKS),
+        max_line_bytes=MAX_LINE_BYTES,
+        columns=tuple(dict.fromkeys(columns)),
+        whole_files=True,
+    )
+
+
+def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Task]:
+    """Chooses what to read of some sources.
+
+    The tasks are in the order of the sources, and together about `max_bytes` of uncompressed text.
+    Where there are compressed files, at least one of them is read.
+
+    Raises:
+        UserError: If a Parquet file is damaged or lacks a column.
+    """
+    pieces = [task for source in sources for task in _pieces(source, reading)]
+    share = max_bytes / max(1, sum(source.text_bytes for source in sources))
+    if share >= 1:
+        return pieces
+    chosen: dict[int, Task] = {}
+    for of_whole_files in (True, False):
+        places = [i for i, task in enumerate(pieces) if (task.number < 0) == of_whole_files]
+        count, taken = len(places), max(1, int(len(places) * share))
+        for rank, place in enumerate(places, start=1):
+            # Starting in the middle, since the first of many files is no better than any other.
+            if (count // 2 + rank * taken) % count < taken:
+                chosen[place] = replace(pieces[place], fraction=taken / count)
+    return [chosen[place] for place in sorted(chosen)]
+
+
+def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
+    if source.path == STANDARD_INPUT:  # asking for its chunks would read it
+        return iter([Task(source, -1)])
+    return tasks([source], reading, 1, lambda _: frozenset())
+
+
+class DocumentReader:
+    """Reads the documents of tasks and leaves bad lines out, if they are few.
+
+    `bad` is the number of lines that were left out, and `first_bad` says where the first of them is
+    and what is wrong with it.
+    """
+
+    def __init__(
+        self, reading: Reading, json_key: str, domain_key: str | None, max_bad_fraction: float
+    ) -> None:
+        self._reading = reading
+        self._json_key = json_key
+        self._domain_key = domain_key
+        self._max_bad_fraction = max_bad_fraction
+        self._records = 0
+        self.bad = 0
+        self.first_bad = ""
+
+    def documents(self, task: Task) -> Iterator[tuple[str | None, str]]:
+        """Yields the domain, if a field holds it, and the text of every document of a task.
+
+        Raises:
+            UserError: If the file is damaged, or too many lines so far are bad.
+        """
+        plain_key = self._json_key if task.source.format == "txt" else None
+        lines = 0
+        for chunk in read(task, self._reading):
+            for raw in chunk.documents:
+                try:
+                    record = parse(raw, self._reading.max_line_bytes, plain_key)
+                    text = text_field(record, "--json-key", self._json_key)
+                    domain = None
+                    if self._domain_key is not None:
+                        domain = text_field(record, "--domain-key", self._domain_key)
+                except BadRecordError as error:
+                    self.bad += 1
+                    if not self.first_bad:
+                        line = _lines_before(task) + lines + raw.line
+                        self.first_bad = f"{task.source.path}, line {line}: {error}"
+                    continue
+                self._records += 1
+                yield domain, text
+            lines += chunk.lines
+        self.check_bad(at_end=False)
+
+    def check_bad(self, at_end: bool) -> None:
+        """Refuses the inputs if too many of the lines were bad."""
+        if too_many_bad(self.bad, self._records, self._max_bad_fraction, at_end):
+            raise UserError(
+                f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
+                f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
+                "them, or allow more"
+            )
+
+
+def _lines_before(task: Task) -> int:
+    """Counts the lines, of Parquet the rows, that begin before a task's documents."""
+    if task.number < 0 or task.start == 0 or task.source.format == "parquet":
+        return task.start
+    # In the middle of a file a line's number is known only by counting, so it is asked for once.
+    count = 1
+    with open_source(task.source) as (stream, _):
+        left = task.start - 1
+        while left and (block := stream.read(min(left, _COUNT_BYTES))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
 
 
 class _Passage(NamedTuple):
@@ -163,12 +286,9 @@ class TextSample:
     """Keeps a sample of the lines that are added, of a given size at most.
 
     Each domain's share of the size is in proportion to its weight. A domain that has too little for
-    that gives all it has, and the others share what it leaves.
-
-    Args:
-        max_bytes: UTF-8 bytes to keep.
-        weights: Domain to weight, positive; `{}` gives all the same. None makes no difference
-            between domains: each then has the share of the sample that it has of the whole.
+    that gives all it has, and the others share what it leaves. `max_bytes` are UTF-8 bytes to keep.
+    `weights` are positive; `{}` gives all domains the same, and None makes no difference between
+    them: each then has the share of the sample that it has of the whole.
     """
 
     def __init__(self, max_bytes: int, weights: Mapping[str, float] | None) -> None:
@@ -186,13 +306,11 @@ class TextSample:
         `fraction` is the share of such documents that are read at all: where only one in ten is
         read, each stands for ten.
         """
-        name = "" if self._weights is None else domain
-        pool = self._pools.get(name)
-        if pool is None:
-            weight = self._weights.get(name, 1.0) if self._weights else 1.0
-            pool = self._pools[name] = _Pool(weight)
+        weights = self._weights
+        weight = weights.get(domain, 1.0) if weights else 1.0
+        pool = self._pools.setdefault("" if weights is None else domain, _Pool(weight))
         for passage in _passages(lines):
-            size = _size(passage)
+            size = len(passage if passage.isascii() else passage.encode()) - passage.count("\n")
             self._number += 1
             self.seen[domain] += size
             rank = self._random.random() * fraction
@@ -202,14 +320,11 @@ class TextSample:
             pool.kept += size
             self._kept += size
             while self._kept > self._max_bytes:
-                self._drop()
-
-    def _drop(self) -> None:
-        pool = max(self._pools.values(), key=lambda pool: pool.kept / pool.weight)
-        passage = heapq.heappop(pool.passages)
-        pool.threshold = -passage.negative_rank
-        pool.kept -= passage.size
-        self._kept -= passage.size
+                fullest = max(self._pools.values(), key=lambda pool: pool.kept / pool.weight)
+                dropped = heapq.heappop(fullest.passages)
+                fullest.threshold = -dropped.negative_rank
+                fullest.kept -= dropped.size
+                self._kept -= dropped.size
 
     def kept(self) -> dict[str, int]:
         """Returns the UTF-8 bytes kept of each domain, in order of appearance."""
@@ -242,20 +357,10 @@ def _passages(lines: Iterator[str]) -> Iterator[str]:
         yield "\n".join(passage)
 
 
-def _size(passage: str) -> int:
-    """UTF-8 bytes of a passage's lines."""
-    return len(passage if passage.isascii() else passage.encode()) - passage.count("\n")
-
-
 def divide(sizes: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
-    """Divides a budget in proportion to weights as far as sizes allow.
+    """Divides a budget in proportion to positive weights as far as the sizes allow.
 
     One that is smaller than its share gives all it has, and the others share what it leaves.
-
-    Args:
-        sizes: What each has to give.
-        weights: Positive weight of each.
-        total: What may be taken from all of them together.
     """
     budgets = [0] * len(sizes)
     left = total

@@ -17,12 +17,7 @@ _SKIP_BYTES = 1 << 20
 
 
 class BadRecordError(Exception):
-    """A line is no document.
-
-    Args:
-        kind: A few words, to count such lines by.
-        reason: What is wrong with this one.
-    """
+    """A line is no document; `kind` is a few words to count such lines by."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -31,16 +26,13 @@ class BadRecordError(Exception):
 
 @dataclass(frozen=True)
 class Raw:
-    """A document as it stands in its file, still to be parsed.
+    """A document as it stands in its file, still to be parsed."""
 
-    Attributes:
-        line: Its number, from 1 at the start of the chunk; the row of Parquet, the element of JSON.
-        content: A line without its end, or the fields themselves.
-        size: 0, or the bytes of a line that is too long, of which `content` is then the start.
-    """
-
+    # The number of the line, the row of Parquet or the element of JSON, from 1 in each chunk.
     line: int
+    # A line without its end, or the fields themselves.
     content: bytes | dict[str, Any]
+    # 0, or the bytes of a line that is too long, of which `content` is then the start.
     size: int
 
     def excerpt(self) -> str:
@@ -53,16 +45,9 @@ class Raw:
 class LineReader:
     """Reads lines from a stream without holding one that is too long.
 
-    Args:
-        stream: A stream at the start of a line.
-        limit: The most bytes that a line may have, without its end. Longer ones are skipped.
-        position: Offset of that line in the file.
-
-    Attributes:
-        position: Offset of the next line.
-        lines: Number of lines that the last call of `until` read, blank ones included.
-        total: Number of lines that all calls read.
-        ended: Whether the stream is at its end.
+    `limit` are the most bytes that a line may have, without its end. `position` is the offset of
+    the next line in the file. `lines` are those that the last call of `until` read, blank ones
+    included, and `total` those of all calls.
     """
 
     def __init__(self, stream: BinaryIO, limit: int, position: int = 0) -> None:
@@ -87,7 +72,9 @@ class LineReader:
             size = len(line)
             cut = size == self._limit + 2 and not line.endswith(b"\n")
             if cut or (size > self._limit and len(line.rstrip(b"\r\n")) > self._limit):
-                size += self._skip() if cut else 0
+                while cut and (piece := self._stream.readline(_SKIP_BYTES)):
+                    size += len(piece)
+                    cut = not piece.endswith(b"\n")
                 yield Raw(self.lines, line[:_EXCERPT], size)
             else:
                 if self.position == 0:
@@ -96,20 +83,11 @@ class LineReader:
                     yield Raw(self.lines, line.rstrip(b"\r\n"), 0)
             self.position += size
 
-    def _skip(self) -> int:
-        skipped = 0
-        while piece := self._stream.readline(_SKIP_BYTES):
-            skipped += len(piece)
-            if piece.endswith(b"\n"):
-                break
-        return skipped
-
 
 def seek_line(stream: BinaryIO, start: int, end: int) -> int | None:
-    """Moves a stream to the first line that begins in `[start, end)`.
+    """Moves a stream to the first line that begins in `[start, end)`, and returns its offset.
 
-    Returns:
-        The offset of that line; None if none begins there.
+    It returns None if no line begins there.
     """
     if start == 0:
         stream.seek(0)
@@ -127,13 +105,9 @@ def seek_line(stream: BinaryIO, start: int, end: int) -> int | None:
 
 
 def too_many_bad(bad: int, taken: int, allowed: float, at_end: bool) -> bool:
-    """Tells whether the share of bad lines is above `--max-bad-fraction`.
+    """Tells whether the share of bad lines, beside those taken, is above `--max-bad-fraction`.
 
-    Args:
-        bad: Number of bad lines so far.
-        taken: Number of other lines so far.
-        allowed: The share that is allowed.
-        at_end: Whether all lines are counted. Until then a few bad lines decide nothing.
+    Before all lines are counted, `at_end`, a few bad lines decide nothing.
     """
     taken = taken if at_end else max(taken, _EARLIEST_VERDICT)
     return bad > allowed * (bad + taken)
@@ -142,10 +116,8 @@ def too_many_bad(bad: int, taken: int, allowed: float, at_end: bool) -> bool:
 def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
     """Returns the fields of a document.
 
-    Args:
-        raw: The document.
-        limit: The most bytes that a line may have, for the message.
-        text_key: Name of the field that plain text becomes; None if the line is JSON.
+    `limit` are the most bytes that a line may have, for the message. `text_key` is the field that
+    plain text becomes; None if the line is JSON.
 
     Raises:
         BadRecordError: If it is too long, not UTF-8, or no JSON object.
@@ -174,40 +146,31 @@ def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
 
 
 def text_field(record: dict[str, Any], flag: str, key: str) -> str:
-    """Returns the text that a document holds under `key`.
-
-    Args:
-        record: The document's fields.
-        flag: The flag that chose the key, for the message.
-        key: The field.
+    """Returns the text that a document holds under the key that a flag chose.
 
     Raises:
         BadRecordError: If it is missing, not a string, empty, or holds what is not text.
     """
-    value = record.get(key, record)
-    if value is record:
+    if key not in record:
         raise BadRecordError(
             "missing key",
             f"no field '{key}' ({flag}); it has: {', '.join(sorted(record)) or 'none'}"[:_EXCERPT],
         )
+    field, value = f"field '{key}' ({flag})", record[key]
     if not isinstance(value, str):
-        raise BadRecordError(
-            "not a string", f"field '{key}' ({flag}) is {_json_type(value)}, not a string"
-        )
+        raise BadRecordError("not a string", f"{field} is {_json_type(value)}, not a string")
     if not value:
-        raise BadRecordError("empty text", f"field '{key}' ({flag}) is empty")
+        raise BadRecordError("empty text", f"{field} is empty")
     if "\0" in value:
         at = value.index("\0")
-        raise BadRecordError("NUL", f"field '{key}' ({flag}) holds a NUL at character {at}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecordError(
-                "half a surrogate pair",
-                f"field '{key}' ({flag}) holds half of a surrogate pair at character "
-                f"{error.start}, which is not text",
-            ) from error
+        raise BadRecordError("NUL", f"{field} holds a NUL at character {at}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(
+            "half a surrogate pair",
+            f"{field} holds half of a surrogate pair at character {error.start}, which is not text",
+        ) from error
     return value
 
 

@@ -7,9 +7,10 @@ import gzip
 import hashlib
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -25,31 +26,28 @@ STANDARD_INPUT = "-"
 Format = Literal["jsonl", "json", "parquet", "txt"]
 Compression = Literal["gzip", "zstd"]
 
-_FORMATS: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "txt",
-}
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+_FORMATS: tuple[Format, ...] = ("jsonl", "json", "txt")
+_COMPRESSIONS: dict[str, Compression | None] = {"": None, ".gz": "gzip", ".zst": "zstd"}
+_KINDS: dict[str, tuple[Format, Compression | None]] = {
+    f".{name}{ending}": (name, compression)
+    for name in _FORMATS
+    for ending, compression in _COMPRESSIONS.items()
+} | {".parquet": ("parquet", None)}
 READS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
 _BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of documents.
+    """A file of documents."""
 
-    Attributes:
-        path: A local path, a URL, or `-`.
-        size: Bytes as stored; 0 for standard input.
-        version: Changes when the content does: the time of change, or a store's own mark.
-    """
-
+    # A local path, a URL, or `-`.
     path: str
     format: Format
     compression: Compression | None
+    # Bytes as stored; 0 for standard input.
     size: int
+    # Changes when the content does: the time of change, or a store's own mark.
     version: str
 
     @property
@@ -57,17 +55,13 @@ class Source:
         """File name without folders."""
         return self.path.rstrip("/").rpartition("/")[2]
 
-    @property
-    def folder(self) -> str:
-        """Name of the directory that it is in."""
-        path = self.path if "://" in self.path else os.path.abspath(self.path)
-        return path.rpartition("/")[0].rpartition("/")[2]
-
     def domain(self, by: DomainBy) -> str:
         """Returns the domain of its documents where no field holds it, as `--domain-by` says."""
         if self.path == STANDARD_INPUT:
             return "stdin"
-        return domain_of_file(self.name, self.folder, by)
+        path = self.path if "://" in self.path else os.path.abspath(self.path)
+        folder = path.rpartition("/")[0].rpartition("/")[2]
+        return domain_of_file(self.name, folder, by)
 
     @property
     def text_bytes(self) -> int:
@@ -84,14 +78,9 @@ class Source:
 def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
     """Finds the files that a flag names, before any work.
 
-    Args:
-        inputs: Paths of files, of directories (searched through, hidden files left out), patterns
-            with `*`, `?` or `[`, URLs of fsspec (`s3://...`) of any of these, or `-` for JSON lines
-            on standard input.
-        flag: The flag, for messages.
-
-    Returns:
-        The files in the order given; those of a directory or a pattern sorted by path.
+    They are paths of files, of directories (searched through, hidden files left out), patterns with
+    `*`, `?` or `[`, URLs of fsspec (`s3://...`) of any of these, or `-` for JSON lines on standard
+    input. The files come in the order given; those of a directory or a pattern sorted by path.
 
     Raises:
         UserError: If nothing is found for one of them, a file's format is not read, or a file is
@@ -106,11 +95,7 @@ def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
 
 @contextmanager
 def open_source(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Opens a source.
-
-    Yields:
-        The uncompressed bytes, and the stored ones beneath, whose position tells the progress.
-    """
+    """Yields the uncompressed bytes, and the stored ones, whose position tells the progress."""
     with _open_stored(source.path) as stored:
         if source.compression == "gzip":
             content: Any = gzip.GzipFile(fileobj=stored)
@@ -132,9 +117,18 @@ def damage_errors(source: Source) -> tuple[type[Exception], ...]:
     """Returns the exceptions that reading a source raises if it is cut off or damaged."""
     if source.compression == "zstd":
         return (EOFError, _zstd(source).ZstdError)
-    import zlib
-
     return (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+@contextmanager
+def package_of(source: Source, name: str, or_else: str = "") -> Iterator[None]:
+    """Refuses a source if the body cannot import the package that reads it."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{source.path}: reading it needs a package; run: pip install {name}{or_else}"
+        ) from error
 
 
 def parquet_file(source: Source, stream: BinaryIO) -> Any:
@@ -143,29 +137,79 @@ def parquet_file(source: Source, stream: BinaryIO) -> Any:
     Raises:
         UserError: If it is none, or the package is missing.
     """
-    try:
+    with package_of(source, "pyarrow"):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise UserError(
-            f"{source.path}: reading it needs a package; run: pip install pyarrow"
-        ) from error
     try:
         return ParquetFile(stream)
     except (ArrowException, OSError) as error:
         raise damage(source, 0, error) from error
 
 
+def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
+    """Returns a shard's sources, which are consecutive, so that merged shards equal one run.
+
+    `sources` are all inputs, the same in every task of a job array, and `flag` says which share to
+    take, as `--shard` has it; None takes all. There is at least one source in each shard, and the
+    shards' bytes are as even as whole files allow.
+
+    Raises:
+        UserError: If there are fewer files than shards, or standard input is among them.
+    """
+    if flag is None:
+        return list(sources)
+    index, count = parse_shard(flag)
+    if any(source.path == STANDARD_INPUT for source in sources):
+        raise UserError("--shard: standard input cannot be shared; give files")
+    if len(sources) < count:
+        raise UserError(
+            f"--shard {flag}: there are {len(sources)} files, and a file is "
+            "the least that a shard takes; use fewer shards, or split the files"
+        )
+    bounds = _bounds([source.size for source in sources], count)
+    return list(sources[bounds[index] : bounds[index + 1]])
+
+
+def parse_shard(flag: str) -> tuple[int, int]:
+    """Returns the number of a shard, from 0, and the number of shards, as `--shard 0/8` says them.
+
+    Raises:
+        UserError: If the flag is not of that form, or the shard's number is not below the other.
+    """
+    index, _, count = flag.partition("/")
+    if not index.isdecimal() or not count.isdecimal():
+        raise UserError(f"--shard {flag}: give it like 0/8")
+    if int(index) >= int(count):
+        raise UserError(
+            f"--shard {flag}: shards count from 0, so the last is {int(count) - 1}/{count}"
+        )
+    return int(index), int(count)
+
+
+def _bounds(sizes: Sequence[int], count: int) -> list[int]:
+    """Cuts a list into `count` runs, none empty, of about the same sum."""
+    total = sum(sizes)
+    bounds = [0]
+    seen = 0
+    for position, size in enumerate(sizes):
+        left = count - len(bounds)
+        if left == 0:
+            break
+        if position > bounds[-1]:
+            # A file whose middle is beyond the share belongs to the next shard.
+            beyond = (2 * seen + size) * count >= 2 * total * len(bounds)
+            if beyond or len(sizes) - position == left:
+                bounds.append(position)
+        seen += size
+    return [*bounds, len(sizes)]
+
+
 def _zstd(source: Source) -> Any:
-    try:
+    with package_of(source, "backports.zstd"):
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
-    except ImportError as error:
-        raise UserError(
-            f"{source.path}: reading it needs a package; run: pip install backports.zstd"
-        ) from error
     return zstd
 
 
@@ -175,21 +219,21 @@ def _find(name: str, flag: str) -> list[Source]:
     if "://" in name:
         return _find_remote(name, flag)
     path = Path(name)
+    if path.is_file():
+        return [_local(name, flag)]
     if path.is_dir():
-        inside = sorted(
+        found = [
             str(file)
             for file in path.rglob("*")
             if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-        )
-        return [_local(file, flag) for file in _readable(inside, name, flag)]
-    if path.is_file():
-        return [_local(name, flag)]
-    if glob.has_magic(name):
-        matches = sorted(file for file in glob.glob(name, recursive=True) if os.path.isfile(file))
-        if matches:
-            return [_local(file, flag) for file in _readable(matches, name, flag)]
-        raise UserError(f"{flag} {name}: no file matches")
-    raise UserError(f"{flag} {name}: no such file")
+        ]
+    elif not glob.has_magic(name):
+        raise UserError(f"{flag} {name}: no such file")
+    else:
+        found = [file for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
+        if not found:
+            raise UserError(f"{flag} {name}: no file matches")
+    return [_local(file, flag) for file in _readable(sorted(found), name, flag)]
 
 
 def _readable(paths: list[str], name: str, flag: str) -> list[str]:
@@ -204,14 +248,7 @@ def _readable(paths: list[str], name: str, flag: str) -> list[str]:
 
 
 def _kind(path: str) -> tuple[Format, Compression | None] | None:
-    stem, suffix = os.path.splitext(path)
-    compression = _COMPRESSIONS.get(suffix)
-    if compression is not None:
-        suffix = os.path.splitext(stem)[1]
-    format_ = _FORMATS.get(suffix)
-    if format_ is None or (format_ == "parquet" and compression):
-        return None
-    return format_, compression
+    return next((kind for suffix, kind in _KINDS.items() if path.endswith(suffix)), None)
 
 
 def _source(path: str, flag: str, size: int, version: str) -> Source:
@@ -251,14 +288,7 @@ def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
     return _source(system.unstrip_protocol(path), flag, int(info["size"] or 0), version)
 
 
-@contextmanager
-def _open_stored(path: str) -> Iterator[BinaryIO]:
+def _open_stored(path: str) -> AbstractContextManager[BinaryIO]:
     if path == STANDARD_INPUT:
-        yield sys.stdin.buffer
-        return
-    if "://" in path:
-        with open_remote(path, _BUFFER) as file:
-            yield file
-        return
-    with open(path, "rb", buffering=_BUFFER) as file:
-        yield file
+        return nullcontext(sys.stdin.buffer)
+    return open_remote(path, _BUFFER) if "://" in path else open(path, "rb", buffering=_BUFFER)
