@@ -51,8 +51,8 @@ def check_files(args: Namespace) -> None:
             raise UserError(f"{flag(name)} {path}: there is no such file.")
     if _uses_no_pairs(args):
         return
-    # Megatron cannot unpack an empty list.
-    members = [] if args.data_path == [] else list(_members(args))
+    _check_paths_given(args)
+    members = list(_members(args))
     if not members:
         raise UserError(
             "no data: give --data-path PREFIX (or --data-args-path FILE), or --mock-data."
@@ -68,6 +68,31 @@ def check_files(args: Namespace) -> None:
             if not os.path.exists(prefix + suffix):
                 raise UserError(_missing_data(prefix, suffix))
         integrity.check_pair(prefix)
+
+
+def _check_paths_given(args: Namespace) -> None:
+    """Checks the flags that name data against each other, where Megatron fails later."""
+    for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        # Megatron cannot unpack an empty list.
+        if getattr(args, name) == []:
+            raise UserError(
+                f"no data: {flag(name)} has no value; give a PREFIX, or --mock-data in its place."
+            )
+    if args.data_args_path is not None and args.split is None:
+        raise UserError(
+            "--data-args-path needs --split, the shares of training, validation and test: add "
+            "--split 98,1,1."
+        )
+    has_evaluations = (
+        args.eval_iters
+        and args.eval_interval
+        and (not args.train_iters or args.eval_interval <= args.train_iters)
+    )
+    if has_evaluations and args.train_data_path is not None and args.valid_data_path is None:
+        raise UserError(
+            "--train-data-path without --valid-data-path leaves nothing to evaluate on: give "
+            "both, or --eval-iters 0."
+        )
 
 
 def check_split(args: Namespace) -> None:

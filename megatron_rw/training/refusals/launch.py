@@ -16,17 +16,17 @@ def check_shape(args: Namespace) -> None:
 
 
 def _check_required(args: Namespace) -> None:
-    needed = (
+    # A checkpoint's arguments may supply the rest.
+    is_supplied = args.use_checkpoint_args or args.heterogeneous_layers_config_path is not None
+    shape = (
         *("num_layers", "hidden_size", "num_attention_heads"),
-        *("seq_length", "max_position_embeddings", "micro_batch_size"),
+        *("seq_length", "max_position_embeddings"),
     )
-    # A checkpoint's arguments may supply the shape.
-    if args.use_checkpoint_args or args.heterogeneous_layers_config_path is not None:
-        return
+    needed = ("micro_batch_size",) if is_supplied else (*shape, "micro_batch_size")
     missing = [flag(name) for name in needed if getattr(args, name) is None]
     if missing:
         raise UserError(f"required: {', '.join(missing)}.")
-    if not args.train_iters and not args.train_samples and not args.skip_train:
+    if not (args.train_iters or args.train_samples or args.skip_train or is_supplied):
         raise UserError("nothing to train for: give --train-iters or --train-samples.")
 
 
