@@ -36,7 +36,12 @@ def main() -> None:
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
-    from megatron_rw.training.arguments import announce, megatron_config, parse_args
+    from megatron_rw.training.arguments import (
+        announce,
+        megatron_config,
+        megatron_refusals,
+        parse_args,
+    )
     from megatron_rw.training.datasets import Domains
     from megatron_rw.training.embeddings import embedding_ranks
     from megatron_rw.training.job import Job
@@ -48,10 +53,10 @@ def main() -> None:
     with reported("reading the arguments", alike=True):
         settings = parse_args(device)
         config = megatron_config(settings.megatron)
-
     args, progress = settings.megatron, Progress()
     with reported("preparing the run", alike=True):
-        domains = Domains(args)
+        with megatron_refusals():
+            domains = Domains(args)
         job = Job(settings, domains, progress)
         announce(settings, domains.names)
         patching.apply(job.patches)
@@ -68,7 +73,7 @@ def main() -> None:
         store=store,
         get_embedding_ranks=functools.partial(embedding_ranks, args),
     )
-    with reported(lambda: f"training, at {progress.position}"):
+    with reported(lambda: f"training, at {progress.position}", training=True):
         exit_status.run_to_its_end(args, settings.checkpoints.exit_code_when_unfinished, train)
 
 

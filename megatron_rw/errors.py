@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 USER_ERROR_STATUS = 2
 # What a shell reports of a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
+# And of one that wrote to a pipe that nobody reads.
+BROKEN_PIPE_STATUS = 141
 
 
 class UserError(Exception):
@@ -25,18 +27,30 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def reported(doing: str | Callable[[], str], *, alike: bool = False) -> Iterator[None]:
+def reported(
+    doing: str | Callable[[], str], *, alike: bool = False, training: bool = False
+) -> Iterator[None]:
     """Ends the process on an error of the body, with the status that its kind has.
 
     A `UserError`, or an error of the operating system, becomes one line on standard error and
     status 2; Ctrl-C becomes status 130. Any other exception is a bug. It passes through with its
     traceback, so that Python ends the process with status 1, after one line that says what was
-    being done: `doing`, which follows the word "while". With `alike`, all ranks run into the same
-    mistakes, as those in flags, and rank 0 prints for all what is known to all.
+    being done: `doing`, which follows the word "while".
+
+    With `alike`, all ranks run into the same mistakes, as those in flags, and rank 0 prints for all
+    what is known to all. While `training`, an error of the operating system is told as a bug is: it
+    is nobody's mistake, and a job may try again.
     """
     try:
         yield
+    except BrokenPipeError:
+        # Whoever read the output has closed it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(BROKEN_PIPE_STATUS) from None
     except (UserError, OSError) as error:
+        if training and isinstance(error, OSError):
+            _announce(doing)
+            raise
         known_to_all = alike and getattr(error, "known_to_all", False)
         if not (known_to_all and _another_rank_prints()):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -45,10 +59,14 @@ def reported(doing: str | Callable[[], str], *, alike: bool = False) -> Iterator
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED_STATUS) from None
     except Exception:
-        what = doing if isinstance(doing, str) else doing()
-        where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"error: {where}unexpected failure while {what}:", file=sys.stderr, flush=True)
+        _announce(doing)
         raise
+
+
+def _announce(doing: str | Callable[[], str]) -> None:
+    what = doing if isinstance(doing, str) else doing()
+    where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    print(f"error: {where}unexpected failure while {what}:", file=sys.stderr, flush=True)
 
 
 def _another_rank_prints() -> bool:

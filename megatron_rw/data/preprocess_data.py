@@ -34,6 +34,7 @@ from megatron_rw.data.resume import (
     work_folder,
 )
 from megatron_rw.data.text.chunks import chunk_size, tasks
+from megatron_rw.data.text.domain_names import check_numbered
 from megatron_rw.data.text.records import too_many_bad
 from megatron_rw.data.text.sources import Source, find_sources, shard_of
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
@@ -120,6 +121,8 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
     if config.inputs.domain_key is not None:
         return
     files = Counter(config.domain_of(source) for source in sources)
+    if config.domain is None and config.inputs.domain_by == "corpus":
+        check_numbered(list(files))
     given = config.weights_given()
     if given is not None:
         check_weights(files, given)

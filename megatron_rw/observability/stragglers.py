@@ -74,13 +74,13 @@ class ForwardTimes:
 
     def begin(self) -> None:
         """Begins to time a forward pass, without waiting for the device."""
-        pair = self._free.pop() if self._free else (self._make_event(), self._make_event())
-        pair[0].record()
-        self._pairs.append(pair)
+        self._open = self._free.pop() if self._free else (self._make_event(), self._make_event())
+        self._open[0].record()
 
     def end(self) -> None:
-        """Ends the time of the pass that was begun last."""
-        self._pairs[-1][1].record()
+        """Ends the time of the pass. One that fails is not ended, and does not count."""
+        self._open[1].record()
+        self._pairs.append(self._open)
 
     def read(self, stage: int) -> SlowestRank | None:
         """Compares the interval's times and begins a new interval. Collective over all ranks.

@@ -49,6 +49,7 @@ class StepGuard:
         self._explains_only = explains_only
         self._model: list[Any] = []
         self._norm: Any = None
+        self._depth = 0
         self._bucket_norms: list[Tensor] = []
         self._iteration = 0
         self._in_a_row = 0
@@ -86,7 +87,14 @@ class StepGuard:
             proceed(check_for_nan_or_inf=nonfinite and self._explains_only)
 
     def _prepare_grads(self, proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
-        overflow = proceed()
+        self._depth += 1
+        try:
+            overflow = proceed()
+        finally:
+            self._depth -= 1
+        if self._depth:
+            # An optimizer of a chain of chains; the outermost decides.
+            return overflow
         self._norm = None
         self._norm = torch.inf if overflow else call["self"].get_grad_norm()
         return self._is_skipped() or overflow

@@ -258,8 +258,7 @@ class Rendezvous:
 
     def __init__(self, minutes: float, flag: str = "--distributed-timeout-minutes") -> None:
         self._minutes, self._flag = minutes, flag
-        self._timer = threading.Timer(60 * minutes, self._end)
-        self._timer.daemon = True
+        self._timer: threading.Timer | None = None
 
     def __enter__(self) -> None:
         self.begin()
@@ -268,12 +267,16 @@ class Rendezvous:
         self.end()
 
     def begin(self) -> None:
-        """Begins to wait."""
+        """Begins to wait, anew in a process that is restarted without ending."""
+        self.end()
+        self._timer = threading.Timer(60 * self._minutes, self._end)
+        self._timer.daemon = True
         self._timer.start()
 
     def end(self) -> None:
-        """Ends the wait: all processes have met."""
-        self._timer.cancel()
+        """Ends the wait."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _end(self) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -12,9 +12,12 @@ import traceback
 import typing
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from megatron import core
+from megatron import training as megatron_training
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
     gpt_config_from_args,
@@ -32,20 +35,9 @@ from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training import refusals
 from megatron_rw.training.settings import CONFIGS, REWEIGHT_PREFIX, Settings
 
-# Files of Megatron whose assertions and ValueErrors are about flags.
-_FLAG_CHECKS = (
-    "megatron/training/arguments.py",
-    "megatron/training/argument_utils.py",
-    "megatron/training/yaml_arguments.py",
-    "megatron/training/config/",
-    "megatron/training/utils/",
-    "megatron/core/model_parallel_config.py",
-    "megatron/core/transformer/transformer_config.py",
-    "megatron/core/num_microbatches_calculator.py",
-    "megatron/core/optimizer/optimizer_config.py",
-    "megatron/core/distributed/distributed_data_parallel_config.py",
-    "megatron/core/tokenizers/",
-)
+# Folders of the code that refuses flags, and of ours.
+_MEGATRON = tuple(os.path.dirname(str(package.__file__)) for package in (core, megatron_training))
+_OURS = str(Path(__file__).parents[1])
 # Settings of the local transformer implementation that hold where a module is missing.
 _WITHOUT_MODULE: dict[str, dict[str, object]] = {
     "apex": {"no_persist_layer_norm": True},
@@ -79,18 +71,17 @@ def megatron_config(args: Namespace) -> Any:
 
 @contextlib.contextmanager
 def megatron_refusals() -> Iterator[None]:
-    """Turns Megatron's assertions about flags into a `UserError`.
+    """Turns what Megatron raises about flags, while they are parsed, into a `UserError`.
 
-    They are recognised by the file that raises them. Any other error is a bug, and passes. An
-    assertion that has no text is told by its condition.
+    It is recognised by where it is raised: in Megatron, or in a library that Megatron calls. What
+    our own code raises is a bug, and passes. An assertion without a text is told by its condition.
     """
     try:
         yield
-    except (AssertionError, ValueError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        last = max(i for i, frame in enumerate(frames) if "/megatron" in frame.filename)
-        frame = frames[last]
-        if not any(part in frame.filename for part in _FLAG_CHECKS):
+    except (AssertionError, ValueError, OSError) as error:
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        frame = next((f for f in frames if f.filename.startswith((*_MEGATRON, _OURS))), None)
+        if frame is None or frame.filename.startswith(_OURS):
             raise
         where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
         text = f"Megatron refuses the arguments: {str(error) or frame.line} ({where})"

@@ -1,7 +1,8 @@
 import pytest
 
-from megatron_rw.data.text.domain_names import domain_of_file
+from megatron_rw.data.text.domain_names import check_numbered, domain_of_file
 from megatron_rw.data.text.sources import Source
+from megatron_rw.errors import UserError
 
 SHARDS = {
     "the directory": [
@@ -44,3 +45,15 @@ def test_the_directory_is_known_whatever_the_path(
     (folder := tmp_path_factory.mktemp("any") / "data").mkdir()
     monkeypatch.chdir(folder)
     assert Source(path, "jsonl", None, 0, "").domain("corpus") == "data"
+
+
+@pytest.mark.parametrize(
+    "names", [["web", "web_1900", "other"], ["data_0", "data"], ["2000", "all", "all-2023"]]
+)
+def test_numbers_that_split_a_corpus_are_refused(names: list[str]) -> None:
+    with pytest.raises(UserError, match="--domain-by file"):
+        check_numbered(names)
+
+
+def test_names_with_numbers_of_their_own_are_domains() -> None:
+    check_numbered(["cc-2019-35", "cc-2019-40", "news-2023", "news-2024", "wiki", "v2"])

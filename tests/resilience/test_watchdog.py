@@ -172,5 +172,7 @@ def test_ends_a_rank_that_cannot_reach_the_store(capfd: pytest.CaptureFixture[st
 def test_a_rendezvous_that_took_place_ends_nothing() -> None:
     rendezvous = Rendezvous(0.2 / 60)
     rendezvous.begin()
+    # A process that is restarted without ending meets the others again.
+    rendezvous.begin()
     rendezvous.end()
     time.sleep(0.4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Literal
 
 from megatron_rw.data.text.records import BadRecordError
@@ -50,6 +51,25 @@ def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
             break
         stem = rest
     return stem or folder
+
+
+def check_numbered(names: Collection[str]) -> None:
+    """Refuses names of which one is another with a number: a corpus that is taken for several.
+
+    The numbers of shards can look like years, or have one or two digits.
+
+    Raises:
+        UserError: If there are such names.
+    """
+    for name in names:
+        found = _NUMBER.search(name)
+        rest = name[: found.start()] if found else ""
+        if rest and rest in names:
+            raise UserError(
+                f"--domain-by corpus: the files give both the domain '{rest}' and the domain "
+                f"'{name}'. If they are one corpus, give --domain {rest} or --domain-by directory; "
+                "if each file is a domain, give --domain-by file"
+            )
 
 
 def safe_domain(name: str) -> str:

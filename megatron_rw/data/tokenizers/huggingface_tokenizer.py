@@ -43,6 +43,9 @@ _HARMLESS_SETTINGS = (
     *_SPECIAL_TOKENS,
 )
 _PLAIN_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+# Files of a model that no tokenizer reads.
+_OTHER_FILES = ("README.md", "LICENSE", ".gitattributes", "generation_config.json")
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 def huggingface_tokenizer(
@@ -169,7 +172,9 @@ def _load_plain(directory: Path, flags: TokenizerFlags) -> tuple[Any, int | None
 
 def _is_plain(directory: Path, settings: dict[str, Any], added: list[dict[str, Any]]) -> bool:
     """Whether nothing beside tokenizer.json can change ids: no other file, and known settings."""
-    if not {path.name for path in directory.iterdir() if path.is_file()} <= _PLAIN_FILES:
+    names = {path.name for path in directory.iterdir() if path.is_file()}
+    others = names - _PLAIN_FILES - set(_OTHER_FILES)
+    if not all(name.endswith(_WEIGHTS) for name in others):
         return False
     if settings.get("tokenizer_class", _PLAIN_CLASSES[0]) not in _PLAIN_CLASSES:
         return False

@@ -56,7 +56,8 @@ def check_backend(settings: Settings) -> None:
     try:
         check_kernels_run(torch.device(settings.device))
     except BackendError as error:
-        raise UserError(str(error)) from error
+        # This host alone may lack a compiler or a package.
+        raise UserError(str(error), known_to_all=False) from error
 
 
 def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
