@@ -50,6 +50,12 @@ def patches(device: Device) -> list[Patch]:
             Around(_done),
             "A rank whose writer has died polls it for ever.",
         ),
+        Patch(
+            PersistentAsyncCaller,
+            "schedule_async_call",
+            Around(_schedule),
+            "A rank waits for ever for a writer that dies before it has copied the tensors.",
+        ),
     ]
 
 
@@ -113,21 +119,40 @@ def _end_with(pid: int) -> None:
 def _done(proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
     """Returns whether all ranks' writers are done; ends the process if this rank's has died."""
     while True:
-        writer = call["self"].process
-        if writer is not None and not writer.is_alive():
-            print(
-                f"error: the process that writes this rank's checkpoints has died, exit code "
-                f"{writer.exitcode}. -9 is most often a lack of memory on the host: async saving "
-                "holds a copy of the rank's shard there. The newest complete checkpoint is "
-                "untouched; start again, or without --async-save.",
-                file=sys.stderr,
-                flush=True,
-            )
-            # Megatron's own end would wait for the writer.
-            os._exit(1)
+        _end_if_dead(call["self"].process)
         if proceed(blocking=False):
             return True
         if not call["blocking"]:
             return False
         # The answer is the same on all ranks, so they make the same number of collective calls.
         time.sleep(_POLL_SECONDS)
+
+
+def _schedule(proceed: Callable[..., None], call: dict[str, Any]) -> None:
+    """Hands a checkpoint to the writer; ends the process if the writer dies meanwhile."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_POLL_SECONDS):
+            _end_if_dead(call["self"].process)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        proceed()
+    finally:
+        over.set()
+
+
+def _end_if_dead(writer: Any) -> None:
+    if writer is None or writer.is_alive():
+        return
+    print(
+        f"error: the process that writes this rank's checkpoints has died, exit code "
+        f"{writer.exitcode}. -9 is most often a lack of memory on the host: async saving holds a "
+        "copy of the rank's shard there. The newest complete checkpoint is untouched; start again, "
+        "or without --async-save.",
+        file=sys.stderr,
+        flush=True,
+    )
+    # Megatron's own end would wait for the writer.
+    os._exit(1)

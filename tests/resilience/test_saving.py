@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,3 +104,19 @@ def test_checkpoint_that_is_written_over_is_that_of_the_new_run(
     second = again.checkpoint(4)
     name = "output_layer.weight"
     assert not torch.equal(first[name], second[name])
+
+
+def wait_for_a_writer_that_is_dead() -> None:
+    from megatron_rw.resilience import writer
+
+    dead = multiprocessing.get_context("fork").Process(target=os._exit, args=(9,))
+    dead.start()
+    dead.join()
+    writer._schedule(lambda: time.sleep(60), {"self": SimpleNamespace(process=dead)})
+
+
+def test_rank_ends_when_its_writer_dies_before_it_has_copied_anything() -> None:
+    rank = multiprocessing.get_context("spawn").Process(target=wait_for_a_writer_that_is_dead)
+    rank.start()
+    rank.join(50)
+    assert rank.exitcode == 1
