@@ -43,14 +43,14 @@ def reported(
     """
     try:
         yield
-    except BrokenPipeError:
-        # Whoever read the output has closed it, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(BROKEN_PIPE_STATUS) from None
     except (UserError, OSError) as error:
         if training and isinstance(error, OSError):
             _announce(doing)
             raise
+        if isinstance(error, BrokenPipeError):
+            # Whoever read the output has closed it, as `head` does.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(BROKEN_PIPE_STATUS) from None
         known_to_all = alike and getattr(error, "known_to_all", False)
         if not (known_to_all and _another_rank_prints()):
             print(f"error: {error}", file=sys.stderr, flush=True)

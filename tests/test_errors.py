@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_rw.errors import UserError, reported
 from tests.program import MODEL, TRAINING, Run, run_program
 
 DATA = "megatron_rw.data."
@@ -98,3 +101,43 @@ def test_a_bug_of_ours_shows_its_traceback(
     assert f"while {doing}" in line or f"while reading the {doing}" in line
     assert traces[-1].splitlines()[-1].strip() == f"{error}: planted"
     assert "in _planted" in traces[-1]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), BrokenPipeError()])
+def test_an_error_of_the_system_is_nobodys_mistake_while_training(
+    error: OSError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError), reported("training", training=True):  # noqa: PT011
+        raise error
+    assert "unexpected failure while training" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended, reported("reading", alike=True):
+        raise FileNotFoundError("no such file: x")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no such file: x\n"
+
+
+def test_rank_0_prints_for_all_what_all_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    for known in (True, False):
+        with pytest.raises(SystemExit), reported("reading", alike=True):
+            raise UserError("--flag: give it", known_to_all=known)
+        assert bool(capsys.readouterr().err) is not known
+    with pytest.raises(SystemExit), reported("training", training=True):
+        raise UserError("an index is damaged")
+    assert capsys.readouterr().err == "error: an index is damaged\n"
+
+
+def test_a_tool_ends_quietly_where_nobody_reads_its_output() -> None:
+    tool = subprocess.Popen(
+        [sys.executable, "tools/merge_datasets.py", "--help"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert tool.stdout is not None
+    tool.stdout.close()
+    assert tool.stderr is not None
+    assert tool.stderr.read() == b""
+    assert tool.wait() in (0, 120, 141)
