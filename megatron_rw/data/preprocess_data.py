@@ -47,7 +47,7 @@ _DESCRIPTION = """Tokenize text into Megatron .bin/.idx datasets, one per domain
 example:
   python tools/preprocess_data.py --input corpus/*.jsonl.gz --domain-key domain --append-eod \\
       --tokenizer-model tokenizer/bpe8k.model --output-dir data/train
-  then train with --data-args-path data/train/blend.txt
+  then train with --data-args-path data/train/blend.txt --split 98,1,1
 
 An interrupted call continues where it was when it is repeated. docs/data.md has the whole way from
 raw text to a training run."""
