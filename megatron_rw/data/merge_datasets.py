@@ -41,7 +41,7 @@ examples:
   python tools/merge_datasets.py --input a/wiki_text_document b/wiki_text_document \\
       --output-prefix data/wiki_text_document
   python tools/merge_datasets.py --input-dir shards/*/ --output-dir data/train --dedup exact
-  then train with --data-args-path data/train/blend.txt
+  then train with --data-args-path data/train/blend.txt --split 98,1,1
 """
 
 
