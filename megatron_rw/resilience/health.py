@@ -5,9 +5,9 @@
 A container engine sees by itself that a process ends. What it cannot see is a run that exists and
 stands still: in a collective, or in a file system that hangs. A run therefore touches the file
 that the environment variable MEGATRON_RW_HEARTBEAT names, as the images do, once it starts and
-after its steps, and removes it when it ends. The check is unhealthy, exit status 1, when the file
-has not been touched for MEGATRON_RW_HEALTH_SECONDS (1800). That must be longer than a start, a
-validation or the writing of a checkpoint takes. Without the file there is no run, and the check is
+before its micro-batches, and removes it when it ends. The check is unhealthy, exit status 1, when
+the file has not been touched for MEGATRON_RW_HEALTH_SECONDS (1800). That must be longer than a
+start or the writing of a checkpoint takes. Without the file there is no run, and the check is
 healthy.
 
 It imports neither torch nor Megatron and touches no GPU: it runs every minute beside the training.

@@ -37,6 +37,7 @@ class Scorer:
     ) -> None:
         self._settings, self._args = settings, settings.megatron
         self._model, self._plan, self._progress = model, plan, progress
+        self._callbacks = [ProgressCallback(self._args, progress)]
         self._passes: dict[int, ForwardPass] = {}
         self._collected: list[tuple[Tensor, Tensor]] = []
         for chunk in model:
@@ -97,7 +98,7 @@ class Scorer:
                 dataclasses.replace(self._settings, megatron=args),
                 BatchReader(args, num_domains=1),
                 self._collect,
-                [ProgressCallback(args, self._progress)],
+                self._callbacks,
             )
         return self._passes[length]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +132,18 @@ def test_check_without_a_run(
         monkeypatch.setenv(name, value)
     assert health.main() == status
     assert said in capsys.readouterr().out
+
+
+def test_scoring_and_evaluations_are_alive_without_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_rw.resilience.watchdog import Progress
+    from megatron_rw.training.callbacks.progress import ProgressCallback
+
+    heartbeat = tmp_path / "heartbeat"
+    monkeypatch.setenv("MEGATRON_RW_HEARTBEAT", str(heartbeat))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    callback = ProgressCallback(Namespace(distributed_timeout_minutes=1), Progress())
+    os.utime(heartbeat, (0, 0))
+    callback.before_batch(training=False)
+    assert heartbeat.stat().st_mtime > 0

@@ -32,7 +32,8 @@ class ProgressCallback(Callback):
         self._progress.begin(step.iteration, "the step's begin")
 
     def before_batch(self, training: bool) -> None:
-        """Notes that data is read."""
+        """Notes that data is read. Scoring and evaluations have micro-batches and no steps."""
+        self._heartbeat.beat()
         self._progress.then("reading a micro-batch")
 
     def before_forward(self) -> None:
@@ -45,5 +46,4 @@ class ProgressCallback(Callback):
 
     def after_step(self, step: Step) -> None:
         """Notes that the step is done."""
-        self._heartbeat.beat()
         self._progress.then("logging, evaluating or saving")
