@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 USER_ERROR_STATUS = 2
 # What a shell reports of a process that Ctrl-C ended.
 INTERRUPTED_STATUS = 130
-# And of one that wrote to a pipe that nobody reads.
+# What a shell reports of a process that wrote to a closed pipe.
 BROKEN_PIPE_STATUS = 141
 
 
@@ -37,9 +37,9 @@ def reported(
     traceback, so that Python ends the process with status 1, after one line that says what was
     being done: `doing`, which follows the word "while".
 
-    With `alike`, all ranks run into the same mistakes, as those in flags, and rank 0 prints for all
-    what is known to all. While `training`, an error of the operating system is told as a bug is: it
-    is nobody's mistake, and a job may try again.
+    `alike` means that all ranks make the same mistakes, such as those in flags. Rank 0 alone then
+    prints a mistake that is known to all. `training` means that an error of the operating system
+    is treated as a bug is: the user did not cause it, and the job may be started again.
     """
     try:
         yield
@@ -70,6 +70,6 @@ def _announce(doing: str | Callable[[], str]) -> None:
 
 
 def _another_rank_prints() -> bool:
-    """Whether this is a rank other than 0; what is no number may be the mistake itself."""
+    """Whether this is a rank other than 0. A RANK that is no number may be the mistake itself."""
     rank = os.environ.get("RANK", "0")
     return rank.isdecimal() and int(rank) > 0

@@ -93,7 +93,7 @@ class StepGuard:
         finally:
             self._depth -= 1
         if self._depth:
-            # An optimizer of a chain of chains; the outermost decides.
+            # Chains of optimizers can be nested. Only the outermost one decides.
             return overflow
         self._norm = None
         self._norm = torch.inf if overflow else call["self"].get_grad_norm()

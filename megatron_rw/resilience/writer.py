@@ -129,7 +129,7 @@ def _done(proceed: Callable[..., bool], call: dict[str, Any]) -> bool:
 
 
 def _schedule(proceed: Callable[..., None], call: dict[str, Any]) -> None:
-    """Hands a checkpoint to the writer; ends the process if the writer dies meanwhile."""
+    """Gives a checkpoint to the writer, and ends the process if the writer dies meanwhile."""
     over = threading.Event()
 
     def watch() -> None:

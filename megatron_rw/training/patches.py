@@ -1,8 +1,9 @@
 """The one table of names that the program replaces in Megatron, torch and Python.
 
-Megatron's training program has no hooks; each entry says why there is no other way. The list grows
-by an entry here and nowhere else, but for the CPU's table in `platform/cpu.py`. A test compares the
-signatures of the originals with those of the release that the entries were written for.
+Megatron's training program has no hooks; each entry says why there is no other way. The CPU has a
+table of its own in `platform/cpu.py`, and tools that take the flags of a job replace the writers of
+its logs in `tool_arguments.py`. A test compares the signatures of the originals with those of the
+release that the entries were written for.
 """
 
 from __future__ import annotations

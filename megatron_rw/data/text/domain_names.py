@@ -54,9 +54,10 @@ def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
 
 
 def check_numbered(names: Collection[str]) -> None:
-    """Refuses names of which one is another with a number: a corpus that is taken for several.
+    """Refuses domains of which one has the name of another and a number.
 
-    The numbers of shards can look like years, or have one or two digits.
+    They are probably one corpus, some of whose shard numbers look like years or have one or two
+    digits.
 
     Raises:
         UserError: If there are such names.
