@@ -18,10 +18,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from megatron_rw.command_line import parse
-from megatron_rw.data.indexed.checksums import checksums, expected, read_checksums
 from megatron_rw.data.indexed.documents import DatasetReader
-from megatron_rw.data.indexed.domains import FILE_NAME
-from megatron_rw.data.indexed.inputs import InputDataset, listed_datasets, single_datasets
+from megatron_rw.data.indexed.domains import FILE_NAME, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.inspection import Report, inspect
 from megatron_rw.data.indexed.lengths import check_picture, draw
 from megatron_rw.data.indexed.pair import bin_path, idx_path
@@ -35,8 +33,6 @@ examples:
   python tools/inspect_dataset.py data/train --check --picture lengths.png
   python tools/inspect_dataset.py data/train/wiki_text_document --document 17
   python tools/inspect_dataset.py data/train --find 'lorem ipsum'
-  python tools/inspect_dataset.py data/train --checksum > data/train.sha256
-  python tools/inspect_dataset.py /elsewhere/train --verify data/train.sha256
 """
 _ACTION = tyro.conf.create_mutex_group(required=False)
 
@@ -64,12 +60,6 @@ class InspectConfig(DecodingFlags):
     find: Annotated[str | None, _ACTION, arg(metavar="TEXT")] = None
     """List the documents whose text contains TEXT, a line each."""
 
-    checksum: Annotated[bool, _ACTION] = False
-    """Print the SHA-256 of all files, as sha256sum does."""
-
-    verify: Annotated[Path | None, _ACTION, arg(metavar="FILE")] = None
-    """Compare the files with what --checksum printed."""
-
     ids: bool = False
     """With --document, print its token ids instead of its text."""
 
@@ -77,13 +67,10 @@ class InspectConfig(DecodingFlags):
         if not self.paths:
             raise UserError("give the PATH of a dataset or of a directory of datasets")
         shown = self.document is not None or self.find is not None
-        summed = self.checksum or self.verify is not None
-        if (self.check or self.picture) and (shown or summed):
+        if (self.check or self.picture) and shown:
             raise UserError("--check and --picture go with the report only")
         if self.ids and self.document is None:
             raise UserError("--ids goes with --document")
-        if self.json and summed:
-            raise UserError("--json goes with the report, --document and --find")
         if self.find == "":
             raise UserError("--find needs a text")
 
@@ -108,11 +95,6 @@ def _run(config: InspectConfig) -> bool:
         _print_document(datasets, config, config.document)
     elif config.find is not None:
         _print_found(datasets, config, config.find)
-    elif config.checksum:
-        for path, digest in checksums(_files(datasets)):
-            print(f"{digest}  {path}")
-    elif config.verify is not None:
-        return _verify(datasets, config.verify)
     else:
         return _print_reports(datasets, config)
     return False
@@ -124,13 +106,13 @@ def _datasets(path: Path) -> list[InputDataset]:
             raise UserError(
                 f"{path}: neither a directory nor a dataset's path without .bin and .idx"
             )
-        return single_datasets([path])
+        return look_up([path])
     if (path / FILE_NAME).is_file():
         return listed_datasets(path, "PATH")
     prefixes = [index.with_suffix("") for index in sorted(path.glob("*.idx"))]
     if not prefixes:
         raise UserError(f"{path}: has no datasets; give a directory of .bin and .idx files")
-    return single_datasets(prefixes)
+    return look_up(prefixes)
 
 
 def _print_reports(datasets: Sequence[InputDataset], config: InspectConfig) -> bool:
@@ -186,26 +168,6 @@ def _print_found(datasets: Sequence[InputDataset], config: InspectConfig, text: 
                     print(json.dumps({"prefix": str(dataset.prefix), **found}))
                 else:
                     print(f"{dataset.prefix} --document {number}: {count} times: {context!r}")
-
-
-def _files(datasets: Sequence[InputDataset]) -> list[Path]:
-    paths = [path(dataset.prefix) for dataset in datasets for path in (bin_path, idx_path)]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        if "\n" in str(path) or "\\" in str(path):
-            raise UserError(f"{str(path)!r}: sha256sum would quote this path; rename it")
-    return paths
-
-
-def _verify(datasets: Sequence[InputDataset], listing: Path) -> bool:
-    listed = read_checksums(listing)
-    wanted = {path: expected(path, listed) for path in _files(datasets)}
-    failed = 0
-    for path, digest in checksums(wanted):
-        failed += digest != wanted[path]
-        print(f"{path}: {'OK' if digest == wanted[path] else 'FAILED'}")
-    return failed > 0
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from tyro.conf import arg
 from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
-from megatron_rw.data.indexed.domains import FILE_NAME, DomainRecord
-from megatron_rw.data.indexed.inputs import (
+from megatron_rw.data.indexed.domains import (
+    FILE_NAME,
+    DomainRecord,
     InputDataset,
     check_one_tokenizer,
     listed_datasets,
-    single_datasets,
+    look_up,
 )
 from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
 from megatron_rw.data.indexed.pair import PairWriter, bin_path, idx_path
@@ -112,7 +113,7 @@ def _merge_into_prefix(config: MergeConfig, output: Path) -> dict[str, DomainRec
         )
     if output.resolve() in [prefix.resolve() for prefix in config.input]:
         raise UserError(f"--output-prefix {output}: is one of --input; give another")
-    datasets = single_datasets(config.input)
+    datasets = look_up(config.input)
     check_one_tokenizer(datasets)
     inputs = _checked([replace(dataset, domain=output.name, record=None) for dataset in datasets])
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,8 @@ from tyro.conf import arg
 from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
-from megatron_rw.data.indexed.domains import DomainRecord
+from megatron_rw.data.indexed.domains import DomainRecord, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
-from megatron_rw.data.indexed.inputs import InputDataset, listed_datasets, single_datasets
 from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.progress import Progress
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(config: SplitConfig) -> None:
     source = config.input
-    inputs = listed_datasets(source, "--input") if source.is_dir() else single_datasets([source])
+    inputs = listed_datasets(source, "--input") if source.is_dir() else look_up([source])
     outputs = {
         name: check_output_dir(config.output_dir / name, config.overwrite) for name in config.sets
     }

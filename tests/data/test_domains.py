@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.indexed.domains import (
-    DomainLookup,
     DomainRecord,
     DomainsFile,
     TokenizerRecord,
     domain_names,
+    look_up,
 )
 from megatron_rw.errors import UserError
 
@@ -77,7 +77,7 @@ def test_format_is_the_documented_one(tmp_path: Path) -> None:
 )
 def test_without_a_file_the_basename_names_the_domain(prefix: str, name: str) -> None:
     assert domain_names([prefix]) == [name]
-    assert DomainLookup().record(prefix) is None
+    assert look_up([prefix])[0].record is None
 
 
 def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
@@ -86,8 +86,8 @@ def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
     other.mkdir()
     prefixes = [f"{tmp_path}/w_text_document", f"{tmp_path}/x_text_document", f"{other}/w_document"]
     assert domain_names(prefixes) == ["wiki", "x", "w"]
-    assert DomainLookup().record(prefixes[0]) == DomainRecord("w_text_document", 185, 123456, 4095)
-    assert DomainLookup().record(prefixes[1]) is None
+    records = [dataset.record for dataset in look_up(prefixes)]
+    assert records == [DomainRecord("w_text_document", 185, 123456, 4095), None, None]
 
 
 def test_a_relative_prefix_without_a_directory(
@@ -151,11 +151,9 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "read_text", read_text)
     started = time.process_time()
-    lookup = DomainLookup()
-    assert [lookup.name(prefix) for prefix in prefixes] == names * 2
-    assert all(lookup.record(prefix) for prefix in prefixes)
-    assert {lookup.tokenizer(prefix) for prefix in prefixes} == {TOKENIZER}
+    datasets = look_up(prefixes)
+    assert [dataset.domain for dataset in datasets] == names * 2
+    assert all(dataset.record for dataset in datasets)
+    assert {dataset.tokenizer for dataset in datasets} == {TOKENIZER}
     assert len(reads) == 2
-    assert domain_names(prefixes) == names * 2
-    assert len(reads) == 4
     assert time.process_time() - started < 2

@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import json
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from PIL import Image
 
 from megatron_rw.data import inspect_dataset
 from megatron_rw.data.indexed import documents as blocks
-from megatron_rw.data.indexed.checksums import expected, read_checksums
 from megatron_rw.data.indexed.domains import DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.integrity import fingerprint
 from megatron_rw.data.indexed.lengths import Lengths, check_picture
@@ -265,8 +263,7 @@ def test_another_tokenizer_than_recorded_is_told(
         (["."], ".: has no datasets"),
         ("a --document 1 --check".split(), "--check and --picture go with the report only"),
         ("a --ids".split(), "--ids goes with --document"),
-        ("a --checksum --json".split(), "--json goes with"),
-        ("a --checksum --find x".split(), "--checksum"),
+        ("a --document 1 --find x".split(), "--find"),
     ],
 )
 def test_what_cannot_be_shown_is_told(
@@ -320,39 +317,6 @@ def test_documents_that_contain_a_text_are_listed(
     assert all(text in f["context"] and len(f["context"]) <= len(text) + 80 for f in found)
     assert inspect(corpus, "--find", text) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(containing)
-
-
-def test_checksums_are_those_of_sha256sum(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert inspect(corpus, "--checksum") == 0
-    listing = tmp_path / "listing"
-    listing.write_text(capsys.readouterr().out)
-    sha256sum = subprocess.run(["sha256sum", "-c", listing], capture_output=True, text=True)
-    assert sha256sum.stdout.count(": OK\n") == 4
-    copy = Path(shutil.copytree(corpus, tmp_path / "copy"))
-    for directory in (corpus, copy):
-        assert inspect(directory, "--verify", listing) == 0
-        assert capsys.readouterr().out.count(": OK\n") == 4
-    change(copy / "b_text_document.bin", 10, b"\xff")
-    assert inspect(copy, "--verify", listing) == 1
-    out = capsys.readouterr().out
-    assert f"{copy}/b_text_document.bin: FAILED\n" in out
-    assert out.count(": OK\n") == 3
-
-
-@pytest.mark.parametrize(
-    ("listing", "message"),
-    [
-        ("", "--verify: lists no a.bin; give what"),
-        ("ab  a.bin\n", "line 1: not '<sha256>  <path>'"),
-        (f"{'ab' * 32}  x/a.bin\n{'cd' * 32}  y/a.bin\n", "--verify: lists several a.bin"),
-    ],
-)
-def test_a_listing_of_something_else_is_refused(tmp_path: Path, listing: str, message: str) -> None:
-    (tmp_path / "listing").write_text(listing)
-    with pytest.raises(UserError, match=message):
-        expected(tmp_path / "a.bin", read_checksums(tmp_path / "listing"))
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ A directory may lack it; then the file names of its datasets name the domains.
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -101,57 +101,97 @@ class DomainsFile:
         write_complete(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-class DomainLookup:
-    """Looks datasets up in the `domains.json` beside them, and reads each such file once.
+@dataclass(frozen=True)
+class InputDataset:
+    """A dataset that is read, and what the `domains.json` beside it says if it is listed there.
 
-    Datasets are given as paths without `.bin` and `.idx`, as in Megatron's `--data-path`. Every
-    method raises `UserError` if a `domains.json` is malformed.
+    `prefix` is the path without `.bin` and `.idx`, as in Megatron's `--data-path`.
     """
 
-    def __init__(self) -> None:
-        self._files: dict[str, DomainsFile | None] = {}
-
-    def name(self, prefix: str) -> str:
-        """Returns the name of a dataset's domain.
-
-        Without a `domains.json` that lists the dataset, it is the file name without a trailing
-        `_text_document` or `_document`.
-        """
-        found, base = self._find(prefix), os.path.basename(prefix)
-        if found:
-            return found[1]
-        for suffix in ("_text_document", "_document"):
-            if base.endswith(suffix) and base != suffix:
-                return base.removesuffix(suffix)
-        return base
-
-    def record(self, prefix: str) -> DomainRecord | None:
-        """Returns what `domains.json` says of a dataset, or None if it is not listed."""
-        found = self._find(prefix)
-        return found[0].domains[found[1]] if found else None
-
-    def tokenizer(self, prefix: str) -> TokenizerRecord | None:
-        """Returns the tokenizer that made a dataset, or None if no `domains.json` lists it."""
-        found = self._find(prefix)
-        return found[0].tokenizer if found else None
-
-    def _find(self, prefix: str) -> tuple[DomainsFile, str] | None:
-        directory, base = os.path.split(prefix)
-        if directory not in self._files:
-            path = Path(directory) / FILE_NAME
-            self._files[directory] = DomainsFile.load(path) if path.is_file() else None
-        file = self._files[directory]
-        return (file, file.names[base]) if file is not None and base in file.names else None
+    prefix: Path
+    domain: str
+    record: DomainRecord | None
+    tokenizer: TokenizerRecord | None
 
 
-def domain_names(prefixes: Sequence[str]) -> list[str]:
+def look_up(prefixes: Iterable[str | Path]) -> list[InputDataset]:
+    """Looks datasets up in the `domains.json` beside them, each of which is read once.
+
+    A dataset that no `domains.json` lists is of the domain that its file name says, without a
+    trailing `_text_document` or `_document`.
+
+    Raises:
+        UserError: If a `domains.json` is malformed.
+    """
+    files: dict[Path, DomainsFile | None] = {}
+    found = []
+    for prefix in map(Path, prefixes):
+        if prefix.parent not in files:
+            path = prefix.parent / FILE_NAME
+            files[prefix.parent] = DomainsFile.load(path) if path.is_file() else None
+        file = files[prefix.parent]
+        if file is not None and prefix.name in file.names:
+            domain = file.names[prefix.name]
+            found.append(InputDataset(prefix, domain, file.domains[domain], file.tokenizer))
+        else:
+            found.append(InputDataset(prefix, _domain_of(prefix.name), None, None))
+    return found
+
+
+def _domain_of(name: str) -> str:
+    for suffix in ("_text_document", "_document"):
+        if name.endswith(suffix) and name != suffix:
+            return name.removesuffix(suffix)
+    return name
+
+
+def domain_names(prefixes: Iterable[str]) -> list[str]:
     """Returns the domain of each dataset; datasets with the same name are of the same domain.
 
     Raises:
         UserError: If a `domains.json` is malformed.
     """
-    lookup = DomainLookup()
-    return [lookup.name(prefix) for prefix in prefixes]
+    return [dataset.domain for dataset in look_up(prefixes)]
+
+
+def listed_datasets(directory: Path, flag: str) -> list[InputDataset]:
+    """Returns the datasets that the `domains.json` of a directory lists.
+
+    Raises:
+        UserError: If it has no such file, or a malformed one; the message names the flag.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{flag} {directory}: has no {FILE_NAME}; give a complete directory of "
+            "preprocess_data, or a dataset's path without .bin and .idx as --input"
+        )
+    content = DomainsFile.load(path)
+    if not content.domains:
+        raise UserError(f"{path}: lists no domains; give a directory that has some")
+    return [
+        InputDataset(directory / record.prefix, name, record, content.tokenizer)
+        for name, record in content.domains.items()
+    ]
+
+
+def check_one_tokenizer(datasets: Sequence[InputDataset]) -> None:
+    """Checks that one tokenizer made all datasets for which the tokenizer is known.
+
+    Raises:
+        UserError: If two tokenizers differ in more than the path of their model, which differs for
+            shards that were made on several machines.
+    """
+    known = [(dataset.prefix, dataset.tokenizer) for dataset in datasets if dataset.tokenizer]
+    for prefix, tokenizer in known[1:]:
+        first, expected = known[0]
+        for name in (field.name for field in fields(tokenizer) if field.name != "model"):
+            mine, other = getattr(tokenizer, name), getattr(expected, name)
+            if mine != other:
+                raise UserError(
+                    f"{prefix}: its tokenizer is {tokenizer.model} ({name} {mine}), and that of "
+                    f"{first} is {expected.model} ({name} {other}); make both with one"
+                )
 
 
 def _record[Record: (TokenizerRecord, DomainRecord)](

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rw.data.indexed.documents import DatasetReader
-from megatron_rw.data.indexed.domains import FILE_NAME
-from megatron_rw.data.indexed.inputs import InputDataset
+from megatron_rw.data.indexed.domains import FILE_NAME, InputDataset
 from megatron_rw.data.indexed.integrity import fingerprint
 from megatron_rw.data.indexed.lengths import Lengths
 from megatron_rw.data.indexed.pair import bin_path, idx_path

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def check_pair(prefix: str) -> int:
     return len(index.lengths)
 
 
-def largest_token_id(prefix: str, scan_bytes: int = SCAN_BYTES) -> int:
+def largest_token_id(prefix: str | Path, scan_bytes: int = SCAN_BYTES) -> int:
     """Returns the largest token id in the first `scan_bytes` of a dataset's tokens.
 
     For a larger file that is a lower bound; each batch is checked again when it is drawn.

@@ -14,7 +14,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_rw.data.indexed import integrity
-from megatron_rw.data.indexed.domains import DomainLookup, TokenizerRecord
+from megatron_rw.data.indexed.domains import look_up
 from megatron_rw.data.tokenizers.tokenizer import model_sha256
 from megatron_rw.errors import UserError
 from megatron_rw.training.refusals.base import flag
@@ -146,11 +146,15 @@ def check_vocabulary(args: Namespace) -> None:
     """Compares the data's tokenizer and token ids with the model's padded vocabulary."""
     if _uses_no_pairs(args):
         return
-    domains, model = DomainLookup(), args.tokenizer_model
+    model = args.tokenizer_model
     digest = model_sha256(model) if model is not None and os.path.exists(model) else None
-    for prefix in _on_disk(data_prefixes(args)):
-        _check_tokenizer(prefix, domains.tokenizer(prefix), model, digest)
-        record = domains.record(prefix)
+    for dataset in look_up(_on_disk(data_prefixes(args))):
+        made_by, record, prefix = dataset.tokenizer, dataset.record, dataset.prefix
+        if made_by is not None and digest is not None and digest != made_by.sha256:
+            raise UserError(
+                f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} "
+                "is another model: give that one, or tokenize the text again."
+            )
         largest = record.max_token_id if record else integrity.largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
             raise UserError(
@@ -158,17 +162,6 @@ def check_vocabulary(args: Namespace) -> None:
                 f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
                 "Give that one with --tokenizer-model, or tokenize the text again."
             )
-
-
-def _check_tokenizer(
-    prefix: str, made_by: TokenizerRecord | None, model: str | None, digest: str | None
-) -> None:
-    """Compare the tokenizer's files with the ones that made the data, where both are known."""
-    if made_by is not None and digest is not None and digest != made_by.sha256:
-        raise UserError(
-            f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
-            "another model: give that one, or tokenize the text again."
-        )
 
 
 def fingerprints(args: Namespace) -> dict[str, str]:
