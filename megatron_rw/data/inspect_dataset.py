@@ -168,7 +168,3 @@ def _print_found(datasets: Sequence[InputDataset], config: InspectConfig, text: 
                     print(json.dumps({"prefix": str(dataset.prefix), **found}))
                 else:
                     print(f"{dataset.prefix} --document {number}: {count} times: {context!r}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from megatron_rw.command_line import parse
-from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
 from megatron_rw.data.indexed.domains import (
     FILE_NAME,
@@ -29,7 +28,13 @@ from megatron_rw.data.indexed.domains import (
     listed_datasets,
     look_up,
 )
-from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.indexed.output import (
+    blend_weights,
+    check_output_dir,
+    check_space,
+    publish,
+    table,
+)
 from megatron_rw.data.indexed.pair import PairWriter, bin_path, idx_path
 from megatron_rw.data.progress import Progress
 from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
@@ -248,7 +253,3 @@ def _write(
         tokens=writer.tokens,
         max_token_id=largest if duplicates is None else found,
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,8 @@ from megatron_rw.command_line import require
 from megatron_rw.data.text.chunks import Reading
 from megatron_rw.data.text.domain_names import check_domain
 from megatron_rw.data.text.domain_sampling import parse_weights
-from megatron_rw.data.text.input_flags import ONE_DOMAIN_FLAG, InputFlags
 from megatron_rw.data.text.records import MAX_LINE_BYTES
-from megatron_rw.data.text.sources import Source, parse_shard
+from megatron_rw.data.text.sources import ONE_DOMAIN_FLAG, InputFlags, Source, parse_shard
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.workers import available_cores
 from megatron_rw.errors import UserError

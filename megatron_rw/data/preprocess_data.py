@@ -21,8 +21,13 @@ from pathlib import Path
 from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
-from megatron_rw.data.indexed.blend import blend_weights, check_weights
-from megatron_rw.data.indexed.output import check_output_dir, publish, table
+from megatron_rw.data.indexed.output import (
+    blend_weights,
+    check_output_dir,
+    check_weights,
+    publish,
+    table,
+)
 from megatron_rw.data.indexed.parts import REJECTS_FILE, Joined, Rejects, Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
@@ -222,7 +227,3 @@ def _report(joined: Joined, rejects: Rejects, seconds: float) -> None:
         print(f"duplicates left out: {joined.duplicates:,}")
     megabytes = joined.text_bytes.total() / 1e6
     print(f"{megabytes:,.1f} MB in {duration(seconds)}, {megabytes / seconds:.1f} MB/s")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,11 +19,16 @@ import tyro
 from tyro.conf import arg
 
 from megatron_rw.command_line import parse
-from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
 from megatron_rw.data.indexed.domains import DomainRecord, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
-from megatron_rw.data.indexed.output import check_output_dir, check_space, publish, table
+from megatron_rw.data.indexed.output import (
+    blend_weights,
+    check_output_dir,
+    check_space,
+    publish,
+    table,
+)
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.progress import Progress
 from megatron_rw.data.text.dedup import hash_documents
@@ -195,7 +200,3 @@ def _write(
                     file_name, writer.documents, writer.tokens, largest[name]
                 )
     return records
-
-
-if __name__ == "__main__":
-    main()

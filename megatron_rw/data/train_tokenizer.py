@@ -27,8 +27,7 @@ from megatron_rw.data.text.domain_sampling import (
     parse_weights,
     plan_reading,
 )
-from megatron_rw.data.text.input_flags import InputFlags
-from megatron_rw.data.text.sources import find_sources
+from megatron_rw.data.text.sources import InputFlags, find_sources
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     VocabularyFlags,
     check_special_tokens,
@@ -176,7 +175,3 @@ def _draw(config: TrainTokenizerConfig) -> TextSample:
     if reader.bad:
         say(_TOOL, f"left out {reader.bad:,} bad lines; the first is {reader.first_bad}")
     return sample
-
-
-if __name__ == "__main__":
-    main()

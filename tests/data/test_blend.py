@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.indexed.blend import blend_weights
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
-from megatron_rw.data.indexed.output import check_output_dir, publish
+from megatron_rw.data.indexed.output import blend_weights, check_output_dir, publish
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.errors import UserError
 
