@@ -331,7 +331,7 @@ BEGUN = ("--input ./cut.jsonl.gz", "--input empty.jsonl")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--input ./cut.jsonl.gz", "./cut.jsonl.gz: damaged gzip data after line"),
+        ("--input ./cut.jsonl.gz", "./cut.jsonl.gz: damaged gzip data ("),
         ("--input ./-d.jsonl", "./-d.jsonl: give --domain-by or --domain, or rename it: "),
         ("--input text.csv", "--input text.csv: only .jsonl, .json, .txt (each also with .gz or "),
         ("--input empty.jsonl", "--input empty.jsonl: no documents"),

@@ -87,7 +87,7 @@ def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 20_000)
-    monkeypatch.setattr("megatron_rw.data.text.remote._BLOCK_BYTES", 50_000)
+    monkeypatch.setattr("megatron_rw.data.text.streams._BLOCK_BYTES", 50_000)
     records = [{"text": text} for text in make_texts(1000, 4)]
     local = write_jsonl(tmp_path / "a.jsonl", records)
     bucket.pipe("/bucket/a.jsonl", local.read_bytes())

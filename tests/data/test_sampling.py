@@ -105,10 +105,17 @@ def reading_of(chunk_bytes: int) -> Reading:
     return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
 
 
-@pytest.mark.parametrize("bad", [0, 40, 99])
-@pytest.mark.parametrize(("name", "chunk"), [("c.jsonl", 230), ("c.jsonl.gz", 1)])
-def test_a_bad_line_has_its_number_in_the_file(
-    tmp_path: Path, bad: int, chunk: int, name: str
+@pytest.mark.parametrize(
+    ("name", "chunk", "bad", "place"),
+    [
+        ("c.jsonl", 230, 0, "line 1:"),
+        ("c.jsonl", 230, 40, "line 1 of those from byte 920 on:"),
+        ("c.jsonl", 230, 99, "line 10 of those from byte 2070 on:"),
+        ("c.jsonl.gz", 1, 99, "line 100:"),
+    ],
+)
+def test_a_bad_line_is_found_by_its_number(
+    tmp_path: Path, name: str, chunk: int, bad: int, place: str
 ) -> None:
     lines = [f'{{"text": "{number:010}"}}\n' for number in range(100)]  # of 23 bytes
     lines[10] = " " * 22 + "\n"
@@ -118,7 +125,7 @@ def test_a_bad_line_has_its_number_in_the_file(
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     reading = reading_of(chunk)
     parts = plan(find_sources([str(path)]), reading, 10**9)
-    with pytest.raises(UserError, match=rf"{name}, line {bad + 1}: no field 'text' .*; 1 of "):
+    with pytest.raises(UserError, match=rf"{name}, {place} no field 'text' .*; 1 of "):
         read_texts(parts, reading)
     reader = DocumentReader(reading, "text", None, 0.02)
     assert sum(1 for part in parts for _ in reader.documents(part)) == 98

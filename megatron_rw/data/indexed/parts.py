@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from megatron_rw.data.indexed.domains import DomainRecord
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source
+from megatron_rw.data.text.sources import Source
+from megatron_rw.data.text.streams import STANDARD_INPUT
 
 REJECTS_FILE = "rejects.jsonl"
 _BLOCK_BYTES = 1 << 20

@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, LineReader, Raw, seek_line
 from megatron_rw.data.text.sources import (
-    STANDARD_INPUT,
     Source,
+)
+from megatron_rw.data.text.streams import (
+    STANDARD_INPUT,
     damage,
-    damage_errors,
-    open_source,
+    open_stream,
     package_of,
     parquet_file,
 )
@@ -86,6 +87,12 @@ class Task:
     stored_bytes: int = 0
     skipped_bytes: int = 0
     fraction: float = 1.0
+
+    def place(self, line: int) -> str:
+        """Names the place of the task's line, or row, of this number, from 1, for a message."""
+        if self.start == 0 or self.source.format == "parquet":
+            return f"{self.source.path}, line {self.start + line}"
+        return f"{self.source.path}, line {line} of those from byte {self.start} on"
 
 
 @dataclass
@@ -164,9 +171,9 @@ def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
 
 
 def _fed(source: Source, reading: Reading) -> Iterator[Task]:
-    with open_source(source) as (stream, stored):
+    with open_stream(source.path, source.compression) as (stream, stored):
         told = 0
-        for chunk in _line_chunks(stream, source, reading):
+        for chunk in _line_chunks(stream, reading):
             lines = tuple(chunk.documents)
             position = stored.tell() if stored.seekable() else 0
             yield Task(
@@ -181,8 +188,8 @@ def _fed(source: Source, reading: Reading) -> Iterator[Task]:
 
 
 def _row_groups(source: Source, reading: Reading) -> Iterator[Task]:
-    with open_source(source) as (stream, _):
-        parquet = parquet_file(source, stream)
+    with open_stream(source.path, source.compression) as (stream, _):
+        parquet = parquet_file(source.path, stream)
         names, metadata = parquet.schema_arrow.names, parquet.metadata
     for column in reading.columns:
         if column not in names:
@@ -215,56 +222,50 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
         chunk.documents = iter(task.lines)
         yield chunk
         return
-    with open_source(source) as (stream, _):
+    with open_stream(source.path, source.compression) as (stream, _):
         if source.format == "parquet":
-            chunk.documents = _rows(parquet_file(source, stream), task, reading, chunk)
+            chunk.documents = _rows(parquet_file(source.path, stream), task, reading, chunk)
             yield chunk
         elif task.number >= 0:
             start = seek_line(stream, task.start, task.end)
             if start is not None:
                 lines = LineReader(stream, reading.max_line_bytes, start)
-                chunk.documents = _lines(lines, task.end, source, chunk)
+                chunk.documents = _lines(lines, task.end, chunk)
             yield chunk
         elif reading.by_lines(source):
-            yield from _line_chunks(stream, source, reading)
+            yield from _line_chunks(stream, reading)
         elif source.format == "txt":
-            yield Chunk(0, _whole(stream, source, reading), lines=1, last=True)
+            yield Chunk(0, _whole(stream, reading.max_line_bytes), lines=1, last=True)
         elif source.format == "json":
-            yield from _JsonReader(stream, source, reading).chunks()
+            yield from _JsonReader(stream, source.path, reading).chunks()
         else:
             raise AssertionError(f"no reader for the format {source.format}")
 
 
-def _line_chunks(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Chunk]:
+def _line_chunks(stream: BinaryIO, reading: Reading) -> Iterator[Chunk]:
     """Yields the chunks of a file of lines that is read from its start."""
     lines = LineReader(stream, reading.max_line_bytes)
     number = 0
     while not lines.ended:
         chunk = Chunk(number)
         number += 1
-        chunk.documents = _lines(lines, number * reading.chunk_bytes, source, chunk)
+        chunk.documents = _lines(lines, number * reading.chunk_bytes, chunk)
         yield chunk
 
 
-def _lines(lines: LineReader, end: int, source: Source, chunk: Chunk) -> Iterator[Raw]:
-    try:
-        yield from lines.until(end)
-    except damage_errors(source) as error:
-        raise damage(source, lines.total, error) from error
+def _lines(lines: LineReader, end: int, chunk: Chunk) -> Iterator[Raw]:
+    yield from lines.until(end)
     chunk.lines = lines.lines
     chunk.last = chunk.last or lines.ended
 
 
-def _whole(stream: BinaryIO, source: Source, reading: Reading) -> Iterator[Raw]:
+def _whole(stream: BinaryIO, limit: int) -> Iterator[Raw]:
     size = 0
-    try:
-        content = stream.read(reading.max_line_bytes + 1)
-        if len(content) > reading.max_line_bytes:
-            size = len(content)
-            while piece := stream.read(1 << 20):
-                size += len(piece)
-    except damage_errors(source) as error:
-        raise damage(source, 0, error) from error
+    content = stream.read(limit + 1)
+    if len(content) > limit:
+        size = len(content)
+        while piece := stream.read(1 << 20):
+            size += len(piece)
     content = content.removeprefix(BYTE_ORDER_MARK)
     if content.strip():
         yield Raw(1, content[:200] if size else content, size)
@@ -285,7 +286,8 @@ def _rows(parquet: Any, task: Task, reading: Reading, chunk: Chunk) -> Iterator[
                 chunk.lines += 1
                 yield Raw(chunk.lines, record, 0)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise damage(task.source, task.start + chunk.lines, error) from error
+        row = task.start + chunk.lines
+        raise damage(task.source.path, f"parquet data after row {row}", error) from error
 
 
 class _JsonReader:
@@ -294,9 +296,9 @@ class _JsonReader:
     It is the stream that ijson reads from, so that an element that is too long is refused.
     """
 
-    def __init__(self, stream: BinaryIO, source: Source, reading: Reading) -> None:
+    def __init__(self, stream: BinaryIO, path: str, reading: Reading) -> None:
         self._stream = stream
-        self._source = source
+        self._path = path
         self._reading = reading
         self._head = b""
         self._position = 0
@@ -306,12 +308,9 @@ class _JsonReader:
 
     def chunks(self) -> Iterator[Chunk]:
         or_else = ", or rename it to .jsonl if each of its lines is an object"
-        with package_of(self._source, "ijson", or_else):
+        with package_of(self._path, "ijson", or_else):
             import ijson
-        try:
-            first = self._first_byte()
-        except damage_errors(self._source) as error:
-            raise damage(self._source, 0, error) from error
+        first = self._first_byte()
         if not first:  # an empty file, which ijson takes for one that is cut off
             yield Chunk(0, last=True)
             return
@@ -333,7 +332,7 @@ class _JsonReader:
         limit = self._reading.max_line_bytes
         if self._position - self._element_start > limit + (2 << 16):
             raise UserError(
-                f"{self._source.path}: element {self._element + 1} is longer than "
+                f"{self._path}: element {self._element + 1} is longer than "
                 f"--max-line-bytes {limit}; split the document"
             )
         return piece
@@ -364,5 +363,6 @@ class _JsonReader:
                 size += 1 + sum(len(value) for value in record.values() if isinstance(value, str))
                 content = record or json.dumps(element, default=str).encode("utf-8", "replace")
                 yield Raw(chunk.lines, content, 0)
-        except (ijson.JSONError, UnicodeDecodeError, *damage_errors(self._source)) as error:
-            raise damage(self._source, self._element, error) from error
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            what = f"json data after element {self._element}"
+            raise damage(self._path, what, error) from error

@@ -28,7 +28,8 @@ from megatron_rw.data.text.records import (
     text_field,
     too_many_bad,
 )
-from megatron_rw.data.text.sources import STANDARD_INPUT, Source, open_source
+from megatron_rw.data.text.sources import Source
+from megatron_rw.data.text.streams import STANDARD_INPUT
 from megatron_rw.errors import UserError
 
 # Text is only a part of what is read of a line, and a domain only a part of what a file holds.
@@ -37,7 +38,6 @@ _SEED = 0
 _PASSAGE_CHARACTERS = 1000
 # Enough chunks for a sample to be spread, each large enough for seeking to cost nothing.
 _CHUNKS = 256
-_COUNT_BYTES = 1 << 20
 
 DomainOf = Callable[[Source], str]
 
@@ -230,8 +230,7 @@ class DocumentReader:
                 except BadRecordError as error:
                     self.bad += 1
                     if not self.first_bad:
-                        line = _lines_before(task) + lines + raw.line
-                        self.first_bad = f"{task.source.path}, line {line}: {error}"
+                        self.first_bad = f"{task.place(lines + raw.line)}: {error}"
                     continue
                 self._records += 1
                 yield domain, text
@@ -246,20 +245,6 @@ class DocumentReader:
                 f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
                 "them, or allow more"
             )
-
-
-def _lines_before(task: Task) -> int:
-    """Counts the lines, of Parquet the rows, that begin before a task's documents."""
-    if task.number < 0 or task.start == 0 or task.source.format == "parquet":
-        return task.start
-    # In the middle of a file a line's number is known only by counting, so it is asked for once.
-    count = 1
-    with open_source(task.source) as (stream, _):
-        left = task.start - 1
-        while left and (block := stream.read(min(left, _COUNT_BYTES))):
-            count += block.count(b"\n")
-            left -= len(block)
-    return count
 
 
 class _Passage(NamedTuple):

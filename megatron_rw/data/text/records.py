@@ -47,7 +47,7 @@ class LineReader:
 
     `limit` are the most bytes that a line may have, without its end. `position` is the offset of
     the next line in the file. `lines` are those that the last call of `until` read, blank ones
-    included, and `total` those of all calls.
+    included.
     """
 
     def __init__(self, stream: BinaryIO, limit: int, position: int = 0) -> None:
@@ -55,7 +55,6 @@ class LineReader:
         self._limit = limit
         self.position = position
         self.lines = 0
-        self.total = 0
         self.ended = False
 
     def until(self, end: int) -> Iterator[Raw]:
@@ -68,7 +67,6 @@ class LineReader:
                 self.ended = True
                 return
             self.lines += 1
-            self.total += 1
             size = len(line)
             cut = size == self._limit + 2 and not line.endswith(b"\n")
             if cut or (size > self._limit and len(line.rstrip(b"\r\n")) > self._limit):

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import os
-import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import arg
 
 from megatron_rw.data.text.domain_names import DomainBy, check_domain, domain_of_file
-from megatron_rw.data.text.remote import file_system, open_remote, reporting
+from megatron_rw.data.text.streams import STANDARD_INPUT, Compression, file_system, reporting
 from megatron_rw.errors import UserError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-STANDARD_INPUT = "-"
 Format = Literal["jsonl", "json", "parquet", "txt"]
-Compression = Literal["gzip", "zstd"]
 
 _FORMATS: tuple[Format, ...] = ("jsonl", "json", "txt")
 _COMPRESSIONS: dict[str, Compression | None] = {"": None, ".gz": "gzip", ".zst": "zstd"}
@@ -37,7 +31,6 @@ _KINDS: dict[str, tuple[Format, Compression | None]] = {
     for ending, compression in _COMPRESSIONS.items()
 } | {".parquet": ("parquet", None)}
 READS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
-_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,59 +125,6 @@ def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
     return found
 
 
-@contextmanager
-def open_source(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yields the uncompressed bytes, and the stored ones, whose position tells the progress."""
-    with _open_stored(source.path) as stored:
-        if source.compression == "gzip":
-            content: Any = gzip.GzipFile(fileobj=stored)
-        elif source.compression == "zstd":
-            content = _zstd(source).ZstdFile(stored)
-        else:
-            content = stored
-        yield content, stored
-
-
-def damage(source: Source, line: int, error: Exception) -> UserError:
-    """Returns the error for a file that cannot be read to its end."""
-    what = f"{source.compression or source.format} data"
-    why = " ".join(str(error).split())
-    return UserError(f"{source.path}: damaged {what} after line {line} ({why}); copy it again")
-
-
-def damage_errors(source: Source) -> tuple[type[Exception], ...]:
-    """Returns the exceptions that reading a source raises if it is cut off or damaged."""
-    if source.compression == "zstd":
-        return (EOFError, _zstd(source).ZstdError)
-    return (EOFError, gzip.BadGzipFile, zlib.error)
-
-
-@contextmanager
-def package_of(source: Source, name: str, or_else: str = "") -> Iterator[None]:
-    """Refuses a source if the body cannot import the package that reads it."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"{source.path}: reading it needs a package; run: pip install {name}{or_else}"
-        ) from error
-
-
-def parquet_file(source: Source, stream: BinaryIO) -> Any:
-    """Opens a Parquet file.
-
-    Raises:
-        UserError: If it is none, or the package is missing.
-    """
-    with package_of(source, "pyarrow"):
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    try:
-        return ParquetFile(stream)
-    except (ArrowException, OSError) as error:
-        raise damage(source, 0, error) from error
-
-
 def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
     """Returns a shard's sources, which are consecutive, so that merged shards equal one run.
 
@@ -241,15 +181,6 @@ def _bounds(sizes: Sequence[int], count: int) -> list[int]:
                 bounds.append(position)
         seen += size
     return [*bounds, len(sizes)]
-
-
-def _zstd(source: Source) -> Any:
-    with package_of(source, "backports.zstd"):
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    return zstd
 
 
 def _find(name: str, flag: str) -> list[Source]:
@@ -325,9 +256,3 @@ def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
     marks = (info.get(mark) for mark in ("ETag", "etag", "mtime", "LastModified", "updated"))
     version = next((str(mark) for mark in marks if mark is not None), "")
     return _source(system.unstrip_protocol(path), flag, int(info["size"] or 0), version)
-
-
-def _open_stored(path: str) -> AbstractContextManager[BinaryIO]:
-    if path == STANDARD_INPUT:
-        return nullcontext(sys.stdin.buffer)
-    return open_remote(path, _BUFFER) if "://" in path else open(path, "rb", buffering=_BUFFER)
