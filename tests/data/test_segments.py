@@ -1,8 +1,7 @@
 """However a text is cut, its ids are those of the whole."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Split
 
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
 from megatron_rw.data.tokenizers.huggingface_tokenizer import (
     huggingface_tokenizer,
     known_word_pattern,
@@ -26,7 +24,6 @@ from megatron_rw.data.tokenizers.safe_cuts import (
     cuts_between_words,
 )
 from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
-from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.word_cache import CachedWordEncoder
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
@@ -34,7 +31,6 @@ from tests.data.tiny_tokenizers import (
     LLAMA3,
     SENTENCEPIECE,
     UNCUT,
-    save_tiktoken,
     sentencepiece_flags,
     train_huggingface,
     train_sentencepiece,
@@ -145,23 +141,6 @@ def test_a_token_that_must_be_a_word_of_its_own_keeps_texts_from_being_cut_in_wo
         assert ours.encode_batch([text])[0].tolist() == tokenizer.encode(text).ids
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
-def cut_tiktoken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Cut:
-    flags = save_tiktoken(tmp_path_factory.mktemp("tiktoken") / "v.json")
-    flags = replace(flags, tiktoken_pattern=request.param)
-    of_size = {size: load_tiktoken(flags, size) for size in range(1, 41)}
-    assert isinstance(of_size[1].encoder, CachedWordEncoder)
-    encoding = build_core_tokenizer(flags)._tokenizer.tokenizer
-    return Cut(of_size, partial(encoding.encode, allowed_special="all"))
-
-
-@given(TEXTS, SIZES)
-@example("it's a  model\n\n of 12 \t34 <s> x</s> y'll ", 1)
-@example("x<s>y</s>z<SPECIAL_12>1<SPECIAL_1", 1)
-def test_tiktoken(cut_tiktoken: Cut, text: str, size: int) -> None:
-    check_cutting(cut_tiktoken, text, size)
-
-
 @pytest.mark.parametrize("pattern", [GPT2_WORDS, LLAMA3, None])
 def test_a_text_without_a_cut_stays_whole(pattern: str | None) -> None:
     assert cut_text("z" * 100, cuts_between_words(pattern), 10) == ["z" * 100]
@@ -208,11 +187,3 @@ def test_only_safe_tokenizers_are_cut(change: dict[str, Any], safe: bool) -> Non
         "added_tokens": [PLAIN_TOKEN],
     }
     assert (known_word_pattern(definition | change) is not None) is safe
-
-
-def test_core_patterns_are_known() -> None:
-    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
-
-    assert cuts_between_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V1) is not None
-    assert cuts_between_words(tiktoken_tokenizer._PATTERN_TIKTOKEN_V2) is not None
-    assert cuts_between_words(r"\s+|\S+") is None

@@ -79,6 +79,16 @@ def whole_text_tokenizer(core: Any) -> LibraryTokenizer:
     return LibraryTokenizer(core.vocab_size, core.eod, encoder, core.detokenize)
 
 
+def load_core_tiktoken(flags: TokenizerFlags) -> LibraryTokenizer:
+    """Loads core's kind of tiktoken vocabulary, whose own encoding of a whole text is fast.
+
+    Raises:
+        UserError: If tiktoken is not installed, or the vocabulary cannot be loaded.
+    """
+    require_package("tiktoken", f"--tokenizer-type {flags.tokenizer_type}")
+    return whole_text_tokenizer(build_core_tokenizer(flags))
+
+
 def require_package(name: str, needed_for: str) -> None:
     """Checks that an optional package is installed.
 

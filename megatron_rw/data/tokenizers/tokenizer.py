@@ -15,10 +15,9 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from megatron_rw.data.tokenizers.byte_tokenizer import ByteLevelTokenizer
-from megatron_rw.data.tokenizers.core_tokenizer import optimal_dtype
+from megatron_rw.data.tokenizers.core_tokenizer import load_core_tiktoken, optimal_dtype
 from megatron_rw.data.tokenizers.huggingface_tokenizer import load_huggingface
 from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
-from megatron_rw.data.tokenizers.tiktoken_tokenizer import load_tiktoken
 from megatron_rw.data.tokenizers.tokenizer_flags import (
     BYTE_LEVEL,
     TokenizerFlags,
@@ -39,7 +38,7 @@ _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
     "GPTSentencePieceTokenizer": load_sentencepiece,
     "Llama2Tokenizer": load_sentencepiece,
     "HuggingFaceTokenizer": load_huggingface,
-    "TikTokenizer": load_tiktoken,
+    "TikTokenizer": load_core_tiktoken,
 }
 
 
