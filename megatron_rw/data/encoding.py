@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.parts import Group, Part, Store, checksum
 from megatron_rw.data.preprocess_config import PreprocessConfig
-from megatron_rw.data.text.chunks import Chunk, Task, read
+from megatron_rw.data.text.chunks import Chunk, Reading, Task, read
 from megatron_rw.data.text.dedup import HASH_BYTES
 from megatron_rw.data.text.domain_names import safe_domain
 from megatron_rw.data.text.records import BadRecordError, Raw, parse, text_field
 from megatron_rw.data.text.sources import Source
-from megatron_rw.data.tokenizers.tokenizer import Tokenizer, end_of_document_id, optimal_dtype
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer, optimal_dtype
 from megatron_rw.errors import UserError
 
 # Large enough for the overhead of a tokenizer's batch not to matter, and little memory.
@@ -50,19 +50,28 @@ class Encoder:
     def __init__(
         self, config: PreprocessConfig, tokenizer: Tokenizer, chunk_bytes: int, store: Store
     ) -> None:
-        flags = config.tokenizer
         self.config = config
         self.tokenizer = tokenizer
-        self.reading = config.reading(chunk_bytes)
-        self.dtype = optimal_dtype(tokenizer.vocab_size)
-        self.ending = np.empty(0, self.dtype)
-        if config.append_eod:
-            model = flags.tokenizer_model or flags.tokenizer_type
-            self.ending = np.array([end_of_document_id(tokenizer, model)], self.dtype)
+        self.reading = Reading(
+            chunk_bytes=chunk_bytes,
+            max_line_bytes=config.max_line_bytes,
+            columns=config.columns,
+            whole_files=config.txt_documents == "file",
+        )
         self.sentences: Callable[[str], list[str]] = lambda text: [text]
         if config.split_sentences:
             self.sentences = sentence_splitter(config.sentence_language)
-        self._store = store
+        self.dtype = optimal_dtype(tokenizer.vocab_size)
+        self.ending = np.empty(0, self.dtype)
+        if config.append_eod:
+            if tokenizer.eod is None or tokenizer.eod < 0:
+                raise UserError(
+                    f"--append-eod: the tokenizer {config.tokenizer.tokenizer_model} has no "
+                    "end-of-document token; leave the flag out, or use a model that has one "
+                    "(tools/train_tokenizer.py makes one)"
+                )
+            self.ending = np.array([tokenizer.eod], self.dtype)
+        self.store = store
 
     def __call__(self, task: Task) -> TaskResult:
         """Does a task; every chunk's part is complete before the next chunk is begun.
@@ -83,7 +92,7 @@ class Encoder:
         return TaskResult(records, text_bytes, rejects)
 
     def _encode(self, source: Source, chunk: Chunk) -> Part:
-        path = self._store.path(source, chunk.number)
+        path = self.store.path(source, chunk.number)
         path.with_suffix(".rejects").unlink(missing_ok=True)  # left by a worker that was killed
         builder = _PartBuilder(self, source, path)
         for raw in chunk.documents:

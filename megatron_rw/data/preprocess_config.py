@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from megatron_rw.command_line import require
-from megatron_rw.data.text.chunks import Reading
-from megatron_rw.data.text.domain_names import check_domain
-from megatron_rw.data.text.domain_sampling import parse_weights
+from megatron_rw.data.text.domain_names import DomainWeights, check_domain
 from megatron_rw.data.text.records import MAX_LINE_BYTES
 from megatron_rw.data.text.sources import ONE_DOMAIN_FLAG, InputFlags, Source, parse_shard
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
@@ -88,7 +86,7 @@ class PreprocessConfig:
     blend_temperature: Annotated[float, arg(metavar="T")] = 1.0
     """Raise the weights to the power 1/T; above 1 evens out the domains."""
 
-    blend_weights: Annotated[tuple[str, ...], arg(metavar="DOMAIN=W [DOMAIN=W ...]")] = ()
+    blend_weights: DomainWeights = field(default_factory=dict)
     """The weight of every domain, instead of a computed one."""
 
     workers: Annotated[int, arg(metavar="N")] = field(default_factory=available_cores)
@@ -113,16 +111,8 @@ class PreprocessConfig:
             check_domain(self.domain, "--domain")
         if self.shard is not None:
             parse_shard(self.shard)
-        self.weights_given()
-
-    def weights_given(self) -> dict[str, float] | None:
-        """Returns domain to weight as `--blend-weights` says; None if it is not there."""
-        if not self.blend_weights:
-            return None
-        weights = parse_weights(self.blend_weights, "--blend-weights")
-        for domain, weight in weights.items():
+        for domain, weight in self.blend_weights.items():
             require(weight > 0, "--blend-weights", f"{domain}={weight:g}", "a weight above 0")
-        return weights
 
     def domain_of(self, source: Source) -> str:
         """Returns the domain of a source's documents where no field holds it."""
@@ -133,15 +123,6 @@ class PreprocessConfig:
         """The fields that are read, the text first."""
         domain_key = self.inputs.domain_key
         return tuple(dict.fromkeys([*self.json_keys, *([domain_key] if domain_key else [])]))
-
-    def reading(self, chunk_bytes: int) -> Reading:
-        """Returns how documents are read, in chunks of that many bytes."""
-        return Reading(
-            chunk_bytes=chunk_bytes,
-            max_line_bytes=self.max_line_bytes,
-            columns=self.columns,
-            whole_files=self.txt_documents == "file",
-        )
 
     def part_settings(self) -> dict[str, Any]:
         """Returns the flags that decide what is in a part of the output, with their values."""

@@ -28,14 +28,12 @@ from megatron_rw.data.indexed.output import (
     publish,
     table,
 )
-from megatron_rw.data.indexed.parts import REJECTS_FILE, Joined, Rejects, Store, join, write_rejects
+from megatron_rw.data.indexed.parts import REJECTS_FILE, Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
 from megatron_rw.data.resume import (
     FOLDER,
     earlier_chunk_bytes,
-    is_published,
-    set_published,
     work_folder,
 )
 from megatron_rw.data.text.chunks import chunk_size, tasks
@@ -71,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(config: PreprocessConfig) -> None:
     started = time.monotonic()
     sources = shard_of(find_sources(config.inputs.input), config.shard)
-    outputs = _outputs(config)
-    _check_sources(config, sources)
+    outputs = _check(config, sources)
     tokenizer = load_tokenizer(config.tokenizer)
     flags = config.tokenizer
     record = domains.TokenizerRecord(
@@ -94,29 +91,22 @@ def _run(config: PreprocessConfig) -> None:
         **config.part_settings(),
     }
     with work_folder(output_dir, settings, config.overwrite):
-        if is_published(store.directory, sources):
-            say(_TOOL, "everything was in its place already")
-            return
-        _encode(config, store, encoder)
-        joined, rejects = _join(config, store, encoder, outputs, record)
-        set_published(store.directory, sources)
-    _report(joined, rejects, time.monotonic() - started)
+        _encode(encoder)
+        _join(encoder, outputs, record, started)
 
 
-def _outputs(config: PreprocessConfig) -> list[Path]:
-    """Returns the directory of each key's datasets, absolute; they need not exist."""
-    keys = config.json_keys
+def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
+    """Refuses at the start what would be refused after all is tokenized, and tells the domains.
+
+    Returns:
+        The directory of each key's datasets, absolute; they need not exist.
+    """
     # Datasets that an interrupted call has published may be replaced: they are this call's, or
     # else `work_folder` refuses.
     may_replace = config.overwrite or (config.output_dir / FOLDER).exists()
-    output_dir = check_output_dir(config.output_dir, may_replace)
-    if len(keys) == 1:
-        return [output_dir]
-    return [check_output_dir(config.output_dir / key, may_replace) for key in keys]
-
-
-def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
-    """Refuses at the start what would be refused after all is tokenized, and tells the domains."""
+    outputs = [check_output_dir(config.output_dir, may_replace)]
+    if len(config.json_keys) > 1:
+        outputs = [check_output_dir(config.output_dir / k, may_replace) for k in config.json_keys]
     for source in sources:
         if source.format == "txt" and len(config.columns) > 1:
             raise UserError(
@@ -124,13 +114,12 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
                 "of --json-keys, or convert it to .jsonl"
             )
     if config.inputs.domain_key is not None:
-        return
+        return outputs
     files = Counter(config.domain_of(source) for source in sources)
     if config.domain is None and config.inputs.domain_by == "corpus":
         check_numbered(list(files))
-    given = config.weights_given()
-    if given is not None:
-        check_weights(files, given)
+    if config.blend_weights:
+        check_weights(files, config.blend_weights)
     shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
     if shards and config.domain is None and config.inputs.domain_by == "corpus":
         listed = [f"{name} ({count:,})" for name, count in files.most_common(_LISTED_DOMAINS)]
@@ -142,10 +131,12 @@ def _check_sources(config: PreprocessConfig, sources: Sequence[Source]) -> None:
             f"domains, with their number of files: {', '.join(listed)}. --domain-by file makes "
             "each file a domain",
         )
+    return outputs
 
 
-def _encode(config: PreprocessConfig, store: Store, encoder: Encoder) -> None:
+def _encode(encoder: Encoder) -> None:
     """Makes the parts that are missing."""
+    config, store = encoder.config, encoder.store
     store.prepare()
     records = rejects = 0
     for _, _, part in store.parts():
@@ -161,19 +152,19 @@ def _encode(config: PreprocessConfig, store: Store, encoder: Encoder) -> None:
         records += result.records
         rejects += result.rejects
         if too_many_bad(rejects, records, config.max_bad_fraction, at_end=False):
-            raise _bad_lines(config, store, records)
+            break
         progress.skip(task.skipped_bytes)
         progress.advance(task.stored_bytes, result.records, result.text_bytes)
     if too_many_bad(rejects, records, config.max_bad_fraction, at_end=True):
-        raise _bad_lines(config, store, records)
+        raise _bad_lines(encoder, records)
     if records == 0:
         raise UserError(f"--input {' '.join(config.inputs.input)}: no documents")
 
 
-def _bad_lines(config: PreprocessConfig, store: Store, records: int) -> UserError:
+def _bad_lines(encoder: Encoder, records: int) -> UserError:
     """Returns the error of more bad lines than allowed, with the first line of each kind."""
-    path = store.directory / REJECTS_FILE
-    rejects = write_rejects(store, path)
+    path = encoder.store.directory / REJECTS_FILE
+    rejects = write_rejects(encoder.store, path)
     examples = "".join(
         f"\n  {count:,} x {kind}; {file}, line {line}: {reason}"
         for kind, count in rejects.counts.most_common()
@@ -182,19 +173,16 @@ def _bad_lines(config: PreprocessConfig, store: Store, records: int) -> UserErro
     total = rejects.counts.total()
     return UserError(
         f"{total:,} of {total + records:,} lines are bad, more than --max-bad-fraction "
-        f"{config.max_bad_fraction:g} allows; correct them, or allow more and repeat the call, "
-        f"which goes on from what is done. All of them are in {path}{examples}"
+        f"{encoder.config.max_bad_fraction:g} allows; correct them, or allow more and repeat the "
+        f"call, which goes on from what is done. All of them are in {path}{examples}"
     )
 
 
 def _join(
-    config: PreprocessConfig,
-    store: Store,
-    encoder: Encoder,
-    outputs: Sequence[Path],
-    tokenizer: domains.TokenizerRecord,
-) -> tuple[Joined, Rejects]:
-    """Joins the parts and gives everything its final name."""
+    encoder: Encoder, outputs: Sequence[Path], tokenizer: domains.TokenizerRecord, started: float
+) -> None:
+    """Joins the parts, gives everything its final name, and says what was made."""
+    config, store = encoder.config, encoder.store
     say(_TOOL, "joining the parts")
     scratch = store.directory / "joined"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -210,20 +198,15 @@ def _join(
         final.unlink(missing_ok=True)
     for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
         records = joined.records[key]
-        weights = blend_weights(
-            records, config.blend_by, config.blend_temperature, config.weights_given()
-        )
+        by, temperature = config.blend_by, config.blend_temperature
+        weights = blend_weights(records, by, temperature, config.blend_weights)
         output.mkdir(exist_ok=True)
         publish(directory, output, records, weights, tokenizer)
-    return joined, rejects
-
-
-def _report(joined: Joined, rejects: Rejects, seconds: float) -> None:
     print(table(joined.records[0], joined.text_bytes))
     if rejects.counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
         print(f"rejected: {rejects.counts.total():,} lines ({kinds}), listed in {REJECTS_FILE}")
     if joined.duplicates:
         print(f"duplicates left out: {joined.duplicates:,}")
-    megabytes = joined.text_bytes.total() / 1e6
+    megabytes, seconds = joined.text_bytes.total() / 1e6, time.monotonic() - started
     print(f"{megabytes:,.1f} MB in {duration(seconds)}, {megabytes / seconds:.1f} MB/s")

@@ -6,19 +6,17 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_rw.data.progress import say
-from megatron_rw.data.text.sources import Source
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 
 FOLDER = ".preprocess_data"
 _SETTINGS = "settings.json"
-_PUBLISHED = "published"
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
         if held not in (None, settings):
             if not restart:
                 raise _other_settings(output_dir, settings, held)
-            shutil.rmtree(folder)
+            _remove(folder)
             folder.mkdir()
         write_complete(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
         yield folder
@@ -68,28 +66,11 @@ def _lock(file: TextIO, output_dir: Path) -> None:
         )
 
 
-def set_published(folder: Path, sources: Sequence[Source]) -> None:
-    """Notes that everything has its final name, and only the folder is still to be removed."""
-    (folder / _PUBLISHED).write_text(_keys(sources))
-
-
-def is_published(folder: Path, sources: Sequence[Source]) -> bool:
-    """Tells whether everything made of these sources, as they are now, has its final name."""
-    path = folder / _PUBLISHED
-    return path.exists() and path.read_text() == _keys(sources)
-
-
-def _keys(sources: Sequence[Source]) -> str:
-    return "\n".join(source.key for source in sources)
-
-
 def _remove(folder: Path) -> None:
-    """Removes the folder in an order that lets a call that dies meanwhile be repeated."""
+    """Removes the folder, the settings last: without them, other parts would be taken for ours."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != _PUBLISHED:
-            path.unlink()
     shutil.rmtree(folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,13 +18,13 @@ from tyro.conf import arg
 
 from megatron_rw.command_line import parse, require
 from megatron_rw.data.progress import say
+from megatron_rw.data.text.domain_names import DomainWeights
 from megatron_rw.data.text.domain_sampling import (
     READ_PER_KEPT,
     DocumentReader,
     TextSample,
     draw_sample,
     how_to_read,
-    parse_weights,
     plan_reading,
 )
 from megatron_rw.data.text.sources import InputFlags, find_sources
@@ -81,7 +81,7 @@ class TrainTokenizerConfig:
     sample: Annotated[Literal["even", "proportional"], _SHARES] = "even"
     """Take the same amount of each domain, or of each its share of the inputs."""
 
-    domain_weights: Annotated[tuple[str, ...], _SHARES, arg(metavar="DOMAIN=WEIGHT [...]")] = ()
+    domain_weights: Annotated[DomainWeights, _SHARES] = field(default_factory=dict)
     """Take of each domain by weight. The weights need not add up to one, every domain must have
     one, and 0 leaves it out. A domain with less than its share is taken whole, and the others share
     the rest."""
@@ -156,7 +156,7 @@ def _run(config: TrainTokenizerConfig) -> None:
 
 def _draw(config: TrainTokenizerConfig) -> TextSample:
     """Reads the inputs, keeps a sample of their text, and says what it is made of."""
-    weights = None if config.sample == "proportional" else parse_weights(config.domain_weights)
+    weights = None if config.sample == "proportional" else config.domain_weights
     inputs = config.inputs
     sources = find_sources(inputs.input)
     columns = [config.json_key, *([inputs.domain_key] if inputs.domain_key else [])]

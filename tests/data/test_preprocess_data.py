@@ -18,7 +18,8 @@ from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text import chunks
 from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
 from megatron_rw.errors import UserError
-from tests.data.conftest import Preprocess, datasets, files, make_texts, write_jsonl
+from tests.data.conftest import Preprocess, datasets, files, make_texts, preprocess, write_jsonl
+from tests.data.tiny_tokenizers import save_huggingface, train_huggingface
 
 EOD = 2
 RECORDS = [
@@ -372,7 +373,7 @@ def test_bad_inputs_stop_with_their_name(
         ("--blend-temperature 0", "--blend-temperature 0.0: give a number above 0"),
         ("--shard 2/2", "--shard 2/2: shards count from 0, so the last is 1/2"),
         ("--shard 2", "--shard 2: give it like 0/8"),
-        ("--blend-weights wiki", "--blend-weights wiki: give DOMAIN=WEIGHT"),
+        ("--blend-weights wiki", "--blend-weights: wiki: give DOMAIN=WEIGHT"),
         ("--blend-weights a=0 b=1", "--blend-weights a=0: give a weight above 0"),
         ("--json-keys a a", "--json-keys a a: give each once"),
         ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
@@ -416,3 +417,15 @@ def test_standard_input_is_json_lines(
         out = tmp_path / f"stdin{workers}"
         assert run("-", out, "--domain-key domain", workers=workers) == 0
         assert datasets(out) == datasets(tmp_path / "file")
+
+
+def test_an_end_of_document_that_the_tokenizer_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    directory = save_huggingface(train_huggingface(), tmp_path / "hf")
+    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", directory)
+    out = tmp_path / "out"
+    assert preprocess("--input", source, "--output-dir", out, *flags, "--append-eod") == 2
+    assert f"the tokenizer {directory} has no end-of-document" in capsys.readouterr().err
+    assert not out.exists()

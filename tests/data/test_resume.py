@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,25 +158,38 @@ def test_another_call_is_refused_until_it_is_dropped(
     assert datasets(interrupted) == whole("--append-eod")
 
 
-def test_what_is_in_its_place_is_left_there_unless_its_inputs_changed(
+def test_a_call_killed_while_it_removes_its_work_can_be_repeated(
     inputs: list[Path],
     interrupted: Path,
     run: Preprocess,
     whole: Whole,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr("megatron_rw.data.resume._remove", interrupt)
         assert run(inputs, interrupted) == 130
-        made = datasets(interrupted)
-        assert made
-        assert run(inputs, interrupted) == 130
-        assert "everything was in its place already" in capsys.readouterr().err
-        assert datasets(interrupted) == made
-    write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
+    shutil.rmtree(next((interrupted / FOLDER).glob("*/")))
+    assert run(inputs, interrupted, "--append-eod") == 2
     assert run(inputs, interrupted) == 0
-    assert datasets(interrupted) == whole() != made
+    assert datasets(interrupted) == whole()
+
+
+def test_settings_outlive_the_parts_made_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(KeyboardInterrupt), work_folder(tmp_path, {"a": 1}, False) as folder:
+        (folder / "parts").mkdir()
+        interrupt()
+    remove = shutil.rmtree
+
+    def killed_after(path: Path) -> None:
+        remove(path)
+        interrupt()
+
+    monkeypatch.setattr(shutil, "rmtree", killed_after)
+    with contextlib.suppress(KeyboardInterrupt), work_folder(tmp_path, {"a": 2}, True):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["settings.json"]
 
 
 def test_settings_are_compared_as_json_holds_them(tmp_path: Path) -> None:

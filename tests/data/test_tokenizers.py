@@ -17,7 +17,6 @@ from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer, opt
 from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
 from megatron_rw.data.tokenizers.tokenizer import (
     TokenizerFlags,
-    end_of_document_id,
     load_tokenizer,
     model_sha256,
 )
@@ -225,7 +224,6 @@ def test_bytes_are_what_the_training_program_is_told() -> None:
     assert ids[0].dtype == np.uint16
     assert ids[1].size == 0
     assert ours.detokenize([*ids[0].tolist(), 256]) == text
-    assert end_of_document_id(ours, "bytes") == 256
     assert model_sha256(None) == hashlib.sha256(b"").hexdigest()
 
 
@@ -257,13 +255,6 @@ def test_flags_that_do_not_go_together() -> None:
     flags = replace(sentencepiece_flags("m"), tokenizer_special_tokens=("<x>",))
     with pytest.raises(UserError, match="a SentencePiece model takes none later"):
         load_sentencepiece(flags)
-
-
-def test_no_end_of_document(tmp_path: Path) -> None:
-    directory = save_huggingface(train_huggingface(), tmp_path / "hf")
-    tokenizer = load_tokenizer(huggingface_flags(directory))
-    with pytest.raises(UserError, match=f"the tokenizer {directory} has no end-of-document"):
-        end_of_document_id(tokenizer, directory)
 
 
 def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:

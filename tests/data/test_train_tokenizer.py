@@ -151,10 +151,10 @@ def test_domains_give_the_same_or_their_weight_or_their_share(
     [
         ("{big}=1", "--domain-weights: none for domain '{small}' of "),
         ("{big}=1 {small}=1 x=0", "--domain-weights: no domain 'x' in --input, which has"),
-        ("{big}=1 {big}=2", "--domain-weights {big}=2: {big} is given twice"),
-        ("{big}=1 {small}", "--domain-weights {small}: give DOMAIN=WEIGHT"),
-        ("{big}=nan", "--domain-weights {big}=nan: give DOMAIN=WEIGHT"),
-        ("{big}=0 {small}=0", "--domain-weights: all are 0"),
+        ("{big}=1 {big}=2", "--domain-weights: {big}=2: {big} is given twice"),
+        ("{big}=1 {small}", "--domain-weights: {small}: give DOMAIN=WEIGHT"),
+        ("{big}=nan", "--domain-weights: {big}=nan: give DOMAIN=WEIGHT"),
+        ("{big}=0 {small}=0", "--domain-weights: give a weight that is more than 0"),
     ],
 )
 def test_wrong_weights_are_an_error(

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from megatron_rw.data.indexed import domains
@@ -115,7 +116,7 @@ def blend_weights(
     records: Mapping[str, domains.DomainRecord],
     by: Literal["tokens", "documents"] = "tokens",
     temperature: float = 1.0,
-    given: Mapping[str, float] | None = None,
+    given: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Returns the weight of each domain: count^(1/temperature), or the one given.
 
@@ -127,7 +128,7 @@ def blend_weights(
     Raises:
         UserError: If the given weights are not those of the domains, or a weight would be 0.
     """
-    if given is not None:
+    if given:
         check_weights(records, given)
         return _normalized({name: given[name] for name in records})
     counts = {name: getattr(record, by) for name, record in records.items()}

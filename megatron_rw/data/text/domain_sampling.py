@@ -42,29 +42,6 @@ _CHUNKS = 256
 DomainOf = Callable[[Source], str]
 
 
-def parse_weights(values: Sequence[str], flag: str = "--domain-weights") -> dict[str, float]:
-    """Parses the values of a flag, each of which is `DOMAIN=WEIGHT`.
-
-    Raises:
-        UserError: If a value is not of that form, a domain is given twice, or no weight is above 0.
-    """
-    weights: dict[str, float] = {}
-    for value in values:
-        domain, _, number = value.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not domain or not 0 <= weight < math.inf:
-            raise UserError(f"{flag} {value}: give DOMAIN=WEIGHT, the weight zero or more")
-        if domain in weights:
-            raise UserError(f"{flag} {value}: {domain} is given twice; give it once")
-        weights[domain] = weight
-    if weights and not any(weights.values()):
-        raise UserError(f"{flag}: all are 0; give one that is more")
-    return weights
-
-
 def plan_reading(
     sources: Sequence[Source],
     reading: Reading,

@@ -27,7 +27,6 @@ from megatron_rw.errors import UserError
 __all__ = [
     "Tokenizer",
     "TokenizerFlags",
-    "end_of_document_id",
     "load_tokenizer",
     "model_sha256",
     "optimal_dtype",
@@ -84,21 +83,6 @@ def load_tokenizer(flags: TokenizerFlags) -> Tokenizer:
             "tools/train_tokenizer.py"
         )
     return _LOADERS[flags.tokenizer_type](flags)
-
-
-def end_of_document_id(tokenizer: Tokenizer, model: str) -> int:
-    """Returns the id of the end-of-document token.
-
-    Raises:
-        UserError: If the tokenizer has none; the message names the path of its model.
-    """
-    eod = tokenizer.eod
-    if eod is None or eod < 0:
-        raise UserError(
-            f"--append-eod: the tokenizer {model} has no end-of-document token; leave the flag "
-            "out, or use a model that has one (tools/train_tokenizer.py makes one)"
-        )
-    return eod
 
 
 def model_sha256(model: str | None) -> str:
