@@ -19,14 +19,7 @@ from tyro.conf import arg
 from megatron_rw.command_line import parse, require
 from megatron_rw.data.progress import say
 from megatron_rw.data.text.domain_names import DomainWeights
-from megatron_rw.data.text.domain_sampling import (
-    READ_PER_KEPT,
-    DocumentReader,
-    TextSample,
-    draw_sample,
-    how_to_read,
-    plan_reading,
-)
+from megatron_rw.data.text.domain_sampling import DomainSampler, TextSample
 from megatron_rw.data.text.sources import InputFlags, find_sources
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     VocabularyFlags,
@@ -157,14 +150,11 @@ def _run(config: TrainTokenizerConfig) -> None:
 def _draw(config: TrainTokenizerConfig) -> TextSample:
     """Reads the inputs, keeps a sample of their text, and says what it is made of."""
     weights = None if config.sample == "proportional" else config.domain_weights
-    inputs = config.inputs
-    sources = find_sources(inputs.input)
-    columns = [config.json_key, *([inputs.domain_key] if inputs.domain_key else [])]
-    reading = how_to_read(columns, READ_PER_KEPT * config.max_bytes)
-    domain_of = None if inputs.domain_key else lambda source: source.domain(inputs.domain_by)
-    portions = plan_reading(sources, reading, domain_of, weights, config.max_bytes)
-    reader = DocumentReader(reading, config.json_key, inputs.domain_key, config.max_bad_fraction)
-    sample = draw_sample(portions, reader, domain_of, weights, config.max_bytes, sentences)
+    sampler = DomainSampler(
+        config.inputs, config.json_key, weights, config.max_bytes, config.max_bad_fraction
+    )
+    portions = sampler.plan(find_sources(config.inputs.input))
+    sample = sampler.draw(portions, sentences)
     seen, kept = sample.seen, sample.kept()
     whole = all(portion.fraction == 1 for portion in portions)
     scope = "all there is" if whole else "a part of the inputs"
@@ -172,6 +162,6 @@ def _draw(config: TrainTokenizerConfig) -> TextSample:
     for domain, size in kept.items():
         every = ", all that was read" if size == seen[domain] else ""
         say(_TOOL, f"  {domain}: {size / 1e6:.1f} MB, {size / sum(kept.values()):.1%}{every}")
-    if reader.bad:
-        say(_TOOL, f"left out {reader.bad:,} bad lines; the first is {reader.first_bad}")
+    if sampler.bad:
+        say(_TOOL, f"left out {sampler.bad:,} bad lines; the first is {sampler.first_bad}")
     return sample

@@ -2,6 +2,7 @@ import dataclasses
 import gzip
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -9,17 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.chunks import Reading, Task
-from megatron_rw.data.text.domain_sampling import (
-    DocumentReader,
-    TextSample,
-    divide,
-    draw_sample,
-    how_to_read,
-    plan,
-    plan_reading,
-)
-from megatron_rw.data.text.sources import find_sources
+from megatron_rw.data.text.chunks import Task
+from megatron_rw.data.text.domain_sampling import DomainSampler, TextSample, divide, plan
+from megatron_rw.data.text.sources import InputFlags, find_sources
 from megatron_rw.errors import UserError
 from tests.data.conftest import write_jsonl
 
@@ -94,15 +87,18 @@ def test_a_smaller_sample_is_part_of_a_larger(sizes: list[int], limit: int) -> N
     assert sum(kept(10**6).values()) == len(sizes)
 
 
-def read_texts(parts: list[Task], reading: Reading, max_bad_fraction: float = 0.0) -> list[str]:
-    reader = DocumentReader(reading, "text", None, max_bad_fraction)
+def sampler(
+    chunk_bytes: int = 1 << 20, limit: int = 0, bad: float = 0.0, weights: Any = None
+) -> DomainSampler:
+    found = DomainSampler(InputFlags(input=("in",)), "text", weights, limit, bad)
+    found.reading = dataclasses.replace(found.reading, chunk_bytes=chunk_bytes)
+    return found
+
+
+def read_texts(parts: list[Task], reader: DomainSampler) -> list[str]:
     texts = [text for part in parts for _, text in reader.documents(part)]
     reader.check_bad(at_end=True)
     return texts
-
-
-def reading_of(chunk_bytes: int) -> Reading:
-    return dataclasses.replace(how_to_read(["text"], 0), chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize(
@@ -123,22 +119,20 @@ def test_a_bad_line_is_found_by_its_number(
     content = "".join(lines).encode()
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    reading = reading_of(chunk)
-    parts = plan(find_sources([str(path)]), reading, 10**9)
+    reader = sampler(chunk)
+    parts = plan(find_sources([str(path)]), reader.reading, 10**9)
     with pytest.raises(UserError, match=rf"{name}, {place} no field 'text' .*; 1 of "):
-        read_texts(parts, reading)
-    reader = DocumentReader(reading, "text", None, 0.02)
-    assert sum(1 for part in parts for _ in reader.documents(part)) == 98
-    reader.check_bad(at_end=True)
-    assert reader.bad == 1
+        read_texts(parts, reader)
+    lenient = sampler(chunk, bad=0.02)
+    assert len(read_texts(parts, lenient)) == 98
+    assert lenient.bad == 1
 
 
 def test_most_lines_bad_is_an_error_before_all_are_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"txt": "x"}] * 20_000)
     write_jsonl(tmp_path / "b.jsonl", [{"text": "x"}] * 20_000)
-    reading = how_to_read(["text"], 0)
-    parts = plan(find_sources([str(tmp_path)]), reading, 10**9)
-    reader = DocumentReader(reading, "text", None, 0.6)
+    reader = sampler(bad=0.6)
+    parts = plan(find_sources([str(tmp_path)]), reader.reading, 10**9)
     with pytest.raises(UserError, match="20,000 of 20,000 lines read are bad"):
         list(reader.documents(parts[0]))
 
@@ -146,10 +140,10 @@ def test_most_lines_bad_is_an_error_before_all_are_read(tmp_path: Path) -> None:
 def test_of_large_inputs_parts_are_read_spread_over_the_whole(tmp_path: Path) -> None:
     records = [{"text": f"{number:06}" + "x" * 81} for number in range(2000)]  # 100 bytes a line
     write_jsonl(tmp_path / "c.jsonl", records)
-    reading = reading_of(1000)
-    parts = plan(find_sources([str(tmp_path)]), reading, 20_000)
+    reader = sampler(1000)
+    parts = plan(find_sources([str(tmp_path)]), reader.reading, 20_000)
     assert [part.fraction for part in parts] == [0.1] * 20
-    found = [int(text[:6]) for text in read_texts(parts, reading)]
+    found = [int(text[:6]) for text in read_texts(parts, reader)]
     assert len(found) == 200
     assert set(Counter(number // 200 for number in found).values()) == {20}
 
@@ -158,7 +152,7 @@ def test_of_many_compressed_files_some_are_read_whole(tmp_path: Path) -> None:
     for number in range(20):
         write_jsonl(tmp_path / f"{number:02}.jsonl.gz", [{"text": str(number)}] * 50)
     sources = find_sources([str(tmp_path)])
-    reading = how_to_read(["text"], 0)
+    reading = sampler().reading
     total = sum(source.text_bytes for source in sources)
     assert [part.source for part in plan(sources, reading, total)] == sources
     some = plan(sources, reading, total // 5)
@@ -172,26 +166,23 @@ def test_row_groups_of_parquet_are_entered_anywhere(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [f"{number:06}" for number in range(2000)]})
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet", row_group_size=100)
     sources = find_sources([str(tmp_path)])
-    reading = reading_of(1)
-    parts = plan(sources, reading, sources[0].size // 4)
+    reader = sampler(1)
+    parts = plan(sources, reader.reading, sources[0].size // 4)
     assert [part.fraction for part in parts] == [0.2] * 4
-    assert len(read_texts(parts, reading)) == 400
+    assert len(read_texts(parts, reader)) == 400
 
 
 def test_reading_stops_short_of_a_large_domain_and_not_of_a_small_one(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "big.jsonl", [{"text": "abc " * 250}] * 1500)
     write_jsonl(tmp_path / "small.jsonl", [{"text": "xyz " * 250}] * 40)
     sources = find_sources([str(tmp_path)])
-    reading = reading_of(10_000)
-    parts = plan_reading(sources, reading, lambda source: source.name, {}, 20_000)
+    reader = sampler(10_000, limit=20_000, weights={})
+    parts = reader.plan(sources)
     read = {source.name: 0 for source in sources}
     for part in parts:
         read[part.source.name] += 10_000
     assert read["small.jsonl"] >= sources[1].size
     assert 100_000 < read["big.jsonl"] < 400_000
-    reader = DocumentReader(reading, "text", None, 0)
-    kept = draw_sample(
-        parts, reader, lambda source: source.name, {}, 20_000, lambda text: iter([text])
-    ).kept()
-    assert kept["big.jsonl"] == pytest.approx(10_000, abs=1100)
-    assert kept["small.jsonl"] == pytest.approx(10_000, abs=1100)
+    kept = reader.draw(parts, lambda text: iter([text])).kept()
+    assert kept["big"] == pytest.approx(10_000, abs=1100)
+    assert kept["small"] == pytest.approx(10_000, abs=1100)

@@ -28,7 +28,7 @@ from megatron_rw.data.text.records import (
     text_field,
     too_many_bad,
 )
-from megatron_rw.data.text.sources import Source
+from megatron_rw.data.text.sources import InputFlags, Source
 from megatron_rw.data.text.streams import STANDARD_INPUT
 from megatron_rw.errors import UserError
 
@@ -39,78 +39,124 @@ _PASSAGE_CHARACTERS = 1000
 # Enough chunks for a sample to be spread, each large enough for seeking to cost nothing.
 _CHUNKS = 256
 
-DomainOf = Callable[[Source], str]
 
+class DomainSampler:
+    """Reads files, in part if they are large, and keeps a sample of their text by domain.
 
-def plan_reading(
-    sources: Sequence[Source],
-    reading: Reading,
-    domain_of: DomainOf | None,
-    weights: Mapping[str, float] | None,
-    limit: int,
-) -> list[Task]:
-    """Chooses what to read of the inputs for a sample.
+    Bad lines are left out, if they are few. `bad` is their number, and `first_bad` says where the
+    first of them is and what is wrong with it.
 
-    `domain_of` gives the domain of a source's documents; it is None if each document names its own.
-    `weights` are of domains; `{}` gives all the same, None is in proportion to size. `limit` is the
-    size of the sample in UTF-8 bytes.
-
-    Raises:
-        UserError: If sources name the domains and one has no weight, or some weight no source.
+    Args:
+        inputs: The flags that name the domains.
+        json_key: The field that holds the text.
+        weights: Weights of domains; `{}` gives all the same, None is in proportion to size.
+        limit: Size of the sample in UTF-8 bytes.
+        max_bad_fraction: Share of the lines that may be bad.
     """
-    if domain_of is None or weights is None:
-        return plan(sources, reading, READ_PER_KEPT * limit)
-    groups: dict[str, list[Source]] = {}
-    for source in sources:
-        groups.setdefault(domain_of(source), []).append(source)
-    if weights:
-        for domain, group in groups.items():
-            _check_weight(domain, weights, group[0])
-        _check_domains(weights, groups)
-        groups = {domain: group for domain, group in groups.items() if weights[domain] > 0}
-    budgets = divide(
-        [sum(source.text_bytes for source in group) for group in groups.values()],
-        [weights.get(domain, 1.0) for domain in groups],
-        limit,
-    )
-    return [
-        task
-        for group, budget in zip(groups.values(), budgets, strict=True)
-        for task in plan(group, reading, READ_PER_KEPT * budget)
-    ]
 
+    def __init__(
+        self,
+        inputs: InputFlags,
+        json_key: str,
+        weights: Mapping[str, float] | None,
+        limit: int,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
+        self._inputs, self._json_key, self._weights = inputs, json_key, weights
+        self._limit, self._max_bad_fraction = limit, max_bad_fraction
+        columns = [json_key, *([inputs.domain_key] if inputs.domain_key else [])]
+        self.reading = Reading(
+            chunk_bytes=chunk_size(READ_PER_KEPT * limit, _CHUNKS),
+            max_line_bytes=MAX_LINE_BYTES,
+            columns=tuple(dict.fromkeys(columns)),
+            whole_files=True,
+        )
+        self._records = 0
+        self.bad = 0
+        self.first_bad = ""
 
-def draw_sample(
-    chosen: Sequence[Task],
-    reader: DocumentReader,
-    domain_of: DomainOf | None,
-    weights: Mapping[str, float] | None,
-    limit: int,
-    cut: Callable[[str], Iterator[str]],
-) -> TextSample:
-    """Reads what `plan_reading` chose for the same arguments, and keeps a sample of it.
+    def plan(self, sources: Sequence[Source]) -> list[Task]:
+        """Chooses what to read of the inputs for a sample.
 
-    `cut` cuts a text into the lines of the sample.
+        Raises:
+            UserError: If sources name the domains and one has no weight, or some weight no source.
+        """
+        weights = self._weights
+        if self._inputs.domain_key or weights is None:
+            return plan(sources, self.reading, READ_PER_KEPT * self._limit)
+        groups: dict[str, list[Source]] = {}
+        for source in sources:
+            groups.setdefault(source.domain(self._inputs.domain_by), []).append(source)
+        if weights:
+            for domain, group in groups.items():
+                _check_weight(domain, weights, group[0])
+            _check_domains(weights, groups)
+            groups = {domain: group for domain, group in groups.items() if weights[domain] > 0}
+        budgets = divide(
+            [sum(source.text_bytes for source in group) for group in groups.values()],
+            [weights.get(domain, 1.0) for domain in groups],
+            self._limit,
+        )
+        return [
+            task
+            for group, budget in zip(groups.values(), budgets, strict=True)
+            for task in plan(group, self.reading, READ_PER_KEPT * budget)
+        ]
 
-    Raises:
-        UserError: If too many lines are bad, a domain has no weight or a weight no domain.
-    """
-    sample = TextSample(limit, weights)
-    found = set()
-    for task in chosen:
-        of_source = domain_of(task.source) if domain_of is not None else ""
-        for of_document, text in reader.documents(task):
-            domain = of_source if of_document is None else of_document
-            if weights:
-                found.add(domain)
-                _check_weight(domain, weights, task.source)
-                if weights[domain] == 0:
+    def draw(self, chosen: Sequence[Task], cut: Callable[[str], Iterator[str]]) -> TextSample:
+        """Reads what `plan` chose and keeps a sample; `cut` cuts a text into the sample's lines.
+
+        Raises:
+            UserError: If too many lines are bad, a domain has no weight or a weight no domain.
+        """
+        weights, sample = self._weights, TextSample(self._limit, self._weights)
+        found = set()
+        for task in chosen:
+            for domain, text in self.documents(task):
+                if weights:
+                    found.add(domain)
+                    _check_weight(domain, weights, task.source)
+                    if weights[domain] == 0:
+                        continue
+                sample.add(domain, cut(text), task.fraction)
+        self.check_bad(at_end=True)
+        if self._inputs.domain_key and weights:
+            _check_domains(weights, found)
+        return sample
+
+    def documents(self, task: Task) -> Iterator[tuple[str, str]]:
+        """Yields the domain and the text of every document of a task.
+
+        Raises:
+            UserError: If the file is damaged, or too many lines so far are bad.
+        """
+        source, key = task.source, self._inputs.domain_key
+        of_source = "" if key else source.domain(self._inputs.domain_by)
+        plain_key = self._json_key if source.format == "txt" else None
+        lines = 0
+        for chunk in read(task, self.reading):
+            for raw in chunk.documents:
+                try:
+                    record = parse(raw, MAX_LINE_BYTES, plain_key)
+                    text = text_field(record, "--json-key", self._json_key)
+                    domain = text_field(record, "--domain-key", key) if key else of_source
+                except BadRecordError as error:
+                    self.bad += 1
+                    self.first_bad = self.first_bad or f"{task.place(lines + raw.line)}: {error}"
                     continue
-            sample.add(domain, cut(text), task.fraction)
-    reader.check_bad(at_end=True)
-    if domain_of is None and weights:
-        _check_domains(weights, found)
-    return sample
+                self._records += 1
+                yield domain, text
+            lines += chunk.lines
+        self.check_bad(at_end=False)
+
+    def check_bad(self, at_end: bool) -> None:
+        """Refuses the inputs if too many of the lines were bad."""
+        if too_many_bad(self.bad, self._records, self._max_bad_fraction, at_end):
+            raise UserError(
+                f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
+                f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
+                "them, or allow more"
+            )
 
 
 def _check_weight(domain: str, weights: Mapping[str, float], source: Source) -> None:
@@ -128,16 +174,6 @@ def _check_domains(weights: Mapping[str, float], found: Collection[str]) -> None
                 f"--domain-weights: no domain '{domain}' in --input, which has "
                 f"{', '.join(sorted(found))}; leave it out"
             )
-
-
-def how_to_read(columns: Sequence[str], max_bytes: int) -> Reading:
-    """Returns how documents are read where `plan` chooses `max_bytes` of them."""
-    return Reading(
-        chunk_bytes=chunk_size(max_bytes, _CHUNKS),
-        max_line_bytes=MAX_LINE_BYTES,
-        columns=tuple(dict.fromkeys(columns)),
-        whole_files=True,
-    )
 
 
 def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Task]:
@@ -168,60 +204,6 @@ def _pieces(source: Source, reading: Reading) -> Iterator[Task]:
     if source.path == STANDARD_INPUT:  # asking for its chunks would read it
         return iter([Task(source, -1)])
     return tasks([source], reading, 1, lambda _: frozenset())
-
-
-class DocumentReader:
-    """Reads the documents of tasks and leaves bad lines out, if they are few.
-
-    `bad` is the number of lines that were left out, and `first_bad` says where the first of them is
-    and what is wrong with it.
-    """
-
-    def __init__(
-        self, reading: Reading, json_key: str, domain_key: str | None, max_bad_fraction: float
-    ) -> None:
-        self._reading = reading
-        self._json_key = json_key
-        self._domain_key = domain_key
-        self._max_bad_fraction = max_bad_fraction
-        self._records = 0
-        self.bad = 0
-        self.first_bad = ""
-
-    def documents(self, task: Task) -> Iterator[tuple[str | None, str]]:
-        """Yields the domain, if a field holds it, and the text of every document of a task.
-
-        Raises:
-            UserError: If the file is damaged, or too many lines so far are bad.
-        """
-        plain_key = self._json_key if task.source.format == "txt" else None
-        lines = 0
-        for chunk in read(task, self._reading):
-            for raw in chunk.documents:
-                try:
-                    record = parse(raw, self._reading.max_line_bytes, plain_key)
-                    text = text_field(record, "--json-key", self._json_key)
-                    domain = None
-                    if self._domain_key is not None:
-                        domain = text_field(record, "--domain-key", self._domain_key)
-                except BadRecordError as error:
-                    self.bad += 1
-                    if not self.first_bad:
-                        self.first_bad = f"{task.place(lines + raw.line)}: {error}"
-                    continue
-                self._records += 1
-                yield domain, text
-            lines += chunk.lines
-        self.check_bad(at_end=False)
-
-    def check_bad(self, at_end: bool) -> None:
-        """Refuses the inputs if too many of the lines were bad."""
-        if too_many_bad(self.bad, self._records, self._max_bad_fraction, at_end):
-            raise UserError(
-                f"{self.first_bad}; {self.bad:,} of {self.bad + self._records:,} lines read are "
-                f"bad, more than --max-bad-fraction {self._max_bad_fraction:g} allows: correct "
-                "them, or allow more"
-            )
 
 
 class _Passage(NamedTuple):
