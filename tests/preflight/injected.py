@@ -36,7 +36,7 @@ def main() -> None:
         def refuse(*_: object) -> Any:
             raise UserError(faults["refusal"])
 
-        rank_checks.check_job = refuse
+        rank_checks.check_job = refuse  # type: ignore[assignment]
     all_reduce = dist.all_reduce
 
     def faulty(message: torch.Tensor) -> None:
