@@ -62,7 +62,7 @@ def main() -> None:
         patching.apply(job.patches)
 
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(
-        explaining(pretrain, args, progress)
+        explaining(args, progress)(pretrain)
     )
     train = functools.partial(
         pretrain,

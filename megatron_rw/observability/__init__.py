@@ -1,5 +1,1 @@
-"""Metrics and diagnosis of a run: Prometheus endpoint, slowest rank, memory, profile.
-
-This is what Megatron lacks. Everything but the endpoint's own thread runs where Megatron waits for
-the device anyway.
-"""
+"""Metrics and diagnosis of a run that Megatron lacks: Prometheus endpoint, out-of-memory errors."""

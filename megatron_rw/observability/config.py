@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import socket
 from dataclasses import dataclass
 
 from megatron_rw.errors import UserError
@@ -32,8 +34,15 @@ class MonitoringConfig:
         if self.prometheus_port is None:
             if self.prometheus_address != DEFAULT_ADDRESS:
                 raise UserError("--prometheus-address does nothing alone: add --prometheus-port.")
-        elif not 0 <= self.prometheus_port <= 65535:
+            return
+        if not 0 <= self.prometheus_port <= 65535:
             raise UserError(
                 f"--prometheus-port must be in [0, 65535], not {self.prometheus_port}: 0 takes one "
                 "that is free."
+            )
+        if importlib.util.find_spec("prometheus_client") is None:
+            raise UserError(
+                f"--prometheus-port needs a package that is not installed on "
+                f"{socket.gethostname()}: pip install prometheus-client",
+                known_to_all=False,
             )

@@ -41,21 +41,8 @@ _MEANINGS = {
     "reweight_relative_max_weight": "Largest weight times set size, mean over sets; 1 is uniform.",
     "reweight_nonfinite_samples": "Samples left out since their loss is not finite.",
 }
-# Where a record of a logging interval has the values of some.
-_PATHS = {
-    "learning_rate": "learning_rate",
-    "loss_scale": "loss_scale",
-    "grad_norm": "grad_norm",
-    "step_duration_seconds": "speed.seconds_per_step",
-    "tokens_per_second": "speed.tokens_per_second",
-    "reweight_temperature": "reweight.temperature",
-    "reweight_ess_ratio": "reweight.ess",
-    "reweight_max_weight": "reweight.max_weight",
-    "reweight_relative_max_weight": "reweight.relative_max_weight",
-    "reweight_nonfinite_samples": "reweight.nonfinite_samples",
-}
 # The numbers of a record's top level that are not losses.
-_NOT_LOSSES = {"time", "iteration", *_PATHS.values()}
+_NOT_LOSSES = {"time", "iteration", "learning_rate", "loss_scale", "grad_norm"}
 
 # The label values and the value of each sample.
 _Samples = Sequence[tuple[Sequence[str], float]]
@@ -121,11 +108,11 @@ class Endpoint:
         """Yields the metrics that have a value: what a collector of `prometheus_client` does."""
         values, records = self._values, self._records
         train = records.get("train", {})
-        interval = {name: _at(train, path) for name, path in _PATHS.items()}
-        for name, value in (values | interval).items():
-            if value is not None:
+        named = _by_metric(train) | values
+        for name, meaning in _MEANINGS.items():
+            if (value := named.get(name)) is not None:
                 family = CounterMetricFamily if name == _SKIPPED else GaugeMetricFamily
-                yield family(f"megatron_rw_{name}", _MEANINGS[name], value=value)
+                yield family(f"megatron_rw_{name}", meaning, value=value)
         yield from _labelled(
             "loss",
             "Nats per token; of training, mean of an interval.",
@@ -157,11 +144,16 @@ def _labelled(
         yield gauge
 
 
-def _at(record: Mapping[str, Any], path: str) -> float | None:
-    value: Any = record
-    for key in path.split("."):
-        value = value.get(key) if value is not None else None
-    return value
+def _by_metric(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a record of a logging interval by the name of their metric."""
+    speed, reweight = train.get("speed", {}), train.get("reweight", {})
+    return {
+        **train,
+        **{f"reweight_{name}": value for name, value in reweight.items()},
+        "reweight_ess_ratio": reweight.get("ess"),
+        "step_duration_seconds": speed.get("seconds_per_step"),
+        "tokens_per_second": speed.get("tokens_per_second"),
+    }
 
 
 def _losses(records: Mapping[str, Mapping[str, Any]]) -> _Samples:
@@ -171,7 +163,7 @@ def _losses(records: Mapping[str, Mapping[str, Any]]) -> _Samples:
         for name, value in record.items()
         if isinstance(value, float) and name not in _NOT_LOSSES
     ]
-    weighted = _at(records.get("train", {}), "reweight.objective")
+    weighted = records.get("train", {}).get("reweight", {}).get("objective")
     if weighted is not None:
         losses.append((("train", "weighted_loss"), weighted))
     return losses

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -16,25 +15,19 @@ from megatron.core import parallel_state
 from megatron_rw.resilience.watchdog import Progress
 
 
-def explaining(
-    train: Callable[..., Any], args: Namespace, progress: Progress
-) -> Callable[..., Any]:
-    """Wraps a function so that a line explains its out-of-memory error before it is raised.
+@contextlib.contextmanager
+def explaining(args: Namespace, progress: Progress) -> Iterator[None]:
+    """Prints a line that explains an out-of-memory error of the body, before the error passes.
 
     The line names rank, host and place, how full the device is, and flags that would help. With
     Megatron's --record-memory-history it names the snapshot that Megatron has written of the failed
     allocation, for pytorch.org/memory_viz.
     """
-
-    @functools.wraps(train)
-    def explained(*positional: Any, **named: Any) -> Any:
-        try:
-            return train(*positional, **named)
-        except torch.OutOfMemoryError:
-            print(f"error: {_explanation(args, progress)}", file=sys.stderr, flush=True)
-            raise
-
-    return explained
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        print(f"error: {_explanation(args, progress)}", file=sys.stderr, flush=True)
+        raise
 
 
 def _explanation(args: Namespace, progress: Progress) -> str:

@@ -4,10 +4,11 @@
     torchrun --nproc-per-node 8 tools/preflight.py <the flags of the job>
 
 Start it as the job will be started. Every rank runs the job's own checks of flags and data,
-looks at its machine, tries to write to --save, compares clocks and forms a process group with the
-others, in which GPUs run Megatron's GPU sniff test. Rank 0 prints one table and results. No model
-is built and no step is taken. Exit status 0 when the job can start, 1 when there are problems, 2
-for flags that the job would refuse; 74 when ranks lose each other.
+looks at its machine, tries to write to --save and forms a process group with the others, in which
+GPUs run Megatron's GPU sniff test. Rank 0 prints one table and results. No model is built and no
+step is taken. Clocks are not compared; `chronyc tracking` or `timedatectl` on each host does that.
+Exit status 0 when the job can start, 1 when there are problems, 2 for flags that the job would
+refuse; 74 when ranks lose each other.
 
     python tools/preflight.py --estimate 64 <the flags of the job>
 

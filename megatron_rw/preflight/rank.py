@@ -21,15 +21,9 @@ from megatron_rw.platform.files import write_complete
 from megatron_rw.preflight import report
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.config import PreflightConfig
-from megatron_rw.preflight.estimate import advice, estimate
+from megatron_rw.preflight.estimate import Estimate, advice, estimate
 from megatron_rw.preflight.facts import Facts, look_around
-from megatron_rw.preflight.messages import (
-    NoAnswerError,
-    RankMessages,
-    answer_clock,
-    ask_clock,
-    open_store,
-)
+from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
 from megatron_rw.training.arguments import megatron_config
@@ -80,15 +74,10 @@ def check_job(flags: Sequence[str], device: Device) -> Namespace:
 
 def _follow(messages: RankMessages, args: Namespace | None, device: Device) -> int:
     """Takes part in what rank 0 leads, and returns its exit status."""
-    # Rank 0 may have come late, and waits for others from then on.
-    asked = messages.receive("first ranks", 0, wait_s=2 * messages.wait_s)
-    if asked is not None and args is not None:
-        if messages.rank in asked:
-            answer_clock(messages)
-        messages.receive("clocks are compared", 0)
+    if messages.receive("all ranks are ready") and args is not None:
         problem, _ = try_collectives(messages, args.distributed_backend, device)
         messages.send("collectives", problem)
-    status = int(messages.receive("status", 0))
+    status = int(messages.receive("status"))
     messages.send("status was read", True)
     return status
 
@@ -97,52 +86,50 @@ def _lead(
     settings: PreflightConfig, messages: RankMessages, args: Namespace | None, device: Device
 ) -> int:
     """Asks the other ranks, judges, prints, and returns the exit status. On rank 0."""
-    told, missing = messages.receive_all("facts")
+    told, missing = messages.receive_all("facts", range(messages.size), messages.wait_s)
     facts = [Facts(**told[rank]) for rank in sorted(told)]
     record: dict[str, Any] = {"ranks": [dataclasses.asdict(one) for one in facts]}
     results = list(report.check_presence(missing, facts, messages.wait_s))
-    if results or args is None:
-        messages.send("first ranks", None)
-        return _end(settings, messages, results, record)
-    first_ranks = {host: own[0].rank for host, own in report.by_host(facts).items()}
-    messages.send("first ranks", list(first_ranks.values()))
-    clocks = {host: ask_clock(messages, rank) for host, rank in first_ranks.items() if rank}
-    messages.send("clocks are compared", True)
-    problem, speeds = try_collectives(messages, args.distributed_backend, device)
-    messages.send("collectives", problem)
-    problems, missing = messages.receive_all("collectives")
-    if missing:
-        raise NoAnswerError(f"{ranks_text(missing)} did not finish the collectives")
+    messages.send("all ranks are ready", not results)
+    if args is not None and not results:
+        problem, speeds = try_collectives(messages, args.distributed_backend, device)
+        messages.send("collectives", problem)
+        problems, missing = messages.receive_all("collectives", told, messages.wait_s)
+        if missing:
+            raise NoAnswerError(f"{ranks_text(missing)} did not finish the collectives")
+        needed = estimate(args)
+        _print_table(settings, facts, speeds, needed)
+        wanted = settings.room_for_checkpoints or (args.keep_last or 1) + 1
+        results = [
+            *report.check_setup(facts),
+            *report.check_collectives(facts, problems, speeds),
+            *report.check_saving(facts, args.save, needed, wanted),
+            report.check_memory(facts, needed, advice(args)),
+        ]
+        record["sniff_test"] = speeds
+        record["estimate"] = None if needed is None else dataclasses.asdict(needed)
+    status = _print_results(settings, results, record)
+    messages.send("status", status)
+    # The store may live in this process, so the others have to read it before this one ends.
+    messages.receive_all("status was read", told.keys() - {0}, _LAST_WAIT_S)
+    return status
 
-    needed = estimate(args)
-    print(*report.table(facts, clocks, speeds), sep="\n")
+
+def _print_table(
+    settings: PreflightConfig, facts: Sequence[Facts], speeds: list[str], needed: Estimate | None
+) -> None:
+    print(*report.table(facts, speeds), sep="\n")
     if needed is not None:
         # Without the peak of the device there is no time.
         known = settings.peak_tflops is not None or "H100" in facts[0].setup["device"]
         print(*needed.lines(settings if known else None), sep="\n")
     print()
-    size = None if needed is None else needed.checkpoint_bytes
-    wanted = settings.room_for_checkpoints or (args.keep_last or 1) + 1
-    results = [
-        *report.check_setup(facts),
-        *report.check_clocks(clocks),
-        *report.check_collectives(facts, problems, speeds),
-        *report.check_saving(facts, args.save, size, wanted),
-        report.check_memory(facts, needed, advice(args)),
-    ]
-    record["clocks"] = {host: dataclasses.asdict(clock) for host, clock in clocks.items()}
-    record["sniff_test"] = speeds
-    record["estimate"] = None if needed is None else dataclasses.asdict(needed)
-    return _end(settings, messages, results, record)
 
 
-def _end(
-    settings: PreflightConfig,
-    messages: RankMessages,
-    results: Sequence[CheckResult],
-    record: dict[str, Any],
+def _print_results(
+    settings: PreflightConfig, results: Sequence[CheckResult], record: dict[str, Any]
 ) -> int:
-    """Prints the results, writes the report, and returns the exit status on which ranks agree."""
+    """Prints the results, writes the report, and returns the exit status."""
     refused = any(one["refusal"] is not None for one in record["ranks"])
     failed = any(result.level == "problem" for result in results)
     status = USER_ERROR_STATUS if refused else PROBLEMS if failed else 0
@@ -151,10 +138,6 @@ def _end(
     if settings.json is not None:
         findings = [dataclasses.asdict(result) for result in results]
         write_json(settings.json, {"status": status, "findings": findings} | record)
-    messages.send("status", status)
-    # The store may live in this process, so the others have to read it before this one ends.
-    others = [one["rank"] for one in record["ranks"] if one["rank"] != 0]
-    messages.receive_all("status was read", others, _LAST_WAIT_S)
     return status
 
 

@@ -56,7 +56,8 @@ def main() -> None:
 
         job = parse_job_flags(job_flags(config, flags), device)
         progress = Progress()
-        explaining(run, job.megatron, progress)(job, config, progress)
+        with explaining(job.megatron, progress):
+            run(job, config, progress)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
+import socket
 
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.observability import prometheus
-from megatron_rw.observability.metrics_file import MetricsFile
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.spikes import SpikeLog
@@ -26,7 +25,7 @@ from megatron_rw.training.forward_step import ForwardStep
 from megatron_rw.training.loop import TrainingLoop
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.patches import patches
-from megatron_rw.training.reporting import Reporter
+from megatron_rw.training.reporting import MetricsFile, Reporter
 from megatron_rw.training.settings import Settings
 
 
@@ -73,8 +72,15 @@ class Job:
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
     """Returns the reporter of the rank that Megatron logs from, the last; None on the others."""
     args, monitoring = settings.megatron, settings.monitoring
-    endpoint = prometheus.serve(monitoring, args.rank, args.world_size, args.seq_length)
     if args.rank != args.world_size - 1:
         return None
     file = None if monitoring.log_dir is None else MetricsFile(monitoring.log_dir)
+    endpoint = None
+    if monitoring.prometheus_port is not None:
+        # It imports `prometheus_client`, which is optional.
+        from megatron_rw.observability.endpoint import Endpoint
+
+        address, port = monitoring.prometheus_address, monitoring.prometheus_port
+        endpoint = Endpoint(address, port, args.seq_length)
+        print(f"> metrics at {endpoint.url} (rank {args.rank}, {socket.gethostname()})", flush=True)
     return Reporter(domains.names, file, endpoint)

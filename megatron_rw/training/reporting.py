@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-from megatron_rw.observability.metrics_file import MetricsFile, numbers
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 
 if TYPE_CHECKING:
@@ -20,6 +22,24 @@ if TYPE_CHECKING:
 Scalars = dict[str, float]
 
 _HISTOGRAM_BINS = 30
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one object per line, appended, flushed at once.
+
+    After a resume an iteration can appear twice; then the later line counts.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        os.makedirs(log_dir, exist_ok=True)
+        self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Appends a record of plain numbers; what is not finite becomes null."""
+        # JSON has no number that is not finite; Python writes and reads a constant for each.
+        finite = json.loads(json.dumps(record), parse_constant=lambda constant: None)
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
 
 
 @dataclass(frozen=True)
@@ -42,7 +62,8 @@ class Reporter:
         """
         if self.file is None and self.endpoint is None:
             return
-        plain = numbers({"type": kind, "iteration": iteration, "time": time.time(), **record})
+        line = {"type": kind, "iteration": iteration, "time": time.time(), **record}
+        plain = json.loads(json.dumps(line, default=torch.Tensor.item))
         if self.file is not None:
             self.file.write(plain)
         if self.endpoint is not None:

@@ -18,7 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from megatron_rw.errors import UserError
 from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.observability.endpoint import Endpoint
-from megatron_rw.observability.prometheus import serve
 from tests.ports import free_port
 from tests.program import run_program
 
@@ -164,25 +163,14 @@ def test_a_fork_does_not_keep_the_port() -> None:
         os.waitpid(pid, 0)
 
 
-@pytest.mark.parametrize(("rank", "serves"), [(0, False), (2, False), (3, True)])
-def test_the_last_rank_serves(rank: int, serves: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    config = MonitoringConfig(prometheus_port=0, prometheus_address="0.0.0.0")
-    it = serve(config, rank, 4, 32)
-    assert (it is not None) == serves
-    said = capsys.readouterr().out
-    if it is not None:
-        assert it.url.startswith(f"http://{socket.gethostname()}:")
-        assert said == f"> metrics at {it.url} (rank 3, {socket.gethostname()})\n"
-        it.close()
-
-
-def test_an_address_of_another_host_is_named() -> None:
-    # This address belongs to the block for documentation, so that no host has it.
-    with pytest.raises(UserError, match=r"cannot listen at 192\.0\.2\.1: Cannot assign"):
-        Endpoint("192.0.2.1", 0, 32)
+def test_an_endpoint_for_the_network_is_named_by_its_host() -> None:
+    served = Endpoint("0.0.0.0", 0, 32)
+    assert served.url.startswith(f"http://{socket.gethostname()}:")
+    served.close()
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install prometheus-client"):
-        serve(MonitoringConfig(prometheus_port=0), 0, 4, 32)
+    with pytest.raises(UserError, match="pip install prometheus-client") as refused:
+        MonitoringConfig(prometheus_port=0)
+    assert not refused.value.known_to_all, "another host may have it"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_rw.errors import UserError
+from megatron_rw.preflight.config import PreflightConfig
 from tests.program import Run, run_program
 
 BATCH = "--micro-batch-size 2 --train-iters 4 --save-interval 4".split()
@@ -64,28 +65,18 @@ def test_nothing_wrong(tmp_path: Path, data_flags: list[str]) -> None:
 
 
 def test_each_check_names_the_rank(tmp_path: Path, data_flags: list[str]) -> None:
+    faults = {"host": "node1", "torch": "2.10.0", "save": "File too large", "scale": 2}
     run = preflight(
-        tmp_path,
-        data_flags,
-        faults={
-            "host": {"1": "node1"},
-            "clock": {"1": 3.0},
-            "torch": {"1": "2.10.0"},
-            "file_size": {"1": 100},
-            "scale": {"1": 2},
-        },
+        tmp_path, data_flags, faults={name: {"1": value} for name, value in faults.items()}
     )
     assert run.status == [1, 1], run.all_output
-    assert report(run)["clocks"]["node1"]["ahead"] == pytest.approx(3.0, abs=0.1)
-    [clock] = findings(run, "warning")
-    assert "clocks differ from rank 0's: node1 by +3.0 s." in clock
     version, wrong_sum, disk = findings(run, "problem")
     assert re.match(r"torch differs: .* on 1 rank, 2.10.0 on rank 1 \(node1\)", version)
     assert wrong_sum == (
         "ranks 0-1 (node0, node1): an all-reduce of ones over 2 ranks gave 3 to 3 instead of 2."
     )
     save = tmp_path / "checkpoints"
-    assert disk == f"rank 1 (node1) cannot write to --save {save}: File too large: {tmp_path}."
+    assert disk == f"rank 1 (node1): cannot write to --save {save}: File too large."
 
 
 def test_rank_that_never_comes(tmp_path: Path, data_flags: list[str]) -> None:
@@ -108,37 +99,30 @@ def test_rank_0_never_comes(tmp_path: Path, data_flags: list[str]) -> None:
 def test_rank_that_leaves_a_collective(
     fault: str, status: int, tmp_path: Path, data_flags: list[str]
 ) -> None:
-    run = preflight(tmp_path, data_flags, "--wait-seconds", "8", faults={fault: {"1": True}})
+    run = preflight(tmp_path, data_flags, "--wait-seconds", "5", faults={fault: {"1": True}})
     assert run.status == [74, status], run.all_output
     assert not run.hung
     assert "error: rank 0 on node0: rank 1 did not finish the collectives" in run.output[0]
 
 
-def test_flags_that_one_rank_refuses(tmp_path: Path, data_flags: list[str]) -> None:
-    run = preflight(
-        tmp_path, data_flags, faults={"host": {"1": "node1"}, "refusal": {"1": "no such file."}}
-    )
+@pytest.mark.parametrize(("ranks", "named"), [("1", "rank 1"), ("01", "ranks 0-1")])
+def test_flags_that_ranks_refuse(
+    ranks: str, named: str, tmp_path: Path, data_flags: list[str]
+) -> None:
+    refusal = dict.fromkeys(ranks, "no such file.")
+    run = preflight(tmp_path, data_flags, faults={"refusal": refusal})
     assert run.status == [2, 2], run.all_output
-    assert findings(run, "problem") == ["rank 1 (node1): no such file."]
+    assert findings(run, "problem") == [f"{named} (node0): no such file."]
 
 
-def test_flags_that_all_ranks_refuse(tmp_path: Path, data_flags: list[str]) -> None:
-    run = preflight(tmp_path, data_flags, "--micro-batch-size", "0")
-    assert run.status == [2, 2], run.all_output
-    [problem] = findings(run, "problem")
-    assert problem.startswith("ranks 0-1 (node0): ")
-
-
-def test_own_flags_that_cannot_be(tmp_path: Path, data_flags: list[str]) -> None:
-    from megatron_rw.preflight.config import PreflightConfig
-
-    for wrong, message in (
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({"wait_seconds": 0}, "--wait-seconds must be above 0, not 0."),
         ({"assumed_mfu": 1.5}, "--assumed-mfu must be at most 1, not 1.5."),
         ({"json": Path("/nowhere/x.json")}, "--json /nowhere/x.json: there is no such folder."),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            PreflightConfig(**wrong)
-    run = preflight(tmp_path, data_flags, "--wait-seconds", "long", processes=1)
-    assert run.status == [2]
-    assert "error: Error parsing --wait-seconds: " in run.output[0]
+    ],
+)
+def test_own_flags_that_cannot_be(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        PreflightConfig(**wrong)

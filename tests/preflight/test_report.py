@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from hypothesis import strategies as st
 from megatron_rw.preflight import report
 from megatron_rw.preflight.estimate import Estimate
 from megatron_rw.preflight.facts import GIB, Facts, driver_version, try_to_save
-from megatron_rw.preflight.messages import Clock, median_clock
 
 SETUP = {"device": "H100", "driver": "580.1", "torch": "2.11.0"}
 NEEDED = Estimate(64, 7e9, 40 * GIB, 20 * GIB, 90 * GIB, 10, 10, 1e18, 16, ())
@@ -81,7 +82,7 @@ def test_lines_of_the_sniff_test(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_room_for_checkpoints(free: int, level: str) -> None:
     ranks = [facts(0), facts(1, free_disk=free * GIB)]
-    [found] = report.check_saving(ranks, "/s", 90 * GIB, 2)
+    [found] = report.check_saving(ranks, "/s", NEEDED, 2)
     assert found.level == level
     assert ("there should be room for 2" in found.text) == (level != "ok")
     [found] = report.check_saving(ranks, None, None, 2)
@@ -111,43 +112,16 @@ def test_ranks_can_be_read_back(ranks: set[int]) -> None:
     assert {r for pair in pairs for r in range(int(pair[0]), int(pair[-1]) + 1)} == ranks
 
 
-@given(
-    st.floats(-1e4, 1e4),
-    st.lists(st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)), min_size=1, max_size=9),
-)
-def test_clock_is_known_to_half_the_longest_round_trip(
-    ahead: float, delays: list[tuple[float, float]]
-) -> None:
-    rounds = [(100.0, 100.0 + out + ahead, 100.0 + out + back) for out, back in delays]
-    clock = median_clock(rounds)
-    assert abs(clock.ahead - ahead) <= max(out + back for out, back in delays) / 2 + 1e-6
-
-
-def test_clock_with_one_disturbed_round() -> None:
-    clock = median_clock([(0, 5.01, 0.02), (1, 6.01, 1.02), (2, 7.9, 3.0)])
-    assert clock.ahead == pytest.approx(5.0)
-    assert clock.round_trip == pytest.approx(0.02)
-
-
-def test_clocks_that_are_off_are_named() -> None:
-    [found] = report.check_clocks({"a": Clock(0.9, 0.1), "b": Clock(-1.5, 0.1)})
-    assert found.level == "warning"
-    assert "rank 0's: b by -1.5 s." in found.text
-
-
 def test_table_prints_what_is_the_same_once_and_few_of_many_hosts() -> None:
     ranks = [facts(r, setup=SETUP | {"torch": "2.10"} if r == 9 else SETUP) for r in range(100)]
-    lines = list(report.table(ranks, {"node1": Clock(0.5, 0.01)}, ["GEMM 3"]))
+    lines = list(report.table(ranks, ["GEMM 3"]))
     assert lines[0] == "preflight: 100 ranks, 50 hosts"
     assert "  driver               580.1" in lines
     assert "  torch                2.11.0 on ranks 0-8, 10-99; 2.10 on rank 9" in lines
     [row] = [line for line in lines if "node1 " in line]
-    assert row.split() == "node1 2-3 +500.0 ms ± 5.0 500.0 GiB 78.0 GiB".split()
+    assert row.split() == "node1 500.0 GiB 78.0 GiB ranks 2-3".split()
     assert sum("node" in line for line in lines) == report.MAX_HOSTS
-    assert lines[-2:] == [
-        f"  and {50 - report.MAX_HOSTS} more hosts: --json FILE has all",
-        "  GEMM 3",
-    ]
+    assert lines[-2] == f"  and {50 - report.MAX_HOSTS} more hosts: --json FILE has all"
 
 
 def test_driver(tmp_path: Path) -> None:
@@ -159,12 +133,15 @@ def test_driver(tmp_path: Path) -> None:
     assert driver_version(file) == "580.82.07"
 
 
-def test_trying_to_save(tmp_path: Path) -> None:
+def test_trying_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free, problem = try_to_save(str(tmp_path / "not" / "there"))
     assert problem is None
     assert free is not None
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    free, problem = try_to_save(str(tmp_path / "file" / "below"))
-    assert (free, problem) == (None, f"Not a directory: {tmp_path / 'file'}")
     assert try_to_save("s3://bucket/x") == try_to_save(None) == (None, None)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert try_to_save(str(tmp_path)) == (None, f"No space left on device: {tmp_path}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.program import Run, run_program
@@ -152,10 +153,14 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "domain lm loss/b" not in values
 
 
-def test_resumed_run_appends(tmp_path: Path) -> None:
-    from megatron_rw.observability.metrics_file import MetricsFile
+def test_resumed_run_appends_what_json_can_hold(tmp_path: Path) -> None:
+    from megatron_rw.training.reporting import MetricsFile, Reporter
 
-    for iteration in (1, 2):
-        record: dict[str, Any] = {"iteration": iteration}
-        MetricsFile(str(tmp_path)).write(record)
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    for loss in (torch.tensor(0.1), torch.tensor(math.inf)):
+        reporter = Reporter(["a"], MetricsFile(str(tmp_path)))
+        reporter.write("train", 1, {"lm_loss": loss, "domains": {"a": [loss]}})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    tenth = torch.tensor(0.1).item()
+    assert [record["lm_loss"] for record in logged] == [tenth, None]
+    assert [record["domains"] for record in logged] == [{"a": [tenth]}, {"a": [None]}]
