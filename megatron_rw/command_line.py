@@ -6,16 +6,38 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import tyro
+from tyro import _docstrings
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
+from megatron_rw.patching import Around, Patch
 from megatron_rw.platform import allow_argument_files
 
 _FLAG_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+
+_HELP = Patch(
+    _docstrings,
+    "get_field_docstring",
+    Around(lambda proceed, call: " ".join((proceed() or "").split()) or None),
+    "tyro keeps the line breaks of a docstring that is indented, in the middle of sentences.",
+    seen_in="tyro 1.0.17",
+)
+# Errors in tyro's terms, and in plain ones.
+_PLAIN = (
+    (r"Error parsing (--\S+): .*\b(?:int|INT)\b.*'(.*)'.*", r"\1 \2: give a whole number"),
+    (r"Error parsing (--\S+): .*\b(?:float|FLOAT)\b.*'(.*)'.*", r"\1 \2: give a number"),
+    (r"Missing value for argument '(.*)'\. Expected 1 values\.", r"\1: give a value"),
+    (
+        r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.",
+        r"\2 \1: choose one of \3",
+    ),
+)
 
 # A flag's help text is indented by this much in tyro's errors.
 _HELP_INDENT = 8
@@ -36,7 +58,7 @@ def parse[Config](config: type[Config], argv: Sequence[str] | None, description:
     Raises:
         UserError: If the command line is wrong, in one line instead of tyro's box.
     """
-    with _one_line_errors():
+    with _one_line_errors(), patching.applied([_HELP]):
         return tyro.cli(
             config,
             prog=_program(),
@@ -65,7 +87,7 @@ def parse_known[Config](
         UserError: As of `parse`, and if an argument file cannot be read.
     """
     given = _without_argument_files(argv)
-    with _one_line_errors():
+    with _one_line_errors(), patching.applied([_HELP]):
         return tyro.cli(
             config,
             prog=_program(),
@@ -117,9 +139,10 @@ def _one_line_errors() -> Iterator[None]:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise UserError(
-            f"{_unboxed(said.getvalue())} ({_program()} --help lists all flags)"
-        ) from None
+        message = _unboxed(said.getvalue())
+        for theirs, ours in _PLAIN:
+            message = re.sub(theirs, ours, message)
+        raise UserError(f"{message} ({_program()} --help lists all flags)") from None
 
 
 @contextlib.contextmanager

@@ -141,4 +141,4 @@ def test_own_flags_that_cannot_be(tmp_path: Path, data_flags: list[str]) -> None
             PreflightConfig(**wrong)
     run = preflight(tmp_path, data_flags, "--wait-seconds", "long", processes=1)
     assert run.status == [2]
-    assert "error: Error parsing --wait-seconds: " in run.output[0]
+    assert "error: --wait-seconds long: give a whole number" in run.output[0]

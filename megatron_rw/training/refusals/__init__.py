@@ -35,7 +35,7 @@ def check_parsed(settings: Settings) -> None:
     if args.rank == 0:
         check_files(args)
         check_folders(args, settings.monitoring.log_dir)
-        for line in choose_checkpoint(args.load, args.save, args.ckpt_step):
+        for line in choose_checkpoint(args):
             print(f"> {line}", flush=True)
 
 
