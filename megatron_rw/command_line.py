@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import tyro
 from tyro import _docstrings
@@ -17,7 +15,7 @@ from tyro import _docstrings
 from megatron_rw import patching
 from megatron_rw.errors import UserError
 from megatron_rw.patching import Around, Patch
-from megatron_rw.platform import allow_argument_files
+from megatron_rw.platform import FlagReader
 
 _FLAG_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
@@ -86,31 +84,16 @@ def parse_known[Config](
     Raises:
         UserError: As of `parse`, and if an argument file cannot be read.
     """
-    given = _without_argument_files(argv)
     with _one_line_errors(), patching.applied([_HELP]):
         return tyro.cli(
             config,
             prog=_program(),
-            args=given,
+            # The flags that it does not know, which are all.
+            args=FlagReader().parse_known_args(argv)[1],
             description=description,
             config=_FLAG_STYLE,
             return_unknown_args=True,
         )
-
-
-class _ArgumentFileReader(argparse.ArgumentParser):
-    """A parser without flags, which reads the files that `@file` arguments name."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises a `UserError` where argparse would print the usage and exit."""
-        raise UserError(message)
-
-
-def _without_argument_files(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with the flags of each `@file` in its place."""
-    reader = _ArgumentFileReader(add_help=False)
-    allow_argument_files(reader)
-    return reader.parse_known_args(argv)[1]
 
 
 def require(holds: bool, flag: str, value: object, what: str) -> None:
