@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
 
 import tyro
+from tyro import _docstrings
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
-from megatron_rw.platform import allow_argument_files
+from megatron_rw.patching import Around, Patch
+from megatron_rw.platform import FlagReader
 
 _FLAG_STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+
+_HELP = Patch(
+    _docstrings,
+    "get_field_docstring",
+    Around(lambda proceed, call: " ".join((proceed() or "").split()) or None),
+    "tyro keeps the line breaks of a docstring that is indented, in the middle of sentences.",
+    seen_in="tyro 1.0.17",
+)
+# Errors in tyro's terms, and in plain ones.
+_PLAIN = (
+    (r"Error parsing (--\S+): .*\b(?:int|INT)\b.*'(.*)'.*", r"\1 \2: give a whole number"),
+    (r"Error parsing (--\S+): .*\b(?:float|FLOAT)\b.*'(.*)'.*", r"\1 \2: give a number"),
+    (r"Missing value for argument '(.*)'\. Expected 1 values\.", r"\1: give a value"),
+    (
+        r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)\.",
+        r"\2 \1: choose one of \3",
+    ),
+)
 
 # A flag's help text is indented by this much in tyro's errors.
 _HELP_INDENT = 8
@@ -36,7 +56,7 @@ def parse[Config](config: type[Config], argv: Sequence[str] | None, description:
     Raises:
         UserError: If the command line is wrong, in one line instead of tyro's box.
     """
-    with _one_line_errors():
+    with _one_line_errors(), patching.applied([_HELP]):
         return tyro.cli(
             config,
             prog=_program(),
@@ -64,31 +84,16 @@ def parse_known[Config](
     Raises:
         UserError: As of `parse`, and if an argument file cannot be read.
     """
-    given = _without_argument_files(argv)
-    with _one_line_errors():
+    with _one_line_errors(), patching.applied([_HELP]):
         return tyro.cli(
             config,
             prog=_program(),
-            args=given,
+            # The flags that it does not know, which are all.
+            args=FlagReader().parse_known_args(argv)[1],
             description=description,
             config=_FLAG_STYLE,
             return_unknown_args=True,
         )
-
-
-class _ArgumentFileReader(argparse.ArgumentParser):
-    """A parser without flags, which reads the files that `@file` arguments name."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raises a `UserError` where argparse would print the usage and exit."""
-        raise UserError(message)
-
-
-def _without_argument_files(argv: Sequence[str]) -> list[str]:
-    """Returns the arguments with the flags of each `@file` in its place."""
-    reader = _ArgumentFileReader(add_help=False)
-    allow_argument_files(reader)
-    return reader.parse_known_args(argv)[1]
 
 
 def require(holds: bool, flag: str, value: object, what: str) -> None:
@@ -117,9 +122,10 @@ def _one_line_errors() -> Iterator[None]:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise UserError(
-            f"{_unboxed(said.getvalue())} ({_program()} --help lists all flags)"
-        ) from None
+        message = _unboxed(said.getvalue())
+        for theirs, ours in _PLAIN:
+            message = re.sub(theirs, ours, message)
+        raise UserError(f"{message} ({_program()} --help lists all flags)") from None
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from tyro.conf import arg
@@ -22,10 +22,13 @@ class Inner:
 class Config:
     inner: Inner
     output_dir: Annotated[Path, arg(metavar="DIR")]
-    """Where the output goes, which is said in a text that is longer than a line of a terminal."""
+    """Where the output goes,
+    which is said in a text that is longer than a line of a terminal."""
     number: int = 1
     fast: bool = False
     numbers: list[int] = field(default_factory=list)
+    share: float | None = None
+    mode: Literal["all", "none"] = "all"
 
     def __post_init__(self) -> None:
         require(self.number > 0, "--number", self.number, "a number above 0")
@@ -47,7 +50,10 @@ def test_flags_are_fields_without_prefixes() -> None:
     [
         ("", r"^Missing from \S+: --output-dir DIR \(\S+ --help lists all flags\)$"),
         ("--output-dir x --number 0", "^--number 0: give a number above 0$"),
-        (f"--output-dir x --number {'n' * 150}", f"^Error parsing --number: .*{'n' * 150}"),
+        (f"--output-dir x --number {'n' * 150}", f"^--number {'n' * 150}: give a whole number "),
+        ("--output-dir x --share half", "^--share half: give a number "),
+        ("--output-dir x --number", "^--number: give a value "),
+        ("--output-dir x --mode some", "^--mode some: choose one of 'all', 'none' "),
         ("--output-dir x --nmber 3", "^Unrecognized options: --nmber"),
     ],
 )
@@ -65,4 +71,7 @@ def test_help_prints_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parsed("--help")
     assert not ended.value.code
-    assert "Does something." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Does something." in shown
+    # A line of the docstring does not end one of the help.
+    assert "goes, which is said" in shown

@@ -141,3 +141,17 @@ def test_a_tool_ends_quietly_where_nobody_reads_its_output() -> None:
     assert tool.stderr is not None
     assert tool.stderr.read() == b""
     assert tool.wait() in (0, 120, 141)
+
+
+def test_a_tool_without_its_packages_says_how_to_get_them() -> None:
+    # Without the site's packages, as any other Python on the machine.
+    tool = subprocess.run(
+        [sys.executable, "-S", "tools/merge_datasets.py", "--input", "x"],
+        cwd=Path(__file__).parents[1],
+        env={},
+        capture_output=True,
+        text=True,
+    )
+    assert tool.returncode == 1
+    assert tool.stderr.startswith("error: megatron_rw is not installed for ")
+    assert tool.stderr.endswith(".venv/bin/python tools/merge_datasets.py --input x\n")

@@ -1,8 +1,6 @@
 """Prints what is in Megatron datasets and whether they are whole; see `--help`."""
 
-import sys
-
-from megatron_rw.data.inspect_dataset import main
+from _start import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start("megatron_rw.data.inspect_dataset")

@@ -1,6 +1,6 @@
 """Joins Megatron datasets; see `--help`."""
 
-from megatron_rw.data.merge_datasets import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.data.merge_datasets")

@@ -1,6 +1,6 @@
 """Looks at every rank before a long job, with the job's own flags; see `--help`."""
 
-from megatron_rw.preflight.command import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.preflight.command")

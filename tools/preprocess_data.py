@@ -1,6 +1,6 @@
 """Turns text into Megatron datasets, one per domain; see `--help`."""
 
-from megatron_rw.data.preprocess_data import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.data.preprocess_data")

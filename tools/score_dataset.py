@@ -1,6 +1,6 @@
 """Losses of a checkpoint on every token and document of a dataset; see `--help`."""
 
-from megatron_rw.scoring.command import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.scoring.command")

@@ -1,6 +1,6 @@
 """Splits Megatron datasets into train, valid and test; see `--help`."""
 
-from megatron_rw.data.split_dataset import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.data.split_dataset")

@@ -1,6 +1,6 @@
 """Trains a SentencePiece tokenizer on JSON-lines text; see `--help`."""
 
-from megatron_rw.data.train_tokenizer import main
+from _start import start
 
 if __name__ == "__main__":
-    main()
+    start("megatron_rw.data.train_tokenizer")

@@ -15,11 +15,21 @@ from typing import Literal, NoReturn
 from megatron_rw.errors import UserError
 
 Device = Literal["cuda", "cpu"]
-DEVICE_CHOICES = ("auto", "cuda", "cpu")
+_CHOICES = ("auto", "cuda", "cpu")
 
 
-class _Parser(argparse.ArgumentParser):
+class FlagReader(argparse.ArgumentParser):
+    """Reads some flags out of a command line, and the argument files in it.
+
+    It has no `--help`, and a `UserError` takes the place of argparse's usage and exit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        allow_argument_files(self)
+
     def error(self, message: str) -> NoReturn:
+        """Raises a `UserError`."""
         raise UserError(message, known_to_all=False)
 
 
@@ -28,17 +38,12 @@ def select_device(argv: Sequence[str]) -> Device:
 
     Must run before the first import of `megatron`. `auto` (the default) takes CUDA when a device is
     visible and the CPU otherwise. Other flags are left for Megatron's own parser.
-
-    Raises:
-        UserError: If `--device cuda` is given where there is no CUDA device, or an unknown device,
-            or an argument file (`@path`) that cannot be read.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = FlagReader()
     parser.add_argument("--device", default="auto")
-    allow_argument_files(parser)
     asked = parser.parse_known_args(argv)[0].device
-    if asked not in DEVICE_CHOICES:
-        raise UserError(f"--device {asked}: choose one of {', '.join(DEVICE_CHOICES)}.")
+    if asked not in _CHOICES:
+        raise UserError(f"--device {asked}: choose one of {', '.join(_CHOICES)}.")
 
     import torch
 

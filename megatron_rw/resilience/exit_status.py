@@ -1,4 +1,9 @@
-"""Ends a run on signals, and with an exit status that says whether there is more to do."""
+"""Ends a run on signals, and with an exit status that says whether there is more to do.
+
+SLURM sends a signal to every process of a step, and a terminal sends Ctrl-C to every process of a
+job. Processes that load data or write checkpoints would end, and the rank could not save. They are
+therefore started with the signals blocked on which a run saves and ends.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -14,8 +21,10 @@ import torch.distributed as dist
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_rw.errors import INTERRUPTED_STATUS
-from megatron_rw.patching import Patch
-from megatron_rw.resilience import signal_shield
+from megatron_rw.patching import Around, Patch
+
+# The signals that are blocked in processes started from now on.
+_blocked: set[signal.Signals] = set()
 
 
 def patches() -> list[Patch]:
@@ -25,10 +34,14 @@ def patches() -> list[Patch]:
         "back and another signal (SLURM's --signal) some time before, and a user sends Ctrl-C. All "
         "of them have the run finish its step, save and leave; a second Ctrl-C stops it at once."
     )
+    blocked = (
+        "A new program inherits blocked signals, but no handlers. `terminate()` kills the process "
+        "instead, because SIGTERM may be one of the signals."
+    )
     return [
         Patch(DistributedSignalHandler, "__enter__", _enter, why),
         Patch(DistributedSignalHandler, "release", _release, why),
-        *signal_shield.patches(),
+        Patch(BaseProcess, "start", Around(_start_process), blocked, seen_in="Python 3.12"),
     ]
 
 
@@ -43,7 +56,7 @@ def _enter(self: Any) -> Any:
 
     signals = {signal.Signals(self.sig), signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     self.original_handlers = {number: signal.signal(number, handler) for number in signals}
-    signal_shield.blocked |= signals
+    _blocked.update(signals)
     return self
 
 
@@ -54,6 +67,22 @@ def _release(self: Any) -> bool:
         signal.signal(number, original)
     self.released = True
     return True
+
+
+def _start_process(proceed: Callable[..., Any], call: dict[str, Any]) -> None:
+    if not _blocked:
+        proceed()
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _blocked)
+    try:
+        # The resource tracker unblocks SIGTERM and SIGINT when it has to start its own process.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _blocked)
+        proceed()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    process: Any = call["self"]._popen
+    process.terminate = process.kill
 
 
 def run_to_its_end(args: Namespace, when_unfinished: int, train: Callable[[], Any]) -> None:

@@ -7,8 +7,8 @@ stands still: in a collective, or in a file system that hangs. A run therefore t
 that the environment variable MEGATRON_RW_HEARTBEAT names, as the images do, once it starts and
 before its micro-batches, and removes it when it ends. The check is unhealthy, exit status 1, when
 the file has not been touched for MEGATRON_RW_HEALTH_SECONDS (1800). That must be longer than a
-start or the writing of a checkpoint takes. Without the file there is no run, and the check is
-healthy.
+start or the writing of a checkpoint takes. Without the file, or without the process that it names,
+there is no run, and the check is healthy.
 
 It imports neither torch nor Megatron and touches no GPU: it runs every minute beside the training.
 """
@@ -43,7 +43,7 @@ class Heartbeat:
             return
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).touch()
+            Path(path).write_text(str(os.getpid()))
         except OSError as error:
             print(f"WARNING: {PATH_VARIABLE}: no heartbeat for the health check: {error}")
             return
@@ -69,10 +69,12 @@ def main() -> int:
         return 1
     path = os.environ.get(PATH_VARIABLE, "")
     try:
-        age = time.time() - Path(path).stat().st_mtime if path else None
+        # A run that was killed leaves its file.
+        is_there = bool(path) and Path("/proc", Path(path).read_text()).exists()
+        age = time.time() - Path(path).stat().st_mtime
     except FileNotFoundError:
-        age = None
-    if age is None:
+        is_there = False
+    if not is_there:
         print(f"healthy: no run is here ({PATH_VARIABLE}={path})")
         return 0
     state = "healthy" if age <= limit else f"unhealthy (limit {limit:g} s, {LIMIT_VARIABLE})"

@@ -49,12 +49,3 @@ class NonFiniteExit(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE_FAILED_ON_RESULT_VALIDATION)
-
-
-def megatron_decides(on_nonfinite: OnNonFinite, checks: bool, rerun_mode: str) -> bool:
-    """Returns whether Megatron's rerun state machine judges a bad step, and we only explain it.
-
-    It runs such a step again to tell a faulty GPU from a faulty sample, and then ends the run.
-    `checks` is the value of --check-for-nan-in-loss-and-grad.
-    """
-    return checks and on_nonfinite == "raise" and rerun_mode != "disabled"

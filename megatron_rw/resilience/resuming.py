@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_rw.data.indexed.integrity import changed
@@ -18,9 +20,16 @@ SHAPING = (
     *("untie_embeddings_and_output_weights", "position_embedding_type", "num_experts"),
     *("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "mtp_num_layers", "vocab_size"),
 )
+# The flags from which Megatron computes the schedule of the learning rate and the weight decay.
+_SCHEDULE_FLAGS = (
+    *("train_iters", "train_samples", "global_batch_size", "lr", "min_lr", "lr_decay_style"),
+    *("lr_decay_iters", "lr_decay_samples"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
+    *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
+)
 
 
-def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None) -> list[str]:
+def choose_checkpoint(args: Namespace) -> list[str]:
     """Makes sure that the checkpoint that Megatron will load is complete. Called on one rank.
 
     Megatron trusts the tracker alone. Where that names no complete checkpoint, because the run
@@ -28,16 +37,14 @@ def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None)
     is set to the newest complete one. A tracker that names an older checkpoint than the newest is
     obeyed: somebody may have put it back on purpose.
 
-    Returns:
-        Lines for the user.
-
-    Raises:
-        UserError: If what would be loaded is not complete, and nothing else can be.
+    Returns lines for the user. Refuses what is not there or not complete, if nothing else can be
+    loaded.
     """
+    load, ckpt_step = args.load, args.ckpt_step
     if load is None or "://" in load:
         return []
     folder = CheckpointFolder(load)
-    if load == save:
+    if _is_own(args):
         folder.sweep()
     if folder.is_release():
         return []
@@ -58,14 +65,14 @@ def choose_checkpoint(load: str | None, save: str | None, ckpt_step: int | None)
         return _note_newer(folder, named)
     newest = folder.newest_complete()
     if newest is None:
-        return _nothing(folder, tracked)
+        return _nothing(args, folder, tracked)
     why = (
         "its tracker names none"
         if tracked is None
         else f"its tracker names iteration {tracked}, which "
         + ("is not there" if named is None else f"is incomplete: {named.defect()}")
     )
-    if load != save:
+    if not _is_own(args):
         raise UserError(
             f"--load {load}: {why}. The newest complete checkpoint there is that of iteration "
             f"{newest.iteration}: add --ckpt-step {newest.iteration}."
@@ -91,7 +98,11 @@ def _note_newer(folder: CheckpointFolder, named: Checkpoint) -> list[str]:
     ]
 
 
-def _nothing(folder: CheckpointFolder, tracked: int | None) -> list[str]:
+def _is_own(args: Namespace) -> bool:
+    return args.save is not None and Path(args.save) == Path(args.load)
+
+
+def _nothing(args: Namespace, folder: CheckpointFolder, tracked: int | None) -> list[str]:
     unfinished = folder.checkpoints()
     if tracked is not None:
         raise UserError(
@@ -99,6 +110,18 @@ def _nothing(folder: CheckpointFolder, tracked: int | None) -> list[str]:
             f"complete checkpoint{_complete(folder)}. To begin anew, give another folder, or "
             f"delete {folder.path / TRACKER}."
         )
+    # Megatron takes one of these then, and would otherwise begin a new training.
+    if not (args.pretrained_checkpoint or args.non_persistent_ckpt_type):
+        found = "it holds no complete checkpoint" if folder.path.is_dir() else "there is no folder"
+        if not _is_own(args):
+            raise UserError(
+                f"--load {folder.path}: {found}. Give the folder that a run had as its --save. A "
+                "new run needs no --load, except its own --save to resume from."
+            )
+        if args.exit_on_missing_checkpoint:
+            raise UserError(
+                f"--load {folder.path}: {found}. Drop --exit-on-missing-checkpoint to begin anew."
+            )
     if unfinished:
         return [
             f"{folder.path} holds no complete checkpoint: the run begins from nothing. That of "
@@ -147,12 +170,14 @@ def check_resume(args: Namespace, allow_changed_data: bool) -> None:
         )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
-    differing = _listed(common.get("opt_param_scheduler", {}), _schedule(args))
-    if differing:
+    mine, theirs = _schedule(args), common.get("opt_param_scheduler", {})
+    if any(theirs.get(name, value) != value for name, value in mine.items()):
+        differing = _listed(_schedule_flags(saved), _schedule_flags(vars(args)))
         raise UserError(
-            f"{path} was written under another schedule: {differing} (in samples, where "
-            "counted). Add --override-opt_param-scheduler to go on under the one given here, or "
-            "--use-checkpoint-opt_param-scheduler for the one there."
+            f"{path} was written under another schedule: "
+            f"{differing or '--use-checkpoint-opt_param-scheduler there'}. Add "
+            "--override-opt_param-scheduler to go on under the one given here, for example to "
+            "train longer, or --use-checkpoint-opt_param-scheduler for the one there."
         )
 
 
@@ -165,16 +190,20 @@ def _loaded(args: Namespace) -> Checkpoint | None:
     return checkpoint if checkpoint is not None and checkpoint.is_distributed else None
 
 
-def _listed(saved: dict[str, Any], mine: dict[str, tuple[str, Any]]) -> str:
-    """Lists the flags of this run whose value differs from the one saved under their name."""
+def _listed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """Lists the flags of this run whose value differs from the one in the checkpoint."""
     return "; ".join(
-        f"--{flag.replace('_', '-')} {saved[name]} there, {value} here"
-        for flag, (name, value) in mine.items()
-        if name in saved and saved[name] != value
+        f"--{name.replace('_', '-')} {_said(theirs[name])} there, {_said(value)} here"
+        for name, value in mine.items()
+        if name in theirs and theirs[name] != value
     )
 
 
-def _shapes(args: Namespace) -> dict[str, tuple[str, Any]]:
+def _said(value: Any) -> Any:
+    return "not given" if value is None else value
+
+
+def _shapes(args: Namespace) -> dict[str, Any]:
     names = list(SHAPING)
     if not args.group_query_attention:
         # Megatron then changes its own default to the number of heads while it trains, and saves
@@ -182,10 +211,10 @@ def _shapes(args: Namespace) -> dict[str, tuple[str, Any]]:
         names.remove("num_query_groups")
     if args.position_embedding_type == "learned_absolute":
         names.append("max_position_embeddings")
-    return {name: (name, getattr(args, name)) for name in names}
+    return {name: getattr(args, name) for name in names}
 
 
-def _schedule(args: Namespace) -> dict[str, tuple[str, Any]]:
+def _schedule(args: Namespace) -> dict[str, Any]:
     """Returns the settings that Megatron's scheduler compares when it loads a checkpoint."""
     if args.train_iters:
         scale, unit = args.global_batch_size, "iters"
@@ -197,13 +226,27 @@ def _schedule(args: Namespace) -> dict[str, tuple[str, Any]]:
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
     return {
-        "lr": ("max_lr", args.lr),
-        "min_lr": ("min_lr", args.min_lr),
-        f"lr_warmup_{unit}": ("lr_warmup_steps", warmup),
-        f"lr_decay_{unit}": ("lr_decay_steps", decay),
-        "lr_decay_style": ("lr_decay_style", args.lr_decay_style),
-        "start_weight_decay": ("start_wd", args.start_weight_decay),
-        "end_weight_decay": ("end_wd", args.end_weight_decay),
-        f"train_{unit}": ("wd_incr_steps", total),
-        "weight_decay_incr_style": ("wd_incr_style", args.weight_decay_incr_style),
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": warmup,
+        "lr_decay_steps": decay,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.start_weight_decay,
+        "end_wd": args.end_weight_decay,
+        "wd_incr_steps": total,
+        "wd_incr_style": args.weight_decay_incr_style,
     }
+
+
+def _schedule_flags(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flags behind the schedule as a user gave them, None for those not given."""
+    flags = {name: args.get(name) for name in _SCHEDULE_FLAGS}
+    for unit in ("iters", "samples"):
+        if flags[f"lr_decay_{unit}"] == flags[f"train_{unit}"]:
+            flags[f"lr_decay_{unit}"] = None
+    if flags["train_samples"]:
+        # The schedule counts samples, and Megatron computes the iterations.
+        flags["train_iters"] = flags["global_batch_size"] = None
+    if flags["weight_decay_incr_style"] == "constant":
+        flags["start_weight_decay"] = flags["end_weight_decay"] = None
+    return flags

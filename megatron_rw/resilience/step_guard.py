@@ -45,7 +45,7 @@ class StepGuard:
     def __init__(self, config: NonFiniteConfig, samples: StepSamples, explains_only: bool) -> None:
         self._config = config
         self._samples = samples
-        # Megatron judges bad steps then; see `nonfinite.megatron_decides`.
+        # Megatron judges bad steps then.
         self._explains_only = explains_only
         self._model: list[Any] = []
         self._norm: Any = None

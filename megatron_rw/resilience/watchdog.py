@@ -260,12 +260,6 @@ class Rendezvous:
         self._minutes, self._flag = minutes, flag
         self._timer: threading.Timer | None = None
 
-    def __enter__(self) -> None:
-        self.begin()
-
-    def __exit__(self, *exception: object) -> None:
-        self.end()
-
     def begin(self) -> None:
         """Begins to wait, anew in a process that is restarted without ending."""
         self.end()
@@ -273,10 +267,12 @@ class Rendezvous:
         self._timer.daemon = True
         self._timer.start()
 
-    def end(self) -> None:
+    def end(self, *exception: object) -> None:
         """Ends the wait."""
         if self._timer is not None:
             self._timer.cancel()
+
+    __enter__, __exit__ = begin, end
 
     def _end(self) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

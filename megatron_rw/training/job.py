@@ -15,10 +15,9 @@ from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.callbacks.bad_numbers import NonFiniteCallback, SpikeCallback
 from megatron_rw.training.callbacks.base import Callback
-from megatron_rw.training.callbacks.checkpoints import CheckpointCallback
 from megatron_rw.training.callbacks.metrics import MetricsCallback
-from megatron_rw.training.callbacks.profile import ProfileCallback
 from megatron_rw.training.callbacks.progress import ProgressCallback
+from megatron_rw.training.callbacks.resume import ResumeCallback
 from megatron_rw.training.callbacks.stragglers import StragglerCallback
 from megatron_rw.training.datasets import Domains, datasets_provider
 from megatron_rw.training.forward_step import ForwardStep
@@ -45,8 +44,7 @@ class Job:
         loss = PretrainLoss(settings, state, len(domains), samples)
 
         guard = None
-        callbacks: list[Callback] = [ProgressCallback(args, progress)]
-        callbacks += [CheckpointCallback(args), ProfileCallback(args)]
+        callbacks: list[Callback] = [ProgressCallback(args, progress), ResumeCallback(args)]
         if args.check_for_nan_in_loss_and_grad:
             guard = StepGuard(nonfinite, samples, settings.megatron_decides)
             callbacks.append(NonFiniteCallback(guard))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
-from megatron_rw.resilience.nonfinite import NonFiniteConfig, megatron_decides
+from megatron_rw.resilience.nonfinite import NonFiniteConfig
 from megatron_rw.resilience.saving import CheckpointConfig
 from megatron_rw.reweighting import ReweightConfig
 
@@ -74,10 +74,16 @@ class Settings:
 
     @property
     def megatron_decides(self) -> bool:
-        """Whether Megatron judges steps that are not finite; see `nonfinite.megatron_decides`."""
+        """Whether Megatron's rerun state machine judges a step that is not finite.
+
+        It runs such a step again to tell a faulty GPU from a faulty sample, and then ends the run.
+        We only explain it.
+        """
         args = self.megatron
-        return megatron_decides(
-            self.nonfinite.on_nonfinite, args.check_for_nan_in_loss_and_grad, args.rerun_mode
+        return bool(
+            args.check_for_nan_in_loss_and_grad
+            and self.nonfinite.on_nonfinite == "raise"
+            and args.rerun_mode != "disabled"
         )
 
     @classmethod

@@ -8,7 +8,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_rw.training.callbacks.profile import ProfileCallback
+from megatron_rw.training.callbacks.resume import ResumeCallback
 from tests.program import run_program
 
 
@@ -46,9 +46,10 @@ def test_does_not_profile_what_lies_before_the_resume() -> None:
     args = Namespace(
         profile=True,
         use_pytorch_profiler=True,
+        skip_train=True,
         iteration=10,
         profile_step_start=8,
         profile_step_end=10,
     )
-    ProfileCallback(args).on_loaded()
+    ResumeCallback(args).on_loaded()
     assert not args.profile

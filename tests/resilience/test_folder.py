@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def lines_of(folder: Path, save: Path | None = None, ckpt_step: int | None = None) -> list[str]:
-    return choose_checkpoint(str(folder), str(save or folder), ckpt_step)
+def lines_of(folder: Path | None, save: Path | None = None, **given: Any) -> list[str]:
+    paths = {"load": folder and str(folder), "save": str(save or folder)}
+    flags = ("ckpt_step", "pretrained_checkpoint", "non_persistent_ckpt_type")
+    others = dict.fromkeys(flags) | {"exit_on_missing_checkpoint": False}
+    return choose_checkpoint(Namespace(**(paths | others | given)))
 
 
 def tracker(folder: Path) -> str:
@@ -130,8 +134,21 @@ def test_nothing_complete(folder: Path) -> None:
     (folder / "latest_checkpointed_iteration.txt").unlink()
     [line] = lines_of(folder)
     assert "holds no complete checkpoint: the run begins from nothing" in line
-    assert lines_of(folder / "empty") == []
-    assert choose_checkpoint(None, None, None) == []
+    assert lines_of(None) == []
+
+
+def test_a_new_run_is_begun_only_from_a_folder_that_is_its_own(tmp_path: Path) -> None:
+    """Otherwise the name of the folder is mistyped, and Megatron would train from the start."""
+    empty, gone, other = tmp_path / "empty", tmp_path / "gone", tmp_path / "other"
+    empty.mkdir()
+    for folder, why in ((gone, "there is no folder"), (empty, "it holds no complete checkpoint")):
+        with pytest.raises(UserError, match=f"^--load {folder}: {why}. Give the folder that"):
+            lines_of(folder, save=other)
+        with pytest.raises(UserError, match=f"^--load {folder}: {why}. Drop --exit-on-missing"):
+            lines_of(folder, exit_on_missing_checkpoint=True)
+        assert lines_of(folder) == lines_of(folder, save=Path(f"{folder}/")) == []
+        assert lines_of(folder, save=other, pretrained_checkpoint="x") == []
+        assert lines_of(folder, save=other, non_persistent_ckpt_type="local") == []
 
 
 def test_release_is_megatrons_business(folder: Path) -> None:

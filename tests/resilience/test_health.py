@@ -76,12 +76,17 @@ def test_run_that_stands_still_is_unhealthy_until_it_goes_on(
 
 
 def test_new_run_has_the_whole_limit_for_its_first_step(heartbeat: Path) -> None:
-    """Also where a run that was killed has left its file."""
-    heartbeat.parent.mkdir()
-    heartbeat.touch()
-    os.utime(heartbeat, (0, 0))
-    assert health.main() == 1
+    for _ in range(2):
+        health.Heartbeat()
+        assert health.main() == 0
+        os.utime(heartbeat, (0, 0))
+        assert health.main() == 1
+
+
+def test_file_of_a_run_that_was_killed_is_no_run(heartbeat: Path) -> None:
     health.Heartbeat()
+    heartbeat.write_text("999999999")
+    os.utime(heartbeat, (0, 0))
     assert health.main() == 0
 
 

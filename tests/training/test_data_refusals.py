@@ -20,12 +20,14 @@ from megatron_rw.training.refusals.data import check_files
         ({"train_data_path": ["a"]}, "without --valid-data-path leaves nothing to evaluate on"),
         ({"train_data_path": ["a"], "eval_iters": 0}, "data path a: a.idx is missing"),
         ({"train_data_path": ["a"], "eval_interval": 20}, "data path a: a.idx is missing"),
+        ({"data_path": ["a"], "tokenizer_type": None}, "no tokenizer: .* with --tokenizer-type"),
     ],
 )
 def test_data_that_cannot_be_used(given: dict[str, Any], message: str) -> None:
     paths = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
     files = ("data_args_path", "per_split_data_args_path", "tokenizer_model", "vocab_file")
     args: dict[str, Any] = dict.fromkeys((*paths, *files, "mock_data", "sft", "split"))
+    args["use_checkpoint_args"] = False
     args |= {"tokenizer_type": "NullTokenizer", "eval_iters": 2, "eval_interval": 10}
     with pytest.raises(UserError, match=message):
         check_files(Namespace(**(args | {"train_iters": 10} | given)))

@@ -16,9 +16,13 @@ from megatron_rw.training.refusals.data import (
     fingerprints,
 )
 from megatron_rw.training.refusals.launch import check_cpu, check_shape
-from megatron_rw.training.refusals.method import check_backend, check_kernels, check_reweighting
+from megatron_rw.training.refusals.method import (
+    check_backend,
+    check_bad_numbers,
+    check_kernels,
+    check_reweighting,
+)
 from megatron_rw.training.refusals.monitoring import check_monitoring
-from megatron_rw.training.refusals.numbers import check_bad_numbers
 from megatron_rw.training.settings import Settings
 
 
@@ -35,7 +39,7 @@ def check_parsed(settings: Settings) -> None:
     if args.rank == 0:
         check_files(args)
         check_folders(args, settings.monitoring.log_dir)
-        for line in choose_checkpoint(args.load, args.save, args.ckpt_step):
+        for line in choose_checkpoint(args):
             print(f"> {line}", flush=True)
 
 

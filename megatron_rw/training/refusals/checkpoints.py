@@ -79,9 +79,6 @@ def check_folders(args: Namespace, log_dir: str | None) -> None:
                 f"{name} {path}: {existing} cannot be written to: give a "
                 "folder that can, or change its permissions."
             )
-    if args.exit_on_missing_checkpoint and not _holds_checkpoint(args.load):
-        # Megatron would end with status 0, as if all were done.
-        raise UserError(f"--exit-on-missing-checkpoint: --load {args.load} holds no checkpoint.")
     if args.pretrained_checkpoint is not None and not (
         _holds_checkpoint(args.load) or _holds_checkpoint(args.pretrained_checkpoint)
     ):

@@ -51,6 +51,13 @@ def check_files(args: Namespace) -> None:
             raise UserError(f"{flag(name)} {path}: there is no such file.")
     if _uses_no_pairs(args):
         return
+    if args.tokenizer_type is None and not (args.vocab_file or args.use_checkpoint_args):
+        # Megatron would take GPT-2's, and try to download it.
+        raise UserError(
+            "no tokenizer: give the one that made the data with --tokenizer-type and "
+            "--tokenizer-model (SentencePieceTokenizer and FILE.model for one that "
+            "tools/train_tokenizer.py has made)."
+        )
     _check_paths_given(args)
     members = list(_members(args))
     if not members:

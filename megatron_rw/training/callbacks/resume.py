@@ -1,4 +1,4 @@
-"""Prepares what checkpoints record of the data, and ends a run that is complete already."""
+"""Records the data in checkpoints, and fits a run to the iteration that it begins with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron.training import print_rank_0
 from megatron_rw.training.callbacks.base import Callback
 
 
-class CheckpointCallback(Callback):
-    """Gives every rank the data's fingerprints, and ends a run that has nothing left to do.
+class ResumeCallback(Callback):
+    """Gives every rank the data's fingerprints, and fits the run to the iteration it begins with.
 
     The fingerprints are kept in Megatron's arguments, which are saved with every checkpoint.
     """
@@ -31,10 +31,14 @@ class CheckpointCallback(Callback):
         Megatron would go on and fail, because there are "no samples left to consume".
         """
         args = self._args
-        if args.skip_train or not args.train_iters or args.iteration < args.train_iters:
-            return
-        print_rank_0(
-            f"> nothing left to do: {args.load} holds iteration {args.iteration} of "
-            f"{args.train_iters}"
-        )
-        raise SystemExit(0)
+        if not (args.skip_train or not args.train_iters or args.iteration < args.train_iters):
+            print_rank_0(
+                f"> nothing left to do: {args.load} holds iteration {args.iteration} of "
+                f"{args.train_iters}"
+            )
+            raise SystemExit(0)
+        if args.profile and args.use_pytorch_profiler:
+            # Megatron counts --profile-step-start from the resume and --profile-step-end from
+            # iteration 0, so that a resumed run would leave no trace, or one of other steps.
+            args.profile = args.iteration < args.profile_step_end
+            args.profile_step_start -= args.iteration
