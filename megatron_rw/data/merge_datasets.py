@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from tyro.conf import arg
 
 from megatron_rw.command_line import parse
@@ -37,7 +39,7 @@ from megatron_rw.data.indexed.output import (
 )
 from megatron_rw.data.indexed.pair import PairWriter, bin_path, idx_path
 from megatron_rw.data.progress import Progress
-from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
+from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 from megatron_rw.errors import UserError, reported
 
 _DESCRIPTION = """\
@@ -206,11 +208,11 @@ def _merge(
             bin_path(scratch / prefix).unlink()
             idx_path(scratch / prefix).unlink()
     if duplicates is not None:
-        print(f"left out as copies: {duplicates.count():,} of {len(duplicates):,} documents")
+        print(f"left out as copies: {duplicates.sum():,} of {len(duplicates):,} documents")
     return merged
 
 
-def _duplicates(inputs: Sequence[MergeInput], scratch: Path, size: int) -> Bitmap:
+def _duplicates(inputs: Sequence[MergeInput], scratch: Path, size: int) -> NDArray[np.bool_]:
     progress = Progress("merge_datasets: looking for copies", size)
     with DuplicateFinder(scratch) as finder:
         for part in inputs:
@@ -225,7 +227,7 @@ def _write(
     inputs: Sequence[MergeInput],
     scratch: Path,
     prefix: str,
-    duplicates: Bitmap | None,
+    duplicates: NDArray[np.bool_] | None,
     progress: Progress,
 ) -> DomainRecord:
     """Writes one joined dataset, and takes the largest token id from the records where it can."""
@@ -242,7 +244,7 @@ def _write(
                         reader.copy(block, writer)
                     else:
                         first = part.first + block.first
-                        keep = ~duplicates.slice(first, first + len(block.tokens))
+                        keep = ~duplicates[first : first + len(block.tokens)]
                         ids = reader.read(block)
                         found = max(found, write_selected(ids, block, keep, writer))
                     progress.advance(block.size)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
+from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 
 # Few values in each half, so that hashes are equal, equal in one half, or share a bucket.
 HALF = st.sampled_from([0, 1, 2, 1 << 48, (1 << 48) + 1, 3 << 62, (1 << 64) - 1])
@@ -37,25 +37,8 @@ def test_all_but_the_first_of_equal_hashes_are_duplicates(
         for part in np.split(rows, sorted(cuts)):
             finder.add(part)
         found = finder.duplicates()
-    assert finder.total == len(found) == len(hashes)
-    assert found.slice(0, len(hashes)).tolist() == copies(hashes)
-    assert found.count() == sum(copies(hashes))
+    assert found.tolist() == copies(hashes)
     assert list(tmp_path.iterdir()) == []
-
-
-@given(
-    positions=st.lists(st.integers(0, 99), unique=True),
-    start=st.integers(0, 100),
-    length=st.integers(0, 100),
-)
-def test_a_bitmap_is_a_list_of_booleans(positions: list[int], start: int, length: int) -> None:
-    bitmap = Bitmap(100)
-    for half in (positions[::2], positions[1::2]):
-        bitmap.set(np.array(half, np.int64))
-    stop = min(100, start + length)
-    expected = [position in positions for position in range(start, stop)]
-    assert bitmap.slice(start, stop).tolist() == expected
-    assert bitmap.count() == len(positions)
 
 
 @given(
@@ -84,6 +67,6 @@ def test_memory_does_not_grow_with_the_documents(tmp_path: Path, distinct: int) 
         found = finder.duplicates()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert found.count() == (documents - 1 if distinct == 1 else 0)
+    assert found.sum() == (documents - 1 if distinct == 1 else 0)
     assert 24 * documents > 8 * limit  # else the bound would say nothing
-    assert peak < 2 * limit + documents / 8
+    assert peak < 2 * limit + documents

@@ -1,4 +1,3 @@
-import errno
 import itertools
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,7 @@ def test_an_index_reads_as_core_reads_it(tmp_path: Path, documents: list[list[li
     assert index.bounds.tolist() == core.document_indices.tolist()
 
 
-@pytest.mark.parametrize("works", ["copy_file_range", "sendfile"])
-def test_pieces_are_copied_between_what_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: str
-) -> None:
-    if works == "sendfile":
-
-        def refuse(*_: Any, **__: Any) -> int:
-            raise OSError(errno.EXDEV, "two file systems")
-
-        monkeypatch.setattr("os.copy_file_range", refuse)
+def test_pieces_are_copied_between_what_is_written(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(np.arange(100, dtype=np.uint16).tobytes())
     with PairWriter(tmp_path / "out", np.uint16) as writer, source.open("rb") as file:

@@ -13,7 +13,6 @@ writer here writes the same bytes, and its memory does not grow with the number 
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from contextlib import ExitStack
@@ -43,7 +42,6 @@ CODES: dict[int, type[Any]] = {
 }
 REMEDY = "copy both files again, or make them again with tools/preprocess_data.py"
 _BLOCK = 1 << 16
-_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
@@ -232,27 +230,10 @@ def copy_bytes(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> No
     Raises:
         UserError: If the source ends before.
     """
-    copy = _copy_file_range
-    left = size
-    while left:
-        try:
-            copied = copy(source.fileno(), target.fileno(), offset, left)
-        except OSError as error:
-            # The files are on two file systems, or on one that cannot do it; sendfile always works.
-            if copy is _sendfile or error.errno not in _NOT_IN_KERNEL:
-                raise
-            copy = _sendfile
-            continue
+    while size:
+        copied = os.sendfile(target.fileno(), source.fileno(), offset, size)
         if copied == 0:
-            raise UserError(f"{source.name}: ends {left:,} bytes too early; copy the file again")
+            raise UserError(f"{source.name}: ends {size:,} bytes too early; copy the file again")
         offset += copied
-        left -= copied
+        size -= copied
     target.seek(0, os.SEEK_END)
-
-
-def _copy_file_range(source: int, target: int, offset: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=offset)
-
-
-def _sendfile(source: int, target: int, offset: int, count: int) -> int:
-    return os.sendfile(target, source, offset, count)

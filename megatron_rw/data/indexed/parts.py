@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.domains import DomainRecord
 from megatron_rw.data.indexed.pair import PairWriter
-from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder
+from megatron_rw.data.text.dedup import DuplicateFinder
 from megatron_rw.data.text.sources import Source
 from megatron_rw.data.text.streams import STANDARD_INPUT
 
@@ -179,7 +179,7 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
     """Writes `<domain>_text_document.bin/.idx` from the parts of all sources.
 
     The datasets of each key go to a directory of their own. `dtype` is the type of a token id. With
-    `deduplicate`, only the first of several lines with the same text is kept, which takes a bit of
+    `deduplicate`, only the first of several lines with the same text is kept, which takes a byte of
     memory for each document; else memory does not grow with the sources. The parts stay.
     """
     # Each domain has three open files.
@@ -194,7 +194,7 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
         for _, path, part in store.parts():
             keep = np.ones(part.records, np.bool_)
             if copies is not None:
-                keep = ~copies.slice(start, start + part.records)
+                keep = ~copies[start : start + part.records]
             start += part.records
             with path.with_suffix(".bin").open("rb") as tokens:
                 for group, before, lengths, documents in _groups(part):
@@ -251,7 +251,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _duplicates(store: Store, directory: Path) -> Bitmap:
+def _duplicates(store: Store, directory: Path) -> NDArray[np.bool_]:
     with DuplicateFinder(directory) as finder:
         for _, _, part in store.parts():
             finder.add(part.hashes)

@@ -2,7 +2,7 @@
 
 A document is known by a hash of 16 bytes: among 10^10 documents, two different ones share it with
 a probability of 10^-19. The hashes go to files by their first bits, so that copies meet in the same
-file, and each file is sorted on its own. What stays in memory is a bit per document (125 MB for
+file, and each file is sorted on its own. What stays in memory is a byte per document (1 GB for
 10^9) and a bounded piece of one file.
 """
 
@@ -39,32 +39,6 @@ def hash_documents(
         digests += hashlib.blake2b(view[start:end], digest_size=HASH_BYTES, key=key).digest()
         start = end
     return np.frombuffer(digests, np.uint8).reshape(-1, HASH_BYTES)
-
-
-class Bitmap:
-    """A bit per document, all unset at first."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._bytes = np.zeros(-(-size // 8), np.uint8)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def set(self, positions: NDArray[np.int64]) -> None:
-        """Sets the bits at these positions."""
-        bits = np.left_shift(1, positions & 7).astype(np.uint8)
-        np.bitwise_or.at(self._bytes, positions >> 3, bits)
-
-    def count(self) -> int:
-        """Returns how many are set."""
-        return int(np.bitwise_count(self._bytes).sum(dtype=np.int64))
-
-    def slice(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Returns those of the documents `start` up to `stop`, bool [stop - start]."""
-        first = start // 8
-        bits = np.unpackbits(self._bytes[first : -(-stop // 8)], bitorder="little")
-        return bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
 
 
 class DuplicateFinder:
@@ -111,9 +85,12 @@ class DuplicateFinder:
                 self._files[bucket].write(piece.tobytes())
         self.total += len(hashes)
 
-    def duplicates(self) -> Bitmap:
-        """Finds the documents that have the hash of an earlier one; nothing is added afterwards."""
-        found = Bitmap(self.total)
+    def duplicates(self) -> NDArray[np.bool_]:
+        """Tells which documents, [total], have the hash of an earlier one.
+
+        Nothing is added afterwards.
+        """
+        found = np.zeros(self.total, np.bool_)
         for file in self._files.values():
             file.close()
             entries = os.path.getsize(file.name) // _ENTRY.itemsize
@@ -122,7 +99,7 @@ class DuplicateFinder:
                 self._find(file.name, part, parts, found)
         return found
 
-    def _find(self, path: str, part: int, parts: int, found: Bitmap) -> None:
+    def _find(self, path: str, part: int, parts: int, found: NDArray[np.bool_]) -> None:
         """Finds the copies among a bucket's hashes that leave `part` on division by `parts`."""
         firsts = [np.empty(0, _ENTRY)]
         with open(path, "rb") as file:
@@ -134,12 +111,12 @@ class DuplicateFinder:
         _without_copies(np.concatenate(firsts), found)
 
 
-def _without_copies(entries: NDArray[Any], found: Bitmap) -> NDArray[Any]:
-    """Sets the bits of all but the first of equal hashes, and returns the first ones in order."""
+def _without_copies(entries: NDArray[Any], found: NDArray[np.bool_]) -> NDArray[Any]:
+    """Marks all but the first of equal hashes as found, and returns the first ones in order."""
     high, low = entries["high"], entries["low"]
     order = np.lexsort((low, high))  # stable: of equal ones, the earliest comes first
     high, low = high[order], low[order]
     copy = np.zeros(len(entries), np.bool_)
     copy[order[1:]] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    found.set(entries["position"][copy])
+    found[entries["position"][copy]] = True
     return entries[~copy]
