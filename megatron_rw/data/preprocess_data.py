@@ -174,7 +174,8 @@ def _bad_lines(encoder: Encoder, records: int) -> UserError:
     return UserError(
         f"{total:,} of {total + records:,} lines are bad, more than --max-bad-fraction "
         f"{encoder.config.max_bad_fraction:g} allows; correct them, or allow more and repeat the "
-        f"call, which goes on from what is done. All of them are in {path}{examples}"
+        "call, which goes on from what is done; where other flags are wrong, such as --domain-key, "
+        f"correct those and add --overwrite. All of them are in {path}{examples}"
     )
 
 

@@ -86,8 +86,8 @@ def choose(hashes: Mapping[str, Path], valid: Share, test: Share) -> HeldOut:
         if empty:
             raise UserError(
                 f"the domain '{domain}', of {counts.sum():,} documents, would have none in "
-                f"{' and '.join(empty)}; hold out {'less' if 'train' in empty else 'more'}, or "
-                "split it by itself"
+                f"{' and '.join(empty)}; hold out {'less' if 'train' in empty else 'more'}, a "
+                "number of each domain (--valid-documents, --test-documents), or split it by itself"
             )
     return held_out
 
