@@ -58,10 +58,11 @@ BIG = ["--global-batch-size", "64", "--bf16"]
 
 
 def estimated(gpus: int, flags: list[str]) -> tuple[Any, str]:
-    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
+    from megatron_rw.observability.memory import remedies
+    from megatron_rw.preflight.estimate import estimate, planned_arguments
 
     args = planned_arguments([*MODEL, *TRAINING, *SHAPE, *RUN, *BIG, *flags], gpus)
-    return estimate(args), advice(args)
+    return estimate(args), remedies(args)
 
 
 def test_plan_for_gpus_that_are_not_here() -> None:
