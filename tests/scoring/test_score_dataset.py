@@ -192,13 +192,6 @@ def test_killed_and_resumed_on_more_ranks_is_bitwise_the_same(
     assert (out / "scores.json").read_bytes() == (whole[0] / "scores.json").read_bytes()
 
 
-def test_the_folder_of_other_scores_is_refused(whole: tuple[Path, str], score: Score) -> None:
-    run = score(whole[0], "--micro-batch-size", "4")
-    assert run.status == [2], run.all_output
-    [line] = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
-    assert "rows.micro_batch_size 2 there" in line
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
