@@ -150,12 +150,10 @@ class ScoreFolder:
             content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not JSON ({error}); delete the folder to begin anew"
-            ) from error
+        except ValueError:
+            content = None
         if not isinstance(content, dict):
-            raise UserError(f"{path}: not an object; delete the folder to begin anew")
+            raise UserError(f"{path}: not a JSON object; delete the folder to begin anew")
         return content
 
     def _compare(self, other: Mapping[str, Any], name: str) -> None:

@@ -124,13 +124,13 @@ class Scorer:
             for (start, skipped, made), row in zip(places.tolist(), rows, strict=True):
                 # Each token is of one row: adding to 0 also makes one zero of both.
                 block[start + 1 + skipped : start + 1 + made] += row[skipped:made]
-        if mpu.get_data_parallel_world_size() == 1:
-            return block
-        # All but one add 0 to a token, so that the sum is exact.
-        total = torch.from_numpy(block).to(device())
-        group = mpu.get_data_parallel_group()
-        dist.reduce(total, dst=dist.get_global_rank(group, 0), group=group)
-        return total.cpu().numpy() if writes() else None
+        if tokens and mpu.get_data_parallel_world_size() > 1:
+            # All but one add 0 to a token, so that the sum is exact.
+            total = torch.from_numpy(block).to(device())
+            group = mpu.get_data_parallel_group()
+            dist.reduce(total, dst=dist.get_global_rank(group, 0), group=group)
+            block = total.cpu().numpy()
+        return block if writes() else None
 
 
 def writes() -> bool:

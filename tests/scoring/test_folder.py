@@ -81,7 +81,7 @@ def test_what_is_of_another_job_or_damaged_is_refused(tmp_path: Path) -> None:
     folder.array("a", "document_losses").unlink()
     with pytest.raises(UserError, match=r"document_losses.npy is missing"):
         folder.begin()
-    for content, message in (("{", "not JSON"), ('{"blocks": {}}', "of another version")):
+    for content, message in (("{", "not a JSON object"), ('{"blocks": {}}', "of another version")):
         (tmp_path / "progress.json").write_text(content)
         with pytest.raises(UserError, match=message):
             folder.begin()
