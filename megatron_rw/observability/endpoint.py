@@ -41,8 +41,6 @@ _MEANINGS = {
     "reweight_relative_max_weight": "Largest weight times set size, mean over sets; 1 is uniform.",
     "reweight_nonfinite_samples": "Samples left out since their loss is not finite.",
 }
-# The numbers of a record's top level that are not losses.
-_NOT_LOSSES = {"time", "iteration", "learning_rate", "loss_scale", "grad_norm"}
 
 # The label values and the value of each sample.
 _Samples = Sequence[tuple[Sequence[str], float]]
@@ -161,7 +159,7 @@ def _losses(records: Mapping[str, Mapping[str, Any]]) -> _Samples:
         ((split, name), value)
         for split, record in records.items()
         for name, value in record.items()
-        if isinstance(value, float) and name not in _NOT_LOSSES
+        if isinstance(value, float) and name not in {"time", *_MEANINGS}
     ]
     weighted = records.get("train", {}).get("reweight", {}).get("objective")
     if weighted is not None:

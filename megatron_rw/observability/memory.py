@@ -45,25 +45,33 @@ def _explanation(args: Namespace, progress: Progress) -> str:
         f"with --micro-batch-size {args.micro_batch_size}: allocated "
         f"{torch.cuda.memory_allocated() / gib:.2f} GiB (at most "
         f"{torch.cuda.max_memory_allocated() / gib:.2f}), reserved "
-        f"{torch.cuda.memory_reserved() / gib:.2f} GiB. Less is needed with {_remedies(args)}. "
+        f"{torch.cuda.memory_reserved() / gib:.2f} GiB. Less is needed with {remedies(args)}. "
         f"{snapshot}"
     )
 
 
-def _remedies(args: Namespace) -> str:
-    """Lists the flags that would save memory and are not in use yet."""
+def remedies(args: Namespace) -> str:
+    """Names flags that lower the memory of a GPU and are not in use yet, cheapest first."""
+    # In a preflight there are no logits: Megatron's memory formula leaves them out.
     parallel = parallel_state.model_parallel_is_initialized()
     has_logits = parallel and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    remedies = []
-    if args.micro_batch_size > 1:
-        remedies.append("a smaller --micro-batch-size")
-    if args.recompute_granularity is None:
-        remedies.append("--recompute-granularity selective (or full)")
-    elif args.recompute_granularity == "selective":
-        remedies.append("--recompute-granularity full")
-    if has_logits and not args.fused_linear_cross_entropy:
-        remedies.append("--fused-linear-cross-entropy")
-    elif has_logits:
-        lower = args.logits_budget_mib is not None
-        remedies.append("a lower --logits-budget-mib" if lower else "--logits-budget-mib")
-    return ", ".join(remedies) or "more ranks of model parallelism"
+    in_parts = has_logits and args.fused_linear_cross_entropy
+    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    useful = {
+        "--use-distributed-optimizer": (
+            not args.use_distributed_optimizer and args.data_parallel_size > 1
+        ),
+        "--sequence-parallel": tensor > 1 and not args.sequence_parallel,
+        f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
+        "--fused-linear-cross-entropy": has_logits and not args.fused_linear_cross_entropy,
+        "--logits-budget-mib": in_parts and args.logits_budget_mib is None,
+        "a lower --logits-budget-mib": in_parts and args.logits_budget_mib is not None,
+        "--recompute-granularity selective": args.recompute_granularity is None,
+        f"a --tensor-model-parallel-size above {tensor}": True,
+        f"a --pipeline-model-parallel-size above {pipeline}": True,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
+            args.recompute_granularity != "full"
+        ),
+    }
+    options = [flag for flag, applies in useful.items() if applies]
+    return ", ".join(options[:-1]) + f" or {options[-1]}"

@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> int:
-    from megatron_rw.preflight.estimate import advice, estimate, planned_arguments
+    from megatron_rw.observability.memory import remedies
+    from megatron_rw.preflight.estimate import estimate, planned_arguments
     from megatron_rw.preflight.facts import GIB
     from megatron_rw.preflight.rank import PROBLEMS, write_json
 
@@ -66,6 +67,6 @@ def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> i
         return 0
     print(
         f"problem: more than the {settings.device_memory_gib:g} GiB of a GPU "
-        f"(--device-memory-gib). Lower it with {advice(args)}."
+        f"(--device-memory-gib). Lower it with {remedies(args)}."
     )
     return PROBLEMS

@@ -167,24 +167,5 @@ def limits(args: Namespace) -> list[str]:
     return [text for text, applies in left_out.items() if applies]
 
 
-def advice(args: Namespace) -> str:
-    """Names flags that lower the memory of a GPU and are not in use yet, cheapest first."""
-    tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    useful = {
-        "--use-distributed-optimizer": (
-            not args.use_distributed_optimizer and args.data_parallel_size > 1
-        ),
-        "--sequence-parallel": tensor > 1 and not args.sequence_parallel,
-        f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
-        f"a --tensor-model-parallel-size above {tensor}": True,
-        f"a --pipeline-model-parallel-size above {pipeline}": True,
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
-            args.recompute_granularity != "full"
-        ),
-    }
-    options = [flag for flag, applies in useful.items() if applies]
-    return ", ".join(options[:-1]) + f" or {options[-1]}"
-
-
 def _bits(args: Namespace) -> int:
     return 16 if args.bf16 or args.fp16 else 32

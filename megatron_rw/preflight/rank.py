@@ -16,12 +16,13 @@ import torch
 from torch.distributed import DistError
 
 from megatron_rw.errors import USER_ERROR_STATUS, UserError
+from megatron_rw.observability.memory import remedies
 from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_complete
 from megatron_rw.preflight import report
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.config import PreflightConfig
-from megatron_rw.preflight.estimate import Estimate, advice, estimate
+from megatron_rw.preflight.estimate import Estimate, estimate
 from megatron_rw.preflight.facts import Facts, look_around
 from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
 from megatron_rw.preflight.report import CheckResult, ranks_text
@@ -104,7 +105,7 @@ def _lead(
             *report.check_setup(facts),
             *report.check_collectives(facts, problems, speeds),
             *report.check_saving(facts, args.save, needed, wanted),
-            report.check_memory(facts, needed, advice(args)),
+            report.check_memory(facts, needed, remedies(args)),
         ]
         record["sniff_test"] = speeds
         record["estimate"] = None if needed is None else dataclasses.asdict(needed)

@@ -111,7 +111,7 @@ def check_saving(
     ]
 
 
-def check_memory(facts: Sequence[Facts], needed: Estimate | None, advice: str) -> CheckResult:
+def check_memory(facts: Sequence[Facts], needed: Estimate | None, remedies: str) -> CheckResult:
     """Tells whether the job fits the GPUs by Megatron's formulas, and advises what to change."""
     gpus = [one for one in facts if one.device_memory is not None]
     if needed is None:
@@ -122,7 +122,7 @@ def check_memory(facts: Sequence[Facts], needed: Estimate | None, advice: str) -
     has, bytes_needed = smallest.device_memory or 0, needed.memory_bytes
     text = f"memory: about {amount(bytes_needed)} by Megatron's formulas, of {amount(has)}"
     if bytes_needed > has:
-        return CheckResult("problem", f"{text} on {smallest.host}. Lower it with {advice}.")
+        return CheckResult("problem", f"{text} on {smallest.host}. Lower it with {remedies}.")
     if taken := [one for one in gpus if (one.free_memory or 0) < bytes_needed]:
         return CheckResult(
             "problem",
@@ -133,7 +133,7 @@ def check_memory(facts: Sequence[Facts], needed: Estimate | None, advice: str) -
         return CheckResult(
             "warning",
             f"{text} on {smallest.host}, which is close: the formulas leave things out. To lower "
-            f"it: {advice}.",
+            f"it: {remedies}.",
         )
     return CheckResult("ok", f"{text}.")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rw.command_line import parse_known
+from megatron_rw.command_line import parse_known, require
 from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile
 from megatron_rw.errors import UserError
 
@@ -23,11 +23,11 @@ _FORCED = (
 class ScoreConfig:
     """What scoring itself is told."""
 
-    load: str = ""
-    """Folder of the checkpoint, which has to be given; --ckpt-step may name an iteration of it."""
+    load: str
+    """Folder of the checkpoint; --ckpt-step may name an iteration of it."""
 
-    score_dir: str = ""
-    """Folder for the scores, which has to be given."""
+    score_dir: str
+    """Folder for the scores."""
 
     data_path: tuple[str, ...] = ()
     """Datasets, as prefixes of .bin and .idx or as folders with a domains.json. Weights between
@@ -46,14 +46,9 @@ class ScoreConfig:
     """Draw the histograms into this PNG file (needs matplotlib)."""
 
     def __post_init__(self) -> None:
-        if not self.load:
-            raise UserError("--load DIR is missing: the folder of the checkpoint.")
-        if not self.score_dir:
-            raise UserError("--score-dir DIR is missing: where to write.")
-        for name in ("score_stride", "block_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+        stride, tokens = self.score_stride, self.block_tokens
+        require(stride is None or stride >= 1, "--score-stride", stride, "a number of at least 1")
+        require(tokens >= 1, "--block-tokens", tokens, "a number of at least 1")
         if self.picture is not None and importlib.util.find_spec("matplotlib") is None:
             raise UserError(
                 "--picture needs a package that is not installed: pip install matplotlib"

@@ -1,26 +1,25 @@
-"""The folder that scores are written to: finished blocks survive anything, names mean complete.
+"""The folder that scores are written to: what is scored survives anything, names mean complete.
 
 While a run is on, or after it was killed, `progress.json` says what is scored, with what, and how
-many blocks of each dataset are on the disk; the arrays end in `.partial`. When all blocks are
-there the arrays get their names, `scores.json` is written, and `progress.json` goes.
+many documents of each dataset are on the disk; the arrays end in `.partial`. When all are there the
+arrays get their names, `scores.json` is written, and `progress.json` goes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.indexed.documents import DocumentBlock
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
-from megatron_rw.scoring.plan import DocumentBlock
 
 PROGRESS, SCORES = "progress.json", "scores.json"
 # By name in the file name: the type, and whether it has an entry per token or per document.
@@ -30,80 +29,90 @@ ARRAYS = {
     "document_tokens": (np.dtype("<i4"), "documents"),
 }
 
-Record = Mapping[str, Any]
-
 
 class ScoreFolder:
-    """The folder of `--score-dir`, which need not exist."""
+    """The folder of `--score-dir`, which need not exist, for scores with this record of `plan`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
+        self.path, self.record = path, record
 
     def array(self, dataset: str, kind: str) -> Path:
-        """Returns the name of a complete array, of a key of `ARRAYS`."""
-        return self.path / f"{dataset}.{kind}.npy"
+        """Returns where an array of `ARRAYS` is now: under its name, or partial."""
+        partial = self._partial(dataset, kind)
+        return partial if partial.exists() else partial.with_suffix("")
 
-    def partial(self, dataset: str, kind: str) -> Path:
-        """Returns the name of an array until all are complete."""
+    def _partial(self, dataset: str, kind: str) -> Path:
         return self.path / f"{dataset}.{kind}.npy.partial"
 
-    def current(self, dataset: str, kind: str) -> Path:
-        """Returns where the array is now, under its name or partial."""
-        partial = self.partial(dataset, kind)
-        return partial if partial.exists() else self.array(dataset, kind)
-
-    def begin(self, record: Record) -> dict[str, int] | None:
-        """Prepares the folder for a run with this record, or finds how far it came. On one rank.
+    def begin(self) -> dict[str, int] | None:
+        """Prepares the folder, or finds how far an earlier run came. On one rank.
 
         Returns:
-            How many blocks of each dataset are there; None when all are, under their names.
+            How many documents of each dataset are scored; None when all are, and the arrays have
+            their names.
 
         Raises:
             UserError: The folder is of another run, or lacks what it should have.
             OSError: It cannot be made.
         """
+        datasets = self.record["datasets"]
         finished = self._read(SCORES)
         if finished is not None:
-            self._compare(record, finished, SCORES)
+            self._compare(finished, SCORES)
             # The run may have been killed after it wrote the one and before it deleted the other.
             (self.path / PROGRESS).unlink(missing_ok=True)
             return None
         begun = self._read(PROGRESS)
         if begun is not None:
-            self._compare(record, begun["job"], PROGRESS)
-            for dataset, kind in itertools.product(record["datasets"], ARRAYS):
-                path = self.current(dataset, kind)
+            if "scored" not in begun:
+                raise UserError(
+                    f"{self.path / PROGRESS} is of another version; delete the folder to begin anew"
+                )
+            self._compare(begun["job"], PROGRESS)
+            for path in itertools.starmap(self.array, itertools.product(datasets, ARRAYS)):
                 if not path.exists():
                     raise UserError(
                         f"{path} is missing, which {PROGRESS} tells of; delete the folder to "
                         "begin anew"
                     )
-            return dict(begun["blocks"])
+            return dict(begun["scored"])
         self.path.mkdir(parents=True, exist_ok=True)
-        for dataset, counts in record["datasets"].items():
+        for dataset, counts in datasets.items():
             for kind, (dtype, unit) in ARRAYS.items():
-                path = self.partial(dataset, kind)
+                path = self._partial(dataset, kind)
                 np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(counts[unit],))
-        blocks = dict.fromkeys(record["datasets"], 0)
-        self.record(record, blocks)
-        return blocks
+        scored = dict.fromkeys(datasets, 0)
+        self._note(scored)
+        return scored
 
-    def write(self, dataset: str, block: DocumentBlock, losses: NDArray[np.float32]) -> None:
+    def write(
+        self,
+        dataset: str,
+        block: DocumentBlock,
+        losses: NDArray[np.float32],
+        scored: Mapping[str, int],
+    ) -> None:
         """Writes a block's losses and the means of its documents, onto the disk.
 
-        The losses, [tokens] of the block, are changed: the first of each document means nothing.
+        Args:
+            dataset: Name of the block's dataset.
+            block: The block.
+            losses: Losses of its tokens, [tokens]. They are changed: the first of each document
+                means nothing.
+            scored: How many documents of each dataset are scored, those of the block included.
 
         Raises:
             UserError: The disk is full, or the folder cannot be written to.
         """
-        means, tokens = document_means(block, losses)
-        losses[block.starts[block.lengths > 0]] = np.nan
-        at = {"tokens": block.start, "documents": block.first}
-        with self._naming_the_folder():
+        means, tokens = document_means(block.lengths, losses)
+        starts = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+        losses[starts[block.lengths > 0]] = np.nan
+        at = {"tokens": block.start, "documents": block.first_sequence}
+        try:
             for (kind, (dtype, unit)), values in zip(
                 ARRAYS.items(), (losses, means, tokens), strict=True
             ):
-                path = self.partial(dataset, kind)
+                path = self._partial(dataset, kind)
                 header = int(np.load(path, mmap_mode="r").offset)
                 # No memory map is written to: a full disk would be a signal and not an error.
                 with path.open("r+b") as file:
@@ -111,17 +120,7 @@ class ScoreFolder:
                     file.write(np.ascontiguousarray(values, dtype).tobytes())
                     file.flush()
                     os.fsync(file.fileno())
-
-    def record(self, record: Record, blocks: Mapping[str, int]) -> None:
-        """Notes how many blocks of each dataset are on the disk."""
-        with self._naming_the_folder():
-            write_complete(self.path / PROGRESS, _text({"job": record, "blocks": blocks}))
-
-    @contextlib.contextmanager
-    def _naming_the_folder(self) -> Iterator[None]:
-        """Says of a failed write where it was, and that nothing is lost."""
-        try:
-            yield
+            self._note(scored)
         except OSError as error:
             raise UserError(
                 f"--score-dir {self.path}: cannot be written to ({error.strerror}); mend that and "
@@ -129,11 +128,14 @@ class ScoreFolder:
                 known_to_all=False,
             ) from error
 
-    def finish(self, record: Record, found: Mapping[str, Any]) -> None:
+    def _note(self, scored: Mapping[str, int]) -> None:
+        write_complete(self.path / PROGRESS, _text({"job": self.record, "scored": scored}))
+
+    def finish(self, found: Mapping[str, Any]) -> None:
         """Gives the arrays their names, and writes `scores.json` with what else was found."""
-        for dataset, kind in itertools.product(record["datasets"], ARRAYS):
-            self.current(dataset, kind).replace(self.array(dataset, kind))
-        write_complete(self.path / SCORES, _text({**record, **found}))
+        for dataset, kind in itertools.product(self.record["datasets"], ARRAYS):
+            self.array(dataset, kind).replace(self._partial(dataset, kind).with_suffix(""))
+        write_complete(self.path / SCORES, _text({**self.record, **found}))
         # With what runs have left that died while writing it.
         for path in self.path.glob(f"{PROGRESS}*"):
             path.unlink()
@@ -148,16 +150,14 @@ class ScoreFolder:
             content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not JSON ({error}); delete the folder to begin anew"
-            ) from error
+        except ValueError:
+            content = None
         if not isinstance(content, dict):
-            raise UserError(f"{path}: not an object; delete the folder to begin anew")
+            raise UserError(f"{path}: not a JSON object; delete the folder to begin anew")
         return content
 
-    def _compare(self, record: Record, other: Mapping[str, Any], name: str) -> None:
-        mine, theirs = _flat(record), _flat({key: other.get(key) for key in record})
+    def _compare(self, other: Mapping[str, Any], name: str) -> None:
+        mine, theirs = _flat(self.record), _flat({key: other.get(key) for key in self.record})
         differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differing:
             listed = "; ".join(
@@ -170,20 +170,20 @@ class ScoreFolder:
 
 
 def document_means(
-    block: DocumentBlock, losses: NDArray[np.float32]
+    lengths: NDArray[np.int32], losses: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Returns the mean loss of each document, summed in fp64, and over how many tokens it is.
 
     The first token of a document does not count. Where there are no others the mean is NaN.
     """
-    tokens = np.maximum(block.lengths - 1, 0)
+    tokens, there = np.maximum(lengths - 1, 0), lengths > 0
+    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[there]
     values = losses.astype(np.float64)
-    there = block.lengths > 0
-    values[block.starts[there]] = 0.0
+    values[starts] = 0.0
     sums = np.zeros(len(tokens))
     if there.any():
         # Over the documents that have tokens: of an empty stretch reduceat gives the next value.
-        sums[there] = np.add.reduceat(values, block.starts[there])
+        sums[there] = np.add.reduceat(values, starts)
     means = np.full(len(tokens), np.nan)
     np.divide(sums, tokens, out=means, where=tokens > 0)
     return means.astype(np.float32), tokens.astype(np.int32)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
-import time
+import itertools
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,17 @@ from megatron.training import training
 from megatron.training.utils import print_rank_0
 
 from megatron_rw import patching
+from megatron_rw.data.indexed.documents import DatasetReader
+from megatron_rw.data.indexed.pair import bin_path
+from megatron_rw.data.progress import Progress as PrintedProgress
+from megatron_rw.data.progress import say
 from megatron_rw.errors import UserError
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
 from megatron_rw.scoring.config import ScoreConfig
 from megatron_rw.scoring.folder import ScoreFolder
-from megatron_rw.scoring.plan import Blocks, Plan, describe, plan_of
+from megatron_rw.scoring.plan import Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.arguments import megatron_config
 from megatron_rw.training.embeddings import embedding_ranks
@@ -30,7 +33,6 @@ from megatron_rw.training.patches import repairs
 from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import Settings
 
-_PROGRESS_SECONDS = 10.0
 _FEW_MICRO_BATCHES = 10
 # Flags of a job that scoring refuses.
 UNSUPPORTED = {
@@ -54,11 +56,11 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     check_scoring(config, args)
     # A row has one document, and Megatron's way to mask between documents is not needed.
     args.dataloader_inter_document_masking = False
-    plan, folder = plan_of(config, args), ScoreFolder(Path(config.score_dir))
+    plan, path = plan_of(config, args), Path(config.score_dir)
     begun: list[Any] = [None, None]
     if args.rank == 0:
         record = describe(args, plan)
-        begun = [record, folder.begin(record)]
+        begun = [record, ScoreFolder(path, record).begin()]
     patching.apply(repairs())
     with Rendezvous(args.distributed_timeout_minutes):
         training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
@@ -66,14 +68,15 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     # Rank 0 alone has looked at the folder: another host may not see yet what it has made.
     dist.broadcast_object_list(begun, src=0)
     record, done = begun
+    folder = ScoreFolder(path, record)
     if done is not None:
         _warn_of_small_blocks(args, plan)
-        _score(Scorer(job, _load(args), plan, progress), folder, record, done, progress)
+        _score(Scorer(job, _load(args), plan, progress), folder, done, progress)
     if writes():
         if done is not None:
-            _say("all blocks are there; counting")
-            domains = summary.summarise(folder, record["datasets"])
-            folder.finish(record, {"bin_width": summary.BIN_WIDTH, "domains": domains})
+            say("score_dataset", "all blocks are there; counting")
+            domains = summary.summarise(folder)
+            folder.finish({"bin_width": summary.BIN_WIDTH, "domains": domains})
         domains = folder.scores()["domains"]
         print("\n".join(summary.table(domains)), flush=True)
         if config.picture is not None:
@@ -119,37 +122,21 @@ def _load(args: Namespace) -> list[Any]:
     return list(model)
 
 
-def _score(
-    scorer: Scorer,
-    folder: ScoreFolder,
-    record: dict[str, Any],
-    done: dict[str, int],
-    progress: Progress,
-) -> None:
-    """Scores and writes the blocks that are missing, and counts them in `done` by dataset."""
-    block_tokens = record["rows"]["block_tokens"]
-    datasets = {
-        name: Blocks(facts["path"], block_tokens) for name, facts in record["datasets"].items()
-    }
-    total, tokens = sum(map(len, datasets.values())), 0
-    started = said = time.monotonic()
-    for name, blocks in datasets.items():
-        for number in range(done[name], len(blocks)):
-            block = blocks[number]
-            progress.begin(sum(done.values()), f"block {number} of {name}")
-            losses = scorer.score(blocks, block)
-            done[name] = number + 1
-            tokens += block.tokens
-            if losses is None:
-                continue
-            folder.write(name, block, losses)
-            folder.record(record, done)
-            now = time.monotonic()
-            if now - said >= _PROGRESS_SECONDS:
-                said = now
-                rate = tokens / (now - started)
-                _say(f"{sum(done.values()):,} of {total:,} blocks, {rate:,.0f} tokens/s")
-
-
-def _say(message: str) -> None:
-    print(f"score_dataset: {message}", file=sys.stderr, flush=True)
+def _score(scorer: Scorer, folder: ScoreFolder, scored: dict[str, int], progress: Progress) -> None:
+    """Scores and writes the documents that are missing, and counts them by dataset in `scored`."""
+    datasets, number = folder.record["datasets"], itertools.count()
+    size = sum(bin_path(facts["path"]).stat().st_size for facts in datasets.values())
+    said = PrintedProgress("score_dataset", size)
+    for name, facts in datasets.items():
+        with DatasetReader(Path(facts["path"])) as reader:
+            for block in reader.blocks(folder.record["rows"]["block_tokens"]):
+                end = block.first_sequence + len(block.lengths)
+                progress.begin(next(number), f"documents of {name} up to {end}")
+                if end <= scored[name]:
+                    said.skip(block.size)
+                    continue
+                losses = scorer.score(reader, block)
+                scored[name] = end
+                if losses is not None:
+                    folder.write(name, block, losses, scored)
+                    said.advance(block.size, len(block.lengths))

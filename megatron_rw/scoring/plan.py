@@ -1,4 +1,4 @@
-"""What is scored together: documents in blocks, windows of documents in rows of a micro-batch.
+"""How documents are cut into rows, and rows are put together into micro-batches.
 
 All of it follows from the index and the flags, and nothing from the number of ranks. Every
 micro-batch of a run therefore has the same rows and the same shape wherever it is computed, which
@@ -16,13 +16,15 @@ import os
 from argparse import Namespace
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.indexed.documents import DatasetReader
 from megatron_rw.data.indexed.domains import domain_names
-from megatron_rw.data.indexed.pair import Index, bin_path
+from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.resuming import SHAPING
@@ -41,25 +43,6 @@ _PRECISION = (
 )
 # Shorter rows than this are not worth a shape of their own.
 SHORTEST_ROW = 64
-
-
-@dataclass(frozen=True)
-class DocumentBlock:
-    """Consecutive documents that are scored, written and recorded together."""
-
-    first: int  # Index of its first document.
-    lengths: NDArray[np.int64]  # [documents], tokens of each.
-    start: int  # Index of its first token in the `.bin`.
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the block has."""
-        return int(self.lengths.sum())
-
-    @property
-    def starts(self) -> NDArray[np.int64]:
-        """int64 [documents], the index of each document's first token in the block."""
-        return np.cumsum(self.lengths) - self.lengths
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,7 @@ class Plan:
         micro_batch_size: Rows of `seq_length` in a micro-batch; of shorter rows as many more as
             have the same number of tokens.
         lengths: Lengths that rows are padded to, descending, `seq_length` first.
-        block_tokens: A block begins with the first document at or after each multiple of it.
+        block_tokens: Most tokens of a block, unless it is a single document.
     """
 
     seq_length: int
@@ -114,50 +97,6 @@ class Plan:
                 part[: len(fit[at : at + size])] = fit[at : at + size]
                 batches.append(MicroBatch(length, part))
         return batches
-
-
-class Blocks:
-    """The blocks of one dataset, whose prefix is its path without `.bin` and `.idx`.
-
-    Raises:
-        UserError: The dataset cannot be read, or has no tokens.
-
-    Attributes:
-        tokens: Of the whole `.bin`.
-        documents: Sequences of the index, which are what GPTDataset takes for documents.
-    """
-
-    def __init__(self, prefix: str, block_tokens: int) -> None:
-        index = Index.open(prefix)
-        self.prefix, self._index, self._itemsize = prefix, index, index.dtype.itemsize
-        self.tokens = bin_path(prefix).stat().st_size // self._itemsize
-        self.documents = len(index.lengths)
-        if self.tokens == 0:
-            raise UserError(f"{bin_path(prefix)}: holds no tokens; leave the dataset out")
-        marks = np.arange(0, self.tokens, block_tokens, dtype=np.int64) * self._itemsize
-        # A document longer than a block leaves the next marks without one of their own.
-        firsts = np.unique(np.searchsorted(index.offsets, marks))
-        self._bounds = np.append(firsts[firsts < self.documents], self.documents)
-
-    def __len__(self) -> int:
-        return len(self._bounds) - 1
-
-    def __getitem__(self, number: int) -> DocumentBlock:
-        first, last = int(self._bounds[number]), int(self._bounds[number + 1])
-        lengths = np.asarray(self._index.lengths[first:last], np.int64)
-        offsets = np.asarray(self._index.offsets[first:last])
-        block = DocumentBlock(first, lengths, int(offsets[0]) // self._itemsize)
-        if not np.array_equal(offsets - offsets[0], block.starts * self._itemsize):
-            raise UserError(
-                f"{self.prefix}.idx: documents {first} to {last - 1} do not lie one after the "
-                "other in the .bin, so that its tokens cannot be told apart; make the dataset again"
-            )
-        return block
-
-    def ids(self, block: DocumentBlock) -> NDArray[Any]:
-        """Returns the token ids of a block, [tokens], from a memory map."""
-        ids = np.memmap(bin_path(self.prefix), dtype=self._index.dtype, mode="r")
-        return ids[block.start : block.start + block.tokens]
 
 
 def plan_of(config: ScoreConfig, args: Namespace) -> Plan:
@@ -217,14 +156,17 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
                 f"--data-path {datasets[name]['path']} and {prefix} have the same file name, by "
                 "which their scores are named: score one of them into another --score-dir."
             )
-        blocks = Blocks(prefix, plan.block_tokens)
-        datasets[name] = {
-            "path": prefix,
-            "domain": domain,
-            "fingerprint": args.data_fingerprints[prefix],
-            "documents": blocks.documents,
-            "tokens": blocks.tokens,
-        }
+        with DatasetReader(Path(prefix)) as reader:
+            if reader.tokens == 0:
+                raise UserError(f"{bin_path(prefix)}: holds no tokens; leave the dataset out")
+            datasets[name] = {
+                "path": prefix,
+                "domain": domain,
+                "fingerprint": args.data_fingerprints[prefix],
+                # What GPTDataset takes for documents.
+                "documents": len(reader.index.lengths),
+                "tokens": reader.tokens,
+            }
     return {
         "version": _VERSION,
         "definition": _DEFINITION,

@@ -15,12 +15,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_rw.data.indexed.documents import DatasetReader, DocumentBlock
 from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.groups import device, has_loss
 from megatron_rw.integrations.schedule import run_forward_only
 from megatron_rw.resilience.watchdog import Progress
-from megatron_rw.scoring.plan import Blocks, DocumentBlock, MicroBatch, Plan
+from megatron_rw.scoring.plan import MicroBatch, Plan
 from megatron_rw.training.batch import Batch, BatchReader
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.datasets import PLACE_KEY
@@ -43,8 +44,8 @@ class Scorer:
         for chunk in model:
             chunk.eval()
 
-    def score(self, dataset: Blocks, block: DocumentBlock) -> NDArray[np.float32] | None:
-        """Scores a block of a dataset. Collective over all ranks.
+    def score(self, dataset: DatasetReader, block: DocumentBlock) -> NDArray[np.float32] | None:
+        """Scores a block of a dataset, with each sequence by itself. Collective over all ranks.
 
         Returns:
             On the rank that writes (`writes`) the loss of each of the block's tokens in nats, 0
@@ -53,8 +54,10 @@ class Scorer:
         Raises:
             UserError: A token id is beyond the model's vocabulary.
         """
-        ids = dataset.ids(block)
-        batches = self._plan.micro_batches(block.lengths)
+        tokens = int(block.lengths.sum(dtype=np.int64))
+        # Each rank reads only what it scores.
+        ids = np.memmap(bin_path(dataset.prefix), dataset.dtype, "r")[block.start :][:tokens]
+        batches = self._plan.micro_batches(block.lengths.astype(np.int64))
         # Each data-parallel rank takes a stretch, so that it has few shapes.
         each = -(-len(batches) // mpu.get_data_parallel_world_size())
         first = mpu.get_data_parallel_rank() * each
@@ -64,8 +67,8 @@ class Scorer:
             mine += [batches[0].empty()] * (each - len(mine))
         self._collected.clear()
         for length, group in itertools.groupby(mine, key=lambda batch: batch.length):
-            self._forward(dataset.prefix, ids, length, list(group))
-        return self._gather(block.tokens)
+            self._forward(str(dataset.prefix), ids, length, list(group))
+        return self._gather(tokens)
 
     def _forward(
         self, prefix: str, ids: NDArray[Any], length: int, batches: list[MicroBatch]
@@ -121,13 +124,13 @@ class Scorer:
             for (start, skipped, made), row in zip(places.tolist(), rows, strict=True):
                 # Each token is of one row: adding to 0 also makes one zero of both.
                 block[start + 1 + skipped : start + 1 + made] += row[skipped:made]
-        if mpu.get_data_parallel_world_size() == 1:
-            return block
-        # All but one add 0 to a token, so that the sum is exact.
-        total = torch.from_numpy(block).to(device())
-        group = mpu.get_data_parallel_group()
-        dist.reduce(total, dst=dist.get_global_rank(group, 0), group=group)
-        return total.cpu().numpy() if writes() else None
+        if tokens and mpu.get_data_parallel_world_size() > 1:
+            # All but one add 0 to a token, so that the sum is exact.
+            total = torch.from_numpy(block).to(device())
+            group = mpu.get_data_parallel_group()
+            dist.reduce(total, dst=dist.get_global_rank(group, 0), group=group)
+            block = total.cpu().numpy()
+        return block if writes() else None
 
 
 def writes() -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_rw.platform.files import complete_file
 from megatron_rw.scoring.folder import ScoreFolder
@@ -20,7 +19,7 @@ _COARSE = 5
 _CHUNK = 1 << 22
 
 
-def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(folder: ScoreFolder) -> dict[str, Any]:
     """Returns figures of each domain, from the folder's complete arrays, in bounded memory.
 
     Returns:
@@ -29,14 +28,14 @@ def summarise(folder: ScoreFolder, datasets: Mapping[str, Mapping[str, Any]]) ->
         not; `histogram`, numbers of the other documents by loss in bins of `BIN_WIDTH`.
     """
     found: dict[str, dict[str, Any]] = {}
-    for dataset, facts in datasets.items():
+    for dataset, facts in folder.record["datasets"].items():
         entry = found.setdefault(
             facts["domain"],
             {"documents": 0, "tokens": 0, "loss": 0.0, "without_loss": 0, "not_finite": 0}
             | {"histogram": np.zeros(BINS + 1, np.int64)},
         )
-        losses = np.load(folder.current(dataset, "document_losses"), mmap_mode="r")
-        tokens = np.load(folder.current(dataset, "document_tokens"), mmap_mode="r")
+        losses = np.load(folder.array(dataset, "document_losses"), mmap_mode="r")
+        tokens = np.load(folder.array(dataset, "document_tokens"), mmap_mode="r")
         for at in range(0, len(losses), _CHUNK):
             part = np.asarray(losses[at : at + _CHUNK], np.float64)
             counts = np.asarray(tokens[at : at + _CHUNK], np.int64)
@@ -68,27 +67,23 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
             f"{name:<{width}}  {entry['documents']:>13,}  {entry['tokens']:>17,}  {loss:>10}  "
             f"{entry['without_loss']:>9,}  {entry['not_finite']:>10,}"
         )
-    columns = {name: _coarse(entry["histogram"]) for name, entry in domains.items()}
-    filled = np.flatnonzero(sum(columns.values()))
+    histograms = np.array([entry["histogram"] for entry in domains.values()])
+    counts = np.add.reduceat(histograms, np.arange(0, BINS + 1, _COARSE), axis=1)
+    filled = np.flatnonzero(counts.any(axis=0))
     if not len(filled):
         return lines
-    cell = {name: max(len(name), 7) for name in columns}
+    shares = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    cells = [max(len(name), 7) for name in domains]
     lines += ["", "documents by loss in nats per token, % of the domain"]
-    lines.append(f"{'loss':<11}" + "".join(f"  {name:>{cell[name]}}" for name in columns))
+    names = zip(domains, cells, strict=True)
+    lines.append(f"{'loss':<11}" + "".join(f"  {name:>{cell}}" for name, cell in names))
     step = BIN_WIDTH * _COARSE
     for i in range(filled[0], filled[-1] + 1):
-        above = i * _COARSE >= BINS
-        label = f"{i * step:.1f}-" if above else f"{i * step:.1f}-{(i + 1) * step:.1f}"
-        shares = (
-            f"  {100 * column[i] / max(1, column.sum()):>{cell[name]}.2f}"
-            for name, column in columns.items()
-        )
-        lines.append(f"{label:<11}" + "".join(shares))
+        end = "" if i * _COARSE >= BINS else f"{(i + 1) * step:.1f}"
+        row = zip(shares[:, i], cells, strict=True)
+        label = f"{i * step:.1f}-{end}"
+        lines.append(f"{label:<11}" + "".join(f"  {share:>{cell}.2f}" for share, cell in row))
     return lines
-
-
-def _coarse(histogram: list[int]) -> NDArray[np.int64]:
-    return np.add.reduceat(np.array(histogram, np.int64), np.arange(0, BINS + 1, _COARSE))
 
 
 def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -107,27 +107,23 @@ class Reporter:
 
     def weights_scalars(self, report: ReweightReport, temperature: float) -> Scalars:
         """Returns the weights' values for TensorBoard and W&B, by tag."""
-        scalars = {
-            "reweight/weighted loss": report.objective,
-            "reweight/ess": report.ess,
-            "reweight/max weight": report.max_weight,
-            "reweight/max weight x set size": report.relative_max_weight,
-            "reweight/share of sets above 2": report.over_bound,
-            "reweight/temperature": temperature,
-            "reweight/non-finite samples": float(report.nonfinite_samples),
-            "reweight/smallest sample loss": report.sample_loss_min,
-            "reweight/largest sample loss": report.sample_loss_max,
+        values = {
+            "weighted loss": report.objective,
+            "ess": report.ess,
+            "max weight": report.max_weight,
+            "max weight x set size": report.relative_max_weight,
+            "share of sets above 2": report.over_bound,
+            "temperature": temperature,
+            "non-finite samples": float(report.nonfinite_samples),
+            "smallest sample loss": report.sample_loss_min,
+            "largest sample loss": report.sample_loss_max,
+            "share of samples beyond the range": report.beyond_range,
         }
-        if report.beyond_range is not None:
-            scalars["reweight/share of samples beyond the range"] = report.beyond_range
+        tagged = {f"reweight/{name}": value for name, value in values.items()}
         for name, domain in self._by_name(report.domains):
-            scalars[f"domain weight share/{name}"] = domain.weight_share
-            scalars[f"domain sample share/{name}"] = domain.sample_share
-            if domain.lm_loss is not None:
-                scalars[f"domain lm loss/{name}"] = domain.lm_loss
-            if domain.ess is not None:
-                scalars[f"domain ess/{name}"] = domain.ess
-        return scalars
+            for field, value in dataclasses.asdict(domain).items():
+                tagged[f"domain {field.replace('_', ' ')}/{name}"] = value
+        return {tag: value for tag, value in tagged.items() if value is not None}
 
     def _by_name[Value](self, values: Sequence[Value]) -> list[tuple[str, Value]]:
         """Pairs values by domain with its name; returns nothing for a single domain."""

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rw.data.indexed.documents import DocumentBlock
 from megatron_rw.errors import UserError
 from megatron_rw.scoring.folder import ARRAYS, ScoreFolder, document_means
-from megatron_rw.scoring.plan import DocumentBlock
 from megatron_rw.scoring.summary import draw, summarise, table
 
 
@@ -22,15 +22,16 @@ def job(**changes: Any) -> dict[str, Any]:
     return {"checkpoint": {"iteration": 3}, "datasets": {"a": dataset}} | changes
 
 
-def block() -> DocumentBlock:
-    return DocumentBlock(first=0, lengths=np.array([1, 4, 0, 5]), start=0)
+def block(*lengths: int) -> DocumentBlock:
+    tokens = np.array(lengths)
+    sequences, per_sequence = np.ones_like(tokens), tokens.astype(np.int32)
+    return DocumentBlock(0, 0, sequences, per_sequence, tokens, 0, 2 * sum(lengths))
 
 
 def filled(path: Path) -> ScoreFolder:
-    folder = ScoreFolder(path)
-    folder.begin(job())
-    folder.write("a", block(), np.linspace(0, 2.25, 10, dtype=np.float32))
-    folder.record(job(), {"a": 1})
+    folder = ScoreFolder(path, job())
+    folder.begin()
+    folder.write("a", block(1, 4, 0, 5), np.linspace(0, 2.25, 10, dtype=np.float32), {"a": 4})
     return folder
 
 
@@ -38,7 +39,7 @@ def filled(path: Path) -> ScoreFolder:
 def test_means_are_those_of_each_document(lengths: list[int]) -> None:
     losses = np.random.default_rng(0).random(sum(lengths)).astype(np.float32)
     losses[-1:] = np.inf
-    means, tokens = document_means(DocumentBlock(0, np.array(lengths), 0), losses)
+    means, tokens = document_means(np.array(lengths, np.int32), losses)
     for part, mean, count in zip(
         np.split(losses, np.cumsum(lengths)[:-1]), means, tokens, strict=True
     ):
@@ -47,15 +48,19 @@ def test_means_are_those_of_each_document(lengths: list[int]) -> None:
         np.testing.assert_allclose(mean, wanted, rtol=1e-7)
 
 
-def test_names_are_final_only_in_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed_between_two_names", [False, True])
+def test_names_are_final_only_in_the_end(tmp_path: Path, killed_between_two_names: bool) -> None:
     folder = filled(tmp_path)
     assert not list(tmp_path.glob("*.npy"))
-    assert folder.begin(job()) == {"a": 1}
-    folder.finish(job(), {"domains": summarise(folder, job()["datasets"])})
+    if killed_between_two_names:
+        partial = folder.array("a", "token_losses")
+        partial.replace(partial.with_suffix(""))
+    assert folder.begin() == {"a": 4}
+    folder.finish({"domains": summarise(folder)})
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["scores.json", *(f"a.{kind}.npy" for kind in ARRAYS)]
     )
-    assert folder.begin(job()) is None
+    assert folder.begin() is None
     losses = np.load(tmp_path / "a.token_losses.npy", mmap_mode="r")
     nan = np.nan
     np.testing.assert_array_equal(losses, [nan, nan, 0.5, 0.75, 1, nan, 1.5, 1.75, 2, 2.25])
@@ -63,37 +68,23 @@ def test_names_are_final_only_in_the_end(tmp_path: Path) -> None:
     np.testing.assert_array_equal(means, [nan, 0.75, nan, 1.875])
 
 
-def test_killed_between_two_names(tmp_path: Path) -> None:
+def test_what_is_of_another_job_or_damaged_is_refused(tmp_path: Path) -> None:
     folder = filled(tmp_path)
-    folder.partial("a", "token_losses").replace(folder.array("a", "token_losses"))
-    assert folder.begin(job()) == {"a": 1}
-    folder.finish(job(), {"domains": summarise(folder, job()["datasets"])})
-    assert folder.begin(job()) is None
-
-
-def test_another_job_is_refused(tmp_path: Path) -> None:
-    folder = filled(tmp_path)
-    other = job(checkpoint={"iteration": 4})
+    other = ScoreFolder(tmp_path, job(checkpoint={"iteration": 4}))
     wanted = r"progress.json is of another job: checkpoint.iteration 3 there, 4 here. Give another"
     with pytest.raises(UserError, match=wanted):
-        folder.begin(other)
-    folder.finish(job(), {"domains": {}})
+        other.begin()
+    (tmp_path / "scores.json").write_text(json.dumps(job()))
     with pytest.raises(UserError, match=r"scores.json is of another job: checkpoint.iteration"):
-        folder.begin(other)
-
-
-def test_a_missing_array_is_refused(tmp_path: Path) -> None:
-    folder = filled(tmp_path)
-    folder.partial("a", "document_losses").unlink()
+        other.begin()
+    (tmp_path / "scores.json").unlink()
+    folder.array("a", "document_losses").unlink()
     with pytest.raises(UserError, match=r"document_losses.npy is missing"):
-        folder.begin(job())
-
-
-def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
-    filled(tmp_path)
-    (tmp_path / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"progress.json: not JSON"):
-        ScoreFolder(tmp_path).begin(job())
+        folder.begin()
+    for content, message in (("{", "not a JSON object"), ('{"blocks": {}}', "of another version")):
+        (tmp_path / "progress.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            folder.begin()
 
 
 def test_domains(tmp_path: Path) -> None:
@@ -101,14 +92,14 @@ def test_domains(tmp_path: Path) -> None:
         name: {"domain": domain, "documents": 3, "tokens": 9}
         for name, domain in (("a", "web"), ("b", "code"), ("c", "web"))
     }
-    folder = ScoreFolder(tmp_path)
-    folder.begin({"datasets": datasets})
+    folder = ScoreFolder(tmp_path, {"datasets": datasets})
+    folder.begin()
     for name, losses in (("a", 0.25), ("b", 3.33), ("c", 50.0)):
         values = np.full(9, losses, np.float32)
         if name == "b":
             values[1] = np.nan
-        folder.write(name, DocumentBlock(0, np.array([3, 1, 5]), 0), values)
-    domains = json.loads(json.dumps(summarise(folder, datasets)))
+        folder.write(name, block(3, 1, 5), values, {})
+    domains = json.loads(json.dumps(summarise(folder)))
     web, code = domains["web"], domains["code"]
     assert (web["documents"], web["tokens"], web["without_loss"]) == (6, 12, 2)
     assert (code["tokens"], code["not_finite"], web["not_finite"]) == (4, 1, 0)

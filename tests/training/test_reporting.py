@@ -6,11 +6,14 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rw.reweighting import DomainReport, ReweightReport
+from megatron_rw.training import reporting
 from tests.program import Run, run_program
 from tests.reweighting import oracle
 
@@ -33,17 +36,8 @@ def test_log_line_names_everything_in_order(run: Run) -> None:
     line = next(line for line in run.log_lines() if re.match(r" iteration +4/", line))
     names = [part.split(":")[0].strip() for part in line.split("|")]
     start = names.index("lm loss")
-    assert names[start : start + 9] == [
-        "lm loss",
-        "weighted loss",
-        "ess",
-        "max weight",
-        "temperature",
-        "lm loss easy",
-        "weight easy",
-        "lm loss noise",
-        "weight noise",
-    ]
+    ours = "weighted loss|ess|max weight|temperature|lm loss easy|weight easy|lm loss noise"
+    assert names[start + 1 : start + 9] == [*ours.split("|"), "weight noise"]
     logged = run.train_metrics()[-1]
     assert f"| ess: {logged['reweight']['ess']:.6E} |" in line
     assert f"| temperature: {0.4:.6E} |" in line
@@ -73,16 +67,6 @@ def test_logged_samples_have_the_oracles_weights(run: Run) -> None:
         expected = oracle.weights([s["loss"] for s in samples], "linupper", 0.4)
         assert [s["weight"] for s in samples] == pytest.approx(expected, rel=1e-5)
         assert {s["domain"] for s in samples} == {"easy", "noise"}
-
-
-def test_domain_losses_are_those_of_the_logged_samples(run: Run) -> None:
-    """The first record covers one step of two sets; the second of them was logged whole."""
-    record = run.train_metrics()[0]
-    noise = [s["loss"] for s in record["samples"] if s["domain"] == "noise"]
-    spread = max(noise) - min(noise)
-    assert record["reweight"]["domains"]["noise"]["lm_loss"] == pytest.approx(
-        sum(noise) / len(noise), abs=spread
-    )
 
 
 def test_validation_is_reported_by_domain(run: Run) -> None:
@@ -124,27 +108,15 @@ def test_tensorboard_has_scalars_and_histograms(run: Run) -> None:
     assert samples.bucket_limit == weight.bucket_limit
 
 
-class FakeWandb:
-    """Stands in for the wandb module, which takes a dict and a step."""
-
-    def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, float], int]] = []
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((values, step))
-
-
 def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_rw.reweighting import DomainReport, ReweightReport
-    from megatron_rw.training import reporting
-
-    wandb = FakeWandb()
+    logged: list[tuple[dict[str, float], int]] = []
+    wandb = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
     monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
     domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
     report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0, 0.5, 4.0, domains)
     reporter = reporting.Reporter(["a", "b"])
     reporter.write_scalars(reporter.weights_scalars(report, 0.4), 7)
-    [(values, step)] = wandb.logged
+    [(values, step)] = logged
     assert step == 7
     assert values["reweight/ess"] == 0.8
     assert values["reweight/share of sets above 2"] == 0.25
@@ -154,10 +126,8 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resumed_run_appends_what_json_can_hold(tmp_path: Path) -> None:
-    from megatron_rw.training.reporting import MetricsFile, Reporter
-
     for loss in (torch.tensor(0.1), torch.tensor(math.inf)):
-        reporter = Reporter(["a"], MetricsFile(str(tmp_path)))
+        reporter = reporting.Reporter(["a"], reporting.MetricsFile(str(tmp_path)))
         reporter.write("train", 1, {"lm_loss": loss, "domains": {"a": [loss]}})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line, parse_constant=pytest.fail) for line in lines]

@@ -27,18 +27,20 @@ class DocumentBlock:
 
     Attributes:
         first: Number of the first document in its dataset, from 0.
+        first_sequence: Number of its first sequence.
         sequences: int64 [documents], sequences of each document.
         lengths: int32 [sequences], tokens of each sequence.
         tokens: int64 [documents], tokens of each document.
-        offset: Where the first document begins in the `.bin`, in bytes.
+        start: Index of the first token in the `.bin`.
         size: Bytes of all documents in the `.bin`.
     """
 
     first: int
+    first_sequence: int
     sequences: NDArray[np.int64]
     lengths: NDArray[np.int32]
     tokens: NDArray[np.int64]
-    offset: int
+    start: int
     size: int
 
 
@@ -69,16 +71,20 @@ class DatasetReader:
         """Closes the file of the tokens."""
         self._file.close()
 
-    def blocks(self) -> Iterator[DocumentBlock]:
+    def blocks(self, tokens: int | None = None) -> Iterator[DocumentBlock]:
         """Yields all documents, some 16 MB of tokens at a time.
+
+        With `tokens` a block has at most so many, unless it is a single document.
 
         Raises:
             UserError: If the tables of the index contradict each other, or documents do not follow
                 one another in the `.bin`; the message names the first such document.
         """
         total, end = len(self.index.lengths), 0
-        for first in range(0, self.documents, _DOCUMENTS):
-            bounds = np.asarray(self.index.bounds[first : first + _DOCUMENTS + 1])
+        limit = tokens or _BYTES // self.dtype.itemsize
+        step = max(_DOCUMENTS, limit // 128)
+        for first in range(0, self.documents, step):
+            bounds = np.asarray(self.index.bounds[first : first + step + 1])
             wrong = (np.diff(bounds) < 0) | (bounds[1:] > total)
             wrong[0] |= first == 0 and bounds[0] != 0
             wrong[-1] |= first + len(wrong) == self.documents and bounds[-1] != total
@@ -99,11 +105,12 @@ class DatasetReader:
                 )
             end = int(edges[-1])
             documents = edges[bounds - bounds[0]]  # where each begins, in tokens, and the end
-            yield from self._cut(first, bounds, lengths, documents)
+            yield from self._cut(first, bounds, lengths, documents, limit)
 
     def read(self, block: DocumentBlock) -> NDArray[Any]:
         """Reads the tokens of a block."""
-        return self._read(block.offset, block.size // self.dtype.itemsize)
+        itemsize = self.dtype.itemsize
+        return self._read(block.start * itemsize, block.size // itemsize)
 
     def _read(self, offset: int, count: int) -> NDArray[Any]:
         self._file.seek(offset)
@@ -122,7 +129,7 @@ class DatasetReader:
 
     def copy(self, block: DocumentBlock, writer: PairWriter) -> None:
         """Appends a block to a dataset of the same dtype, without passing it through Python."""
-        writer.copy_tokens(self._file, block.offset, block.size)
+        writer.copy_tokens(self._file, block.start * self.dtype.itemsize, block.size)
         writer.add_documents(block.lengths, block.sequences)
 
     def _cut(
@@ -131,19 +138,20 @@ class DatasetReader:
         bounds: NDArray[np.int64],
         lengths: NDArray[np.int32],
         edges: NDArray[np.int64],
+        limit: int,
     ) -> Iterator[DocumentBlock]:
-        itemsize = self.dtype.itemsize
         start = 0
         while start < len(bounds) - 1:
-            limit = edges[start] + _BYTES // itemsize
-            stop = max(start + 1, int(np.searchsorted(edges, limit, side="right")) - 1)
+            end = edges[start] + limit
+            stop = max(start + 1, int(np.searchsorted(edges, end, side="right")) - 1)
             yield DocumentBlock(
                 first=first + start,
+                first_sequence=int(bounds[start]),
                 sequences=np.diff(bounds[start : stop + 1]),
                 lengths=lengths[bounds[start] - bounds[0] : bounds[stop] - bounds[0]],
                 tokens=np.diff(edges[start : stop + 1]),
-                offset=int(edges[start]) * itemsize,
-                size=int(edges[stop] - edges[start]) * itemsize,
+                start=int(edges[start]),
+                size=int(edges[stop] - edges[start]) * self.dtype.itemsize,
             )
             start = stop
 

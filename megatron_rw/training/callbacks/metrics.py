@@ -50,22 +50,26 @@ class MetricsCallback(Callback):
         """Reads the metrics where there is a loss, and puts the weights on the log line."""
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return
-        if not log.skipped:
-            self._interval.add(log.call["loss_dict"])
-        if self._reporter is not None and self._reporter.endpoint is not None:
-            samples = self._args.consumed_train_samples
-            self._reporter.endpoint.step(log.iteration, samples, log.skipped)
-        if not log.prints:
-            return
-        if self._config.enabled and self._reporter is not None:
-            self._put_weights(log, self._reporter)
-        elif not self._config.enabled:
+        losses = None
+        if log.prints and not self._config.enabled:
             # This is collective over the ranks that have the loss.
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             losses = self._loss.train_losses.read(group, reset=log.ends_interval)
-            if self._reporter is not None and (seen := self._reporter.seen(losses)):
-                log.record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
-                log.scalars |= {f"domain lm loss/{name}": loss for name, loss in seen}
+        reporter = self._reporter
+        if reporter is None:
+            return
+        if not log.skipped:
+            self._interval.add(log.call["loss_dict"])
+        if reporter.endpoint is not None:
+            samples = self._args.consumed_train_samples
+            reporter.endpoint.step(log.iteration, samples, log.skipped)
+        if not log.prints:
+            return
+        if losses is None:
+            self._put_weights(log, reporter)
+        elif seen := reporter.seen(losses):
+            log.record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
+            log.scalars |= {f"domain lm loss/{name}": loss for name, loss in seen}
         if not log.call["is_first_iteration"]:
             _leave_out_if_all_skipped(log)
 
@@ -73,26 +77,24 @@ class MetricsCallback(Callback):
         """Writes the record of a logged step, and begins a new interval where one ends."""
         if not (log.prints and mpu.is_pipeline_last_stage(ignore_virtual=True)):
             return
-        metrics = self._loss.weight_metrics
         if self._reporter is not None:
-            megatron = self._interval.means() | {
-                name: log.call[name] for name in ("learning_rate", "loss_scale", "grad_norm")
-            }
-            record: dict[str, object] = {
-                name.replace(" ", "_"): value for name, value in megatron.items()
-            }
-            samples = self._args.consumed_train_samples
-            record["speed"] = self._interval.speed(samples, self._args.seq_length)
-            count = self._config.log_samples
-            if metrics.last is not None and count:
-                record["samples"] = self._reporter.samples(metrics.last, count)
-            self._reporter.write("train", log.iteration, record | log.record)
-            self._reporter.write_scalars(log.scalars, log.iteration)
-            if metrics.last is not None:
-                self._reporter.write_histograms(metrics.last, log.iteration)
+            self._write(log, self._reporter)
         if log.ends_interval:
-            metrics.reset()
+            self._loss.weight_metrics.reset()
             self._interval = _Interval()
+
+    def _write(self, log: LogEvent, reporter: Reporter) -> None:
+        logged = {name: log.call[name] for name in ("learning_rate", "loss_scale", "grad_norm")}
+        losses = {key.replace(" ", "_"): value for key, value in self._interval.means().items()}
+        speed = self._interval.speed(self._args.consumed_train_samples, self._args.seq_length)
+        record: dict[str, object] = losses | logged | {"speed": speed}
+        weighted = self._loss.weight_metrics.last
+        if weighted is not None and self._config.log_samples:
+            record["samples"] = reporter.samples(weighted, self._config.log_samples)
+        reporter.write("train", log.iteration, record | log.record)
+        reporter.write_scalars(log.scalars, log.iteration)
+        if weighted is not None:
+            reporter.write_histograms(weighted, log.iteration)
 
     def on_evaluation(self, call: Mapping[str, Any]) -> None:
         """Writes an evaluation; with several domains also prints a line with their losses."""
