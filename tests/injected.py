@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 
 def main() -> None:
-    """Runs it."""
     module, _, path = os.environ.get("BUG", "").partition(":")
     if module:
         *classes, name = path.split(".")

@@ -57,16 +57,13 @@ OURS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: exit status and output by rank, and where it wrote.
-
-    Attributes:
-        hung: a rank had to be killed long after another had failed, or after all time was up.
-    """
+    """A finished run: exit status and output by rank, and where it wrote."""
 
     status: list[int | None]
     output: list[str]
     directory: Path
     seconds: float = field(compare=False, default=0.0)
+    # Whether a rank had to be killed long after another had failed, or after all time was up.
     hung: bool = False
 
     @property
@@ -80,7 +77,6 @@ class Run:
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl."""
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -132,18 +128,11 @@ def run_program(
     patience: float = 5.0,
     environment: Mapping[str, str | None] | None = None,
 ) -> Run:
-    """Run `main()` of a script with the small model and our paths, and wait for it.
+    """Run `main()` of a module with the small model and our paths, and wait for it.
 
-    Args:
-        directory: for logs, metrics and checkpoints.
-        flags: beside those of `base`; later ones win.
-        processes: world size.
-        base: the model's shape and how it is trained.
-        module: the script, importable by name.
-        metrics: pass --log-dir, which only our program knows.
-        disturb: called with the process ids of all ranks, again and again until it returns True.
-        patience: seconds that the others may go on once a rank has failed.
-        environment: variables for every rank; None unsets.
+    Flags win over those of `base`. `disturb` is called with the process ids of all ranks, again and
+    again until it returns True. Once a rank has failed, the others may go on for `patience`
+    seconds. In the environment of every rank, None unsets a variable.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*base, *flags]

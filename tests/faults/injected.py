@@ -11,7 +11,6 @@ from tests.faults.points import IN_WRITER, POINTS, Countdown, kill_after, kill_r
 
 
 def main() -> None:
-    """Run it."""
     os.environ["FAULT_RANK_PID"] = str(os.getpid())
     fault = json.loads(os.environ.get("FAULT", "{}"))
     if int(os.environ["RANK"]) in fault.get("ranks", []):

@@ -28,12 +28,7 @@ def kill_rank() -> None:
 
 
 class Countdown:
-    """Kills the rank when it is called for the nth time.
-
-    Args:
-        count: n, from 1.
-        kill: How.
-    """
+    """Kills the rank when it is called for the nth time."""
 
     def __init__(self, count: int, kill: Callable[[], None] = kill_rank) -> None:
         self._left = count
@@ -41,7 +36,6 @@ class Countdown:
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
-        """Counts."""
         with self._lock:
             self._left -= 1
             if self._left == 0:
@@ -132,23 +126,14 @@ def written_by_half(original: Any, countdown: Countdown) -> Any:
 
 @dataclass(frozen=True)
 class Point:
-    """A place.
-
-    Attributes:
-        function: `module:function` or `module:Class.method`.
-        moment: Gives what takes its place, and counts.
-        most: The largest count that a run of `campaign.ITERATIONS` reaches on rank 0; a run of two
-            ranks with two micro-batches each and a checkpoint every third iteration.
-        on_rank_0: It is reached on rank 0 alone.
-    """
-
-    function: str
-    moment: Install
+    function: str  # `module:function` or `module:Class.method`.
+    moment: Install  # Gives what takes its place, and counts.
+    # The largest count that a run of `campaign.ITERATIONS` reaches on rank 0; a run of two ranks
+    # with two micro-batches each and a checkpoint every third iteration.
     most: int
-    on_rank_0: bool = False
+    on_rank_0: bool = False  # It is reached on rank 0 alone.
 
     def install(self, countdown: Countdown) -> None:
-        """Puts the countdown there."""
         module, _, path = self.function.partition(":")
         *owners, name = path.split(".")
         owner = functools.reduce(getattr, owners, importlib.import_module(module))

@@ -21,7 +21,6 @@ MARK = 59
 
 
 def main() -> None:
-    """Run it."""
     bad = json.loads(os.environ["BAD"])
     _mark(bad)
     if "what" in bad:

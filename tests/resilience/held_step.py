@@ -14,7 +14,6 @@ from typing import Any
 
 
 def main() -> None:
-    """Run it."""
     from megatron.core.transformer.transformer_block import TransformerBlock
     from megatron.training import get_args
     from megatron.training.global_vars import get_signal_handler
