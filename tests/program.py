@@ -46,11 +46,7 @@ TIMEOUT_S = 240
 # Scripts that know --log-dir.
 OURS = (
     "pretrain_gpt_rw",
-    "tests.faults.injected",
-    "tests.faults.limited",
     "tests.observability.disturbed",
-    "tests.resilience.bad_sample",
-    "tests.resilience.held_step",
     "tests.training.watched",
 )
 
@@ -123,6 +119,7 @@ def run_program(
     processes: int = 1,
     base: Sequence[str] = (*MODEL, *TRAINING),
     module: str = "pretrain_gpt_rw",
+    prepare: Callable[[], object] | None = None,
     metrics: bool = True,
     disturb: Callable[[Sequence[int]], bool] | None = None,
     patience: float = 5.0,
@@ -130,7 +127,8 @@ def run_program(
 ) -> Run:
     """Run `main()` of a module with the small model and our paths, and wait for it.
 
-    Flags win over those of `base`. `disturb` is called with the process ids of all ranks, again and
+    Flags win over those of `base`. Every rank calls `prepare` before `main()`, to replace what is
+    to go wrong; it must pickle. `disturb` is called with the process ids of all ranks, again and
     again until it returns True. Once a rank has failed, the others may go on for `patience`
     seconds. In the environment of every rank, None unsets a variable.
     """
@@ -150,6 +148,7 @@ def run_program(
                 argv,
                 {**_environment(rank, processes, port), **(environment or {})},
                 outputs[rank],
+                prepare,
             ),
         )
         for rank in range(processes)
@@ -178,7 +177,11 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def _rank_main(
-    module: str, argv: Sequence[str], env: Mapping[str, str | None], output: Path
+    module: str,
+    argv: Sequence[str],
+    env: Mapping[str, str | None],
+    output: Path,
+    prepare: Callable[[], object] | None,
 ) -> None:
     os.setpgid(0, 0)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -192,7 +195,9 @@ def _rank_main(
     torch.set_num_threads(1)
     # As in a program that was started by itself: Megatron's data loaders cannot be pickled.
     multiprocessing.set_start_method("fork", force=True)
-    importlib.import_module(module).main()
+    if prepare is not None:
+        prepare()
+    sys.exit(importlib.import_module(module).main())
 
 
 def kill_when(reached: Callable[[], bool]) -> Callable[[Sequence[int]], bool]:

@@ -14,8 +14,8 @@ the count. Exit status 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import random
 import shutil
 import sys
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.points import POINTS
+from tests.faults.points import POINTS, inject
 from tests.faults.undisturbed import Undisturbed
 from tests.program import Run, run_program
 
@@ -129,9 +129,8 @@ class Campaign:
             *("--save", checkpoints, "--load", checkpoints),
             *("--data-cache-path", str(directory / "cache")),
             processes=PROCESSES,
-            module="tests.faults.injected",
+            prepare=functools.partial(inject, asdict(fault) if fault else None),
             patience=PATIENCE_S,
-            environment={"FAULT": json.dumps(asdict(fault))} if fault else None,
         )
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.resilience import writer
+
 
 def kill_writer() -> None:
     """SIGKILL to the process that writes the rank's checkpoint, and to nothing else."""
@@ -169,6 +171,26 @@ POINTS = {
 # These happen in the process that writes the rank's checkpoints where saving is asynchronous, and
 # the second of them in that alone.
 IN_WRITER = ("write", "writer")
+
+
+def inject(fault: dict[str, Any] | None) -> None:
+    """Lets this rank be killed as a `campaign.Fault` says."""
+    os.environ["FAULT_RANK_PID"] = str(os.getpid())
+    if fault is None or int(os.environ["RANK"]) not in fault["ranks"]:
+        return
+    if fault["point"] == "any time":
+        kill_after(fault["count"] / 1000)
+    elif fault["point"] in IN_WRITER and "asynchronous" in fault["variant"]:
+        writer._main = functools.partial(_writer_main, fault)
+    else:
+        POINTS[fault["point"]].install(Countdown(fault["count"]))
+
+
+def _writer_main(fault: dict[str, Any], device: Any, rank_pid: int, *args: Any) -> None:
+    os.environ["FAULT_RANK_PID"] = str(rank_pid)
+    kill = kill_writer if fault["point"] == "writer" else kill_rank
+    POINTS[fault["point"]].install(Countdown(fault["count"], kill))
+    writer._main(device, rank_pid, *args)
 
 
 def kill_after(seconds: float) -> None:
