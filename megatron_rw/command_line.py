@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import tyro
 from tyro import _docstrings
@@ -45,69 +46,35 @@ def parse[Config](config: type[Config], argv: Sequence[str] | None, description:
     """Parses a command line into a dataclass, each field of which is a flag.
 
     A field's docstring is its help text, and a `UserError` of `__post_init__` its check. Fields of
-    a nested dataclass are flags of the same form, without a prefix. `--help` prints the flags and
-    ends the process.
-
-    Args:
-        config: The dataclass.
-        argv: The arguments without the program's name; None for those of this process.
-        description: What `--help` says first.
-
-    Raises:
-        UserError: If the command line is wrong, in one line instead of tyro's box.
+    a nested dataclass are flags of the same form, without a prefix. `--help` prints the description
+    and the flags, and ends the process. What is wrong is a `UserError` instead of tyro's box.
+    `argv` has no program's name; None stands for that of this process.
     """
-    with _one_line_errors(), patching.applied([_HELP]):
-        return tyro.cli(
-            config,
-            prog=_program(),
-            args=sys.argv[1:] if argv is None else list(argv),
-            description=description,
-            config=_FLAG_STYLE,
-        )
+    parsed: Config = _cli(config, sys.argv[1:] if argv is None else argv, description=description)
+    return parsed
 
 
 def parse_known[Config](
     config: type[Config], argv: Sequence[str], description: str
 ) -> tuple[Config, list[str]]:
-    """Parses the flags of a dataclass out of a command line that also has the flags of a job.
+    """Parses the flags of a dataclass, as `parse` does, among the flags of a job.
 
-    `@file` stands for the flags in that file, as it does for the job itself.
-
-    Args:
-        config: As for `parse`.
-        argv: The arguments without the program's name.
-        description: As for `parse`.
-
-    Returns:
-        The dataclass, and the arguments that none of its fields takes, in their order.
-
-    Raises:
-        UserError: As of `parse`, and if an argument file cannot be read.
+    `@file` stands for the flags in that file, as it does for the job itself. Returns the dataclass,
+    and the arguments that none of its fields takes, in their order.
     """
+    # The flags that a reader without flags does not know are all of them, those of files included.
+    given = FlagReader().parse_known_args(argv)[1]
+    parsed, others = _cli(config, given, description=description, return_unknown_args=True)
+    return parsed, others
+
+
+def _cli(config: Any, argv: Sequence[str], **how: Any) -> Any:
     with _one_line_errors(), patching.applied([_HELP]):
-        return tyro.cli(
-            config,
-            prog=_program(),
-            # The flags that it does not know, which are all.
-            args=FlagReader().parse_known_args(argv)[1],
-            description=description,
-            config=_FLAG_STYLE,
-            return_unknown_args=True,
-        )
+        return tyro.cli(config, prog=_program(), args=list(argv), config=_FLAG_STYLE, **how)
 
 
 def require(holds: bool, flag: str, value: object, what: str) -> None:
-    """Checks the value of a flag.
-
-    Args:
-        holds: Whether the value is allowed.
-        flag: The flag, for the message.
-        value: Its value.
-        what: What the flag takes, for the message, such as "a number of at least 1".
-
-    Raises:
-        UserError: If the value is not allowed.
-    """
+    """Refuses the value of a flag unless it `holds`; `what` is to be given, "a number above 0"."""
     if not holds:
         raise UserError(f"{flag} {value}: give {what}")
 

@@ -17,21 +17,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Patch:
-    """One name that is replaced.
+    """One name that is replaced."""
 
-    Attributes:
-        owner: The module or class that holds the name.
-        name: The name in it.
-        new: The replacement, or an `Around`.
-        why: What the original lacks, or which code needs the replacement.
-        seen_in: The release whose original the replacement was written for.
-    """
-
-    owner: Any
+    owner: Any  # The module or class that holds the name.
     name: str
-    new: Any
-    why: str
-    seen_in: str = "megatron-core 0.19.2"
+    new: Any  # The replacement, or an `Around`.
+    why: str  # What the original lacks, or which code needs the replacement.
+    seen_in: str = "megatron-core 0.19.2"  # The release for whose original it was written.
 
     @property
     def target(self) -> str:

@@ -18,5 +18,4 @@ def attached(forward_step: Any, args: Namespace) -> Any:
 
 
 def main() -> None:
-    """Run the stock script with them."""
     stock.main(attached)

@@ -13,11 +13,6 @@ INTERFACE, SWITCH = "rw0", "rw-switch"
 
 
 def ip(*words: str) -> None:
-    """Run `ip`.
-
-    Raises:
-        SystemExit: it failed.
-    """
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"error: ip {' '.join(words)}: {done.stderr.strip()}")

@@ -46,27 +46,20 @@ TIMEOUT_S = 240
 # Scripts that know --log-dir.
 OURS = (
     "pretrain_gpt_rw",
-    "tests.faults.injected",
-    "tests.faults.limited",
     "tests.observability.disturbed",
-    "tests.resilience.bad_sample",
-    "tests.resilience.held_step",
     "tests.training.watched",
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: exit status and output by rank, and where it wrote.
-
-    Attributes:
-        hung: a rank had to be killed long after another had failed, or after all time was up.
-    """
+    """A finished run: exit status and output by rank, and where it wrote."""
 
     status: list[int | None]
     output: list[str]
     directory: Path
     seconds: float = field(compare=False, default=0.0)
+    # Whether a rank had to be killed long after another had failed, or after all time was up.
     hung: bool = False
 
     @property
@@ -80,7 +73,6 @@ class Run:
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl."""
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -127,23 +119,18 @@ def run_program(
     processes: int = 1,
     base: Sequence[str] = (*MODEL, *TRAINING),
     module: str = "pretrain_gpt_rw",
+    prepare: Callable[[], object] | None = None,
     metrics: bool = True,
     disturb: Callable[[Sequence[int]], bool] | None = None,
     patience: float = 5.0,
     environment: Mapping[str, str | None] | None = None,
 ) -> Run:
-    """Run `main()` of a script with the small model and our paths, and wait for it.
+    """Run `main()` of a module with the small model and our paths, and wait for it.
 
-    Args:
-        directory: for logs, metrics and checkpoints.
-        flags: beside those of `base`; later ones win.
-        processes: world size.
-        base: the model's shape and how it is trained.
-        module: the script, importable by name.
-        metrics: pass --log-dir, which only our program knows.
-        disturb: called with the process ids of all ranks, again and again until it returns True.
-        patience: seconds that the others may go on once a rank has failed.
-        environment: variables for every rank; None unsets.
+    Flags win over those of `base`. Every rank calls `prepare` before `main()`, to replace what is
+    to go wrong; it must pickle. `disturb` is called with the process ids of all ranks, again and
+    again until it returns True. Once a rank has failed, the others may go on for `patience`
+    seconds. In the environment of every rank, None unsets a variable.
     """
     directory.mkdir(parents=True, exist_ok=True)
     argv = [*base, *flags]
@@ -161,6 +148,7 @@ def run_program(
                 argv,
                 {**_environment(rank, processes, port), **(environment or {})},
                 outputs[rank],
+                prepare,
             ),
         )
         for rank in range(processes)
@@ -189,7 +177,11 @@ def _environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def _rank_main(
-    module: str, argv: Sequence[str], env: Mapping[str, str | None], output: Path
+    module: str,
+    argv: Sequence[str],
+    env: Mapping[str, str | None],
+    output: Path,
+    prepare: Callable[[], object] | None,
 ) -> None:
     os.setpgid(0, 0)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -203,7 +195,9 @@ def _rank_main(
     torch.set_num_threads(1)
     # As in a program that was started by itself: Megatron's data loaders cannot be pickled.
     multiprocessing.set_start_method("fork", force=True)
-    importlib.import_module(module).main()
+    if prepare is not None:
+        prepare()
+    sys.exit(importlib.import_module(module).main())
 
 
 def kill_when(reached: Callable[[], bool]) -> Callable[[Sequence[int]], bool]:

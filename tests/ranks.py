@@ -17,14 +17,8 @@ TIMEOUT_S = 120
 def run_ranks(processes: int, function: Callable[..., Any], *args: Any, **sizes: int) -> list[Any]:
     """Call `function(*args)` on every rank after `initialize_model_parallel(**sizes)`.
 
-    Args:
-        processes: world size.
-        function: importable by name; what it returns must pickle.
-        args: for the function.
-        sizes: for megatron-core's `initialize_model_parallel`.
-
-    Returns:
-        The results by rank. A rank that raises fails the test with its traceback.
+    The function must be importable by name. Returns the results by rank, which must pickle. A rank
+    that raises fails the test with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])

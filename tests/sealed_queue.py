@@ -11,18 +11,13 @@ class SealedQueue:
 
     The process of a `multiprocessing.Manager` unpickles what is put into its queues, and imports
     torch to do so. A rank that saves would wait for that.
-
-    Args:
-        queue: The queue of a manager.
     """
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
 
     def put(self, item: Any) -> None:
-        """Puts an item, pickled."""
         self._queue.put(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
-        """Takes the next item."""
         return pickle.loads(self._queue.get_nowait())

@@ -62,11 +62,7 @@ def _datasets(sizes: Any, vp_stage: int | None = None) -> Any:
 
 
 def main(change: Callable[[Any, Namespace], Any] = lambda forward_step, args: forward_step) -> None:
-    """Data and expert parallelism only: every rank reads its own batches.
-
-    Args:
-        change: what a user adds; takes and returns the forward step.
-    """
+    """Data and expert parallelism only: every rank reads its own batches."""
     ready()
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

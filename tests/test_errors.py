@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -58,14 +62,23 @@ BUGS = {
 }
 
 
-def run(program: str, directory: Path, flags: list[str], **environment: str) -> Run:
-    return run_program(
-        directory,
-        *flags,
-        base=(*MODEL, *TRAINING) if program in OF_MEGATRON else (),
-        module="tests.injected",
-        environment={"PROGRAM": program, **environment},
-    )
+def run(program: str, directory: Path, flags: list[str], *bug: str) -> Run:
+    base = (*MODEL, *TRAINING) if program in OF_MEGATRON else ()
+    prepare = functools.partial(plant, *bug) if bug else None
+    return run_program(directory, *flags, base=base, module=program, prepare=prepare, metrics=False)
+
+
+def plant(place: str, error: str) -> None:
+    """Lets what is called there, `module:Class.name`, raise an error."""
+    module, _, path = place.partition(":")
+    *classes, name = path.split(".")
+    owner = functools.reduce(getattr, classes, importlib.import_module(module))
+    assert hasattr(owner, name)
+
+    def planted(*args: Any, **kwargs: Any) -> NoReturn:
+        raise getattr(builtins, error)("planted")
+
+    setattr(owner, name, planted)
 
 
 @pytest.mark.parametrize(("program", "flags", "named"), MISTAKES)
@@ -92,7 +105,7 @@ def test_a_bug_of_ours_shows_its_traceback(
 ) -> None:
     bug, doing = BUGS[moment]
     flags = [*data_flags, *TRAIN.split()]
-    ended = run("pretrain_gpt_rw", tmp_path, flags, BUG=bug, ERROR=error)
+    ended = run("pretrain_gpt_rw", tmp_path, flags, bug, error)
     assert ended.status == [1], ended.all_output
     [before, *traces] = ended.output[0].split("Traceback (most recent call last):\n")
     # The last line is the test's fork server's own.
@@ -100,7 +113,7 @@ def test_a_bug_of_ours_shows_its_traceback(
     assert line.startswith("error: ")
     assert f"while {doing}" in line or f"while reading the {doing}" in line
     assert traces[-1].splitlines()[-1].strip() == f"{error}: planted"
-    assert "in _planted" in traces[-1]
+    assert "in planted" in traces[-1]
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), BrokenPipeError()])

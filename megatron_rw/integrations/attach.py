@@ -60,9 +60,6 @@ def attach(
             saved in its checkpoints, and the warm-up follows its iterations. Without them, save and
             load `state_dict()` with your own checkpoints.
         loss_mask: Finds the micro-batch's mask, `[b, s/cp]` or flat, in the loss function.
-
-    Returns:
-        The forward step function for the schedule, or `pretrain`.
     """
     if not config.enabled:
         raise UserError("attach() with strategy none does nothing: choose one, or do not call it.")
@@ -73,9 +70,8 @@ def attach(
 class AttachedForwardStep:
     """A forward step function with sample weights, made by `attach`.
 
-    Attributes:
-        metrics: On the ranks of the last pipeline stage, `read()` gives the report on the weights
-            since the last `reset()`.
+    On the ranks of the last pipeline stage, `metrics.read()` gives the report on the weights since
+    the last `metrics.reset()`.
     """
 
     def __init__(

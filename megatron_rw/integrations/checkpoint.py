@@ -27,17 +27,9 @@ def patches(state: ReweightState, args: Namespace) -> list[Patch]:
         for line in state.resume(call["checkpoint_args"]):
             print_rank_0(f"> {line}")
 
+    saves = "It is called for every checkpoint, on every rank, and puts the arguments into it."
+    loads = "load_checkpoint gives it the saved arguments, whatever the checkpoint's format."
     return [
-        Patch(
-            checkpointing,
-            "generate_state_dict",
-            Around(save),
-            "It is called for every checkpoint, on every rank, and puts the arguments into it.",
-        ),
-        Patch(
-            checkpointing,
-            "check_checkpoint_args",
-            Around(load),
-            "load_checkpoint gives it the saved arguments, whatever the checkpoint's format.",
-        ),
+        Patch(checkpointing, "generate_state_dict", Around(save), saves),
+        Patch(checkpointing, "check_checkpoint_args", Around(load), loads),
     ]

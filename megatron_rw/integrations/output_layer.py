@@ -30,8 +30,7 @@ class FusedOutputLayer:
 
         model(tokens, position_ids, mask, labels=labels, output_processor=FusedOutputLayer())
 
-    Args:
-        logits_budget: Bytes that logits may take, see `kernels.plan_logits`; None for no limit.
+    `logits_budget` are the bytes that logits may take, see `kernels.plan_logits`.
     """
 
     def __init__(self, logits_budget: int | None = None) -> None:
@@ -50,13 +49,9 @@ class FusedOutputLayer:
     ) -> Tensor:
         """Returns `[b, s]` losses in nats, or logits where there are no labels; the model calls it.
 
-        Args:
-            hidden_states: `[s, b, h]`, or this rank's part of the sequence.
-            output_layer: The module that has the weight and knows its layout.
-            output_weight: The embedding's weight if the two share it, else None.
-            labels: `[b, s]`.
-            scale_logits: Multiplies logits by a constant, for models that are parametrised so.
-            runtime_gather_output: Whether the logits are gathered over tensor parallelism.
+        The hidden states are `[s, b, h]`, or this rank's part of the sequence, and the labels
+        `[b, s]`. There is an `output_weight` if it is the embedding's, which the two share.
+        `scale_logits` multiplies logits by a constant.
         """
         if labels is None:
             logits, _ = output_layer(

@@ -21,15 +21,13 @@ class ReweightState:
 
     It is the same on every rank. Warm-up counts from the first reweighted step, so a baseline
     checkpoint can be continued.
-
-    Attributes:
-        moments: `[2]` fp64, the range of losses that the next step will use; None before the first
-            step, and outside the scope `deferred`.
     """
 
     def __init__(self, config: ReweightConfig) -> None:
         self._config = config
         self._first_iteration: int | None = None
+        # `[2]` fp64, the range of losses that the next step will use; None before the first step,
+        # and outside the scope `deferred`.
         self.moments: Tensor | None = None
 
     def record(self) -> dict[str, Any]:

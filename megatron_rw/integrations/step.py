@@ -33,11 +33,6 @@ class StepReweighting:
 
     `config.enabled` must hold. `iteration` returns the completed iterations of the run. `observe`
     is called with every weighted set, on the ranks of the last pipeline stage.
-
-    Attributes:
-        num_microbatches: Micro-batches of the present step, or of the last one.
-        running: Whether a training step is running.
-        scoring: Whether the step is in the forward passes that only score the samples.
     """
 
     def __init__(
@@ -52,8 +47,10 @@ class StepReweighting:
         self._iteration = iteration
         self._observe = observe
         self._reweighter: Reweighter | None = None
+        # Of the present step, or of the last one.
         self.num_microbatches = 1
         self._keeps_token_divisor = False
+        # Whether a training step is running, and is in the passes that only score the samples.
         self.running = False
         self.scoring = False
 
@@ -85,15 +82,10 @@ class StepReweighting:
         return result
 
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights one micro-batch, on the last pipeline stage.
+        """Weights one micro-batch, on the last pipeline stage; arguments as of `Reweighter.weigh`.
 
-        Args:
-            sums: Sums over this rank's tokens, with gradient.
-            domain: `[b]` int64, for the observer.
-
-        Returns:
-            `(loss, divisor)` for the schedule, a scalar and an int scalar. While the step only
-            scores, the loss is 0.
+        Returns `(loss, divisor)` for the schedule, a scalar and an int scalar. While the step only
+        scores, the loss is 0.
         """
         reweighter = self._reweighter
         assert reweighter is not None

@@ -16,10 +16,8 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
     """Fills in what torch.distributed reads from the environment.
 
     torchrun sets all of it. Under `srun` with one task per GPU the ranks come from SLURM, and the
-    first task's node serves as master. Otherwise this is a run of one process.
-
-    Raises:
-        UserError: If a launcher set some variables and not others. Only this rank may know.
+    first task's node serves as master. Otherwise this is a run of one process. What a launcher
+    left out is a `UserError`.
     """
     if "RANK" in env or "WORLD_SIZE" in env:
         missing = [name for name in _NEEDED if name not in env]
@@ -53,6 +51,7 @@ def complete_environment(env: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _error(message: str) -> UserError:
+    """Returns an error that only this rank may know of."""
     return UserError(message, known_to_all=False)
 
 

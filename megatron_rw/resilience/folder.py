@@ -46,11 +46,8 @@ class Checkpoint:
     def common(self) -> dict[str, Any]:
         """Returns iteration, arguments, LR schedule and what else is the same on every rank.
 
-        Nothing that it holds is run, and torch.distributed is not needed.
-
-        Raises:
-            UnsafeCheckpointError: It is damaged, or would run code.
-            OSError: It cannot be read.
+        Nothing that it holds is run, and torch.distributed is not needed. A checkpoint that is
+        damaged, or would run code, is an `UnsafeCheckpointError`.
         """
         index = read_index(self.path)
         # Registers the classes of Megatron's arguments as harmless.

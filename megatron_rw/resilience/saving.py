@@ -144,26 +144,20 @@ class SaveGuard:
             self._problem = str(error)
 
     def _open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        """Opens a file for Megatron; what is written to the tracker goes to `_complete`."""
+        """Opens a file for Megatron."""
         if "w" in mode and os.path.basename(str(path)) == TRACKER:
             return self._tracker()
         return maybe_msc.open(path, mode, *args, **kwargs)
 
     @contextlib.contextmanager
     def _tracker(self) -> Iterator[io.StringIO]:
+        """Writes the tracker, on rank 0 when all is written, and then deletes old checkpoints."""
         stream = io.StringIO()
         yield stream
-        self._complete(stream.getvalue())
-
-    def _complete(self, text: str) -> None:
-        """Writes the tracker, on rank 0 when all is written, and then deletes old checkpoints."""
         if self._problem is not None:
             return
         try:
-            if not text.isdigit():
-                write_complete(self._folder.path / TRACKER, text)
-                return
-            self._folder.write_tracker(int(text))
+            write_complete(self._folder.path / TRACKER, stream.getvalue())
         except OSError as error:
             self._problem = str(error)
             return
@@ -211,27 +205,23 @@ class SaveGuard:
             shutil.rmtree(self._folder.path / f"iter_{other:07d}", ignore_errors=True)
         last = self._folder.tracked()
         before = "there is none before it" if last is None else f"that of iteration {last} is there"
-        stops = self._config.on_save_error == "stop"
-        print(
-            f"error: the checkpoint of iteration {iteration} could not be saved to "
-            f"{self._folder.path}: {reason}. {self._free()}What was written of it is deleted; "
-            f"{before}. "
-            + (
+        free = ""
+        with contextlib.suppress(OSError):
+            megabytes = shutil.disk_usage(self._folder.path).free / 2**20
+            free = f"{megabytes:,.0f} MiB are free there. "
+        then = "The run goes on."
+        if self._config.on_save_error == "stop":
+            then = (
                 "The run stops: make room or mend the folder, then start it again "
                 "(--on-save-error continue would go on)."
-                if stops
-                else "The run goes on."
-            ),
+            )
+        print(
+            f"error: the checkpoint of iteration {iteration} could not be saved to "
+            f"{self._folder.path}: {reason}. {free}What was written of it is deleted; {before}. "
+            f"{then}",
             file=sys.stderr,
             flush=True,
         )
-
-    def _free(self) -> str:
-        try:
-            free = shutil.disk_usage(self._folder.path).free
-        except OSError:
-            return ""
-        return f"{free / 2**20:,.0f} MiB are free there. "
 
 
 def _pending() -> int:

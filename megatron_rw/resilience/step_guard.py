@@ -35,12 +35,7 @@ _MOST_IN_A_ROW = 10
 
 
 class StepGuard:
-    """Looks at every step before its optimizer does. Every rank calls every method.
-
-    Attributes:
-        skips: Whether a bad step is skipped, rather than the run ended.
-        skipped: Steps that were skipped since the count was last set to 0.
-    """
+    """Looks at every step before its optimizer does. Every rank calls every method."""
 
     def __init__(self, config: NonFiniteConfig, samples: StepSamples, explains_only: bool) -> None:
         self._config = config
@@ -53,6 +48,8 @@ class StepGuard:
         self._bucket_norms: list[Tensor] = []
         self._iteration = 0
         self._in_a_row = 0
+        # Whether a bad step is skipped, rather than the run ended, and how many were since the
+        # count was last set to 0.
         self.skips = config.on_nonfinite != "raise"
         self.skipped = 0
 
@@ -140,12 +137,12 @@ class StepGuard:
     def _diagnosis(self) -> str:
         """Says in one or two sentences what is not finite, and where. Collective."""
         parameters, checked = _bad_parameters(self._model)
-        bad = self._samples.nonfinite()
+        samples, bad = self._samples, self._samples.nonfinite()
         mine = _Finding(
             rank=dist.get_rank(),
             stage=mpu.get_pipeline_model_parallel_rank(),
-            samples=[] if bad is None else self._samples.named(bad, self._samples.losses()),
-            positions=self._samples.positions(),
+            samples=[] if bad is None else samples.named(bad, samples.losses(), samples.notes),
+            positions=samples.positions(),
             local=not all(bool(norm.isfinite()) for norm in self._bucket_norms),
             parameters=parameters,
             checked=checked,

@@ -19,17 +19,12 @@ from megatron_rw.reweighting import SampleSums
 
 @dataclass(frozen=True)
 class Note:
-    """One micro-batch of this rank, which is on the last pipeline stage.
+    """One micro-batch of this rank, which is on the last pipeline stage."""
 
-    Attributes:
-        sums: Sums over this rank's tokens, `[b]` each, without gradient.
-        domain: Domain of each sample, `[b]` int64; None if there is only one domain.
-        places: `[b, 3]` int64 on the host: index in training order, member of the blend, and sample
-            within that member. None on ranks that draw no data.
-    """
-
-    sums: SampleSums
-    domain: Tensor | None
+    sums: SampleSums  # Over this rank's tokens, `[b]` each, without gradient.
+    domain: Tensor | None  # `[b]` int64; None if there is only one domain.
+    # `[b, 3]` int64 on the host: index in training order, member of the blend, and sample within
+    # that member. None on ranks that draw no data.
     places: Tensor | None
 
 
@@ -52,17 +47,12 @@ class Sample:
 
 
 class StepSamples:
-    """Notes the micro-batches of the current step.
-
-    Args:
-        members: Path and domain of every member of the training blend; none for mock data.
-
-    Attributes:
-        notes: The notes by micro-batch; empty on ranks without the loss.
-    """
+    """Notes the micro-batches of the current step."""
 
     def __init__(self, members: Sequence[tuple[str, str]]) -> None:
+        # Path and domain of every member of the training blend; none for mock data.
         self._members = members
+        # By micro-batch; empty on ranks without the loss.
         self.notes: list[Note] = []
 
     def begin(self) -> None:
@@ -84,17 +74,15 @@ class StepSamples:
         sums = [note.sums for note in self.notes]
         return torch.stack([loss_sum / tokens.clamp(min=1.0) for loss_sum, tokens in sums])
 
-    def named(
-        self, chosen: Tensor, losses: Tensor, notes: Sequence[Note] | None = None
-    ) -> list[Sample]:
-        """Names the chosen samples, in order, of the current step or one with other notes.
+    def named(self, chosen: Tensor, losses: Tensor, notes: Sequence[Note]) -> list[Sample]:
+        """Names the chosen samples, in order, of the step that has the notes.
 
         It waits for the device. `chosen` and `losses` are `[M, b]`. A rank that draws no data names
         none: another has the same samples.
         """
         found = []
         for micro_batch, row in chosen.nonzero().tolist():
-            places = (self.notes if notes is None else notes)[micro_batch].places
+            places = notes[micro_batch].places
             if places is not None:
                 loss = float(losses[micro_batch, row])
                 position, member, index = places[row].tolist()

@@ -40,17 +40,11 @@ STALL_FRACTION = 0.75
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a rank is; a later position is larger.
+    """How far a rank is; a later position is larger."""
 
-    Attributes:
-        iteration: Completed iterations.
-        step: Counts the activities of the iteration, whose order is the same on all ranks.
-        doing: The present activity in words.
-    """
-
-    iteration: int
-    step: int
-    doing: str
+    iteration: int  # Completed ones.
+    step: int  # Counts the activities of the iteration, whose order is the same on all ranks.
+    doing: str  # The present activity in words.
 
     def __str__(self) -> str:
         """Returns the position as messages name it."""
@@ -98,11 +92,8 @@ def diagnosis(
 ) -> Diagnosis | None:
     """Names the ranks that the others wait for; None where all are at the same position.
 
-    Args:
-        signs: The last sign of life of each rank that has sent one.
-        missing: The other ranks.
-        waited: Seconds for which this rank has made no progress.
-        silence: Seconds without a sign of life after which a rank counts as gone.
+    `missing` are the ranks that have sent no sign of life. This rank has made no progress for
+    `waited` seconds. A rank counts as gone after `silence` seconds without a sign of life.
     """
     who = {rank: f"rank {rank} was never heard from" for rank in missing} | {
         sign.rank: f"rank {sign.rank} on {sign.host} was last heard from {sign.age:.0f} s ago, at "

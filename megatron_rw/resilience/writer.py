@@ -34,28 +34,18 @@ _POLL_SECONDS = 0.05
 
 def patches(device: Device) -> list[Patch]:
     """Returns what makes writer processes end with their rank, and tell what went wrong."""
-    main = functools.partial(_main, device, os.getpid())
+    caller, main = PersistentAsyncCaller, functools.partial(_main, device, os.getpid())
+    outlives = (
+        "Megatron's writer outlives a rank that is killed, and may then write into the same "
+        "checkpoint as the next attempt."
+    )
+    polls = "A rank whose writer has died polls it for ever."
+    waits = "A rank waits for ever for a writer that dies before it has copied the tensors."
     return [
         *_writing_patches(),
-        Patch(
-            PersistentAsyncCaller,
-            "async_loop",
-            staticmethod(main),
-            "Megatron's writer outlives a rank that is killed, and may then write into the same "
-            "checkpoint as the next attempt.",
-        ),
-        Patch(
-            PersistentAsyncCaller,
-            "is_current_async_call_done",
-            Around(_done),
-            "A rank whose writer has died polls it for ever.",
-        ),
-        Patch(
-            PersistentAsyncCaller,
-            "schedule_async_call",
-            Around(_schedule),
-            "A rank waits for ever for a writer that dies before it has copied the tensors.",
-        ),
+        Patch(caller, "async_loop", staticmethod(main), outlives),
+        Patch(caller, "is_current_async_call_done", Around(_done), polls),
+        Patch(caller, "schedule_async_call", Around(_schedule), waits),
     ]
 
 

@@ -73,67 +73,42 @@ class LossByDomain:
 
 @dataclass(frozen=True)
 class DomainReport:
-    """One domain over a logging interval; None stands for values of a domain that was not seen.
+    """One domain over a logging interval; None stands for values of a domain that was not seen."""
 
-    Attributes:
-        lm_loss: Unweighted loss, nats per token.
-        weight_share: Share of the weight, mean over sets.
-        sample_share: Share of the samples.
-        ess: Effective sample size within the domain, as a fraction of its samples.
-    """
-
-    lm_loss: float | None
-    weight_share: float
-    sample_share: float
-    ess: float | None
+    lm_loss: float | None  # Unweighted loss, nats per token.
+    weight_share: float  # Share of the weight, mean over sets.
+    sample_share: float  # Share of the samples.
+    ess: float | None  # Effective sample size within the domain, as a fraction of its samples.
 
 
 @dataclass(frozen=True)
 class ReweightReport:
-    """The weights over a logging interval.
+    """The weights over a logging interval."""
 
-    Attributes:
-        objective: Σ w·l, mean over sets.
-        ess: Effective sample size as a fraction of the set, mean over sets.
-        max_weight: The largest weight of the interval.
-        relative_max_weight: |S|·w_max, mean over sets. The paper's theory assumes at most 2.
-        over_bound: Share of the sets in which |S|·w_max exceeds 2.
-        beyond_range: Share of the samples whose loss the scope `deferred` clamped, because it was
-            outside the range of the previous step; None in the other scopes.
-        set_size: Number of samples that competed, mean over sets.
-        nonfinite_samples: Number of samples that were left out because their loss was not finite.
-        sample_loss_min: The smallest sample loss of the interval, nats per token.
-        sample_loss_max: The largest sample loss of the interval, nats per token.
-        domains: The domains by index.
-    """
-
-    objective: float
-    ess: float
-    max_weight: float
-    relative_max_weight: float
-    over_bound: float
+    objective: float  # Σ w·l, mean over sets.
+    ess: float  # Effective sample size as a fraction of the set, mean over sets.
+    max_weight: float  # The largest weight of the interval.
+    relative_max_weight: float  # |S|·w_max, mean over sets. The paper's theory assumes at most 2.
+    over_bound: float  # Share of the sets in which |S|·w_max exceeds 2.
+    # Share of the samples whose loss the scope `deferred` clamped, because it was outside the range
+    # of the previous step; None in the other scopes.
     beyond_range: float | None
-    set_size: float
-    nonfinite_samples: int
-    sample_loss_min: float
+    set_size: float  # Number of samples that competed, mean over sets.
+    nonfinite_samples: int  # Number of samples left out because their loss was not finite.
+    sample_loss_min: float  # The smallest and the largest of the interval, nats per token.
     sample_loss_max: float
-    domains: list[DomainReport]
+    domains: list[DomainReport]  # By the domain's index.
 
 
 @dataclass(frozen=True)
 class _Totals:
-    """Sums over sets, on the device.
+    """Sums over sets, on the device."""
 
-    Attributes:
-        sums: `[8]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite
-            samples, samples beyond the range.
-        domain_sums: `[5, D]` loss sum, tokens, samples, weight, ESS.
-        peaks: `[3]` −smallest loss, largest loss, largest weight.
-    """
-
+    # `[8]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite samples,
+    # samples beyond the range.
     sums: Tensor
-    domain_sums: Tensor
-    peaks: Tensor
+    domain_sums: Tensor  # `[5, D]` loss sum, tokens, samples, weight, ESS.
+    peaks: Tensor  # `[3]` −smallest loss, largest loss, largest weight.
 
     def plus(self, other: _Totals) -> _Totals:
         return _Totals(

@@ -22,21 +22,16 @@ from megatron_rw.kernels.sums import SampleSums
 class ReduceGroup:
     """The ranks whose samples compete, and this rank's place among them.
 
-    Attributes:
-        group: Data-parallel group including context parallelism; None for a single process.
-        dp_rank: This rank's index along data parallelism alone.
-        dp_size: Number of data-parallel ranks.
-        cp_rank: This rank's index along context parallelism.
-        cp_size: Number of context-parallel ranks, which hold shards of the same samples.
-        cp_group: The context-parallel ranks; None for a single one.
+    Context-parallel ranks hold shards of the same samples.
     """
 
+    # Data-parallel group including context parallelism; None for a single process.
     group: dist.ProcessGroup | None = None
-    dp_rank: int = 0
+    dp_rank: int = 0  # Along data parallelism alone.
     dp_size: int = 1
     cp_rank: int = 0
     cp_size: int = 1
-    cp_group: dist.ProcessGroup | None = None
+    cp_group: dist.ProcessGroup | None = None  # None for a single context-parallel rank.
 
     @property
     def size(self) -> int:
@@ -48,19 +43,14 @@ class ReduceGroup:
 class SampleSet:
     """A set of samples, the same on every rank but for `local`. It has no gradient.
 
-    Attributes:
-        loss_sum: `[n]`, Σ_t m·ce of each sample, nats. It is fp32, or fp64 if the losses are.
-        tokens: `[n]`, Σ_t m of each sample, in the same dtype (exact below 2^24).
-        domain: `[n]`, index of the sample's domain, in the same dtype.
-        losses: `[n]`, nats per token; 0 for a sample without active tokens.
-        local: The rows of this rank's own samples.
+    The tensors are `[n]` each, in fp32, or in fp64 if the losses are.
     """
 
-    loss_sum: Tensor
-    tokens: Tensor
-    domain: Tensor
-    losses: Tensor
-    local: slice
+    loss_sum: Tensor  # Σ_t m·ce of each sample, nats.
+    tokens: Tensor  # Σ_t m of each sample (exact below 2^24).
+    domain: Tensor  # Index of the sample's domain.
+    losses: Tensor  # Nats per token; 0 for a sample without active tokens.
+    local: slice  # The rows of this rank's own samples.
 
     @property
     def has_tokens(self) -> Tensor:
@@ -83,12 +73,9 @@ def gather_samples(
 
     Args:
         sums: `[b]` each, over this rank's part of each sample's tokens; `b` is the same on all
-            ranks.
+            ranks, by whose data-parallel index the set is ordered.
         domain: `[b]` int64; None stands for all 0.
         ranks: The ranks to gather from; None stands for this process alone.
-
-    Returns:
-        The set, in order of data-parallel rank.
     """
     ranks = ranks or ReduceGroup()
     loss_sum, tokens = sums

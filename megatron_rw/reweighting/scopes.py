@@ -29,19 +29,13 @@ from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_sampl
 
 @dataclass(frozen=True)
 class WeightedSet:
-    """A set of samples and their weights, the same on every data- and context-parallel rank.
-
-    Attributes:
-        samples: Losses, token counts and domains.
-        weights: `[n]`, w_i, in the order of `samples`.
-        statistics: `[9]`, indexed by `megatron_rw.kernels.weights.Statistic`.
-        beyond: Scalar, number of samples whose losses were clamped, because they were outside the
-            range that losses were scaled by; None if that range is the set's own.
-    """
+    """A set of samples and their weights, the same on every data- and context-parallel rank."""
 
     samples: SampleSet
-    weights: Tensor
-    statistics: Tensor
+    weights: Tensor  # `[n]`, w_i, in the order of `samples`.
+    statistics: Tensor  # `[9]`, indexed by `megatron_rw.kernels.weights.Statistic`.
+    # Scalar, number of samples whose losses were clamped, because they were outside the range that
+    # losses were scaled by; None if that range is the set's own.
     beyond: Tensor | None = None
 
     @property
@@ -57,17 +51,12 @@ Observer = Callable[[WeightedSet], None]
 class Reweighter(abc.ABC):
     """Weights the samples of training steps, on the ranks that have the loss.
 
-    Args:
-        config: The settings, of which `enabled` must hold.
-        ranks: The ranks whose samples compete; None stands for this process alone.
-        observe: Called with every set once its weights are known.
-
-    Attributes:
-        scores_first: Whether the step needs a forward pass and `score` of all its micro-batches
-            before the first `weigh`.
-        step_tokens: Active tokens of the step over all ranks, from when they are known; else None.
+    `config.enabled` must hold. The samples of `ranks` compete, or those of this process alone.
+    `observe` is called with every set once its weights are known.
     """
 
+    # Whether the step needs a forward pass and `score` of all its micro-batches before the first
+    # `weigh`.
     scores_first = False
 
     def __init__(
@@ -83,15 +72,14 @@ class Reweighter(abc.ABC):
         self._observe = observe or (lambda weighted: None)
         self._step = 0
         self._num_microbatches = 1
+        # Active tokens of the step over all ranks, from when they are known.
         self.step_tokens: Tensor | None = None
 
     def begin(self, step: int, num_microbatches: int = 1) -> None:
-        """Begins a step.
+        """Begins a step of M = `num_microbatches` calls of `weigh`.
 
-        Args:
-            step: Completed steps of reweighted training. With the same number again, as when
-                Megatron repeats a step to find a hardware fault, the weights are the same again.
-            num_microbatches: M, the number of calls of `weigh` that follow.
+        `step` are the completed steps of reweighted training. With the same number again, as when
+        Megatron repeats a step to find a hardware fault, the weights are the same again.
         """
         self._step = step
         self._num_microbatches = num_microbatches
@@ -106,14 +94,10 @@ class Reweighter(abc.ABC):
 
     @abc.abstractmethod
     def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
-        """Weights one micro-batch, without waiting for the device.
+        """Returns this rank's part of the objective, a scalar with gradient.
 
-        Args:
-            sums: Sums over this rank's tokens, with gradient; see `sample_sums`.
-            domain: `[b]` int64, used only for the observer; None stands for all 0.
-
-        Returns:
-            Scalar with gradient, this rank's part of the objective; see the module's docstring.
+        It does not wait for the device. `sums` are over this rank's tokens, with gradient; `domain`
+        is `[b]` int64 for the observer, and None stands for all 0.
         """
 
     def finish(self) -> Tensor | None:
@@ -208,11 +192,9 @@ class DeferredReweighter(Reweighter):
 
     Before the first step there is no range, and all weights are equal. A step without an active
     sample has gradient 0 and does not change the range.
-
-    Attributes:
-        moments: `[2]` fp64, the range (l_min, l_max) that the next step will use.
     """
 
+    # `[2]` fp64, the range (l_min, l_max) that the next step will use.
     moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
     _used = moments
     _seen_step: int | None = None

@@ -38,25 +38,16 @@ _PACKING_KEYS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch as the model and the loss take it; None where this stage has no use for it.
+    """A micro-batch as the model and the loss take it; None where this stage has no use for it."""
 
-    Attributes:
-        tokens: `[b, s/cp]` int64, as are labels and position_ids.
-        loss_mask: `[b, s/cp]` fp32.
-        attention_mask: `[b, 1, s, s]` bool.
-        packed: Boundaries of packed sequences; `b` is 1 then.
-        domain: `[samples]` int64, on the stage that has the loss.
-        places: `[samples, 3]` int64 on the host, on the rank that drew them; see
-            `resilience.step_samples.Note`.
-    """
-
-    tokens: Tensor | None = None
-    labels: Tensor | None = None
-    loss_mask: Tensor | None = None
-    position_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    packed: PackedSeqParams | None = None
-    domain: Tensor | None = None
+    tokens: Tensor | None = None  # `[b, s/cp]` int64.
+    labels: Tensor | None = None  # `[b, s/cp]` int64.
+    loss_mask: Tensor | None = None  # `[b, s/cp]` fp32.
+    position_ids: Tensor | None = None  # `[b, s/cp]` int64.
+    attention_mask: Tensor | None = None  # `[b, 1, s, s]` bool.
+    packed: PackedSeqParams | None = None  # Boundaries of packed sequences; `b` is 1 then.
+    domain: Tensor | None = None  # `[samples]` int64, on the stage that has the loss.
+    # As in `resilience.step_samples.Note`, on the rank that drew the micro-batch.
     places: Tensor | None = None
 
 

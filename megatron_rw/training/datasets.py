@@ -68,12 +68,7 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class Domains:
-    """The domains that a run's data paths name, in order of first appearance.
-
-    Attributes:
-        names: Names by domain index.
-        train_members: Path and domain of every member of the training blend.
-    """
+    """The domains that a run's data paths name, in order of first appearance."""
 
     def __init__(self, args: Namespace) -> None:
         blend, per_split = get_blend_and_blend_per_split(args)
@@ -84,6 +79,7 @@ class Domains:
         self.names: list[str] = list(dict.fromkeys(name for names in by_split for name in names))
         self.names = self.names or ["all"]
         train = Split.train.value
+        # Path and domain of every member of the training blend.
         self.train_members = list(zip(prefixes[train], by_split[train], strict=True))
         index = {name: number for number, name in enumerate(self.names)}
         self._members = [[index[name] for name in names] or [0] for names in by_split]

@@ -31,10 +31,7 @@ from megatron_rw.training.settings import Settings
 class Job:
     """A run, built from its validated settings.
 
-    Attributes:
-        forward_step: The forward step function for Megatron's `pretrain`.
-        datasets_provider: The function that builds the datasets, for `pretrain` too.
-        patches: What the run replaces in Megatron, torch and Python.
+    Megatron's `pretrain` gets its `forward_step` and `datasets_provider`.
     """
 
     def __init__(self, settings: Settings, domains: Domains, progress: Progress) -> None:

@@ -36,13 +36,6 @@ class PretrainLoss:
 
     Under `--reweight-strategy none` the result is Megatron's own, bit for bit. `samples` is told of
     the loss of every training sample.
-
-    Attributes:
-        reweighting: Runs the training steps; None without reweighting.
-        weight_metrics: Sums over the weighted sets of the steps that the optimizer took since the
-            last reset.
-        train_losses: Losses of the same steps by domain, in a run without reweighting.
-        valid_losses: Losses of the evaluation by domain.
     """
 
     def __init__(
@@ -53,12 +46,15 @@ class PretrainLoss:
         self._validates = settings.megatron_decides
         self._samples = samples
         self._sets: list[WeightedSet] = []
+        # Of the steps that the optimizer took since the last reset.
         self.weight_metrics = WeightMetrics(num_domains)
+        # Runs the training steps.
         self.reweighting: StepReweighting | None = None
         if settings.reweight.enabled:
             self.reweighting = StepReweighting(
                 settings.reweight, state, lambda: args.curr_iteration, self._sets.append
             )
+        # Of the same steps, in a run without reweighting, and of the evaluation.
         self.train_losses = DomainLosses(num_domains)
         self.valid_losses = DomainLosses(num_domains)
 

@@ -70,23 +70,13 @@ def _loop_patches(loop: TrainingLoop) -> list[Patch]:
 
 def repairs() -> list[Patch]:
     """Returns what repairs defects of Megatron 0.19.2; docs/upstream.md describes them."""
-    found = [
-        Patch(
-            DistributedOptimizer,
-            "load_state_dict",
-            torch.no_grad()(DistributedOptimizer.load_state_dict),
-            "In an fp32 run its main parameters are views of leaves that require a gradient, into "
-            "which it copies: a resume fails.",
-        )
-    ]
+    load = torch.no_grad()(DistributedOptimizer.load_state_dict)
+    views = (
+        "In an fp32 run its main parameters are views of leaves that require a gradient, into "
+        "which it copies: a resume fails."
+    )
+    found = [Patch(DistributedOptimizer, "load_state_dict", load, views)]
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
-        found.append(
-            Patch(
-                dataset_utils,
-                "compile_helpers",
-                lambda: None,
-                "It runs make, for which the wheel brings no Makefile, although it brings the "
-                "compiled helpers.",
-            )
-        )
+        why = "It runs make, for which the wheel has no Makefile, though it has what make builds."
+        found.append(Patch(dataset_utils, "compile_helpers", lambda: None, why))
     return found

@@ -57,14 +57,9 @@ REWEIGHT_PREFIX = "reweight"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All settings of a run.
+    """All settings of a run."""
 
-    Attributes:
-        megatron: Megatron's own flags, parsed and, once `parse_args` returns, validated.
-        device: The device in use.
-    """
-
-    megatron: Namespace
+    megatron: Namespace  # Megatron's own flags, validated once `parse_args` has returned.
     device: Device
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     kernels: KernelConfig = field(default_factory=KernelConfig)

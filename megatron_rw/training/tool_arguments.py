@@ -17,16 +17,7 @@ from megatron_rw.training.settings import Settings
 
 
 def parse_job_flags(flags: Sequence[str], device: Device) -> Settings:
-    """Parses, checks and validates the flags of a job, without setting up the job's logs.
-
-    Args:
-        flags: The job's command line without the program's name.
-        device: What `platform.select_device` chose.
-
-    Raises:
-        UserError: What the job would refuse.
-        OSError: A file of the job cannot be read.
-    """
+    """Parses, checks and validates the flags of a job, without setting up the job's logs."""
     why = "Megatron sets up the job's logs while it parses, and a tool must not write to them."
     writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
     patching.apply([Patch(global_vars, name, lambda args: None, why) for name in writers])

@@ -39,11 +39,7 @@ SMALLEST = {
 
 
 def benchmark(arguments: str, *more: str, emulated: bool = False) -> str:
-    """Runs a script to its end.
-
-    Returns:
-        What it prints.
-    """
+    """Runs a script to its end."""
     # Compiling and interpreting would take most of the time.
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
     environment.pop("MEGATRON_RW_CUDA_LIBRARY", None)

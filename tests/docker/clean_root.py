@@ -37,11 +37,7 @@ LIMIT = "MEGATRON_RW_HEALTH_SECONDS"
 
 
 class CleanRoot:
-    """A root folder in which commands run as in a container.
-
-    Args:
-        path: The folder.
-    """
+    """A root folder in which commands run as in a container."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -71,11 +67,7 @@ class CleanRoot:
         print(f"    {time.monotonic() - begun:.0f} s, root is {size} MB", flush=True)
 
     def beside(self, process: subprocess.Popen[str], command: Sequence[str], limit: str) -> str:
-        """Runs a health check in the namespaces of a run, as `docker exec` does.
-
-        Returns:
-            Its exit status and what it says.
-        """
+        """Runs a health check in the namespaces of a run, as `docker exec` does."""
         while not (first := psutil.Process(process.pid).children()):
             time.sleep(0.01)
         enter = ["nsenter", "--mount", "--pid", "--target", str(first[0].pid)]
@@ -143,7 +135,6 @@ def train(root: CleanRoot, command: Sequence[str], health: Sequence[str]) -> Non
 
 
 def main() -> None:
-    """Builds, runs and checks."""
     path, *words = sys.argv[1:]
     given = dict(word.split("=", 1) for word in words if "=" in word)
     if os.geteuid() != 0 or shutil.which("debootstrap") is None:

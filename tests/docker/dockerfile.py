@@ -20,15 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, its continued lines joined.
+    """One instruction, its continued lines joined."""
 
-    Attributes:
-        name: In capitals.
-        text: The rest.
-    """
-
-    name: str
-    text: str
+    name: str  # In capitals.
+    text: str  # The rest.
 
     def command(self) -> list[str]:
         """What a CMD or HEALTHCHECK in the exec form, `["program", "word"]`, starts."""
@@ -49,16 +44,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Stage:
-    """A target.
+    """A target."""
 
-    Attributes:
-        base: The image that it starts from.
-        arguments: The ARGs before the first FROM.
-        instructions: In order, without FROM.
-    """
-
-    base: str
-    arguments: Mapping[str, str]
+    base: str  # The image that it starts from.
+    arguments: Mapping[str, str]  # The ARGs before the first FROM.
     instructions: list[Instruction] = field(default_factory=list)
 
     def of(self, name: str) -> list[Instruction]:

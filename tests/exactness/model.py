@@ -39,16 +39,7 @@ def own_part(name: str, full: Tensor) -> Tensor:
 
 
 class TokenNetwork(MegatronModule):
-    """One model chunk.
-
-    Args:
-        config: sizes and layout.
-        chunk: index of the chunk along the pipeline, virtual stages included.
-        chunks: how many there are.
-        values: full parameters.
-        vp_stage: as core's models have it.
-        fused: compute the output layer and the loss in one operation.
-    """
+    """One model chunk; `chunk` is its index along the pipeline, virtual stages included."""
 
     def __init__(
         self,
@@ -166,9 +157,7 @@ def build(
 def gradients(model: list[DistributedDataParallel], sharded: bool) -> oracle.Parameters:
     """This rank's part of the finalised gradients, by the oracle's names.
 
-    Args:
-        model: the chunks.
-        sharded: the distributed optimizer's reduce-scatter left each rank one shard.
+    They are `sharded` if the distributed optimizer's reduce-scatter left each rank one shard.
     """
     found = {}
     for chunk in model:

@@ -1,4 +1,4 @@
-"""`pretrain_gpt_rw.py` on one process, with the fp64 oracle run on its own model and batches.
+"""Runs the fp64 oracle in `pretrain_gpt_rw.py`, on one process, on its own model and batches.
 
 Before every step the step's micro-batches are drawn, and the oracle's gradient on them and on the
 model in fp64 is written to `oracle/NNN.pth` beside Megatron's own gradient dump.
@@ -38,13 +38,12 @@ def oracle_gradient(
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, latest
 
 
-def main() -> None:
-    """Run the program with the oracle before every step."""
+def install() -> None:
+    """Puts the oracle before every step."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import unwrap_model
     from megatron.training import get_args, training
 
-    import pretrain_gpt_rw
     from megatron_rw.training.settings import Settings
 
     original = training.train_step
@@ -64,4 +63,3 @@ def main() -> None:
         return original(forward_step, iter(batches), model, *rest, **named)
 
     training.train_step = train_step
-    pretrain_gpt_rw.main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.exactness import oracle
+from tests.exactness import oracle, program_with_oracle
 from tests.program import Run, run_program
 
 STEPS = 2
@@ -49,11 +49,9 @@ def run(directory: Path, flags: list[str], scope: str, layout: str | None, init:
         *FLAGS,
         *["--micro-batch-size", str(micro_batch_size), "--reweight-scope", scope],
         *["--load", str(init), "--save", str(directory / "checkpoints")],
-        *["--log-dir", str(directory)],
         *extra.split(),
         processes=processes,
-        module="pretrain_gpt_rw" if layout else "tests.exactness.program_with_oracle",
-        metrics=False,
+        prepare=None if layout else program_with_oracle.install,
     ).check()
 
 

@@ -20,7 +20,6 @@ Sums = dict[tuple[str, str], list[tuple[float, float]]]
 
 
 def core_config(layout: cases.Layout, dtype: torch.dtype) -> TransformerConfig:
-    """Core's own settings for a layout."""
     return TransformerConfig(
         num_layers=oracle.LAYERS,
         hidden_size=oracle.HIDDEN,
@@ -64,12 +63,7 @@ def errors(
 ) -> dict[str, Sums]:
     """Squared error and squared size of this rank's part of every step's gradient.
 
-    Args:
-        layout: this rank is one of its processes.
-        wanted: the oracle's gradients, by scope and mask, one per step.
-
-    Returns:
-        By precision, by scope and mask, one pair per step.
+    By precision, then by scope and mask: one pair a step, as `wanted` has one gradient a step.
     """
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     model_parallel_cuda_manual_seed(1)

@@ -25,16 +25,6 @@ FAKES = {
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of the script.
-
-    Attributes:
-        status: its exit status.
-        srun: arguments, empty when it was not called.
-        environment: that srun had.
-        requeued: whether the job was.
-        errors: what went to stderr.
-    """
-
     status: int
     srun: list[str]
     environment: dict[str, str]

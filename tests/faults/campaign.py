@@ -14,8 +14,8 @@ the count. Exit status 1 if one failed.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import random
 import shutil
 import sys
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.points import POINTS
+from tests.faults.points import POINTS, inject
 from tests.faults.undisturbed import Undisturbed
 from tests.program import Run, run_program
 
@@ -55,22 +55,14 @@ SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run.
-
-    Attributes:
-        variant: of the run.
-        point: one of `POINTS`, or `any time`.
-        count: how often the point is reached before; milliseconds for `any time`.
-        ranks: that are killed.
-    """
+    """What happens to a run."""
 
     variant: str
-    point: str
-    count: int
-    ranks: tuple[int, ...]
+    point: str  # One of `POINTS`, or `any time`.
+    count: int  # How often the point is reached before; milliseconds for `any time`.
+    ranks: tuple[int, ...]  # Those that are killed.
 
     def __str__(self) -> str:
-        """For the table."""
         when = f"{self.count} ms" if self.point == "any time" else f"no. {self.count}"
         who = "all ranks" if len(self.ranks) == PROCESSES else f"rank {self.ranks[0]}"
         return f"{self.variant:30}{self.point:12}{when:>10}  {who}"
@@ -95,13 +87,6 @@ def faults(seed: int, trials: int) -> Iterator[Fault]:
 
 
 class Campaign:
-    """Runs trials.
-
-    Args:
-        folder: for all runs.
-        data_flags: of the data.
-    """
-
     def __init__(self, folder: Path, data_flags: list[str]) -> None:
         self._folder, self._data_flags = folder, data_flags
         self.undisturbed: dict[str, Undisturbed] = {}
@@ -131,7 +116,6 @@ class Campaign:
         return f"ok, {again}, {time.monotonic() - start:.0f} s"
 
     def expected(self, variant: str) -> Undisturbed:
-        """The undisturbed run of a variant."""
         if variant not in self.undisturbed:
             run = self._run(self._folder / variant.replace(" ", "_"), variant, None).check()
             self.undisturbed[variant] = Undisturbed(run, ITERATIONS)
@@ -145,14 +129,12 @@ class Campaign:
             *("--save", checkpoints, "--load", checkpoints),
             *("--data-cache-path", str(directory / "cache")),
             processes=PROCESSES,
-            module="tests.faults.injected",
+            prepare=functools.partial(inject, asdict(fault) if fault else None),
             patience=PATIENCE_S,
-            environment={"FAULT": json.dumps(asdict(fault))} if fault else None,
         )
 
 
 def main() -> int:
-    """Run the campaign, print a line a trial."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)

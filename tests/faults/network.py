@@ -33,18 +33,12 @@ STEPS = 400
 
 
 def plug_all(in_place: bool) -> None:
-    """Let packets through, or lose them all."""
     for host in HOSTS:
         plug(host, in_place)
 
 
 class Ranks:
-    """A run, one rank on each host.
-
-    Args:
-        folder: for logs.
-        data_flags: of the data.
-    """
+    """A run, one rank on each host."""
 
     def __init__(self, folder: Path, data_flags: list[str]) -> None:
         folder.mkdir()
@@ -73,11 +67,9 @@ class Ranks:
                 )
 
     def steps(self) -> int:
-        """Completed so far."""
         return len(self.losses())
 
     def losses(self) -> list[float]:
-        """Of the steps so far."""
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text().splitlines()
@@ -85,7 +77,6 @@ class Ranks:
         return [record["lm_loss"] for record in records if record["type"] == "train"]
 
     def wait_for(self, steps: int) -> None:
-        """Until so many are completed."""
         deadline = time.monotonic() + PATIENCE_S
         while self.steps() < steps:
             if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
@@ -106,7 +97,6 @@ class Ranks:
         return statuses
 
     def output(self, rank: int) -> str:
-        """What a rank has printed."""
         return self.logs[rank].read_text()
 
 

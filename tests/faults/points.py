@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.resilience import writer
+
 
 def kill_writer() -> None:
     """SIGKILL to the process that writes the rank's checkpoint, and to nothing else."""
@@ -28,12 +30,7 @@ def kill_rank() -> None:
 
 
 class Countdown:
-    """Kills the rank when it is called for the nth time.
-
-    Args:
-        count: n, from 1.
-        kill: How.
-    """
+    """Kills the rank when it is called for the nth time."""
 
     def __init__(self, count: int, kill: Callable[[], None] = kill_rank) -> None:
         self._left = count
@@ -41,7 +38,6 @@ class Countdown:
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
-        """Counts."""
         with self._lock:
             self._left -= 1
             if self._left == 0:
@@ -132,23 +128,14 @@ def written_by_half(original: Any, countdown: Countdown) -> Any:
 
 @dataclass(frozen=True)
 class Point:
-    """A place.
-
-    Attributes:
-        function: `module:function` or `module:Class.method`.
-        moment: Gives what takes its place, and counts.
-        most: The largest count that a run of `campaign.ITERATIONS` reaches on rank 0; a run of two
-            ranks with two micro-batches each and a checkpoint every third iteration.
-        on_rank_0: It is reached on rank 0 alone.
-    """
-
-    function: str
-    moment: Install
+    function: str  # `module:function` or `module:Class.method`.
+    moment: Install  # Gives what takes its place, and counts.
+    # The largest count that a run of `campaign.ITERATIONS` reaches on rank 0; a run of two ranks
+    # with two micro-batches each and a checkpoint every third iteration.
     most: int
-    on_rank_0: bool = False
+    on_rank_0: bool = False  # It is reached on rank 0 alone.
 
     def install(self, countdown: Countdown) -> None:
-        """Puts the countdown there."""
         module, _, path = self.function.partition(":")
         *owners, name = path.split(".")
         owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -184,6 +171,26 @@ POINTS = {
 # These happen in the process that writes the rank's checkpoints where saving is asynchronous, and
 # the second of them in that alone.
 IN_WRITER = ("write", "writer")
+
+
+def inject(fault: dict[str, Any] | None) -> None:
+    """Lets this rank be killed as a `campaign.Fault` says."""
+    os.environ["FAULT_RANK_PID"] = str(os.getpid())
+    if fault is None or int(os.environ["RANK"]) not in fault["ranks"]:
+        return
+    if fault["point"] == "any time":
+        kill_after(fault["count"] / 1000)
+    elif fault["point"] in IN_WRITER and "asynchronous" in fault["variant"]:
+        writer._main = functools.partial(_writer_main, fault)
+    else:
+        POINTS[fault["point"]].install(Countdown(fault["count"]))
+
+
+def _writer_main(fault: dict[str, Any], device: Any, rank_pid: int, *args: Any) -> None:
+    os.environ["FAULT_RANK_PID"] = str(rank_pid)
+    kill = kill_writer if fault["point"] == "writer" else kill_rank
+    POINTS[fault["point"]].install(Countdown(fault["count"], kill))
+    writer._main(device, rank_pid, *args)
 
 
 def kill_after(seconds: float) -> None:

@@ -8,12 +8,7 @@ from tests.program import Run, without_time
 
 
 class Undisturbed:
-    """The losses and the parameters of a run that nobody disturbed.
-
-    Args:
-        run: The run.
-        iterations: How many it has.
-    """
+    """The losses and the parameters of a run that nobody disturbed."""
 
     def __init__(self, run: Run, iterations: int) -> None:
         self.run = run

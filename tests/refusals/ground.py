@@ -20,11 +20,7 @@ UNSET = {"TRITON_INTERPRET": None, "MEGATRON_RW_CUDA_LIBRARY": None}
 
 
 class Ground:
-    """What the cases spoil: a corpus, and a run on it that left checkpoints.
-
-    Args:
-        folder: For all of it.
-    """
+    """What the cases spoil: a corpus, and a run on it that left checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self._used, self._good = folder / "used", folder / "good"
@@ -36,12 +32,7 @@ class Ground:
         self._used.rename(self._good)
 
     def run(self, case: Case, directory: Path) -> Run:
-        """Runs the case. Everything is whole before, and has the paths that checkpoints name.
-
-        Args:
-            case: What is wrong.
-            directory: For the output.
-        """
+        """Runs the case. Everything is whole before, and has the paths that checkpoints name."""
         shutil.rmtree(self._used, ignore_errors=True)
         shutil.copytree(self._good, self._used)
         if case.what in SPOILERS:
@@ -56,11 +47,7 @@ class Ground:
         )
 
     def message(self, run: Run) -> str:
-        """Returns the one error of rank 0, with names for the folders.
-
-        Raises:
-            AssertionError: There is none, or more than one.
-        """
+        """Returns the one error of rank 0, with names for the folders."""
         lines = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, run.all_output
         message = lines[0].removeprefix("error: ")

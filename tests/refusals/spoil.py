@@ -17,21 +17,14 @@ EASY = "easy_text_document"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case finds what it spoils, copies of its own.
+    """Where a case finds what it spoils, copies of its own."""
 
-    Attributes:
-        data: A corpus, see `tests.corpus`.
-        checkpoints: Iterations 2 and 4 of a run that goes on to iteration 4.
-        empty: A folder.
-    """
-
-    data: Path
-    checkpoints: Path
+    data: Path  # A corpus, see `tests.corpus`.
+    checkpoints: Path  # Iterations 2 and 4 of a run that goes on to iteration 4.
     empty: Path
 
     @property
     def newest(self) -> Path:
-        """The newer of the two checkpoints."""
         return self.checkpoints / "iter_0000004"
 
 
@@ -80,12 +73,10 @@ def without_metadata(*iterations: int) -> Spoiler:
 
 
 def track(text: str) -> Spoiler:
-    """Changes what the tracker names."""
     return lambda place: (place.checkpoints / "latest_checkpointed_iteration.txt").write_text(text)
 
 
 def file_for_folder(place: Place) -> None:
-    """Makes a file where a folder is wanted."""
     (place.empty / "file").touch()
 
 

@@ -19,20 +19,12 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "refusals.md"
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input.
-
-    Attributes:
-        what: The row's title.
-        given: Flags after a good command line, or `NAME=value` and `NAME unset`, with DATA,
-            CHECKPOINTS and EMPTY for folders; empty where files are damaged.
-        message: What the documentation says the program prints.
-        line: Index of the row in the document.
-    """
-
-    what: str
+    what: str  # The row's title.
+    # Flags after a good command line, or `NAME=value` and `NAME unset`, with DATA, CHECKPOINTS and
+    # EMPTY for folders; empty where files are damaged.
     given: str
-    message: str
-    line: int
+    message: str  # What the documentation says the program prints.
+    line: int  # Index of the row in the document.
 
     @property
     def environment(self) -> dict[str, str | None]:
@@ -47,12 +39,10 @@ class Case:
 
     @property
     def flags(self) -> list[str]:
-        """The flags given."""
         return [] if self.environment else self.given.split()
 
 
 def read_cases() -> Iterator[Case]:
-    """Reads the rows of the document."""
     for number, line in enumerate(DOCUMENT.read_text().splitlines()):
         if line.startswith("| ") and not line.startswith("| what is wrong"):
             cells = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|")))

@@ -1,16 +1,8 @@
-"""The real program with one sample that goes bad, as the environment says.
-
-`BAD` is JSON. `position`: of the sample. `iterations`: when it goes bad, as logged. `what` does:
-`activations` (NaN out of the embedding), `loss` (infinite, its gradient finite), `large` (the loss,
-by 400 nats), `gradient` (NaN out of the backward pass of the second layer, on `rank`).
-
-The sample's tokens and labels are all `MARK`, in every run: that is how the model knows it.
-"""
+"""Makes one sample go bad in the real program."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from typing import Any
 
@@ -20,15 +12,17 @@ import torch
 MARK = 59
 
 
-def main() -> None:
-    """Run it."""
-    bad = json.loads(os.environ["BAD"])
-    _mark(bad)
-    if "what" in bad:
-        {"activations": _activations, "gradient": _gradient}.get(bad["what"], _loss)(bad)
-    import pretrain_gpt_rw
+def spoil(**bad: Any) -> None:
+    """Lets the sample at `position` go bad in the logged `iterations`.
 
-    pretrain_gpt_rw.main()
+    `what` does: `activations` (NaN out of the embedding), `loss` (infinite, its gradient finite),
+    `large` (the loss, by 400 nats), `gradient` (NaN out of the backward pass of the second layer,
+    on `rank`). The sample's tokens and labels are all `MARK`, in every run: that is how the model
+    knows it.
+    """
+    _mark(bad)
+    if bad["what"] is not None:
+        {"activations": _activations, "gradient": _gradient}.get(bad["what"], _loss)(bad)
 
 
 def _is_time(bad: dict[str, Any]) -> bool:

@@ -1,8 +1,4 @@
-"""The real program, in whose third step every rank stays for ever, however fast the machine is.
-
-A rank that has come there leaves the file `held-<rank>` in the folder HELD, and `noticed-<rank>`
-once it was told by a signal to end.
-"""
+"""Holds every rank of the real program for ever in its third step, however fast the machine is."""
 
 from __future__ import annotations
 
@@ -13,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
-    """Run it."""
+def hold(folder: Path) -> None:
+    """Leaves `held-<rank>` in the folder then, and `noticed-<rank>` after a signal to end."""
     from megatron.core.transformer.transformer_block import TransformerBlock
     from megatron.training import get_args
     from megatron.training.global_vars import get_signal_handler
 
-    folder, rank = Path(os.environ["HELD"]), os.environ["RANK"]
+    rank = os.environ["RANK"]
     forward = TransformerBlock.forward
 
     @functools.wraps(forward)
@@ -34,6 +30,3 @@ def main() -> None:
         return forward(*args, **kwargs)
 
     TransformerBlock.forward = held
-    import pretrain_gpt_rw
-
-    pretrain_gpt_rw.main()

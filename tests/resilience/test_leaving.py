@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.watchdog import EXIT_STATUS
 from tests.program import Run, run_program, signal_when
+from tests.resilience import held_step
 
 RUN = "--micro-batch-size 4 --global-batch-size 8 --train-iters 2000 --save-interval 2000".split()
 ENDING = "--exit-signal-handler --exit-code-when-unfinished 75".split()
@@ -101,25 +103,10 @@ def test_second_interrupt_ends_at_once(tmp_path: Path, data_flags: list[str]) ->
             del steps[0]
         return not steps
 
-    run = train(
-        tmp_path,
-        data_flags,
-        *ENDING,
-        disturb=disturb,
-        module="tests.resilience.held_step",
-        environment={"HELD": str(tmp_path)},
-    )
+    prepare = functools.partial(held_step.hold, tmp_path)
+    run = train(tmp_path, data_flags, *ENDING, disturb=disturb, prepare=prepare)
     assert run.status == [130, 130], run.all_output
     assert CheckpointFolder(tmp_path / "checkpoints").checkpoints() == []
-
-
-def test_limit_ends_with_the_status_of_an_unfinished_run(
-    tmp_path: Path, data_flags: list[str]
-) -> None:
-    run = train(tmp_path, data_flags, *ENDING, "--exit-interval", "4")
-    assert run.status == [75, 75], run.all_output
-    last = run.train_metrics()[-1]["iteration"]
-    assert CheckpointFolder(tmp_path / "checkpoints").checkpoints()[-1].iteration == last
 
 
 def test_finished_run_ends_with_status_0(tmp_path: Path, data_flags: list[str]) -> None:

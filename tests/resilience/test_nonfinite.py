@@ -6,6 +6,7 @@ compared bit for bit with a run that never met it: Megatron's own `--iterations-
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from tests.program import Run, run_program, without_time
+from tests.resilience import bad_sample
 
 # Eight samples a step, so the bad one is in the third, of iterations 1 to 4.
 STEPS, POSITION, ITERATION = 4, 19, 3
@@ -45,7 +47,7 @@ def train(
     what: str | None = None,
     **bad: Any,
 ) -> Run:
-    bad = {"position": POSITION, "iterations": [ITERATION]} | bad | ({"what": what} if what else {})
+    bad = {"position": POSITION, "iterations": [ITERATION], "what": what} | bad
     return run_program(
         directory,
         *data_flags,
@@ -53,8 +55,7 @@ def train(
         *["--save", str(directory / "checkpoints")],
         *flags.split(),
         processes=processes,
-        module="tests.resilience.bad_sample",
-        environment={"BAD": json.dumps(bad)},
+        prepare=functools.partial(bad_sample.spoil, **bad),
         patience=30,
     )
 

@@ -37,17 +37,6 @@ PATIENCE_S = 400.0
 
 
 class Job:
-    """A job in the cluster.
-
-    Args:
-        cluster: that runs it.
-        folder: for its log and its run.
-        name: of the job.
-        flags: of the program.
-        options: of sbatch.
-        environment: of the batch script.
-    """
-
     def __init__(
         self,
         cluster: Cluster,
@@ -86,11 +75,6 @@ class Job:
         return metrics.read_text().count('"type": "train"') if metrics.exists() else 0
 
     def wait_for(self, reached: Callable[[], bool], what: str) -> None:
-        """Until something is the case.
-
-        Raises:
-            SystemExit: it is not in time.
-        """
         deadline = time.monotonic() + PATIENCE_S
         while not reached():
             if time.monotonic() > deadline:
@@ -106,13 +90,11 @@ class Job:
         self.wait_for(lambda: self.field("Restarts") == str(number), "be requeued")
 
     def wait(self) -> str:
-        """Its state in the end."""
         final = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait_for(lambda: self.field("JobState") in final, "end")
         return self.field("JobState")
 
     def run(self) -> Run:
-        """What it wrote."""
         return Run([0], [self.log.read_text()], self.directory)
 
     def _tail(self) -> str:
@@ -120,13 +102,6 @@ class Job:
 
 
 class Campaign:
-    """Runs the jobs.
-
-    Args:
-        cluster: that is free.
-        folder: for all runs.
-    """
-
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
         write_corpus(folder / "corpus")
@@ -205,7 +180,6 @@ class Campaign:
 
 
 def main() -> int:
-    """Run the campaign."""
     names = ("time_limit", "node_failure", "torchrun", "bad_flag")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=names, help="this and the undisturbed run")

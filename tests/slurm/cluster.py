@@ -72,22 +72,11 @@ shift 2
 
 
 class Cluster:
-    """A cluster that runs.
-
-    Args:
-        folder: for its configuration, state and logs.
-    """
-
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        """Start all daemons, and wait until the nodes are ready.
-
-        Raises:
-            SystemExit: they are not within a minute.
-        """
         self._configure()
         self._munge()
         self._spawn(HEAD, self._on(HEAD, ["slurmctld", "-D", "-i"]))
@@ -96,11 +85,6 @@ class Cluster:
         self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Until all nodes may be given to jobs.
-
-        Raises:
-            SystemExit: they are not within a minute.
-        """
         deadline = time.monotonic() + PATIENCE_S
         while True:
             states = self.run(["sinfo", "--noheader", "--Node", "--format=%T"], check=False)
@@ -114,7 +98,6 @@ class Cluster:
             time.sleep(0.5)
 
     def boot(self, node: str) -> None:
-        """Start a node, or start it again."""
         plug(node, in_place=True)
         self._spawn(node, self._on(node, ["slurmd", "-D"]))
 
@@ -129,13 +112,6 @@ class Cluster:
         check: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the head node.
-
-        Args:
-            command: as a user would type it.
-            check: raise unless it ends with status 0.
-            environment: beside that of this process.
-        """
         return subprocess.run(
             self._on(HEAD, command),
             env=os.environ
@@ -147,14 +123,12 @@ class Cluster:
         )
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
         ends = []
         for log in sorted(self._folder.glob("*.log")):
             ends += [f"--- {log.name}", *log.read_text().splitlines()[-20:]]
         return "\n".join(ends)
 
     def stop(self) -> None:
-        """End all of it."""
         for name in list(self._daemons):
             self._end(name)
 
@@ -207,11 +181,7 @@ class Cluster:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster, up to the end of the block.
-
-    Raises:
-        SystemExit: this is not root, or a program is missing.
-    """
+    """A cluster, up to the end of the block."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
         raise SystemExit(
@@ -231,7 +201,6 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def main() -> int:
-    """Run a command in a cluster."""
     with running_cluster() as cluster:
         done = cluster.run(sys.argv[1:], check=False)
         print(done.stdout, end="")

@@ -17,8 +17,6 @@ SIGNATURES = Path(__file__).with_name("patched_signatures.txt")
 
 
 class Owner:
-    """Something foreign."""
-
     def method(self, a: int, b: int = 2) -> tuple[int, int]:
         return a, b
 

@@ -33,7 +33,6 @@ def replaceable(value: Any) -> bool:
 
 
 def main() -> None:
-    """Run the program."""
     # torch warns of old names that are looked at.
     warnings.simplefilter("ignore")
     from megatron_rw.platform import select_device

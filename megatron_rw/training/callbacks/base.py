@@ -9,17 +9,11 @@ from typing import Any
 
 @dataclass
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-        iteration: Completed iterations before the step.
-        model: The model chunks of this rank.
-        skipped: Whether the optimizer took no step. It is known in `after_step`.
-        exits: Whether Megatron will end the run after the step. It is known in `after_step`.
-    """
-
-    iteration: int
-    model: list[Any]
+    iteration: int  # Completed iterations before the step.
+    model: list[Any]  # The model chunks of this rank.
+    # Known in `after_step`: the optimizer took no step; Megatron will end the run now.
     skipped: bool = False
     exits: bool = False
 
@@ -28,22 +22,15 @@ class Step:
 class LogEvent:
     """Megatron's call of `training_log`, which follows every step.
 
-    Attributes:
-        iteration: Completed iterations.
-        prints: Whether Megatron prints a line, at the end of a logging interval or after the first
-            step of a run.
-        ends_interval: Whether a logging interval ends.
-        call: The arguments of `training_log` by name.
-        record: Entries for the line of metrics.jsonl.
-        scalars: Entries for TensorBoard and W&B, by tag.
+    Megatron prints a line at the end of a logging interval, and after the first step of a run.
     """
 
-    iteration: int
+    iteration: int  # Completed ones.
     prints: bool
     ends_interval: bool
-    call: Mapping[str, Any]
-    record: dict[str, Any] = field(default_factory=dict)
-    scalars: dict[str, float] = field(default_factory=dict)
+    call: Mapping[str, Any]  # The arguments of `training_log` by name.
+    record: dict[str, Any] = field(default_factory=dict)  # For the line of metrics.jsonl.
+    scalars: dict[str, float] = field(default_factory=dict)  # For TensorBoard and W&B, by tag.
 
     @property
     def skipped(self) -> bool:

@@ -21,10 +21,8 @@ def flag(name: str) -> str:
 def refuse_flags(args: Namespace, why: Mapping[str, str], remedy: str) -> None:
     """Refuses the first flag of a table that is in use.
 
-    Args:
-        args: Megatron's arguments.
-        why: By name of the argument, what the flag does that cannot be, to follow the flag's name.
-        remedy: What to do instead, without a full stop.
+    By the name of its argument, `why` says what the flag does that cannot be, as it follows the
+    flag's name in the message; `remedy`, without a full stop, what to do instead.
     """
     for name, reason in why.items():
         value = getattr(args, name, None)
