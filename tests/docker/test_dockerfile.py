@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,9 +17,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tests.docker.dockerfile import ROOT, Stage, context, dockerignore, read
+from tests.docker.dockerfile import ROOT, arguments_of, dockerignore, in_shell, read, write_context
 
 STAGES = read()
+CPU, GPU = STAGES.values()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     name.replace("_", "-"): version
@@ -26,21 +28,28 @@ PINS = {
         r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M
     )
 }
-both = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
+both = pytest.mark.parametrize("name", STAGES)
 
 
-def image(stage: Stage, folder: Path, before: str = "HEALTHCHECK") -> Path:
-    """What COPY puts into WORKDIR before an instruction that has a word in it."""
-    for instruction in stage.instructions:
-        if before in f"{instruction.name} {instruction.text}":
-            return folder
-        if instruction.name == "COPY":
-            instruction.copy(folder)
-    raise AssertionError(f"no instruction has {before} in it")
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("context")
+    write_context(folder)
+    return folder
+
+
+def image(name: str, context: Path, folder: Path, before: str) -> str:
+    """Fills a folder with what a stage copies before the RUN with a word in it: returns that."""
+    stage = STAGES[name]
+    position = next(i for i, (kind, text) in enumerate(stage) if kind == "RUN" and before in text)
+    copies = [instruction for instruction in stage[:position] if instruction.name == "COPY"]
+    folder.mkdir()
+    subprocess.run(["sh", "-c", in_shell(copies, context)], cwd=folder, check=True)
+    return stage[position].text
 
 
 def executable(path: Path, body: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
 
@@ -54,31 +63,31 @@ def test_hadolint_finds_nothing_and_the_gpu_image_is_the_default() -> None:
 
 
 @both
-def test_it_ends_as_a_user_that_is_not_root(stage: Stage) -> None:
+def test_it_ends_as_a_user_that_is_not_root(name: str) -> None:
     """By number: Kubernetes' runAsNonRoot cannot look a name up."""
-    [user] = stage.of("USER")
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user.text)
-    after = stage.instructions[stage.instructions.index(user) :]
-    assert not {"RUN", "COPY"} & {instruction.name for instruction in after}
-    uid = user.text.split(":")[0]
-    assert any(
-        f"useradd --no-log-init --create-home --uid {uid} " in i.text for i in stage.of("RUN")
-    )
+    kinds = [instruction.name for instruction in STAGES[name]]
+    user = STAGES[name][kinds.index("USER")].text
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert not {"RUN", "COPY", "USER"} & set(kinds[kinds.index("USER") + 1 :])
+    made = f"useradd --no-log-init --create-home --uid {user.split(':')[0]} "
+    assert any(made in text for kind, text in STAGES[name] if kind == "RUN")
 
 
 @both
-def test_its_files_are_all_that_its_commands_need(stage: Stage, tmp_path: Path) -> None:
-    folder = image(stage, tmp_path)
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    wanted = {f for f in context() if f.split("/")[0] in ("megatron_rw", "examples", "tools")}
-    assert wanted < there
-    [health], [command] = stage.of("HEALTHCHECK"), stage.of("CMD")
-    ask = [] if "--help" in command.text else ["--help"]
+def test_its_files_are_all_that_its_commands_need(name: str, context: Path, tmp_path: Path) -> None:
+    copies = [instruction for instruction in STAGES[name] if instruction.name == "COPY"]
+    subprocess.run(["sh", "-c", in_shell(copies, context)], cwd=tmp_path, check=True)
+    files = [path.relative_to(context) for path in context.rglob("*") if path.is_file()]
+    assert {"megatron_rw", "examples", "tools"} < {file.parts[0] for file in files}
+    assert all((tmp_path / file).is_file() for file in files)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    for words, said in ((health.command(), "healthy"), ([*command.command(), *ask], "usage: ")):
-        assert words[0] == "python"
-        start = [sys.executable, *words[1:]]
-        done = subprocess.run(start, cwd=folder, env=environment, capture_output=True, text=True)
+    for kind, said in (("HEALTHCHECK", "healthy"), ("CMD", "usage: ")):
+        [text] = [text for other, text in STAGES[name] if other == kind]
+        python, *words = json.loads(text[text.index("[") :])
+        assert python == "python"
+        ask = ["--help"] if kind == "CMD" and "--help" not in words else []
+        start = [sys.executable, *words, *ask]
+        done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
 
@@ -94,29 +103,29 @@ def test_dockerignore_keeps_out_what_does_not_run() -> None:
 
 
 @both
-def test_versions_are_those_of_the_project(stage: Stage) -> None:
-    variables = stage.variables({"PATH": ""})
-    extras = PROJECT["optional-dependencies"]
+def test_versions_are_those_of_the_project(name: str) -> None:
+    arguments, extras = arguments_of(STAGES[name]), PROJECT["optional-dependencies"]
     wanted = [*PROJECT["dependencies"], *extras["quickstart"], *extras["prometheus"]]
     requirements = {r.name: r.specifier for r in map(Requirement, wanted)}
-    assert set(variables["DEPENDENCIES"].split()) == requirements.keys() - {"torch"}
+    assert set(arguments["DEPENDENCIES"].split()) == requirements.keys() - {"torch"}
     assert all(specifier.contains(PINS[name]) for name, specifier in requirements.items())
-    assert variables["VERSION"] == PROJECT["version"]
-    assert PROJECT["description"] in stage.of("LABEL")[0].text
+    assert arguments["VERSION"] == PROJECT["version"]
+    assert any(PROJECT["description"] in text for kind, text in STAGES[name] if kind == "LABEL")
+
+
+def test_versions_of_python_and_torch_are_those_of_the_project() -> None:
     text = (ROOT / "Dockerfile").read_text()
     for python in re.findall(r'"python3=([\d.]+)\.\*"|Python (\d+\.\d+)\.\d+', text):
         assert f"Programming Language :: Python :: {''.join(python)}" in PROJECT["classifiers"]
     assert re.findall(r"torch (\d+\.\d+\.\d+)a0\+", text) == [PINS["torch"]]
-    # A torch for CPUs does not bring it, and Megatron imports it.
-    assert "torch triton $DEPENDENCIES" in STAGES["cpu"].of("RUN")[4].text
+    # A torch for CPUs does not bring Triton, and Megatron imports it.
+    assert any("torch triton $DEPENDENCIES" in text for _, text in CPU)
 
 
 @pytest.mark.parametrize("replaces", ["", "torch", "jinja2"])
-def test_the_packages_of_nvidias_image_stay(replaces: str, tmp_path: Path) -> None:
+def test_the_packages_of_nvidias_image_stay(replaces: str, context: Path, tmp_path: Path) -> None:
     """The gpu target's pip step, with a stand-in for pip that replaces a package or does not."""
-    stage = STAGES["gpu"]
-    [step] = [i for i in stage.of("RUN") if "$DEPENDENCIES" in i.text]
-    folder = image(stage, tmp_path / "image", before="$DEPENDENCIES")
+    step = image("gpu", context, tmp_path / "image", before="$DEPENDENCIES")
     torch = "torch==2.11.0a0+a6c236b9fd.nv26.03.46836102"
     (tmp_path / "list").write_text(f"jinja2==3.1.0\n{torch}\ntyping-extensions==4.14.0\n")
     executable(
@@ -125,11 +134,11 @@ def test_the_packages_of_nvidias_image_stay(replaces: str, tmp_path: Path) -> No
         f'echo "constraint: $PIP_CONSTRAINT; $@" > {tmp_path}/call\n'
         f"sed -i 's/^{replaces or 'nothing'}==.*/{replaces}==9.9/' {tmp_path}/list",
     )
-    variables = stage.variables({"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
     done = subprocess.run(
-        ["sh", "-c", step.text.replace("/tmp/", f"{tmp_path}/")],
-        cwd=folder,
-        env=variables | {"PIP_CONSTRAINT": "/etc/pip/constraint"},
+        ["sh", "-c", step.replace("/tmp/", f"{tmp_path}/")],
+        cwd=tmp_path / "image",
+        env=arguments_of(GPU)
+        | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PIP_CONSTRAINT": "/etc/pip/constraint"},
     )
     assert (done.returncode == 0) == (not replaces)
     merged = (tmp_path / "both.txt").read_text().splitlines()
@@ -140,15 +149,15 @@ def test_the_packages_of_nvidias_image_stay(replaces: str, tmp_path: Path) -> No
     assert f"-c {tmp_path}/both.txt" in call
 
 
-def test_kernels_build_from_what_is_copied_before_them(tmp_path: Path) -> None:
+def test_kernels_build_from_what_is_copied_before_them(context: Path, tmp_path: Path) -> None:
     """With a stand-in for nvcc; the code that is copied later must not be needed."""
-    folder = image(STAGES["gpu"], tmp_path / "image", before="--no-build-isolation")
+    image("gpu", context, tmp_path / "image", before="--no-build-isolation")
     executable(
         tmp_path / "cuda" / "bin" / "nvcc",
         f'echo "$@" > {tmp_path}/call\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"',
     )
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    environment = STAGES["gpu"].variables(os.environ) | {"CUDA_HOME": str(tmp_path / "cuda")}
-    subprocess.run(build, cwd=folder, env=environment, check=True)
-    assert len(list((folder / "megatron_rw" / "kernels").glob("_cuda_*.so"))) == 1
+    environment = os.environ | arguments_of(GPU) | {"CUDA_HOME": str(tmp_path / "cuda")}
+    subprocess.run(build, cwd=tmp_path / "image", env=environment, check=True)
+    assert len(list((tmp_path / "image/megatron_rw/kernels").glob("_cuda_*.so"))) == 1
     assert "sm_90a" in (tmp_path / "call").read_text()
