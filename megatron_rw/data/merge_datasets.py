@@ -231,9 +231,7 @@ def _write(
     progress: Progress,
 ) -> DomainRecord:
     """Writes one joined dataset, and takes the largest token id from the records where it can."""
-    records = [part.dataset.record for part in inputs]
-    largest = max((record.max_token_id for record in records if record), default=0)
-    found = 0
+    known = [part.dataset.record.max_token_id for part in inputs if part.dataset.record]
     with DatasetReader(inputs[0].dataset.prefix) as reader:
         dtype = reader.dtype
     with PairWriter(scratch / prefix, dtype) as writer:
@@ -245,13 +243,8 @@ def _write(
                     else:
                         first = part.first + block.first
                         keep = ~duplicates[first : first + len(block.tokens)]
-                        ids = reader.read(block)
-                        found = max(found, write_selected(ids, block, keep, writer))
+                        write_selected(reader.read(block), block, keep, writer)
                     progress.advance(block.size)
-        writer.finalize()
-    return DomainRecord(
-        prefix=prefix,
-        documents=writer.documents,
-        tokens=writer.tokens,
-        max_token_id=largest if duplicates is None else found,
-    )
+        if duplicates is None:
+            writer.largest_id = max(known, default=0)
+        return writer.finalize()

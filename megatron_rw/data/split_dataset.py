@@ -179,7 +179,6 @@ def _write(
     progress = Progress("split_dataset: writing", size)
     for dataset in inputs:
         file_name = dataset.prefix.name
-        largest = dict.fromkeys(names, 0)
         with ExitStack() as stack:
             reader = stack.enter_context(DatasetReader(dataset.prefix))
             file = stack.enter_context(hashes[dataset.domain].open("rb"))
@@ -191,12 +190,8 @@ def _write(
                 sets = held_out.sets(np.fromfile(file, np.uint64, len(block.tokens)))
                 ids = reader.read(block)
                 for name, writer in writers.items():
-                    found = write_selected(ids, block, sets == SETS.index(name), writer)
-                    largest[name] = max(largest[name], found)
+                    write_selected(ids, block, sets == SETS.index(name), writer)
                 progress.advance(block.size)
             for name, writer in writers.items():
-                writer.finalize()
-                records[name][dataset.domain] = DomainRecord(
-                    file_name, writer.documents, writer.tokens, largest[name]
-                )
+                records[name][dataset.domain] = writer.finalize()
     return records

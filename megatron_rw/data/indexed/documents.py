@@ -158,12 +158,8 @@ class DatasetReader:
 
 def write_selected(
     ids: NDArray[Any], block: DocumentBlock, keep: NDArray[np.bool_], writer: PairWriter
-) -> int:
-    """Appends those of a block's documents for which `keep`, bool [documents], is true.
-
-    Returns:
-        The largest token id written, -1 if there is none.
-    """
+) -> None:
+    """Appends those of a block's documents for which `keep`, bool [documents], is true."""
     lengths, sequences = block.lengths, block.sequences
     if not keep.all():
         of_sequence = np.repeat(keep, sequences)
@@ -171,4 +167,3 @@ def write_selected(
         lengths, sequences = lengths[of_sequence], sequences[keep]
     writer.write_tokens(ids)
     writer.add_documents(lengths, sequences)
-    return int(ids.max()) if len(ids) else -1

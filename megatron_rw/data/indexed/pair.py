@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rw.data.indexed.domains import DomainRecord
 from megatron_rw.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -125,7 +126,7 @@ class PairWriter:
 
     The files have their final names from the start but are complete only after `finalize`, so they
     should be written into a scratch directory and moved. Leaving the context without `finalize`
-    removes them.
+    removes them. `largest_id` is the largest token id of `write_tokens`; who copies tokens sets it.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any] | type[Any]) -> None:
@@ -139,9 +140,7 @@ class PairWriter:
         self._bounds = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
         self._bounds.write(np.int64(0).tobytes())
         self._finalized = False
-        self.sequences = 0
-        self.documents = 0
-        self.tokens = 0
+        self.sequences = self.documents = self.tokens = self.largest_id = 0
 
     def __enter__(self) -> Self:
         return self
@@ -158,6 +157,7 @@ class PairWriter:
         if ids.dtype != self._dtype:  # a cast would wrap around silently
             raise TypeError(f"token ids are {ids.dtype}, and the dataset's {self._dtype}")
         self._bin.write(ids.tobytes())
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
 
     def copy_tokens(self, source: BinaryIO, offset: int, size: int) -> None:
         """Appends `size` bytes of a file of the same dtype, from `offset`, to the `.bin`.
@@ -184,8 +184,8 @@ class PairWriter:
         self.documents += len(counts)
         self.tokens += int(lengths.sum(dtype=np.int64))
 
-    def finalize(self) -> None:
-        """Writes the index and puts both files onto the disk.
+    def finalize(self) -> DomainRecord:
+        """Writes the index, puts both files onto the disk, and returns the dataset's record.
 
         Raises:
             RuntimeError: If the tokens written are not those of the documents added.
@@ -207,6 +207,8 @@ class PairWriter:
             index.flush()
             os.fsync(index.fileno())
         self._finalized = True
+        name = os.path.basename(self._prefix)
+        return DomainRecord(name, self.documents, self.tokens, self.largest_id)
 
     @staticmethod
     def _append(table: BinaryIO, index: BinaryIO) -> None:

@@ -189,7 +189,6 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
     with ExitStack() as stack:
         copies = _duplicates(store, directories[0]) if deduplicate else None
         writers: dict[tuple[int, str], PairWriter] = {}
-        largest: dict[tuple[int, str], int] = {}
         start = 0
         for _, path, part in store.parts():
             keep = np.ones(part.records, np.bool_)
@@ -204,26 +203,20 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
                     if not kept.any():
                         continue  # a domain that holds nothing but copies gets no dataset
                     if name not in writers:
-                        prefix = directories[group.key] / _dataset_name(group.domain)
+                        prefix = directories[group.key] / f"{group.domain}_text_document"
                         writers[name] = stack.enter_context(PairWriter(prefix, dtype))
                     bounds = np.concatenate([[before], lengths]).cumsum(dtype=np.int64)
                     bounds *= np.dtype(dtype).itemsize
                     _append(writers[name], tokens, lengths, bounds, part.splits[documents], kept)
                     # That of all documents, copies included.
-                    largest[name] = max(largest.get(name, -1), group.max_token_id)
+                    largest = max(writers[name].largest_id, group.max_token_id)
+                    writers[name].largest_id = largest
                     if group.key == 0:
                         size = int(part.text_bytes[documents][kept].sum())
                         joined.text_bytes[group.domain] += size
         for (key, domain), writer in writers.items():
-            writer.finalize()
-            joined.records[key][domain] = DomainRecord(
-                _dataset_name(domain), writer.documents, writer.tokens, largest[key, domain]
-            )
+            joined.records[key][domain] = writer.finalize()
     return joined
-
-
-def _dataset_name(domain: str) -> str:
-    return f"{domain}_text_document"
 
 
 def write_rejects(store: Store, path: Path) -> Rejects:
