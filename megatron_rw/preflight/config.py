@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rw.command_line import require
 from megatron_rw.errors import UserError
 
 
@@ -42,9 +43,8 @@ class PreflightConfig:
             *("device_memory_gib", "peak_tflops", "assumed_mfu"),
         ):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
-        if self.assumed_mfu > 1:
-            raise UserError(f"--assumed-mfu must be at most 1, not {self.assumed_mfu}.")
+            flag = f"--{name.replace('_', '-')}"
+            require(value is None or value > 0, flag, value, "a number above 0")
+        require(self.assumed_mfu <= 1, "--assumed-mfu", self.assumed_mfu, "a number from 0 to 1")
         if self.json is not None and not self.json.parent.is_dir():
             raise UserError(f"--json {self.json}: there is no such folder.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,9 @@ class ScoreConfig:
         require(tokens >= 1, "--block-tokens", tokens, "a number of at least 1")
         if self.picture is not None and importlib.util.find_spec("matplotlib") is None:
             raise UserError(
-                "--picture needs a package that is not installed: pip install matplotlib"
+                "--picture needs a package that is not installed on "
+                f"{socket.gethostname()}: pip install matplotlib",
+                known_to_all=False,
             )
 
 

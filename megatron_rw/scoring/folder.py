@@ -96,9 +96,9 @@ class ScoreFolder:
 
         Args:
             dataset: Name of the block's dataset.
-            block: The block.
-            losses: Losses of its tokens, [tokens]. They are changed: the first of each document
-                means nothing.
+            block: Documents of the dataset.
+            losses: Losses of the block's tokens, [tokens]. The first of each document means nothing
+                and is overwritten.
             scored: How many documents of each dataset are scored, those of the block included.
 
         Raises:

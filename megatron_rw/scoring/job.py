@@ -70,7 +70,7 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     record, done = begun
     folder = ScoreFolder(path, record)
     if done is not None:
-        _warn_of_small_blocks(args, plan)
+        _warn_of_small_blocks(plan, args.data_parallel_size)
         _score(Scorer(job, _load(args), plan, progress), folder, done, progress)
     if writes():
         if done is not None:
@@ -99,10 +99,10 @@ def check_scoring(config: ScoreConfig, args: Namespace) -> None:
         )
 
 
-def _warn_of_small_blocks(args: Namespace, plan: Plan) -> None:
-    """Ranks share a block's micro-batches, and wait where there are few to share."""
-    each = plan.block_tokens / (plan.micro_batch_size * plan.seq_length * args.data_parallel_size)
-    if args.data_parallel_size > 1 and each < _FEW_MICRO_BATCHES:
+def _warn_of_small_blocks(plan: Plan, ranks: int) -> None:
+    """Data-parallel ranks share a block's micro-batches, and wait where there are few to share."""
+    each = plan.block_tokens / (plan.micro_batch_size * plan.seq_length * ranks)
+    if ranks > 1 and each < _FEW_MICRO_BATCHES:
         print_rank_0(
             f"WARNING: --block-tokens {plan.block_tokens} gives each data-parallel rank some "
             f"{each:.1f} micro-batches at a time: with few, ranks wait for each other"

@@ -170,7 +170,10 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "definition": _DEFINITION,
-        "checkpoint": {"path": os.path.abspath(args.load), "iteration": _iteration(args)},
+        "checkpoint": {
+            "path": os.path.abspath(args.load),
+            "iteration": _iteration(args.load, args.ckpt_step),
+        },
         "model": {name: _plain(getattr(args, name)) for name in SHAPING},
         "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
         "rows": dataclasses.asdict(plan),
@@ -178,11 +181,11 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _iteration(args: Namespace) -> int | str | None:
-    if "://" in args.load:
-        return int(args.ckpt_step) if args.ckpt_step else None
-    folder = CheckpointFolder(args.load)
-    return "release" if folder.is_release() else args.ckpt_step or folder.tracked()
+def _iteration(load: str, ckpt_step: int | None) -> int | str | None:
+    if "://" in load:
+        return ckpt_step or None
+    folder = CheckpointFolder(load)
+    return "release" if folder.is_release() else ckpt_step or folder.tracked()
 
 
 def _plain(value: Any) -> Any:

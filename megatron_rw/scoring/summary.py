@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,8 @@ def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         if counts.sum():
             largest = max(largest, int(np.flatnonzero(counts)[-1]) + 1)
             density = counts / counts.sum() / BIN_WIDTH
-            mean = math.nan if entry["loss"] is None else entry["loss"]
-            axes.stairs(density, edges, label=f"{name} (mean over tokens {mean:.2f})")
+            label = f"{name} (mean over tokens {entry['loss']:.2f})"
+            axes.stairs(density, edges, label=label)
     axes.set_xlim(0, edges[largest])
     axes.set_xlabel("document loss, nats per token")
     axes.set_ylabel("share of documents per nat")

@@ -118,8 +118,8 @@ def test_flags_that_ranks_refuse(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"wait_seconds": 0}, "--wait-seconds must be above 0, not 0."),
-        ({"assumed_mfu": 1.5}, "--assumed-mfu must be at most 1, not 1.5."),
+        ({"wait_seconds": 0}, "--wait-seconds 0: give a number above 0"),
+        ({"assumed_mfu": 1.5}, "--assumed-mfu 1.5: give a number from 0 to 1"),
         ({"json": Path("/nowhere/x.json")}, "--json /nowhere/x.json: there is no such folder."),
     ],
 )

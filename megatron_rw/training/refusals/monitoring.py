@@ -17,7 +17,13 @@ def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) 
     if args.profile:
         _check_profile(args, device)
     if args.record_memory_history:
-        _check_memory_history(args, device)
+        if device == "cpu":
+            raise UserError("--record-memory-history needs a GPU: drop it to run on the CPU.")
+        folder = os.path.dirname(os.path.abspath(args.memory_snapshot_path))
+        if not os.path.isdir(folder):
+            raise UserError(
+                f"--memory-snapshot-path {args.memory_snapshot_path}: there is no folder {folder}."
+            )
 
 
 def _check_slowest_rank(args: Namespace) -> None:
@@ -54,14 +60,4 @@ def _check_profile(args: Namespace, device: Device) -> None:
         raise UserError(
             f"--profile-step-end {args.profile_step_end} is beyond --train-iters "
             f"{args.train_iters}, so that no profile would be written: lower it."
-        )
-
-
-def _check_memory_history(args: Namespace, device: Device) -> None:
-    if device == "cpu":
-        raise UserError("--record-memory-history needs a GPU: drop it to run on the CPU.")
-    folder = os.path.dirname(os.path.abspath(args.memory_snapshot_path))
-    if not os.path.isdir(folder):
-        raise UserError(
-            f"--memory-snapshot-path {args.memory_snapshot_path}: there is no folder {folder}."
         )
