@@ -14,7 +14,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_rw.data.indexed import integrity
-from megatron_rw.data.indexed.domains import DomainLookup, TokenizerRecord
+from megatron_rw.data.indexed.domains import DomainLookup
 from megatron_rw.data.tokenizers.tokenizer import model_sha256
 from megatron_rw.errors import UserError
 from megatron_rw.training.refusals.base import flag
@@ -156,7 +156,13 @@ def check_vocabulary(args: Namespace) -> None:
     domains, model = DomainLookup(), args.tokenizer_model
     digest = model_sha256(model) if model is not None and os.path.exists(model) else None
     for prefix in _on_disk(data_prefixes(args)):
-        _check_tokenizer(prefix, domains.tokenizer(prefix), model, digest)
+        # Where both are known, the files that made the data are compared.
+        made_by = domains.tokenizer(prefix)
+        if made_by is not None and digest not in (None, made_by.sha256):
+            raise UserError(
+                f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} "
+                "is another model: give that one, or tokenize the text again."
+            )
         record = domains.record(prefix)
         largest = record.max_token_id if record else integrity.largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
@@ -165,17 +171,6 @@ def check_vocabulary(args: Namespace) -> None:
                 f"{args.padded_vocab_size} entries: the data was made with another tokenizer. "
                 "Give that one with --tokenizer-model, or tokenize the text again."
             )
-
-
-def _check_tokenizer(
-    prefix: str, made_by: TokenizerRecord | None, model: str | None, digest: str | None
-) -> None:
-    """Compare the tokenizer's files with the ones that made the data, where both are known."""
-    if made_by is not None and digest is not None and digest != made_by.sha256:
-        raise UserError(
-            f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} is "
-            "another model: give that one, or tokenize the text again."
-        )
 
 
 def fingerprints(args: Namespace) -> dict[str, str]:
