@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.program import Run, run_program
+from tests.program import Run, assert_same_bits, run_program
 
 # Given to both programs, so that the arguments are the same ones.
 CPU = (
@@ -56,10 +55,7 @@ def test_none_is_the_reference(
     # Steps 1, 2, 4, 6; evaluations at 3 and 6 and the two final ones.
     assert len(lines) == 8
     assert lines == theirs.log_lines()
-    mine, reference_state = ours.checkpoint(STEPS), theirs.checkpoint(STEPS)
-    assert mine.keys() == reference_state.keys()
-    for name in mine:
-        assert torch.equal(mine[name], reference_state[name]), name
+    assert_same_bits(ours.checkpoint(STEPS), theirs.checkpoint(STEPS))
 
 
 def test_domains_are_reported_without_touching_megatrons_lines(ours: Run) -> None:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.parallel.test_experts import EXPERTS
 from tests.parallel.test_layouts import assert_same_steps
-from tests.program import Run, kill_when, run_program, without_time
+from tests.program import Run, assert_same_bits, kill_when, run_program, without_time
 
 # Dropout, so that random-number state counts, and a warm-up that ends after the resume, so that
 # the reweighting state does.
@@ -66,10 +65,7 @@ def test_killed_at_ten_and_resumed_is_bitwise_the_uninterrupted_run(
     assert temperatures[0] == pytest.approx(100 + 10 / 15 * (0.4 - 100))
     assert temperatures[-5:] == [0.4] * 5
 
-    expected, actual = whole.checkpoint(20), resumed.checkpoint(20)
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+    assert_same_bits(resumed.checkpoint(20), whole.checkpoint(20))
 
 
 RESHARD = (

@@ -140,7 +140,10 @@ def test_a_new_run_is_begun_only_from_a_folder_that_is_its_own(tmp_path: Path) -
     """Otherwise the name of the folder is mistyped, and Megatron would train from the start."""
     empty, gone, other = tmp_path / "empty", tmp_path / "gone", tmp_path / "other"
     empty.mkdir()
-    for folder, why in ((gone, "there is no folder"), (empty, "it holds no complete checkpoint")):
+    for folder, why in (
+        (gone, "there is no such folder"),
+        (empty, "it holds no complete checkpoint"),
+    ):
         with pytest.raises(UserError, match=f"^--load {folder}: {why}. Give the folder that"):
             lines_of(folder, save=other)
         with pytest.raises(UserError, match=f"^--load {folder}: {why}. Drop --exit-on-missing"):
