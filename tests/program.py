@@ -227,6 +227,18 @@ def signal_when(
     return disturb
 
 
+def in_turn(*disturbances: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
+    """A disturbance: several, each once the one before has happened."""
+    left = list(disturbances)
+
+    def disturb(pids: Sequence[int]) -> bool:
+        if left[0](pids):
+            del left[0]
+        return not left
+
+    return disturb
+
+
 def _wait(
     ranks: Sequence[Any], disturb: Callable[[Sequence[int]], bool] | None, patience: float
 ) -> bool:
