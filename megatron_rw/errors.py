@@ -53,7 +53,7 @@ def reported(
             raise SystemExit(BROKEN_PIPE_STATUS) from None
         known_to_all = alike and getattr(error, "known_to_all", False)
         if not (known_to_all and _another_rank_prints()):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(str(error))
         raise SystemExit(USER_ERROR_STATUS) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -63,10 +63,15 @@ def reported(
         raise
 
 
+def print_error(message: str) -> None:
+    """Prints an error in one line at once, for a caller that then ends the process itself."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def _announce(doing: str | Callable[[], str]) -> None:
     what = doing if isinstance(doing, str) else doing()
     where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    print(f"error: {where}unexpected failure while {what}:", file=sys.stderr, flush=True)
+    print_error(f"{where}unexpected failure while {what}:")
 
 
 def _another_rank_prints() -> bool:

@@ -101,6 +101,12 @@ def without_time(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("time", "speed")}
 
 
+def assert_same_bits(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(mine[name], tensor), name
+
+
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     reader = FileSystemReader(path)
     entries = reader.read_metadata().state_dict_metadata
@@ -217,6 +223,18 @@ def signal_when(
             if ranks is None or rank in ranks:
                 os.kill(pid, number)
         return True
+
+    return disturb
+
+
+def in_turn(*disturbances: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
+    """A disturbance: several, each once the one before has happened."""
+    left = list(disturbances)
+
+    def disturb(pids: Sequence[int]) -> bool:
+        if left[0](pids):
+            del left[0]
+        return not left
 
     return disturb
 

@@ -196,12 +196,11 @@ def _torch_patches() -> list[Patch]:
         Patch(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
         Patch(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
         Patch(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),
-        Patch(cuda, "memory_allocated", _resident_bytes, "report_memory"),
-        Patch(cuda, "memory_reserved", _resident_bytes, "report_memory"),
-        Patch(cuda, "max_memory_allocated", _peak_resident_bytes, "report_memory"),
-        Patch(cuda, "max_memory_reserved", _peak_resident_bytes, "report_memory"),
-        Patch(cuda, "device_memory_used", _resident_bytes, "report_memory"),
     ]
+    for name in ("memory_allocated", "memory_reserved", "device_memory_used"):
+        patches.append(Patch(cuda, name, _resident_bytes, "report_memory"))
+    for name in ("max_memory_allocated", "max_memory_reserved"):
+        patches.append(Patch(cuda, name, _peak_resident_bytes, "report_memory"))
     return patches
 
 

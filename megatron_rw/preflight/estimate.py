@@ -27,7 +27,7 @@ from megatron.training.utils import is_hybrid_model
 
 from megatron_rw.preflight.config import PreflightConfig
 from megatron_rw.preflight.facts import amount
-from megatron_rw.training.tool_arguments import parse_job_flags
+from megatron_rw.training.arguments import parse_job_flags
 
 # Megatron's formula for a parameter whose optimizer state is not distributed.
 _BYTES_PER_PARAMETER = 18

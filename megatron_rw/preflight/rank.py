@@ -27,9 +27,8 @@ from megatron_rw.preflight.facts import Facts, look_around
 from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
-from megatron_rw.training.arguments import megatron_config
+from megatron_rw.training.arguments import megatron_config, parse_job_flags
 from megatron_rw.training.datasets import Domains
-from megatron_rw.training.tool_arguments import parse_job_flags
 
 PROBLEMS = 1
 _LAST_WAIT_S = 10.0

@@ -10,7 +10,6 @@ nothing that a checkpoint holds. The exit status is 1 if the checkpoint is incom
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import tyro
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rw.command_line import parse
-from megatron_rw.errors import UserError, reported
+from megatron_rw.errors import UserError, print_error, reported
 from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder, saved_arguments
 from megatron_rw.resilience.safe_pickle import read_index
 
@@ -182,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _list_folder(config.path)
         defect = checkpoint.defect()
         if defect is not None:
-            print(f"error: {checkpoint.path} is incomplete: {defect}.", file=sys.stderr)
+            print_error(f"{checkpoint.path} is incomplete: {defect}.")
             return 1
         found = _described(checkpoint)
         if config.json:

@@ -112,7 +112,8 @@ def _nothing(args: Namespace, folder: CheckpointFolder, tracked: int | None) -> 
         )
     # Megatron takes one of these then, and would otherwise begin a new training.
     if not (args.pretrained_checkpoint or args.non_persistent_ckpt_type):
-        found = "it holds no complete checkpoint" if folder.path.is_dir() else "there is no folder"
+        is_there = folder.path.is_dir()
+        found = "it holds no complete checkpoint" if is_there else "there is no such folder"
         if not _is_own(args):
             raise UserError(
                 f"--load {folder.path}: {found}. Give the folder that a run had as its --save. A "

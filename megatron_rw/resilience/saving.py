@@ -26,6 +26,7 @@ from megatron.training import async_utils, checkpointing, training
 from megatron.training.utils import print_rank_0
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rw.errors import print_error
 from megatron_rw.patching import Around, Patch, StandIn
 from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience import writer
@@ -215,12 +216,9 @@ class SaveGuard:
                 "The run stops: make room or mend the folder, then start it again "
                 "(--on-save-error continue would go on)."
             )
-        print(
-            f"error: the checkpoint of iteration {iteration} could not be saved to "
-            f"{self._folder.path}: {reason}. {free}What was written of it is deleted; {before}. "
-            f"{then}",
-            file=sys.stderr,
-            flush=True,
+        print_error(
+            f"the checkpoint of iteration {iteration} could not be saved to {self._folder.path}: "
+            f"{reason}. {free}What was written of it is deleted; {before}. {then}"
         )
 
 

@@ -12,7 +12,6 @@ consumed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.training.utils import print_rank_0
 from torch import Tensor
 
+from megatron_rw.errors import print_error
 from megatron_rw.integrations import groups
 from megatron_rw.patching import Around, Patch
 from megatron_rw.resilience.nonfinite import NonFiniteConfig, NonFiniteExit
@@ -132,7 +132,7 @@ class StepGuard:
 
     def _print_error(self, text: str) -> None:
         if dist.get_rank() == 0:
-            print(f"error: iteration {self._iteration}: {text}", file=sys.stderr, flush=True)
+            print_error(f"iteration {self._iteration}: {text}")
 
     def _diagnosis(self) -> str:
         """Says in one or two sentences what is not finite, and where. Collective."""

@@ -16,7 +16,6 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from argparse import Namespace
@@ -27,6 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from megatron_rw.errors import print_error
 
 # EX_IOERR of <sysexits.h>: the status of a run that the watchdog ends.
 EXIT_STATUS = 74
@@ -220,12 +221,8 @@ class Watchdog:
         )
 
     def _end(self, found: Diagnosis) -> None:
-        print(
-            f"error: rank {self._rank} on {socket.gethostname()} stops at "
-            f"{self._progress.position}: {found.text}",
-            file=sys.stderr,
-            flush=True,
-        )
+        here = f"rank {self._rank} on {socket.gethostname()}"
+        print_error(f"{here} stops at {self._progress.position}: {found.text}")
         if self._rank in (0, *found.ranks):
             faulthandler.dump_traceback(file=2)
         if self._rank == 0:
@@ -267,13 +264,11 @@ class Rendezvous:
 
     def _end(self) -> None:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        print(
-            f"error: rank {os.environ.get('RANK')} on {socket.gethostname()}: the "
+        print_error(
+            f"rank {os.environ.get('RANK')} on {socket.gethostname()}: the "
             f"{os.environ.get('WORLD_SIZE')} processes have not all met at {where} within "
             f"{self._minutes:g} min ({self._flag}). See that all of them run, "
-            "that rank 0 is on that host, and that the network lets them through.",
-            file=sys.stderr,
-            flush=True,
+            "that rank 0 is on that host, and that the network lets them through."
         )
         os._exit(EXIT_STATUS)
 

@@ -9,7 +9,6 @@ import functools
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import (
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_rw import patching
+from megatron_rw.errors import print_error
 from megatron_rw.patching import Around, Patch
 from megatron_rw.platform import Device
 
@@ -136,13 +136,11 @@ def _schedule(proceed: Callable[..., None], call: dict[str, Any]) -> None:
 def _end_if_dead(writer: Any) -> None:
     if writer is None or writer.is_alive():
         return
-    print(
-        f"error: the process that writes this rank's checkpoints has died, exit code "
-        f"{writer.exitcode}. -9 is most often a lack of memory on the host: async saving holds a "
-        "copy of the rank's shard there. The newest complete checkpoint is untouched; start again, "
-        "or without --async-save.",
-        file=sys.stderr,
-        flush=True,
+    print_error(
+        f"the process that writes this rank's checkpoints has died, exit code {writer.exitcode}. "
+        "-9 is most often a lack of memory on the host: async saving holds a copy of the rank's "
+        "shard there. The newest complete checkpoint is untouched; start again, or without "
+        "--async-save."
     )
     # Megatron's own end would wait for the writer.
     os._exit(1)

@@ -52,7 +52,7 @@ def main() -> None:
         from megatron_rw.observability.memory import explaining
         from megatron_rw.resilience.watchdog import Progress
         from megatron_rw.scoring.job import run
-        from megatron_rw.training.tool_arguments import parse_job_flags
+        from megatron_rw.training.arguments import parse_job_flags
 
         job = parse_job_flags(job_flags(config, flags), device)
         progress = Progress()

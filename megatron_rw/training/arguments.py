@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import io
 import os
+import sys
 import traceback
 import typing
 from argparse import ArgumentParser, Namespace
@@ -18,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from megatron import core
 from megatron import training as megatron_training
+from megatron.training import global_vars
 from megatron.training.argument_utils import (
     ArgumentGroupFactory,
     gpt_config_from_args,
@@ -27,9 +30,11 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron.training.arguments import parse_args as megatron_parse_args
 from megatron.training.utils import print_rank_0
 
+from megatron_rw import patching
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.output_layer import plan_of
 from megatron_rw.kernels.selection import default_backend
+from megatron_rw.patching import Patch
 from megatron_rw.platform import Device, allow_argument_files
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training import refusals
@@ -61,6 +66,25 @@ def parse_args(device: Device) -> Settings:
     settings = Settings.of(args, device)
     refusals.check_validated(settings)
     return settings
+
+
+def parse_job_flags(flags: Sequence[str], device: Device) -> Settings:
+    """Parses the flags of a job as `parse_args` does, for a tool that takes them beside its own.
+
+    The job's logs are not set up, and Megatron's list of all arguments is not printed.
+    """
+    why = "Megatron sets up the job's logs while it parses, and a tool must not write to them."
+    writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
+    patching.apply([Patch(global_vars, name, lambda args: None, why) for name in writers])
+    sys.argv = [sys.argv[0], *flags]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            return parse_args(device)
+    finally:
+        for line in said.getvalue().splitlines():
+            if line.startswith(("WARNING", "> ")):
+                print(line, flush=True)
 
 
 def megatron_config(args: Namespace) -> Any:

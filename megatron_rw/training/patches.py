@@ -2,7 +2,7 @@
 
 Megatron's training program has no hooks; each entry says why there is no other way. The CPU has a
 table of its own in `platform/cpu.py`, and tools that take the flags of a job replace the writers of
-its logs in `tool_arguments.py`. A test compares the signatures of the originals with those of the
+its logs in `arguments.py`. A test compares the signatures of the originals with those of the
 release that the entries were written for.
 """
 

@@ -13,7 +13,7 @@ from megatron_rw.errors import UserError
 from megatron_rw.integrations import attach, bound_loss_mask
 from megatron_rw.reweighting import ReweightConfig
 from tests.parallel.test_none_is_megatron import CPU
-from tests.program import Run, run_program
+from tests.program import Run, assert_same_bits, run_program
 
 STEPS = 6
 RUN = (
@@ -43,16 +43,13 @@ def test_attached_script_trains_as_the_program_does(tmp_path: Path, data_flags: 
     mine, theirs = ([own_values(line) for line in run.log_lines()] for run in (attached, program))
     assert len(mine) > STEPS
     assert mine == theirs
-    expected = program.checkpoint(STEPS)
-    for name, tensor in attached.checkpoint(STEPS).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_bits(attached.checkpoint(STEPS), program.checkpoint(STEPS))
 
     # The warm-up ends after the resume: without the state it would begin anew.
     load = ["--load", str(tmp_path / "attached" / "checkpoints"), "--ckpt-step", "3"]
     resumed = train(tmp_path / "resumed", "tests.attached", data_flags, *load)
     assert "when the checkpoint was saved" not in resumed.output[0]
-    for name, tensor in resumed.checkpoint(STEPS).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_same_bits(resumed.checkpoint(STEPS), program.checkpoint(STEPS))
 
 
 def test_strategy_none_is_refused() -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.program import Run, run_program
 
@@ -156,17 +158,23 @@ def test_layout_gives_the_single_process_result(
 
     steps = run.train_metrics()
     assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
-    for mine, theirs in zip(steps, single.train_metrics(), strict=True):
-        for name, tolerance in TOLERANCES.items():
-            assert math.isclose(mine[name], theirs[name], rel_tol=tolerance), name
-        assert_close(mine["reweight"], theirs["reweight"])
+    assert_same_steps(steps, single.train_metrics())
+    assert_same_parameters(run.checkpoint(STEPS), single.checkpoint(STEPS))
 
-    parameters = run.checkpoint(STEPS)
-    for name, tensor in single.checkpoint(STEPS).items():
+
+def assert_same_steps(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for step, other in zip(mine, theirs, strict=True):
+        for name, tolerance in TOLERANCES.items():
+            assert math.isclose(step[name], other[name], rel_tol=tolerance), name
+        assert_close(step["reweight"], other["reweight"])
+
+
+def assert_same_parameters(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, tensor in theirs.items():
         # The distributed optimizer names its state otherwise; the parameters are what counts.
         if not name.startswith("optimizer."):
             torch.testing.assert_close(
-                parameters[name], tensor, rtol=0, atol=PARAMETER_TOLERANCE, msg=name
+                mine[name], tensor, rtol=0, atol=PARAMETER_TOLERANCE, msg=name
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +48,3 @@ def test_named_interpreter_wins_or_is_refused(tmp_path: Path) -> None:
     refused = find("", tmp_path, PYTHON=str(executable(tmp_path / "old", "exit 1")))
     assert refused.returncode == 1
     assert "does not run, is older than 3.12, or has no venv module" in refused.stderr
-
-
-def test_script_is_executable() -> None:
-    assert os.access(SCRIPT, os.X_OK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rw.errors import UserError
 from megatron_rw.platform.launch import complete_environment
 
 SLURM = {
@@ -48,20 +47,3 @@ def test_tasks_of_a_job_agree_on_the_port() -> None:
     complete_environment(one)
     complete_environment(other)
     assert one["MASTER_PORT"] == other["MASTER_PORT"]
-
-
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
-        (TORCHRUN | {"RANK": "0.5"}, "RANK=0.5 is no number"),
-        (TORCHRUN | {"RANK": "2"}, "RANK=2 is none of the ranks 0 to 1"),
-        (
-            {k: v for k, v in SLURM.items() if k != "SLURM_LAUNCH_NODE_IPADDR"},
-            "export MASTER_ADDR",
-        ),
-    ],
-)
-def test_what_a_launcher_left_out_is_named(env: dict[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        complete_environment(dict(env))

@@ -8,17 +8,15 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_rw.resilience import health
-from tests.program import MODEL, TRAINING
+from tests.program import in_turn, run_program, signal_when
 
-ROOT = Path(__file__).resolve().parents[2]
 ENDLESS = (
-    "--device cpu --train-iters 1000000 --micro-batch-size 2 --global-batch-size 2 "
+    "--train-iters 1000000 --micro-batch-size 2 --global-batch-size 2 "
     "--reweight-strategy none --exit-signal-handler"
 ).split()
 # Seconds; steps of the small model take hundredths of one where nothing else runs.
@@ -33,46 +31,31 @@ def heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def until(reached: Callable[[], bool], seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_run_that_stands_still_is_unhealthy_until_it_goes_on(
-    tmp_path: Path,
-    heartbeat: Path,
-    data_flags: list[str],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, heartbeat: Path, data_flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = [sys.executable, str(ROOT / "pretrain_gpt_rw.py")]
-    log = tmp_path / "output.log"
-    with (
-        log.open("wb") as stream,
-        subprocess.Popen(
-            [*program, *MODEL, *TRAINING, *data_flags, *ENDLESS],
-            cwd=tmp_path,
-            stdout=stream,
-            stderr=stream,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        ) as run,
-    ):
-        try:
-            until(lambda: "iteration        2/" in log.read_text())
-            assert health.main() == 0
-            assert capsys.readouterr().out.startswith("healthy: the run made progress ")
-            run.send_signal(signal.SIGSTOP)
-            until(lambda: health.main() == 1)
-            said = capsys.readouterr().out.splitlines()[-1]
-            assert said.startswith(f"unhealthy (limit {LIMIT:g} s, MEGATRON_RW_HEALTH_SECONDS): ")
-            run.send_signal(signal.SIGCONT)
-            until(lambda: health.main() == 0)
-            run.send_signal(signal.SIGTERM)
-            assert run.wait(60) == 0, log.read_text()
-        finally:
-            run.kill()
-    assert not heartbeat.exists(), "a run that has ended is no run that stands still"
+    metrics = tmp_path / "metrics.jsonl"
+
+    def trains() -> bool:
+        return metrics.exists() and metrics.read_text().count("\n") >= 2 and health.main() == 0
+
+    disturb = in_turn(
+        signal_when(trains, signal.SIGSTOP),
+        signal_when(lambda: health.main() == 1, signal.SIGCONT),
+        signal_when(lambda: health.main() == 0, signal.SIGTERM),
+    )
+    environment = {health.PATH_VARIABLE: str(heartbeat)}
+    run_program(tmp_path, *data_flags, *ENDLESS, disturb=disturb, environment=environment).check()
+    said = capsys.readouterr().out
+    assert said.startswith("healthy: the run made progress ")
+    assert f"\nunhealthy (limit {LIMIT:g} s, MEGATRON_RW_HEALTH_SECONDS): the run made" in said
+
+
+def test_a_run_that_has_ended_is_no_run_that_stands_still(heartbeat: Path) -> None:
+    beat = "from megatron_rw.resilience.health import Heartbeat as h; print(h()._path.exists())"
+    done = subprocess.run([sys.executable, "-c", beat], capture_output=True, text=True)
+    assert done.stdout == "True\n"
+    assert not heartbeat.exists()
 
 
 def test_new_run_has_the_whole_limit_for_its_first_step(heartbeat: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.watchdog import EXIT_STATUS
-from tests.program import Run, run_program, signal_when
+from tests.program import Run, in_turn, run_program, signal_when
 from tests.resilience import held_step
 
 RUN = "--micro-batch-size 4 --global-batch-size 8 --train-iters 2000 --save-interval 2000".split()
@@ -92,17 +92,10 @@ def test_second_interrupt_ends_at_once(tmp_path: Path, data_flags: list[str]) ->
     def all_are(state: str) -> Callable[[], bool]:
         return lambda: all((tmp_path / f"{state}-{rank}").exists() for rank in (0, 1))
 
-    steps = [
-        signal_when(all_are("held"), signal.SIGINT),
-        # Two that arrive before Python looks are one.
-        signal_when(all_are("noticed"), signal.SIGINT),
-    ]
-
-    def disturb(pids: Sequence[int]) -> bool:
-        if steps[0](pids):
-            del steps[0]
-        return not steps
-
+    # Two that arrive before Python looks are one.
+    disturb = in_turn(
+        signal_when(all_are("held"), signal.SIGINT), signal_when(all_are("noticed"), signal.SIGINT)
+    )
     prepare = functools.partial(held_step.hold, tmp_path)
     run = train(tmp_path, data_flags, *ENDING, disturb=disturb, prepare=prepare)
     assert run.status == [130, 130], run.all_output

@@ -28,15 +28,10 @@ def test_index_that_would_run_code(tmp_path: Path) -> None:
     assert not planted.exists()
 
 
-@pytest.mark.parametrize("name", ["eval", "getattr", "exec", "__import__"])
-def test_builtins_are_not_data(name: str) -> None:
-    with pytest.raises(UnsafeCheckpointError, match=f"builtins.{name}"):
-        load_index(io.BytesIO(f"cbuiltins\n{name}\n.".encode()))
-
-
-def test_no_function_of_torch_is_data() -> None:
-    with pytest.raises(UnsafeCheckpointError, match=r"torch\.load"):
-        load_index(io.BytesIO(b"ctorch\nload\n."))
+@pytest.mark.parametrize("name", ["builtins eval", "builtins getattr", "torch load"])
+def test_functions_are_not_data(name: str) -> None:
+    with pytest.raises(UnsafeCheckpointError, match=name.replace(" ", r"\.")):
+        load_index(io.BytesIO(f"c{name}\n.".replace(" ", "\n").encode()))
 
 
 def test_what_is_no_index(tmp_path: Path) -> None:

@@ -109,17 +109,12 @@ def job(size: int) -> Iterator[Job]:
             dog.stop()
 
 
-def test_leaves_a_run_alone_that_moves() -> None:
-    with job(2) as it:
-        it.run(1.5 * TIMEOUT_S, moving={0, 1})
-        assert it.left == {}
-
-
-def test_leaves_a_run_alone_in_which_all_ranks_are_at_the_same_long_step() -> None:
+@pytest.mark.parametrize("moving", [{0, 1}, set()], ids=["moving", "at the same long step"])
+def test_leaves_a_run_alone(moving: set[int]) -> None:
     with job(2) as it:
         for progress in it.progress:
             progress.begin(3, "logging, evaluating or saving")
-        it.run(1.5 * TIMEOUT_S, moving=set())
+        it.run(1.5 * TIMEOUT_S, moving)
         assert it.left == {}
 
 

@@ -157,7 +157,7 @@ def check_vocabulary(args: Namespace) -> None:
     digest = model_sha256(model) if model is not None and os.path.exists(model) else None
     for dataset in look_up(_on_disk(data_prefixes(args))):
         made_by, record, prefix = dataset.tokenizer, dataset.record, dataset.prefix
-        if made_by is not None and digest is not None and digest != made_by.sha256:
+        if made_by is not None and digest not in (None, made_by.sha256):
             raise UserError(
                 f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} "
                 "is another model: give that one, or tokenize the text again."
