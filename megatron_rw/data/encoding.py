@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -39,12 +39,11 @@ class TaskResult(NamedTuple):
 class Encoder:
     """Turns the chunks of tasks into parts, which the store takes.
 
-    `dtype` is that of a token id in the parts, `ending` [0 or 1] the token ids that end every
-    document, and `sentences` cuts a text into the sequences of its document.
+    `dtype` is that of a token id in the parts, and `ending` [0 or 1] the token ids that end every
+    document.
 
     Raises:
-        UserError: If the tokenizer lacks an end-of-document token that is asked for, or the package
-            that finds sentences is missing.
+        UserError: If the tokenizer lacks an end-of-document token that is asked for.
     """
 
     def __init__(
@@ -58,9 +57,6 @@ class Encoder:
             columns=config.columns,
             whole_files=config.txt_documents == "file",
         )
-        self.sentences: Callable[[str], list[str]] = lambda text: [text]
-        if config.split_sentences:
-            self.sentences = sentence_splitter(config.sentence_language)
         self.dtype = optimal_dtype(tokenizer.vocab_size)
         self.ending = np.empty(0, self.dtype)
         if config.append_eod:
@@ -100,27 +96,11 @@ class Encoder:
         return builder.finish(chunk)
 
 
-def sentence_splitter(language: str) -> Callable[[str], list[str]]:
-    """Returns a function that cuts a text into sentences without losing anything.
-
-    Raises:
-        UserError: If the package that finds sentences is missing.
-    """
-    try:
-        from sentencex import segment
-    except ImportError as error:
-        raise UserError(
-            "--split-sentences needs a package that is not installed; run: pip install sentencex"
-        ) from error
-    return lambda text: list(segment(language, text))
-
-
 @dataclass
 class _OpenGroup:
-    """A group that documents are still added to: its sequences, and the columns of a `Part`."""
+    """A group that documents are still added to: their tokens, and the columns of a `Part`."""
 
     ids: list[NDArray[Any]] = field(default_factory=list)
-    splits: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
 
@@ -175,8 +155,7 @@ class _PartBuilder:
                 Group(
                     key=key,
                     domain=domain,
-                    documents=len(group.splits),
-                    sequences=len(group.ids),
+                    documents=len(group.ids),
                     max_token_id=max(int(ids.max()) for ids in group.ids),
                 )
                 for (key, domain), group in self._groups.items()
@@ -184,7 +163,6 @@ class _PartBuilder:
             last=chunk.last,
             checksum=checksum(self._path),
             lengths=_joined((map(len, group.ids) for group in groups), np.int32),
-            splits=_joined((group.splits for group in groups), np.int32),
             origins=_joined((group.origins for group in groups), np.int32),
             text_bytes=_joined((group.text_bytes for group in groups), np.int64),
             hashes=np.frombuffer(b"".join(self._hashes), np.uint8).reshape(-1, HASH_BYTES),
@@ -201,9 +179,7 @@ class _PartBuilder:
 
     def _tokenize(self) -> None:
         waiting, self._waiting, self._characters = self._waiting, [], 0
-        split = self._encoder.sentences
-        sequences = [[split(text) for text in texts] for _, _, texts in waiting]
-        flat = [sequence for texts in sequences for text in texts for sequence in text]
+        flat = [text for _, _, texts in waiting for text in texts]
         try:
             encoded = iter(self._encoder.tokenizer.encode_batch(flat))
         except ValueError as error:
@@ -214,10 +190,9 @@ class _PartBuilder:
                 self._waiting = [document]
                 self._tokenize()
             return
-        for (raw, domain, texts), pieces in zip(waiting, sequences, strict=True):
-            by_key = [[next(encoded) for _ in text] for text in pieces]
-            by_key = [[ids for ids in text if len(ids)] for text in by_key]
-            if not all(by_key):
+        for raw, domain, texts in waiting:
+            by_key = list(islice(encoded, len(texts)))
+            if not all(map(len, by_key)):
                 self._reject(
                     raw, BadRecordError("no tokens", "the tokenizer makes no token of this text")
                 )
@@ -228,19 +203,13 @@ class _PartBuilder:
                 self._hashes.append(_hash(texts))
             self._records += 1
 
-    def _append(self, key: int, domain: str, text: str, sequences: list[NDArray[Any]]) -> None:
+    def _append(self, key: int, domain: str, text: str, ids: NDArray[Any]) -> None:
         group = self._groups.setdefault((key, domain), _OpenGroup())
-        ending = self._encoder.ending
-        documents = [sequences]
-        if (limit := self._config.max_document_tokens) is not None:
-            [ids], room = sequences, limit - len(ending)  # never together with --split-sentences
-            documents = [[ids[start : start + room]] for start in range(0, len(ids), room)]
-        for document in documents:
-            if len(ending):
-                document[-1] = np.concatenate([document[-1], ending])
-            group.ids += document
-            group.splits.append(len(document))
-            group.origins.append(self._records)
+        ending, limit = self._encoder.ending, self._config.max_document_tokens
+        room = len(ids) if limit is None else limit - len(ending)
+        documents = [ids[start : start + room] for start in range(0, len(ids), room)]
+        group.ids += [np.concatenate([d, ending]) for d in documents] if len(ending) else documents
+        group.origins += [self._records] * len(documents)
         size = len(text) if text.isascii() else len(text.encode())
         group.text_bytes += [size] + [0] * (len(documents) - 1)
 

@@ -15,7 +15,6 @@ from megatron_rw.data.text.records import MAX_LINE_BYTES
 from megatron_rw.data.text.sources import ONE_DOMAIN_FLAG, InputFlags, Source, parse_shard
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.workers import available_cores
-from megatron_rw.errors import UserError
 
 # Flags that do not change what is in a part of the output.
 _NOT_OF_PARTS = (
@@ -70,12 +69,6 @@ class PreprocessConfig:
     max_document_tokens: Annotated[int | None, arg(metavar="N")] = None
     """Cut longer documents into several, each of which --append-eod ends."""
 
-    split_sentences: bool = False
-    """Make every sentence a sequence of its document."""
-
-    sentence_language: Annotated[str, arg(metavar="CODE")] = "en"
-    """Language for --split-sentences."""
-
     dedup: Literal["none", "exact"] = "none"
     """With "exact", keep only the first of documents with the same text, in whatever file and
     domain they are."""
@@ -103,10 +96,6 @@ class PreprocessConfig:
         require(0 < temperature < inf, "--blend-temperature", temperature, "a number above 0")
         require(bool(self.json_keys), "--json-keys", keys, "at least one field")
         require(len(set(self.json_keys)) == len(self.json_keys), "--json-keys", keys, "each once")
-        if self.split_sentences and limit is not None:
-            raise UserError(
-                "--split-sentences and --max-document-tokens cannot be combined; leave one out"
-            )
         if self.domain is not None:
             check_domain(self.domain, "--domain")
         if self.shard is not None:

@@ -85,7 +85,7 @@ def _run(config: PreprocessConfig) -> None:
     store = Store(output_dir / FOLDER, sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {
-        "format": 3,
+        "format": 4,
         "chunk_bytes": chunk_bytes,
         "tokenizer sha256": record.sha256,
         **config.part_settings(),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from megatron_rw.command_line import parse
-from megatron_rw.data.encoding import Encoder, sentence_splitter
+from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed.parts import Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text.chunks import tasks
@@ -109,15 +109,6 @@ def test_long_documents_are_cut_and_lose_nothing(
     ]
     flags = f"--max-document-tokens {limit}" + " --append-eod" * eod
     assert made_of(texts, tmp_path, flags=flags) == expected
-
-
-def test_sentences_are_sequences_of_their_document(tmp_path: Path) -> None:
-    split = sentence_splitter("en")
-    text = "We saw 1 of Mr. 2.  It was 3!\n\nno number here. 4 5"
-    assert "".join(split(text)) == text
-    texts = [text.replace("2.", "2 ."), "6"]
-    made = made_of(texts, tmp_path, flags="--split-sentences --append-eod")
-    assert made == [[[1, 2], [4, 5, EOD]], [[6, EOD]]]  # "3!" is no number to this tokenizer
 
 
 def fail(task: int) -> int:

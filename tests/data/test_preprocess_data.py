@@ -378,7 +378,6 @@ def test_bad_inputs_stop_with_their_name(
         ("--json-keys a a", "--json-keys a a: give each once"),
         ("--domain a --domain-key b", "--domain and --domain-key are not allowed together"),
         ("--domain a/b", "--domain: the domain 'a/b' cannot be part of a file name"),
-        ("--split-sentences --max-document-tokens 9", "cannot be combined"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(flags: str, message: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,6 @@ class Group:
     key: int
     domain: str
     documents: int
-    sequences: int
     max_token_id: int
 
 
@@ -63,10 +62,8 @@ class Part:
     # Whether the chunk is its source's last one.
     last: bool
     checksum: int
-    # [sequences] tokens of each, group by group.
+    # [documents], group by group: tokens, which of the taken lines it is from, UTF-8 bytes of text.
     lengths: NDArray[np.int32]
-    # [documents] sequences of each, which of the taken lines it is from, UTF-8 bytes of its text.
-    splits: NDArray[np.int32]
     origins: NDArray[np.int32]
     text_bytes: NDArray[np.int64]
     # [records, 16] of the text of each taken line; [0, 16] unless duplicates are left out.
@@ -195,24 +192,28 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
             if copies is not None:
                 keep = ~copies[start : start + part.records]
             start += part.records
+            # Where each document begins in the file, and the last one's end, in bytes.
+            edges = np.concatenate([[0], np.cumsum(part.lengths, dtype=np.int64)])
+            edges *= np.dtype(dtype).itemsize
+            end = 0
             with path.with_suffix(".bin").open("rb") as tokens:
-                for group, before, lengths, documents in _groups(part):
-                    name = (group.key, group.domain)
-                    kept = keep[part.origins[documents]]
+                for group in part.groups:
+                    name, first, end = (group.key, group.domain), end, end + group.documents
+                    kept = keep[part.origins[first:end]]
                     joined.duplicates += len(kept) - int(kept.sum())
                     if not kept.any():
                         continue  # a domain that holds nothing but copies gets no dataset
                     if name not in writers:
                         prefix = directories[group.key] / f"{group.domain}_text_document"
                         writers[name] = stack.enter_context(PairWriter(prefix, dtype))
-                    bounds = np.concatenate([[before], lengths]).cumsum(dtype=np.int64)
-                    bounds *= np.dtype(dtype).itemsize
-                    _append(writers[name], tokens, lengths, bounds, part.splits[documents], kept)
+                    writer = writers[name]
+                    for begin, stop in edges[first + _bounds_of_runs(kept)].tolist():
+                        writer.copy_tokens(tokens, begin, stop - begin)
+                    writer.add_documents(part.lengths[first:end][kept])
                     # That of all documents, copies included.
-                    largest = max(writers[name].largest_id, group.max_token_id)
-                    writers[name].largest_id = largest
+                    writer.largest_id = max(writer.largest_id, group.max_token_id)
                     if group.key == 0:
-                        size = int(part.text_bytes[documents][kept].sum())
+                        size = int(part.text_bytes[first:end][kept].sum())
                         joined.text_bytes[group.domain] += size
         for (key, domain), writer in writers.items():
             joined.records[key][domain] = writer.finalize()
@@ -251,34 +252,7 @@ def _duplicates(store: Store, directory: Path) -> NDArray[np.bool_]:
         return finder.duplicates()
 
 
-def _groups(part: Part) -> Iterator[tuple[Group, int, NDArray[np.int32], slice]]:
-    """Yields each group, the tokens before it, its sequences' lengths, and its documents."""
-    tokens = sequence = document = 0
-    for group in part.groups:
-        lengths = part.lengths[sequence : sequence + group.sequences]
-        yield group, tokens, lengths, slice(document, document + group.documents)
-        sequence += group.sequences
-        document += group.documents
-        tokens += int(lengths.sum(dtype=np.int64))
-
-
-def _append(
-    writer: PairWriter,
-    file: BinaryIO,
-    lengths: NDArray[np.int32],
-    bounds: NDArray[np.int64],
-    splits: NDArray[np.int32],
-    kept: NDArray[np.bool_],
-) -> None:
-    """Appends some of a group's documents.
-
-    `lengths` [sequences] are numbers of tokens, `bounds` [sequences + 1] the offsets in the file at
-    which sequences begin, and the last one's end, in bytes; `splits` [documents] are numbers of
-    sequences, and `kept` [documents] tells which documents are appended.
-    """
-    sequence_kept = np.repeat(kept, splits)
-    # Runs of sequences that are kept, as the positions at which that changes.
-    changes = np.flatnonzero(np.diff(np.concatenate([[0], sequence_kept.view(np.int8), [0]])))
-    for first, last in bounds[changes].reshape(-1, 2).tolist():
-        writer.copy_tokens(file, first, last - first)
-    writer.add_documents(lengths[sequence_kept], splits[kept])
+def _bounds_of_runs(kept: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Returns where each run of true values begins and ends, [runs, 2]."""
+    padded = np.concatenate([[0], kept.view(np.int8), [0]])
+    return np.flatnonzero(np.diff(padded)).reshape(-1, 2)

@@ -1,1 +1,1 @@
-"""Text of any format, read in chunks: sources, readers, sampling, duplicates, sentences."""
+"""Text of any format, read in chunks: sources, readers, sampling, duplicates."""
