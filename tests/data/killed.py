@@ -4,9 +4,10 @@
 
 The point is `part` (a worker has written a part that has no name yet), `join` (between two pieces
 of the joined datasets), `rename` (before and after each rename to a final name) or `cleanup` (while
-the finished work is removed), and is passed `count` times before. `who` is killed: the process
-itself (`worker`), the one that all workers have as parent (`parent`), or all (`group`). The path of
-every part that is completed goes to the file `PARTS_LOG`, a line each.
+the finished work is removed), and is passed `count` times before; or it is `time`, and comes after
+`count` milliseconds. `who` is killed: the process itself (`worker`), the one that all workers have
+as parent (`parent`), or all (`group`). The path of every part that is completed goes to the file
+`PARTS_LOG`, a line each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,11 @@ def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:
         elif left < 0:
             os.kill(main if who == "parent" else os.getpid(), signal.SIGKILL)
 
+    if point == "time":
+        left = 0
+        timer = threading.Timer(count / 1000, reached, ("time",))
+        timer.daemon = True
+        timer.start()
     return reached
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_rw.data.text.dedup import Bitmap, DuplicateFinder, hash_documents
+from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 
 # Few values in each half, so that hashes are equal, equal in one half, or share a bucket.
 HALF = st.sampled_from([0, 1, 2, 1 << 48, (1 << 48) + 1, 3 << 62, (1 << 64) - 1])
@@ -24,6 +24,7 @@ def copies(hashes: list[tuple[int, int]]) -> list[bool]:
     cuts=st.lists(st.integers(0, 60), max_size=4),
     buckets=st.sampled_from([1, 2, 3, 7]),
     memory_bytes=st.sampled_from([0, 72, 150, 1000, 1 << 20]),
+    bounds=st.tuples(st.integers(0, 60), st.integers(0, 60)),
 )
 def test_all_but_the_first_of_equal_hashes_are_duplicates(
     tmp_path: Path,
@@ -31,6 +32,7 @@ def test_all_but_the_first_of_equal_hashes_are_duplicates(
     cuts: list[int],
     buckets: int,
     memory_bytes: int,
+    bounds: tuple[int, int],
 ) -> None:
     rows = np.array(hashes, "<u8").reshape(-1, 2).view(np.uint8)
     with DuplicateFinder(tmp_path, buckets, memory_bytes) as finder:
@@ -39,23 +41,10 @@ def test_all_but_the_first_of_equal_hashes_are_duplicates(
         found = finder.duplicates()
     assert finder.total == len(found) == len(hashes)
     assert found.slice(0, len(hashes)).tolist() == copies(hashes)
+    start, stop = sorted(min(bound, len(hashes)) for bound in bounds)
+    assert found.slice(start, stop).tolist() == copies(hashes)[start:stop]
     assert found.count() == sum(copies(hashes))
     assert list(tmp_path.iterdir()) == []
-
-
-@given(
-    positions=st.lists(st.integers(0, 99), unique=True),
-    start=st.integers(0, 100),
-    length=st.integers(0, 100),
-)
-def test_a_bitmap_is_a_list_of_booleans(positions: list[int], start: int, length: int) -> None:
-    bitmap = Bitmap(100)
-    for half in (positions[::2], positions[1::2]):
-        bitmap.set(np.array(half, np.int64))
-    stop = min(100, start + length)
-    expected = [position in positions for position in range(start, stop)]
-    assert bitmap.slice(start, stop).tolist() == expected
-    assert bitmap.count() == len(positions)
 
 
 @given(
