@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ def call(
     ended = Ended(found, out.getvalue(), err.getvalue())
     assert status in (None, found), ended
     return ended
+
+
+def fresh(tmp_path: Path) -> Path:
+    """Returns a new directory, for an example of a test that has many."""
+    return Path(tempfile.mkdtemp(dir=tmp_path))
 
 
 def write_dataset(

@@ -21,6 +21,7 @@ from tests.data.datasets import (
     call,
     datasets,
     files,
+    fresh,
     record,
     write_dataset,
     write_directory,
@@ -61,12 +62,9 @@ def without_copies(shards: list[Mapping[str, list[Document]]]) -> list[dict[str,
 @settings(max_examples=25)
 @given(shards=SHARDS, dedup=st.booleans(), block_documents=st.integers(1, 9))
 def test_shards_are_joined_into_what_core_writes_of_all(
-    tmp_path_factory: pytest.TempPathFactory,
-    shards: list[Mapping[str, list[Document]]],
-    dedup: bool,
-    block_documents: int,
+    tmp_path: Path, shards: list[Mapping[str, list[Document]]], dedup: bool, block_documents: int
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("merge")
+    tmp_path = fresh(tmp_path)
     inputs = [write_directory(tmp_path / str(i), shard) for i, shard in enumerate(shards)]
     flags = ["--dedup", "exact"] if dedup else []
     with pytest.MonkeyPatch.context() as context:
@@ -92,12 +90,9 @@ def test_shards_are_joined_into_what_core_writes_of_all(
     dedup=st.booleans(),
 )
 def test_datasets_are_joined_into_what_core_writes_of_all(
-    tmp_path_factory: pytest.TempPathFactory,
-    parts: list[list[Document]],
-    dtype: type[Any],
-    dedup: bool,
+    tmp_path: Path, parts: list[list[Document]], dtype: type[Any], dedup: bool
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("merge")
+    tmp_path = fresh(tmp_path)
     inputs = [write_dataset(tmp_path / str(i), part, dtype) for i, part in enumerate(parts)]
     flags = ["--dedup", "exact"] if dedup else []
     merge("--input", *inputs, "--output-prefix", tmp_path / "out" / "all", *flags)

@@ -18,7 +18,7 @@ from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, Tokenize
 from megatron_rw.data.text import chunks
 from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
 from tests.data.conftest import Preprocess, make_texts, write_jsonl
-from tests.data.datasets import datasets, files, read_dataset, write_dataset
+from tests.data.datasets import datasets, files, fresh, read_dataset, write_dataset
 from tests.data.tiny_tokenizers import sentencepiece_flags
 
 EOD = 2
@@ -161,7 +161,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
     chunk_bytes=st.integers(1, 300),
 )
 def test_any_text_is_stored_as_core_would(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
     run: Preprocess,
     tokenize: Callable[[str], list[int]],
     documents: list[tuple[str, str]],
@@ -169,7 +169,7 @@ def test_any_text_is_stored_as_core_would(
     dedup: bool,
     chunk_bytes: int,
 ) -> None:
-    directory = tmp_path_factory.mktemp("any")
+    directory = fresh(tmp_path)
     records = [{"text": text, "d": domain} for text, domain in documents]
     path = write_jsonl(directory / "in.jsonl", records)
     flags = "--domain-key d" + " --append-eod" * eod + " --dedup exact" * dedup

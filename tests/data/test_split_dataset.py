@@ -20,6 +20,7 @@ from tests.data.datasets import (
     call,
     datasets,
     files,
+    fresh,
     read_dataset,
     write_dataset,
     write_directory,
@@ -77,13 +78,13 @@ def distinct(count: int, first: int = 0) -> list[Document]:
 @ANY_SPLIT
 @given(domains=DOMAINS, flags=FLAGS, block_documents=st.integers(1, 9), hashes=st.integers(1, 9))
 def test_sets_share_no_document_and_together_are_everything(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
     domains: dict[str, list[Document]],
     flags: str,
     block_documents: int,
     hashes: int,
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("split")
+    tmp_path = fresh(tmp_path)
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as context:
         context.setattr(blocks, "_DOCUMENTS", block_documents)
@@ -111,9 +112,9 @@ def test_sets_share_no_document_and_together_are_everything(
 @ANY_SPLIT
 @given(order=st.randoms(use_true_random=False), flags=FLAGS, cut=st.integers(10, 50))
 def test_neither_order_nor_sharding_matters(
-    tmp_path_factory: pytest.TempPathFactory, order: random.Random, flags: str, cut: int
+    tmp_path: Path, order: random.Random, flags: str, cut: int
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("split")
+    tmp_path = fresh(tmp_path)
 
     def chosen(documents: list[Document], status: int | None = 0) -> dict[str, Any]:
         write_directory(tmp_path / "in", {"a": documents})
