@@ -40,7 +40,11 @@ def test_a_pair_has_the_bytes_that_core_writes_and_is_read_as_core_reads_it(
 ) -> None:
     write_dataset(tmp_path / "core" / "a", documents, dtype)
     (tmp_path / "ours").mkdir(exist_ok=True)
-    with PairWriter(tmp_path / "ours" / "a", dtype) as writer:
+    with (
+        pytest.MonkeyPatch.context() as context,
+        PairWriter(tmp_path / "ours" / "a", dtype) as writer,
+    ):
+        context.setattr("megatron_rw.data.indexed.pair._BLOCK", 3)
         for part in (documents[:cut], documents[cut:]):
             if part:
                 add(writer, part, dtype)
