@@ -1,4 +1,4 @@
-"""Runs tools/preprocess_data.py, and kills it when it reaches a point.
+"""Runs preprocess_data, and kills it when it reaches a point.
 
     KILL='{"point": "rename", "count": 3, "who": "group"}' python -m tests.data.killed --input ...
 
@@ -14,19 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.data import preprocess_data
 from megatron_rw.data.indexed.domains import FILE_NAME
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.resume import FOLDER
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 
 
 def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:
@@ -85,5 +82,4 @@ def watch(reached: Callable[[str], None], log: Path) -> None:
 
 if __name__ == "__main__":
     watch(trap_of(**json.loads(os.environ["KILL"])), Path(os.environ["PARTS_LOG"]))
-    sys.argv[0] = str(TOOL)
-    runpy.run_path(str(TOOL), run_name="__main__")
+    preprocess_data.main()

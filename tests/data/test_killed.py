@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py is killed at a point of `killed`, and the call is then repeated.
+"""preprocess_data is killed at a point of `killed`, and the call is then repeated.
 
     KILLS=36 SEED=0 pytest tests/data/test_killed.py     # that many random kills as well
 
