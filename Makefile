@@ -55,7 +55,7 @@ faults: setup
 	OMP_NUM_THREADS=1 $(PY) -W ignore -m tests.faults.campaign
 
 kill-preprocess: setup
-	$(PY) -m tests.data.preprocess_campaign --points 36 --seed 0
+	KILLS=36 $(PY) -m pytest -q tests/data/test_killed.py
 
 network: setup
 	$(PY) -W ignore -m tests.faults.network

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pytest
 
 from megatron_rw.data import preprocess_data, train_tokenizer
+from tests.data.datasets import Ended, call
 
 _SENTENCE = (
     "the model reads a batch of text and gives every sample its weight from its own loss so that "
@@ -28,53 +29,46 @@ def make_texts(count: int, seed: int) -> list[str]:
     return texts
 
 
-def preprocess(*flags: object) -> int:
-    """Runs preprocess_data and returns the exit status of its process."""
-    try:
-        preprocess_data.main([str(flag) for flag in flags])
-    except SystemExit as ended:
-        return int(str(ended.code))
-    return 0
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-
-
-def datasets(directory: Path) -> dict[str, bytes]:
-    """The files of a directory that do not hold its own path."""
-    return {name: content for name, content in files(directory).items() if name != "blend.txt"}
-
-
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return path
 
 
+def write_texts(path: Path, texts: list[str]) -> Path:
+    return write_jsonl(path, [{"text": text} for text in texts])
+
+
+def train_model(directory: Path) -> str:
+    """Returns the path of a SentencePiece model of 400 pieces."""
+    corpus, prefix = write_texts(directory / "c.jsonl", make_texts(300, 0)), directory / "bpe"
+    flags = ("--input", corpus, "--output-prefix", prefix, "--vocab-size", 400)
+    call(train_tokenizer.main, *flags)
+    return f"{prefix}.model"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_model(tmp_path_factory.mktemp("tokenizer"))
+
+
 class Preprocess(Protocol):
-    def __call__(self, inputs: object, output: Path, flags: str = "", workers: int = 1) -> int: ...
+    def __call__(
+        self, inputs: object, output: Path, flags: str = "", workers: int = 1, status: int = 0
+    ) -> Ended: ...
 
 
 @pytest.fixture(scope="session")
 def run(model: str) -> Preprocess:
     """Runs preprocess_data on one or several inputs, with the tokenizer of `model`."""
 
-    def call(inputs: object, output: Path, flags: str = "", workers: int = 1) -> int:
+    def preprocess(
+        inputs: object, output: Path, flags: str = "", workers: int = 1, status: int = 0
+    ) -> Ended:
         paths = inputs if isinstance(inputs, list) else [inputs]
         usual = ("--output-dir", output, "--tokenizer-model", model, "--workers", workers)
-        return preprocess("--input", *paths, *usual, *flags.split())
+        given = ("--input", *paths, *usual, *flags.split())
+        return call(preprocess_data.main, *given, status=status)
 
-    return call
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a SentencePiece model of 400 pieces."""
-    directory = tmp_path_factory.mktemp("tokenizer")
-    corpus = write_jsonl(directory / "c.jsonl", [{"text": text} for text in make_texts(300, 0)])
-    prefix = directory / "bpe"
-    train_tokenizer.main(
-        ["--input", str(corpus), "--output-prefix", str(prefix), "--vocab-size", "400"]
-    )
-    return f"{prefix}.model"
+    return preprocess

@@ -1,7 +1,11 @@
-"""Datasets that megatron.core writes and reads, for the tests of what copies them."""
+"""Datasets that megatron.core writes and reads, and calls of the tools that make and read them."""
 
+import contextlib
+import io
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,40 @@ TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 
 type Document = list[list[int]]  # its sequences, each of token ids
 
 
-def exit_status(main: Callable[[Sequence[str]], int | None], *flags: object) -> int:
-    """Runs a tool's command line in this process and returns the exit status of the tool."""
-    try:
-        return main([str(flag) for flag in flags]) or 0
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
+@dataclass(frozen=True)
+class Ended:
+    """How a tool ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The last line of standard error, which must be an error's."""
+        *_, last = self.err.splitlines()
+        assert last.startswith("error: "), self.err
+        return last
+
+
+def call(
+    main: Callable[[Sequence[str]], int | None], *flags: object, status: int | None = 0
+) -> Ended:
+    """Runs a tool's command line in this process; any exit status will do if `status` is None."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            found = main([str(flag) for flag in flags]) or 0
+        except SystemExit as error:
+            found = error.code if isinstance(error.code, int) else 1
+    ended = Ended(found, out.getvalue(), err.getvalue())
+    assert status in (None, found), ended
+    return ended
+
+
+def fresh(tmp_path: Path) -> Path:
+    """Returns a new directory, for an example of a test that has many."""
+    return Path(tempfile.mkdtemp(dir=tmp_path))
 
 
 def write_dataset(
@@ -51,13 +83,25 @@ def write_directory(
     return directory
 
 
-def read_dataset(prefix: Path) -> list[Document]:
+def read_dataset(prefix: Path, dtype: type[Any] | None = None) -> list[Document]:
     dataset = IndexedDataset(str(prefix))
+    assert dtype in (None, dataset.index.dtype)
     sequences = [dataset[number].tolist() for number in range(len(dataset))]
     bounds = dataset.document_indices.tolist()
     return [sequences[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
+def overwrite(path: Path, place: int, value: bytes) -> None:
+    """Damages a file at a place."""
+    content = bytearray(path.read_bytes())
+    content[place : place + len(value)] = value
+    path.write_bytes(content)
+
+
 def files(directory: Path) -> dict[str, bytes]:
-    """The content of a directory; without `blend.txt`, which has the directory's own path."""
-    return {p.name: p.read_bytes() for p in directory.iterdir() if p.name != "blend.txt"}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def datasets(directory: Path) -> dict[str, bytes]:
+    """The files of a directory but for `blend.txt`, which has the directory's own path."""
+    return {name: content for name, content in files(directory).items() if name != "blend.txt"}

@@ -1,30 +1,29 @@
-"""Runs tools/preprocess_data.py, and kills it when it reaches a point.
+"""Runs preprocess_data, and kills it when it reaches a point.
 
     KILL='{"point": "rename", "count": 3, "who": "group"}' python -m tests.data.killed --input ...
 
 The point is `part` (a worker has written a part that has no name yet), `join` (between two pieces
 of the joined datasets), `rename` (before and after each rename to a final name) or `cleanup` (while
-the finished work is removed), and is passed `count` times before. `who` is killed: the process
-itself (`worker`), the one that all workers have as parent (`parent`), or all (`group`). The path of
-every part that is completed goes to the file `PARTS_LOG`, a line each.
+the finished work is removed), and is passed `count` times before; or it is `time`, and comes after
+`count` milliseconds. `who` is killed: the process itself (`worker`), the one that all workers have
+as parent (`parent`), or all (`group`). The path of every part that is completed goes to the file
+`PARTS_LOG`, a line each.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_rw.data import preprocess_data
 from megatron_rw.data.indexed.domains import FILE_NAME
 from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.data.resume import FOLDER
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 
 
 def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:
@@ -39,6 +38,11 @@ def trap_of(point: str, count: int, who: str) -> Callable[[str], None]:
         elif left < 0:
             os.kill(main if who == "parent" else os.getpid(), signal.SIGKILL)
 
+    if point == "time":
+        left = 0
+        timer = threading.Timer(count / 1000, reached, ("time",))
+        timer.daemon = True
+        timer.start()
     return reached
 
 
@@ -78,5 +82,4 @@ def watch(reached: Callable[[str], None], log: Path) -> None:
 
 if __name__ == "__main__":
     watch(trap_of(**json.loads(os.environ["KILL"])), Path(os.environ["PARTS_LOG"]))
-    sys.argv[0] = str(TOOL)
-    runpy.run_path(str(TOOL), run_name="__main__")
+    preprocess_data.main()

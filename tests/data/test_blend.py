@@ -1,17 +1,16 @@
 import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.output import blend_weights, check_output_dir, publish
-from megatron_rw.data.indexed.pair import PairWriter
 from megatron_rw.errors import UserError
+from tests.data.datasets import TOKENIZER, files, write_dataset
 
-TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
 COUNTS = st.dictionaries(st.text("abc", min_size=1), st.integers(1, 10**13), min_size=1, max_size=6)
 
 
@@ -40,28 +39,30 @@ def test_documents_are_counted_and_weights_given_on_request() -> None:
     assert list(weights.items()) == [("a", 0.25), ("b", 0.75)]
 
 
-@pytest.mark.parametrize("given", [{"a": 1, "b": 1, "wki": 1}, {"a": 1}])
-def test_every_domain_and_nothing_else_is_given_a_weight(given: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"are of {', '.join(given)}, and the domains are a, b"):
-        blend_weights(records({"a": 1, "b": 1}), given=given)
+@pytest.mark.parametrize(
+    ("counts", "how", "message"),
+    [
+        ({"a": 1, "b": 1}, {"given": {"a": 1, "b": 1, "wki": 1}}, "are of a, b, wki, and the"),
+        ({"a": 1, "b": 1}, {"given": {"a": 1}}, "are of a, and the domains are a, b; give each"),
+        ({"a": 10**9, "b": 1}, {"temperature": 0.01}, "'b' a weight of 0; give a higher one"),
+        ({"a": 1, "b": 0}, {}, "the domain 'b' has no tokens to weigh it by; leave it out"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(
+    counts: dict[str, int], how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        blend_weights(records(counts), **how)
 
 
-def test_a_weight_of_0_is_an_error() -> None:
-    with pytest.raises(UserError, match="leaves the domain 'b' a weight of 0; give a higher one"):
-        blend_weights(records({"a": 10**9, "b": 1}), temperature=0.01)
-    with pytest.raises(UserError, match="the domain 'b' has no tokens to weigh it by"):
-        blend_weights(records({"a": 1, "b": 0}))
-
-
-def put(output_dir: Path, scratch: Path, names: str, tokenizer: TokenizerRecord | None) -> None:
-    scratch.mkdir()
+def put(out: Path, scratch: Path, names: str, tokenizer: TokenizerRecord | None) -> list[str]:
+    """Publishes a dataset of each name, and returns the names of the files that are there then."""
     for name in names:
-        with PairWriter(scratch / f"{name}_text_document", np.uint16) as writer:
-            writer.write_tokens(np.array([len(names)], np.uint16))
-            writer.add_documents(np.array([1]))
-            writer.finalize()
+        write_dataset(scratch / f"{name}_text_document", [[[len(names)]]])
     there = records(dict.fromkeys(names, 1))
-    publish(scratch, output_dir, there, blend_weights(there), tokenizer)
+    publish(scratch, out, there, blend_weights(there), tokenizer)
+    assert list(scratch.iterdir()) == []
+    return sorted(files(out))
 
 
 def test_finished_datasets_replace_those_that_were_there(tmp_path: Path) -> None:
@@ -70,31 +71,22 @@ def test_finished_datasets_replace_those_that_were_there(tmp_path: Path) -> None
     (out / "mine.txt").touch()
     for turn, names in enumerate(("abc", "bd")):
         assert check_output_dir(out, overwrite=turn > 0) == out
-        put(out, tmp_path / str(turn), names, TOKENIZER)
-        assert sorted(path.name for path in out.iterdir()) == sorted(
-            ["blend.txt", "domains.json", "mine.txt"]
-            + [f"{name}_text_document.{kind}" for name in names for kind in ("bin", "idx")]
-        )
+        pairs = [f"{name}_text_document.{kind}" for name in names for kind in ("bin", "idx")]
+        expected = sorted(["blend.txt", "domains.json", "mine.txt", *pairs])
+        assert put(out, tmp_path / str(turn), names, TOKENIZER) == expected
         loaded = DomainsFile.load(out / "domains.json")
         assert loaded == DomainsFile(TOKENIZER, records(dict.fromkeys(names, 1)))
         assert (out / "b_text_document.bin").read_bytes() == bytes([len(names), 0])
-        assert list(tmp_path.joinpath(str(turn)).iterdir()) == []
-    assert (
-        out / "blend.txt"
-    ).read_text() == f"0.5 {out}/b_text_document\n0.5 {out}/d_text_document\n"
-
-
-def test_without_a_tokenizer_there_is_no_domains_file(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    put(tmp_path / "out", tmp_path / "0", "a", None)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "a_text_document.bin", "a_text_document.idx", "blend.txt",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match=r"holds datasets already \(blend\.txt\); give another"):
-        check_output_dir(tmp_path / "out", overwrite=False)
+    lines = [f"0.5 {out}/b_text_document", f"0.5 {out}/d_text_document"]
+    assert (out / "blend.txt").read_text().splitlines() == lines
 
 
 def test_a_directory_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
+    # Without a tokenizer there is no domains.json.
+    names = ["a_text_document.bin", "a_text_document.idx", "blend.txt"]
+    assert put(tmp_path, tmp_path / "0", "a", None) == names
+    with pytest.raises(UserError, match=r"holds datasets already \(blend\.txt\); give another"):
+        check_output_dir(tmp_path, overwrite=False)
     (tmp_path / "domains.json").write_text("{")
     with pytest.raises(UserError, match=r"domains\.json: not JSON"):
         check_output_dir(tmp_path, overwrite=True)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from megatron_rw.data.text.domain_names import check_numbered, domain_of_file
@@ -29,21 +31,18 @@ def test_shards_of_one_corpus_are_one_domain(domain: str) -> None:
     assert {domain_of_file(name, "the directory", "corpus") for name in SHARDS[domain]} == {domain}
 
 
-def test_other_files_are_their_own_domain() -> None:
+def test_other_files_are_their_own_domain_and_every_file_is_one_on_request() -> None:
     assert [domain_of_file(f"{name}.jsonl", "d", "corpus") for name in ALONE] == ALONE
-
-
-def test_every_number_names_a_domain_on_request() -> None:
     assert domain_of_file("part-00001.x.jsonl", "d", "file") == "part-00001"
     assert domain_of_file("part-00001.x.jsonl", "d", "directory") == "d"
 
 
 @pytest.mark.parametrize("path", ["part-1.jsonl", "./part-1.jsonl", "s3://x/data/part-1.jsonl"])
 def test_the_directory_is_known_whatever_the_path(
-    path: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder := tmp_path_factory.mktemp("any") / "data").mkdir()
-    monkeypatch.chdir(folder)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
     assert Source(path, "jsonl", None, 0, "").domain("corpus") == "data"
 
 
@@ -51,9 +50,6 @@ def test_the_directory_is_known_whatever_the_path(
     "names", [["web", "web_1900", "other"], ["data_0", "data"], ["2000", "all", "all-2023"]]
 )
 def test_numbers_that_split_a_corpus_are_refused(names: list[str]) -> None:
+    check_numbered(["cc-2019-35", "cc-2019-40", "news-2023", "news-2024", "wiki", "v2"])
     with pytest.raises(UserError, match="--domain-by file"):
         check_numbered(names)
-
-
-def test_names_with_numbers_of_their_own_are_domains() -> None:
-    check_numbered(["cc-2019-35", "cc-2019-40", "news-2023", "news-2024", "wiki", "v2"])

@@ -2,6 +2,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -10,23 +11,21 @@ from hypothesis import strategies as st
 from megatron_rw.data.indexed.domains import (
     DomainRecord,
     DomainsFile,
-    TokenizerRecord,
     domain_names,
     look_up,
 )
 from megatron_rw.errors import UserError
+from tests.data.datasets import TOKENIZER
 
-TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t/bpe.model", "ab" * 32, 4096)
+WIKI = DomainRecord("w_text_document", 185, 123456, 4095)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
 COUNTS = st.integers(0, 2**60)
 
 
-def wiki_file(directory: Path) -> dict[str, Any]:
-    DomainsFile(TOKENIZER, {"wiki": DomainRecord("w_text_document", 185, 123456, 4095)}).save(
-        directory / "domains.json"
-    )
-    content: dict[str, Any] = json.loads((directory / "domains.json").read_text())
-    return content
+def wiki_file(directory: Path) -> Path:
+    path = directory / "domains.json"
+    DomainsFile(TOKENIZER, {"wiki": WIKI}).save(path)
+    return path
 
 
 @given(names=st.lists(NAMES, unique=True, max_size=5), counts=st.tuples(COUNTS, COUNTS, COUNTS))
@@ -44,7 +43,7 @@ def test_load_returns_what_was_saved(
 
 
 def test_format_is_the_documented_one(tmp_path: Path) -> None:
-    assert wiki_file(tmp_path) == {
+    assert json.loads(wiki_file(tmp_path).read_text()) == {
         "version": 1,
         "tokenizer": {
             "type": "SentencePieceTokenizer",
@@ -80,34 +79,33 @@ def test_without_a_file_the_basename_names_the_domain(prefix: str, name: str) ->
     assert look_up([prefix])[0].record is None
 
 
-def test_the_file_beside_the_data_names_the_domain(tmp_path: Path) -> None:
-    wiki_file(tmp_path)
-    other = tmp_path / "other"
-    other.mkdir()
-    prefixes = [f"{tmp_path}/w_text_document", f"{tmp_path}/x_text_document", f"{other}/w_document"]
-    assert domain_names(prefixes) == ["wiki", "x", "w"]
-    records = [dataset.record for dataset in look_up(prefixes)]
-    assert records == [DomainRecord("w_text_document", 185, 123456, 4095), None, None]
-
-
-def test_a_relative_prefix_without_a_directory(
+def test_the_file_beside_the_data_names_the_domain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wiki_file(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert domain_names(["w_text_document"]) == ["wiki"]
+    prefixes = [
+        "w_text_document",
+        f"{tmp_path}/w_text_document",
+        "x_text_document",
+        "sub/w_document",
+    ]
+    assert domain_names(prefixes) == ["wiki", "wiki", "x", "w"]
+    assert [dataset.record for dataset in look_up(prefixes)] == [WIKI, WIKI, None, None]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("version"), "version is missing"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        (lambda c: c.pop("version") and c, "version is missing"),
         (lambda c: c.update(version=2), "version 2, but only 1 is known"),
         (lambda c: c.update(tokenizer=[]), r"tokenizer is \[\], not an object"),
         (lambda c: c["tokenizer"].update(vocab_size="4096"), "tokenizer.vocab_size is '4096', not"),
         (lambda c: c["tokenizer"].update(vocab_size=True), "tokenizer.vocab_size is True, not an"),
         (lambda c: c.update(domains={"a": 1}), "domains.a is 1, not an object"),
-        (lambda c: c["domains"]["wiki"].pop("tokens"), "domains.wiki.tokens is missing"),
+        (lambda c: c["domains"]["wiki"].pop("tokens") and c, "domains.wiki.tokens is missing"),
         (lambda c: c["domains"]["wiki"].update(tokens=-1), r"domains.wiki.tokens is negative"),
         (lambda c: c["domains"]["wiki"].update(prefix="../w"), "domains.wiki.prefix is '../w'"),
         (
@@ -119,21 +117,13 @@ def test_a_relative_prefix_without_a_directory(
 def test_a_malformed_file_is_an_error_that_names_it(
     tmp_path: Path, change: Any, message: str
 ) -> None:
-    content = wiki_file(tmp_path)
-    change(content)
-    path = tmp_path / "domains.json"
-    path.write_text(json.dumps(content))
+    path = wiki_file(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(change if isinstance(change, str) else json.dumps(change(content) or content))
     with pytest.raises(UserError, match=message) as caught:
         domain_names([f"{tmp_path}/w_text_document"])
     assert str(path) in str(caught.value)
     assert "tools/preprocess_data.py" in str(caught.value)
-
-
-def test_a_file_that_is_no_json_object(tmp_path: Path) -> None:
-    for text, message in (("{", "not JSON"), ("[]", "not a JSON object")):
-        (tmp_path / "domains.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            domain_names([f"{tmp_path}/w_text_document"])
 
 
 def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,17 +133,12 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / part).mkdir()
         DomainsFile(TOKENIZER, records).save(tmp_path / part / "domains.json")
     prefixes = [f"{tmp_path}/{part}/{name}_document" for part in ("a", "b") for name in names]
-    reads: list[Path] = []
-
-    def read_text(path: Path, encoding: str) -> str:
-        reads.append(path)
-        return path.read_bytes().decode(encoding)
-
-    monkeypatch.setattr(Path, "read_text", read_text)
+    reading = Mock(side_effect=DomainsFile.load)
+    monkeypatch.setattr(DomainsFile, "load", reading)
     started = time.process_time()
     datasets = look_up(prefixes)
     assert [dataset.domain for dataset in datasets] == names * 2
     assert all(dataset.record for dataset in datasets)
     assert {dataset.tokenizer for dataset in datasets} == {TOKENIZER}
-    assert len(reads) == 2
+    assert reading.call_count == 2
     assert time.process_time() - started < 2

@@ -1,6 +1,5 @@
 """What becomes of documents, with a tokenizer whose ids can be read off the text."""
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from megatron_rw.data.text.sources import Source, find_sources, shard_of
 from megatron_rw.data.tokenizers.tokenizer import optimal_dtype
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError
-from tests.data.conftest import write_jsonl
+from tests.data.conftest import write_texts
+from tests.data.datasets import Document, read_dataset
 
 EOD = 0
 
@@ -49,11 +49,9 @@ class FakeTokenizer:
 
 def made_of(
     texts: list[str], directory: Path, vocab_size: int = 1000, flags: str = ""
-) -> list[list[list[int]]]:
-    """The documents that come of some texts, each a list of sequences, as core reads them."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    sources = find_sources([str(write_jsonl(directory / "in.jsonl", [{"text": t} for t in texts]))])
+) -> list[Document]:
+    """The documents that come of some texts, as core reads them."""
+    sources = find_sources([str(write_texts(directory / "in.jsonl", texts))])
     usual = "--input in.jsonl --domain d --tokenizer-type ByteLevelTokenizer --output-dir out "
     config = parse(PreprocessConfig, (usual + flags).split(), "")
     store = Store(directory, sources)
@@ -65,13 +63,7 @@ def made_of(
     out.mkdir(exist_ok=True)
     join(store, [out], encoder.dtype, False)
     write_rejects(store, directory / "rejects.jsonl")
-    dataset = IndexedDataset(str(out / "d_text_document"))
-    assert dataset.index.dtype == encoder.dtype
-    bounds = dataset.document_indices.tolist()
-    return [
-        [dataset[sequence].tolist() for sequence in range(start, end)]
-        for start, end in itertools.pairwise(bounds)
-    ]
+    return read_dataset(out / "d_text_document", encoder.dtype)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65499, np.uint16), (65500, np.int32)])

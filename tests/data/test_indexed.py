@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-from megatron_rw.data.indexed import pair as indexed
-from megatron_rw.data.indexed.pair import Index, PairWriter
+from megatron_rw.data.indexed.pair import CODES, Index, PairWriter
 from megatron_rw.errors import UserError
-from tests.data.datasets import write_dataset
+from tests.data.datasets import Document, files, write_dataset
 
 # Documents, of which each is some sequences, of which each is some token ids.
 DOCUMENTS = st.lists(
@@ -21,7 +20,7 @@ DOCUMENTS = st.lists(
 )
 
 
-def add(writer: PairWriter, documents: list[list[list[int]]], dtype: type[Any]) -> None:
+def add(writer: PairWriter, documents: list[Document], dtype: type[Any]) -> None:
     sequences = [sequence for document in documents for sequence in document]
     writer.write_tokens(np.array(list(itertools.chain.from_iterable(sequences)), dtype))
     writer.add_documents(
@@ -30,35 +29,28 @@ def add(writer: PairWriter, documents: list[list[list[int]]], dtype: type[Any]) 
     )
 
 
-def pair(prefix: Path) -> tuple[bytes, bytes]:
-    return indexed.bin_path(prefix).read_bytes(), indexed.idx_path(prefix).read_bytes()
-
-
 def test_types_are_those_of_core() -> None:
-    assert {dtype.value: DType.dtype_from_code(dtype.value) for dtype in DType} == indexed.CODES
+    assert {dtype.value: DType.dtype_from_code(dtype.value) for dtype in DType} == CODES
 
 
 @given(documents=DOCUMENTS, dtype=st.sampled_from([np.uint16, np.int32]), cut=st.integers(0, 12))
-def test_a_pair_has_the_bytes_that_core_writes(
-    tmp_path: Path, documents: list[list[list[int]]], dtype: type[Any], cut: int
+def test_a_pair_has_the_bytes_that_core_writes_and_is_read_as_core_reads_it(
+    tmp_path: Path, documents: list[Document], dtype: type[Any], cut: int
 ) -> None:
-    write_dataset(tmp_path / "core", documents, dtype)
-    with PairWriter(tmp_path / "ours", dtype) as writer:
+    write_dataset(tmp_path / "core" / "a", documents, dtype)
+    (tmp_path / "ours").mkdir(exist_ok=True)
+    with (
+        pytest.MonkeyPatch.context() as context,
+        PairWriter(tmp_path / "ours" / "a", dtype) as writer,
+    ):
+        context.setattr("megatron_rw.data.indexed.pair._BLOCK", 3)
         for part in (documents[:cut], documents[cut:]):
             if part:
                 add(writer, part, dtype)
         writer.finalize()
-    assert pair(tmp_path / "ours") == pair(tmp_path / "core")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "core.bin", "core.idx", "ours.bin", "ours.idx",
-    ]  # fmt: skip
-
-
-@given(documents=DOCUMENTS)
-def test_an_index_reads_as_core_reads_it(tmp_path: Path, documents: list[list[list[int]]]) -> None:
-    write_dataset(tmp_path / "core", documents, np.uint16)
-    index, core = Index.open(tmp_path / "core"), IndexedDataset(str(tmp_path / "core"))
-    assert index.documents == len(documents)
+    assert files(tmp_path / "ours") == files(tmp_path / "core")
+    index, core = Index.open(tmp_path / "ours" / "a"), IndexedDataset(f"{tmp_path}/core/a")
+    assert (index.documents, index.dtype) == (len(documents), dtype)
     assert index.lengths.tolist() == core.sequence_lengths.tolist()
     assert index.offsets.tolist() == core.index.sequence_pointers.tolist()
     assert index.bounds.tolist() == core.document_indices.tolist()
@@ -97,28 +89,3 @@ def test_tokens_without_a_document_are_a_mistake(tmp_path: Path) -> None:
             writer.finalize()
         with pytest.raises(TypeError, match="token ids are int64, and the dataset's uint16"):
             writer.write_tokens(np.array([1]))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file; give a dataset's path without"),
-        (b"MMIDIDX", "is no index of a dataset"),
-        (b"PK" + bytes(60), "is no index of a dataset"),
-        (indexed.HEADER.pack(indexed.MAGIC, 2, 8, 0, 1), "version 2 and type 8"),
-        (
-            indexed.HEADER.pack(indexed.MAGIC, 1, 99, 0, 1),
-            "version 1 and type 99",
-        ),
-        (
-            indexed.HEADER.pack(indexed.MAGIC, 1, 8, 3, 4),
-            "34 bytes, and its header tells of 102",
-        ),
-    ],
-)
-def test_a_bad_index_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "a.idx").write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        Index.open(tmp_path / "a")
-    assert str(error.value).startswith((f"{tmp_path}/a.idx", f"data path {tmp_path}/a: "))

@@ -81,24 +81,25 @@ def seen(raws: Iterable[Raw]) -> list[Any]:
 @ANY_FILE
 @given(
     lines=LINES,
-    ended=st.booleans(),
-    mark=st.booleans(),
+    mark=st.sampled_from([b"", BYTE_ORDER_MARK]),
+    end=st.sampled_from([b"", b"\n"]),
     suffix=st.sampled_from([".jsonl", ".txt", ".jsonl.gz", ".jsonl.zst"]),
     chunk_bytes=st.integers(1, 90),
     workers=st.sampled_from([1, 4]),
+    finished=st.sets(st.integers(0, 8)).map(frozenset),
 )
-def test_chunks_hold_every_line_once(
+def test_chunks_hold_every_line_once_and_finished_ones_are_not_handed_out(
     tmp_path: Path,
     lines: list[bytes],
-    ended: bool,
-    mark: bool,
+    mark: bytes,
+    end: bytes,
     suffix: str,
     chunk_bytes: int,
     workers: int,
+    finished: frozenset[int],
 ) -> None:
-    content = (BYTE_ORDER_MARK if mark else b"") + b"\n".join(lines) + (b"\n" if ended else b"")
-    source = write(tmp_path / f"in{suffix}", content)
-    how = reading(chunk_bytes)
+    content = mark + b"\n".join(lines) + end
+    source, how = write(tmp_path / f"in{suffix}", content), reading(chunk_bytes)
     work = sorted(tasks([source], how, workers, lambda _: frozenset()), key=lambda t: t.number)
     found = []
     before, last = 0, []
@@ -112,40 +113,19 @@ def test_chunks_hold_every_line_once(
     assert last == [False] * (len(last) - 1) + [True]
     assert seen(documents(source, how)) == found
 
-
-@ANY_FILE
-@given(
-    lines=LINES,
-    chunk_bytes=st.integers(1, 90),
-    suffix=st.sampled_from([".jsonl", ".jsonl.gz"]),
-    workers=st.sampled_from([1, 4]),
-    finished=st.sets(st.integers(0, 8)),
-)
-def test_what_is_finished_is_not_handed_out_again(
-    tmp_path: Path,
-    lines: list[bytes],
-    chunk_bytes: int,
-    suffix: str,
-    workers: int,
-    finished: set[int],
-) -> None:
-    source = write(tmp_path / f"in{suffix}", b"\n".join(lines))
-    work = list(tasks([source], reading(chunk_bytes), workers, lambda _: frozenset(finished)))
+    work = list(tasks([source], how, workers, lambda _: finished))
     for task in work:
         assert task.finished == finished if task.number < 0 else task.number not in finished
     # Every byte is told of once, but for what was done already after the last task.
     told = sum(task.skipped_bytes + task.stored_bytes for task in work)
+    assert told <= source.size
     if any(task.last or task.number < 0 for task in work):
         assert told == source.size
-    else:
-        assert told <= source.size
     if suffix == ".jsonl":
-        begins = [task.start for task in work]
-        assert [task.skipped_bytes for task in work] == [
-            begin - end
-            for begin, end in zip(begins, [0, *(task.end for task in work)], strict=False)
-        ]
-    assert list(tasks([source], reading(chunk_bytes), workers, lambda _: None)) == []
+        ends = [0, *(task.end for task in work)]
+        skipped = [task.start - end for task, end in zip(work, ends, strict=False)]
+        assert [task.skipped_bytes for task in work] == skipped
+    assert list(tasks([source], how, workers, lambda _: None)) == []
 
 
 def test_a_file_is_one_document_or_a_document_a_line(tmp_path: Path) -> None:

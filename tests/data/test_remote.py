@@ -12,7 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
 from megatron_rw.data.text import chunks
-from tests.data.conftest import Preprocess, datasets, make_texts, write_jsonl
+from tests.data.conftest import Preprocess, make_texts, write_texts
+from tests.data.datasets import datasets
 
 
 class StoreError(Exception):
@@ -49,13 +50,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryFileSystem]:
 @pytest.fixture
 def inputs(tmp_path: Path, bucket: MemoryFileSystem) -> list[Path]:
     """Local files, read as lines, whole and by rows, which are in the bucket as well."""
-    (folder := tmp_path / "in").mkdir()
     texts = make_texts(160, 3)
-    records = [{"text": text} for text in texts]
     paths = [
-        write_jsonl(folder / "a.jsonl", records[:60]),
-        write_jsonl(folder / "b.jsonl.gz", records[60:100]),
-        folder / "c.parquet",
+        write_texts(tmp_path / "in" / "a.jsonl", texts[:60]),
+        write_texts(tmp_path / "in" / "b.jsonl.gz", texts[60:100]),
+        tmp_path / "in" / "c.parquet",
     ]
     pq.write_table(pa.table({"text": texts[100:]}), paths[2], row_group_size=7)
     for path in paths:
@@ -74,22 +73,17 @@ def test_what_is_read_is_what_local_files_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 1000)
-    assert run(f"memory://bucket{pattern}", tmp_path / "url", workers=workers) == 0
+    run(f"memory://bucket{pattern}", tmp_path / "url", workers=workers)
     run(inputs, tmp_path / "file", workers=workers)
     assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
 
 
 def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
-    tmp_path: Path,
-    bucket: MemoryFileSystem,
-    run: Preprocess,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, bucket: MemoryFileSystem, run: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 20_000)
     monkeypatch.setattr("megatron_rw.data.text.streams._BLOCK_BYTES", 50_000)
-    records = [{"text": text} for text in make_texts(1000, 4)]
-    local = write_jsonl(tmp_path / "a.jsonl", records)
+    local = write_texts(tmp_path / "a.jsonl", make_texts(1000, 4))
     bucket.pipe("/bucket/a.jsonl", local.read_bytes())
     fetch = RangedFile._fetch_range
 
@@ -100,22 +94,30 @@ def test_a_store_that_hangs_up_is_an_error_and_nothing_is_lost(
 
     with monkeypatch.context() as context:
         context.setattr(RangedFile, "_fetch_range", hang_up)
-        assert run("memory://bucket/a.jsonl", tmp_path / "url") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "error: memory:///bucket/a.jsonl: the store hung up"
-
-    assert run("memory://bucket/a.jsonl", tmp_path / "url") == 0
-    assert "going on from" in capsys.readouterr().err
+        refused = run("memory://bucket/a.jsonl", tmp_path / "url", status=2)
+    assert refused.error == "error: memory:///bucket/a.jsonl: the store hung up"
+    assert "going on from" in run("memory://bucket/a.jsonl", tmp_path / "url").err
     run(local, tmp_path / "file")
     assert datasets(tmp_path / "url") == datasets(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense://a/b.jsonl", "Protocol not known: nonsense"),
+        ("memory://gone/*.jsonl", "no file matches"),
+        ("memory://gone/a.jsonl", "no such file"),
+        ("memory://bucket", "no file to read in it; it has the suffixes: .md"),
+        ("memory://bucket/denied", "no credentials"),
+    ],
+)
 def test_a_url_that_nothing_opens_is_an_error(
     tmp_path: Path,
     bucket: MemoryFileSystem,
     run: Preprocess,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    url: str,
+    message: str,
 ) -> None:
     bucket.pipe("/bucket/a.md", b"no data")
     isdir = MemoryFileSystem.isdir
@@ -126,12 +128,4 @@ def test_a_url_that_nothing_opens_is_an_error(
         return bool(isdir(system, path))
 
     monkeypatch.setattr(MemoryFileSystem, "isdir", ask)
-    for url, message in (
-        ("nonsense://a/b.jsonl", "Protocol not known: nonsense"),
-        ("memory://gone/*.jsonl", "no file matches"),
-        ("memory://gone/a.jsonl", "no such file"),
-        ("memory://bucket", "no file to read in it; it has the suffixes: .md"),
-        ("memory://bucket/denied", "no credentials"),
-    ):
-        assert run(url, tmp_path / "out") == 2
-        assert f"error: --input {url}: {message}" in capsys.readouterr().err
+    assert run(url, tmp_path / "out", status=2).error.startswith(f"error: --input {url}: {message}")

@@ -15,9 +15,10 @@ from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed.output import publish
 from megatron_rw.data.resume import FOLDER, work_folder
 from megatron_rw.data.text import chunks
-from tests.data.conftest import Preprocess, datasets, files, make_texts, write_jsonl
+from tests.data.conftest import Preprocess, make_texts, write_texts
+from tests.data.datasets import datasets, files
 
-Whole = Callable[..., dict[str, bytes]]
+type Check = Callable[..., None]
 
 
 @pytest.fixture
@@ -25,15 +26,19 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Two files of some twenty chunks each."""
     monkeypatch.setattr(chunks, "_SMALLEST", 300)
     monkeypatch.setattr(chunks, "_LARGEST", 300)
-    records = [{"text": text} for text in make_texts(60, 5)]
+    texts = make_texts(60, 5)
     return [
-        write_jsonl(tmp_path / "a.jsonl", records[:30]),
-        write_jsonl(tmp_path / "b.jsonl.gz", records[30:]),
+        write_texts(tmp_path / "a.jsonl", texts[:30]),
+        write_texts(tmp_path / "b.jsonl.gz", texts[30:]),
     ]
 
 
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
-def interrupted(
+def out(
     tmp_path: Path, inputs: list[Path], run: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """The output directory of a call that was interrupted after some parts."""
@@ -46,13 +51,10 @@ def interrupted(
 
     with monkeypatch.context() as context:
         context.setattr(Encoder, "_encode", encode_some)
-        assert run(inputs, tmp_path / "out") == 130
+        run(inputs, tmp_path / "out", status=130)
     assert not list((tmp_path / "out").glob("*_document.*"))
+    assert len(parts(tmp_path / "out")) == 25
     return tmp_path / "out"
-
-
-def interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def parts(out: Path) -> dict[Path, int]:
@@ -60,17 +62,18 @@ def parts(out: Path) -> dict[Path, int]:
 
 
 @pytest.fixture
-def whole(tmp_path: Path, inputs: list[Path], run: Preprocess) -> Whole:
-    """Makes the datasets in a call that is not disturbed."""
+def check(inputs: list[Path], run: Preprocess) -> Check:
+    """Checks that datasets are those of a call that is not disturbed."""
 
-    def make(flags: str = "") -> dict[str, bytes]:
-        assert run(inputs, tmp_path / "undisturbed", flags) == 0
-        return datasets(tmp_path / "undisturbed")
+    def compare(out: Path, flags: str = "") -> None:
+        run(inputs, out.parent / "undisturbed", flags)
+        assert datasets(out) == datasets(out.parent / "undisturbed")
+        assert not list(out.glob(".*"))
 
-    return make
+    return compare
 
 
-def parts_at_publication(call: Callable[[], int], out: Path) -> dict[Path, int]:
+def parts_at_publication(call: Callable[[], Any], out: Path) -> dict[Path, int]:
     """Repeats a call and returns the parts that are there when datasets get their names."""
     kept: dict[Path, int] = {}
 
@@ -80,8 +83,7 @@ def parts_at_publication(call: Callable[[], int], out: Path) -> dict[Path, int]:
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr("megatron_rw.data.preprocess_data.publish", look)
-        context.setattr("megatron_rw.data.progress._SECONDS", 0.0)
-        assert call() == 0
+        call()
     return kept
 
 
@@ -89,43 +91,36 @@ def parts_at_publication(call: Callable[[], int], out: Path) -> dict[Path, int]:
 def test_it_goes_on_from_its_parts(
     flags: str,
     inputs: list[Path],
-    interrupted: Path,
+    out: Path,
     run: Preprocess,
-    whole: Whole,
-    capsys: pytest.CaptureFixture[str],
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = parts(interrupted)
-    assert len(before) == 25
-    kept = parts_at_publication(lambda: run(inputs, interrupted, flags), interrupted)
+    before, told = parts(out), []
+    monkeypatch.setattr("megatron_rw.data.progress._SECONDS", 0.0)
+    kept = parts_at_publication(lambda: told.append(run(inputs, out, flags).err), out)
     assert len(kept) > 30
     assert {path: kept[path] for path in before} == before
-    lines = capsys.readouterr().err.splitlines()
+    lines = told[0].splitlines()
     assert "going on from" in lines[0]
     assert lines[-2].endswith(" 100%, 0.0 s left")
-    assert datasets(interrupted) == whole()
-    assert not list(interrupted.glob(".*"))
+    check(out)
 
 
-def test_a_file_that_was_replaced_is_read_again(
-    inputs: list[Path], interrupted: Path, run: Preprocess, whole: Whole
+@pytest.mark.parametrize("damage", ["bin", "npz", "gone", "input"])
+def test_what_was_lost_or_replaced_is_made_again(
+    inputs: list[Path], out: Path, run: Preprocess, check: Check, damage: str
 ) -> None:
-    write_jsonl(inputs[0], [{"text": text} for text in make_texts(30, 6)])
-    assert run(inputs, interrupted) == 0
-    assert datasets(interrupted) == whole()
-
-
-@pytest.mark.parametrize("damage", ["bin", "npz", "gone"])
-def test_a_part_that_the_power_failed_upon_is_made_again(
-    inputs: list[Path], interrupted: Path, run: Preprocess, whole: Whole, damage: str
-) -> None:
-    path = sorted(parts(interrupted))[3]
+    path = sorted(parts(out))[3]
     victim = path if damage == "npz" else path.with_suffix(".bin")
-    if damage == "gone":
+    if damage == "input":
+        write_texts(inputs[0], make_texts(30, 6))
+    elif damage == "gone":
         victim.unlink()
-    else:
+    else:  # as the file system leaves it when the power fails
         victim.write_bytes(bytes(victim.stat().st_size))
-    assert run(inputs, interrupted) == 0
-    assert datasets(interrupted) == whole()
+    run(inputs, out)
+    check(out)
 
 
 def test_the_last_part_of_a_compressed_file_is_kept_when_an_earlier_one_is_gone(
@@ -134,7 +129,7 @@ def test_the_last_part_of_a_compressed_file_is_kept_when_an_earlier_one_is_gone(
     out = tmp_path / "out"
     with monkeypatch.context() as context:
         context.setattr("megatron_rw.data.preprocess_data._join", interrupt)
-        assert run(inputs[1], out) == 130
+        run(inputs[1], out, status=130)
     sorted(parts(out))[2].unlink()
     before = parts(out)
     kept = parts_at_publication(lambda: run(inputs[1], out), out)
@@ -144,34 +139,25 @@ def test_the_last_part_of_a_compressed_file_is_kept_when_an_earlier_one_is_gone(
 
 
 def test_another_call_is_refused_until_it_is_dropped(
-    inputs: list[Path],
-    interrupted: Path,
-    run: Preprocess,
-    whole: Whole,
-    capsys: pytest.CaptureFixture[str],
+    inputs: list[Path], out: Path, run: Preprocess, check: Check
 ) -> None:
-    assert run(inputs, interrupted, "--append-eod") == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: --output-dir {interrupted}: holds unfinished work of")
+    error = run(inputs, out, "--append-eod", status=2).error
+    assert error.startswith(f"error: --output-dir {out}: holds unfinished work of")
     assert "--append-eod is true now and was false; repeat that call, or --overwrite" in error
-    assert run(inputs, interrupted, "--append-eod --overwrite") == 0
-    assert datasets(interrupted) == whole("--append-eod")
+    run(inputs, out, "--append-eod --overwrite")
+    check(out, "--append-eod")
 
 
 def test_a_call_killed_while_it_removes_its_work_can_be_repeated(
-    inputs: list[Path],
-    interrupted: Path,
-    run: Preprocess,
-    whole: Whole,
-    monkeypatch: pytest.MonkeyPatch,
+    inputs: list[Path], out: Path, run: Preprocess, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr("megatron_rw.data.resume._remove", interrupt)
-        assert run(inputs, interrupted) == 130
-    shutil.rmtree(next((interrupted / FOLDER).glob("*/")))
-    assert run(inputs, interrupted, "--append-eod") == 2
-    assert run(inputs, interrupted) == 0
-    assert datasets(interrupted) == whole()
+        run(inputs, out, status=130)
+    shutil.rmtree(next((out / FOLDER).glob("*/")))
+    run(inputs, out, "--append-eod", status=2)
+    run(inputs, out)
+    check(out)
 
 
 def test_settings_outlive_the_parts_made_with_them(
@@ -200,38 +186,26 @@ def test_settings_are_compared_as_json_holds_them(tmp_path: Path) -> None:
 
 
 def test_two_calls_do_not_write_into_one_directory(
-    inputs: list[Path], interrupted: Path, run: Preprocess, capsys: pytest.CaptureFixture[str]
+    inputs: list[Path], out: Path, run: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (interrupted / f"{FOLDER}.lock").open("w") as lock:
+    with (out / f"{FOLDER}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert run(inputs, interrupted) == 2
-    assert "another process is writing there; wait for it, or give" in capsys.readouterr().err
+        refused = run(inputs, out, status=2).error
+    assert "another process is writing there; wait for it, or give" in refused
 
-
-def test_a_file_system_without_locks_is_told_of(
-    inputs: list[Path],
-    interrupted: Path,
-    run: Preprocess,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def flock(*_: Any) -> None:
+    def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert run(inputs, interrupted) == 0
-    assert f"{interrupted} has no locks" in capsys.readouterr().err
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert f"{out} has no locks" in run(inputs, out).err
 
 
 def test_shards_are_consecutive_files(tmp_path: Path, run: Preprocess) -> None:
-    (tmp_path / "in").mkdir()
     for number in range(5):
         texts = make_texts(5 + 10 * (number % 3), number)
-        write_jsonl(tmp_path / "in" / f"{number}.jsonl", [{"text": text} for text in texts])
-    assert run(tmp_path / "in", tmp_path / "whole") == 0
-    joined = b""
-    for shard in range(3):
-        out = tmp_path / f"shard{shard}"
-        assert run(tmp_path / "in", out, f"--shard {shard}/3") == 0
-        joined += files(out)["in_text_document.bin"]
-    assert joined == files(tmp_path / "whole")["in_text_document.bin"]
+        write_texts(tmp_path / "in" / f"{number}.jsonl", texts)
+    made = []
+    for flags in ("", "--shard 0/3", "--shard 1/3", "--shard 2/3"):
+        run(tmp_path / "in", tmp_path / "out", f"{flags} --overwrite")
+        made.append(files(tmp_path / "out")["in_text_document.bin"])
+    assert b"".join(made[1:]) == made[0]

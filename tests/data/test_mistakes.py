@@ -1,0 +1,185 @@
+"""A user's mistake ends a tool with one line that names the flag or the file, and the remedy."""
+
+import gzip
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rw.data import (
+    inspect_dataset,
+    merge_datasets,
+    preprocess_data,
+    split_dataset,
+    train_tokenizer,
+)
+from tests.data.datasets import Document, call, write_dataset, write_directory
+from tests.data.tiny_tokenizers import save_huggingface, train_huggingface
+
+USUAL = {
+    preprocess_data: "--input in.jsonl --output-dir out --tokenizer-model bpe.model --workers 2",
+    train_tokenizer: "--input big.jsonl small.jsonl --output-prefix out/t",
+    merge_datasets: "",
+    split_dataset: "--input pair --output-dir out",
+    inspect_dataset: "",
+}
+AT_ONCE = {
+    preprocess_data: {
+        "--workers 0": "--workers 0: give a number of at least 1",
+        "--max-bad-fraction 2": "--max-bad-fraction 2.0: give a number from 0 to 1",
+        "--max-document-tokens 1": "--max-document-tokens 1: give a number above 1",
+        "--blend-temperature 0": "--blend-temperature 0.0: give a number above 0",
+        "--shard 2/2": "--shard 2/2: shards count from 0, so the last is 1/2",
+        "--shard 2": "--shard 2: give it like 0/8",
+        "--shard 0/2": "--shard 0/2: there are 1 files, and a file is the least",
+        "--blend-weights wiki": "--blend-weights: wiki: give DOMAIN=WEIGHT",
+        "--blend-weights a=0 b=1": "--blend-weights a=0: give a weight above 0",
+        "--blend-weights wiki=1": "--blend-weights are of wiki, and the domains are in;",
+        "--json-keys a a": "--json-keys a a: give each once",
+        "--domain a --domain-key b": "--domain and --domain-key are not allowed together",
+        "--domain a/b": "--domain: the domain 'a/b' cannot be part of a file name",
+        "--input ./-d.jsonl": "./-d.jsonl: give --domain-by or --domain, or rename it: ",
+        "--input text.csv": "--input text.csv: only .jsonl, .json, .txt (each also with .gz or ",
+        "--input plain.txt --domain-key d": "plain.txt: a .txt file has no fields; leave out --d",
+        "--input gone.jsonl": "--input gone.jsonl: no such file",
+        "--input *.gone": "--input *.gone: no file matches",
+        "--input in.jsonl in.jsonl": "--input in.jsonl: given 2 times; name it once",
+        "--input nothing": "--input nothing: no file to read in it; it has the suffixes: .c",
+        "--tokenizer-model gone.model": "--tokenizer-model gone.model: no such file",
+        "--tokenizer-model text.csv": "--tokenizer-model text.csv: cannot be loaded as Sentence",
+    },
+    train_tokenizer: {
+        "--max-bytes 9": "--max-bytes 9: give a number of at least 10000",
+        "--max-bad-fraction 2": "--max-bad-fraction 2.0: give a number from 0 to 1",
+        "--sample even --domain-weights a=1": "--domain-weights",
+        "--special-tokens ''": "--special-tokens '': it is empty; leave it out or rename it",
+        "--special-tokens '<|a b|>'": "--special-tokens '<|a b|>': white space and control",
+        "--special-tokens '<|a\u2581|>'": "white space and control characters cannot be part",
+        "--special-tokens '</s>'": "--special-tokens '</s>': every model has it already",
+        "--special-tokens '<0x0A>'": "--special-tokens '<0x0A>': every model has it already",
+        "--special-tokens '<x>' '<x>'": "--special-tokens '<x>': it is given twice",
+    },
+    merge_datasets: {
+        "--input a --output-dir out": "give --input with --output-prefix, or --input-dir with",
+        "--input-dir a --output-prefix out": "give --input with --output-prefix, or",
+        "--input a --output-dir b --output-prefix out": "give --input with --output-prefix, or",
+        "--input a": "give --input with --output-prefix, or --input-dir with --output-dir",
+        "--input-dir nothing --output-dir out": "nothing: has no domains.json; give a complete",
+    },
+    split_dataset: {
+        "": "hold something out",
+        "--valid-fraction 1": "--valid-fraction 1.0: give a number between 0 and 1",
+        "--test-fraction nan": "--test-fraction nan: give a number between 0 and 1",
+        "--valid-fraction 0.5 --test-fraction 0.5": "leave nothing to train on",
+        "--test-documents 0": "--test-documents 0: give a number of at least 1",
+        "--test-documents 1 --test-fraction 0.1": "--test-fraction",
+        "--test-documents 1 --seed -1": "--seed -1: give a number from 0",
+        "--test-documents 1 --input nothing": "nothing: has no domains.json; give a complete dir",
+    },
+    inspect_dataset: {
+        "pair --document 0": "--document: there are 2 datasets; give one of pair/a_text",
+        "pair/a_text_document --document 50": "has documents 0 to 49",
+        "pair/a_text_document --document -1": "has documents 0 to 49",
+        "pair --find a": "t/bpe.model, the tokenizer that domains.json names, is not there; give",
+        "bare/bare --document 0": "no domains.json tells which tokenizer made this dataset; give",
+        "bare/bare --find a": "no domains.json tells which tokenizer made this dataset; give",
+        "bare/bare --document 0 --tokenizer-model bpe.model": "id is 400, and the tokenizer has",
+        "gone": "gone: neither a directory nor a dataset's path",
+        "nothing": "nothing: has no datasets; give a directory",
+        "pair --document 1 --check": "--check and --picture go with the report only",
+        "pair --document 1 --find x": "--find",
+        "pair --ids": "--ids goes with --document",
+        "pair --picture lengths.txt": "lengths.txt: no kind of picture; name it .",
+        "pair --picture gone/lengths.png": "gone/lengths.png: there is no directory gone; make it",
+    },
+}
+# Mistakes that only reading shows.
+WHILE_READING = {
+    preprocess_data: {
+        "--input ./cut.jsonl.gz": "./cut.jsonl.gz: damaged gzip data (",
+        "--input empty.jsonl": "--input empty.jsonl: no documents",
+    },
+    train_tokenizer: {
+        "--domain-weights big=1": "--domain-weights: none for domain 'small' of ",
+        "--domain-weights big=1 small=1 x=0": "no domain 'x' in --input, which has",
+        "--domain-weights big=1 big=2": "--domain-weights: big=2: big is given twice",
+        "--domain-weights big=1 small": "--domain-weights: small: give DOMAIN=WEIGHT",
+        "--domain-weights big=nan": "--domain-weights: big=nan: give DOMAIN=WEIGHT",
+        "--domain-weights big=0 small=0": "--domain-weights: give a weight that is more than 0",
+        "--domain-key domain --domain-weights b=1": "none for domain 's' of ",
+        "--domain-key domain --domain-weights b=1 s=1 x=0": "no domain 'x' in --input, which has",
+        "--vocab-size 100": "--vocab-size 100 is too small: ",
+        "--vocab-size 9999": "--vocab-size 9999 is too large",
+        "--vocab-size 100 --model-type unigram": "--vocab-size 100 is too small: ",
+        "--vocab-size 9999 --model-type unigram": "--vocab-size 9999 is too large",
+        "--input blank.jsonl": "--input: no text to train on",
+        "--input none.jsonl": "none.jsonl, line 1: field 'text' (--json-key) is empty",
+        "--input in.jsonl --json-key txt": "in.jsonl, line 1: no field 'txt' (--json-key); it has",
+    },
+    split_dataset: {
+        "--valid-documents 9": "the domain 'b', of 5 documents, would have none in train; hold",
+        "--valid-fraction 1e-9": "the domain 'a', of 50 documents, would have none in valid; ",
+        "--valid-documents 4 --test-documents 1": "'b', of 5 documents, would have none in train",
+    },
+}
+GOOD = b'{"text": "a model", "domain": "d"}\n'
+FILES = {
+    "in.jsonl": GOOD,
+    "cut.jsonl.gz": gzip.compress(GOOD * 2000, mtime=0)[:-12],
+    "-d.jsonl": GOOD,
+    "text.csv": GOOD,
+    "plain.txt": GOOD,
+    "empty.jsonl": b"\n \n",
+    "nothing/a.c": b"",
+    "big.jsonl": b'{"text": "a b", "domain": "b"}',
+    "small.jsonl": b'{"text": "a b", "domain": "s"}',
+    "blank.jsonl": b'{"text": "\\n\\t\\n"}',
+    "none.jsonl": b'{"text": ""}',
+}
+
+
+def distinct(count: int, first: int) -> list[Document]:
+    return [[[number]] for number in range(first, first + count)]
+
+
+@pytest.fixture(autouse=True)
+def ground(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with inputs for all tools."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in FILES.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    os.symlink(model, "bpe.model")
+    write_directory(Path("pair"), {"a": distinct(50, 0), "b": distinct(5, 50)})
+    write_dataset(Path("bare/bare"), [[[1, 400]]])
+
+
+def cases(table: dict[Any, dict[str, str]]) -> list[tuple[Any, str, str]]:
+    return [(tool, *row) for tool, rows in table.items() for row in rows.items()]
+
+
+def refusal(tool: Any, flags: str) -> str:
+    return call(tool.main, *shlex.split(f"{USUAL[tool]} {flags}"), status=2).error
+
+
+@pytest.mark.parametrize(("tool", "flags", "message"), cases(AT_ONCE))
+def test_what_the_start_shows_is_refused_at_once(tool: Any, flags: str, message: str) -> None:
+    assert message in refusal(tool, flags)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("tool", "flags", "message"), cases(WHILE_READING))
+def test_what_reading_shows_leaves_no_output(tool: Any, flags: str, message: str) -> None:
+    assert message in refusal(tool, flags)
+    assert not [
+        p for p in Path("out").rglob("*") if p.is_file() and ".preprocess_data" not in str(p)
+    ]
+
+
+def test_an_end_of_document_that_the_tokenizer_lacks() -> None:
+    save_huggingface(train_huggingface(), Path("hf"))
+    flags = "--append-eod --tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
+    assert "the tokenizer hf has no end-of-document" in refusal(preprocess_data, flags)
+    assert not Path("out").exists()
