@@ -47,7 +47,6 @@ TIMEOUT_S = 240
 OURS = (
     "pretrain_gpt_rw",
     "tests.faults.injected",
-    "tests.faults.limited",
     "tests.observability.disturbed",
     "tests.resilience.bad_sample",
     "tests.resilience.held_step",
@@ -102,6 +101,12 @@ class Run:
     def checkpoint(self, iteration: int) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, whole, by name: the same names in every layout."""
         return read_checkpoint(self.directory / "checkpoints" / f"iter_{iteration:07d}")
+
+
+def steps_so_far(directory: Path) -> int:
+    """How many a run has logged, those that were done twice counted twice."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.read_text().count('"type": "train"') if metrics.exists() else 0
 
 
 def without_time(record: dict[str, Any]) -> dict[str, Any]:

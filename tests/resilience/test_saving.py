@@ -29,7 +29,7 @@ def train(directory: Path, data_flags: list[str], *flags: str, limits: str = "0,
         directory,
         *(*data_flags, *RUN, "--save", save, "--load", save, *flags),
         processes=2,
-        module="tests.faults.limited",
+        module="tests.faults.injected",
         environment={"RANK_LIMITS": limits},
         patience=30,
     )
