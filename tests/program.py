@@ -46,6 +46,7 @@ TIMEOUT_S = 240
 # Scripts that know --log-dir.
 OURS = (
     "pretrain_gpt_rw",
+    "tests.exactness.program_with_oracle",
     "tests.faults.injected",
     "tests.observability.disturbed",
     "tests.resilience.bad_sample",
