@@ -46,6 +46,8 @@ TIMEOUT_S = 240
 # Scripts that know --log-dir.
 OURS = (
     "pretrain_gpt_rw",
+    "tests.exactness.program_with_oracle",
+    "tests.faults.injected",
     "tests.observability.disturbed",
     "tests.training.watched",
 )
@@ -94,6 +96,12 @@ class Run:
     def checkpoint(self, iteration: int) -> dict[str, torch.Tensor]:
         """Every tensor of a checkpoint, whole, by name: the same names in every layout."""
         return read_checkpoint(self.directory / "checkpoints" / f"iter_{iteration:07d}")
+
+
+def steps_so_far(directory: Path) -> int:
+    """How many a run has logged, those that were done twice counted twice."""
+    metrics = directory / "metrics.jsonl"
+    return metrics.read_text().count('"type": "train"') if metrics.exists() else 0
 
 
 def without_time(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,71 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_rw.reweighting import ReweightConfig
 from tests.exactness import oracle
 
 SEQUENCE, SET_SIZE, MICRO_BATCHES, STEPS = 16, 8, 4, 3
+SHAPE = (STEPS, MICRO_BATCHES, SET_SIZE, SEQUENCE)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes for `initialize_model_parallel`, and what core's DDP and model shall do."""
+    """What its name says: sizes, as in TP2, and words for what core's DDP and model shall do."""
 
-    processes: int
-    sizes: dict[str, int] = field(default_factory=dict)
-    sequence_parallel: bool = False
-    per_token: bool = False
-    loss_scale: float = 1.0
-    # Output layer and loss in one operation of ours, which adds to core's gradient buffers itself.
-    fused: bool = False
-    ddp: dict[str, Any] = field(default_factory=dict)
+    name: str
+
+    def size(self, kind: str) -> int:
+        found = re.search(rf"\b{kind}(\d+)", self.name)
+        return int(found[1]) if found else 1
+
+    def has(self, word: str) -> bool:
+        return word in self.name.split()
+
+    @property
+    def processes(self) -> int:
+        return math.prod(self.size(kind) for kind in ("DP", "TP", "PP", "CP"))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """For `initialize_model_parallel` and for core's models."""
+        return {
+            "tensor_model_parallel_size": self.size("TP"),
+            "pipeline_model_parallel_size": self.size("PP"),
+            "context_parallel_size": self.size("CP"),
+            "virtual_pipeline_model_parallel_size": self.size("VPP") if self.has("VPP2") else None,
+        }
+
+    @property
+    def loss_scale(self) -> float:
+        return 1024.0 if self.has("scale") else 1.0
 
 
-def _layout(
-    processes: int, *, tp: int = 1, pp: int = 1, cp: int = 1, vpp: int = 0, **rest: Any
-) -> Layout:
-    sizes = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
-        "context_parallel_size": cp,
-    }
-    if vpp:
-        sizes["virtual_pipeline_model_parallel_size"] = vpp
-    return Layout(processes, sizes, **rest)
-
-
-DISTOPT = {"use_distributed_optimizer": True}
-OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 200}
-LAYOUTS = {
-    "one process": _layout(1),
-    "TP2": _layout(2, tp=2),
-    "TP2 SP": _layout(2, tp=2, sequence_parallel=True),
-    "PP2": _layout(2, pp=2),
-    "PP2 VPP2": _layout(2, pp=2, vpp=2),
-    "CP2": _layout(2, cp=2),
-    "CP2 per-token": _layout(2, cp=2, per_token=True),
-    "DP2": _layout(2),
-    "DP2 per-token": _layout(2, per_token=True),
-    "DP2 distopt": _layout(2, ddp=DISTOPT),
-    "DP2 loss scale": _layout(2, loss_scale=1024.0),
-    "DP4 overlap": _layout(4, ddp=OVERLAP),
-    "DP2 TP2 distopt overlap": _layout(4, tp=2, ddp=DISTOPT | OVERLAP),
-    "PP4": _layout(4, pp=4),
-    "DP2 CP2 distopt": _layout(4, cp=2, ddp=DISTOPT),
-    "TP2 SP CP2 per-token": _layout(4, tp=2, cp=2, sequence_parallel=True, per_token=True),
-    "DP2 CP2 PP2 VPP2 per-token": _layout(8, cp=2, pp=2, vpp=2, per_token=True),
-    "DP2 TP2 SP PP2 distopt overlap": _layout(
-        8, tp=2, pp=2, sequence_parallel=True, ddp=DISTOPT | OVERLAP
-    ),
-    "DP2 overlap fused": _layout(2, ddp=OVERLAP, fused=True),
-    "TP2 SP fused": _layout(2, tp=2, sequence_parallel=True, fused=True),
-    "DP2 TP2 PP2 distopt overlap fused": _layout(8, tp=2, pp=2, ddp=DISTOPT | OVERLAP, fused=True),
-}  # fmt: skip
+# With `fused`, output layer and loss are one operation of ours, which adds to core's gradient
+# buffers itself.
+LAYOUTS = (
+    "one process",
+    "PP2",
+    "PP2 VPP2",
+    "CP2",
+    "CP2 per-token",
+    "DP2",
+    "DP2 per-token",
+    "DP2 distopt",
+    "DP2 loss scale",
+    "DP4 overlap",
+    "DP2 CP2 distopt",
+    "TP2 SP CP2 per-token",
+    "DP2 TP2 SP PP2 distopt overlap",
+    "DP2 overlap fused",
+    "TP2 SP fused",
+)
+LONG_LAYOUTS = (
+    "TP2",
+    "TP2 SP",
+    "PP4",
+    "DP2 TP2 distopt overlap",
+    "DP2 CP2 PP2 VPP2 per-token",
+    "DP2 TP2 PP2 distopt overlap fused",
+)
 
 CONFIGS = {
     "microbatch": ReweightConfig(strategy="linupper", temperature=0.4),
@@ -76,69 +85,38 @@ CONFIGS = {
     ),
 }
 
-
-def _ragged(rng: torch.Generator) -> torch.Tensor:
-    shape = (STEPS, MICRO_BATCHES, SET_SIZE, SEQUENCE)
-    return (torch.rand(shape, generator=rng) < 0.6).float()
-
-
-def _padded(rng: torch.Generator) -> torch.Tensor:
-    lengths = torch.randint(1, SEQUENCE + 1, (STEPS, MICRO_BATCHES, SET_SIZE, 1), generator=rng)
-    return (torch.arange(SEQUENCE) < lengths).float()
-
-
-def _with_empty_samples(rng: torch.Generator) -> torch.Tensor:
-    mask = _ragged(rng)
-    mask[:, :, ::3] = 0
-    return mask
-
-
-def _with_empty_micro_batch(rng: torch.Generator) -> torch.Tensor:
-    mask = _ragged(rng)
-    mask[:, 1] = 0
-    return mask
-
-
-def _on_first_shard(rng: torch.Generator) -> torch.Tensor:
+# What ragged masks leave empty besides, of steps, micro-batches, samples and tokens.
+EMPTY: dict[str, Any] = {
+    "empty samples": np.s_[:, :, ::3],
+    "empty micro-batch": np.s_[:, 1],
     # Core gives context-parallel rank 0 the first and the last of 2·cp chunks.
-    mask = _ragged(rng)
-    mask[..., SEQUENCE // 4 :] = 0
-    return mask
-
-
-def _with_empty_step(rng: torch.Generator) -> torch.Tensor:
-    mask = _ragged(rng)
-    mask[1] = 0
-    return mask
-
-
-MASKS = {
-    "full": lambda rng: torch.ones_like(_ragged(rng)),
-    "ragged": _ragged,
-    "padded": _padded,
-    "empty samples": _with_empty_samples,
-    "empty micro-batch": _with_empty_micro_batch,
-    "first shard only": _on_first_shard,
-    "empty step": _with_empty_step,
+    "first shard only": np.s_[..., SEQUENCE // 4 :],
+    "empty step": np.s_[1],
 }
+MASKS = ("full", "padded", "ragged", *EMPTY)
+# Precision: dtype and masks. In fp32 one mask stands for all: what masks do is shown in fp64.
+PRECISIONS = {"fp64": (torch.float64, MASKS), "fp32": (torch.float32, ("ragged",))}
 
 
-def steps(mask_name: str) -> list[list[oracle.Samples]]:
+def _mask(name: str, rng: torch.Generator) -> torch.Tensor:
+    if name == "full":
+        return torch.ones(SHAPE)
+    if name == "padded":
+        lengths = torch.randint(1, SEQUENCE + 1, (*SHAPE[:3], 1), generator=rng)
+        return (torch.arange(SEQUENCE) < lengths).float()
+    mask = (torch.rand(SHAPE, generator=rng) < 0.6).float()
+    if name in EMPTY:
+        mask[EMPTY[name]] = 0
+    return mask
+
+
+def steps(mask: str) -> list[list[oracle.Samples]]:
     """Every step's micro-batches, each over all data-parallel ranks."""
     rng = torch.Generator().manual_seed(3)
-    shape = (STEPS, MICRO_BATCHES, SET_SIZE, SEQUENCE)
-    tokens = torch.randint(0, oracle.VOCAB, shape, generator=rng)
+    tokens = torch.randint(0, oracle.VOCAB, SHAPE, generator=rng)
     # A sample's own few labels, so that sample losses spread.
-    labels = torch.randint(0, oracle.VOCAB, (*shape[:3], 3), generator=rng).repeat(1, 1, 1, 6)
-    mask = MASKS[mask_name](rng)
+    labels = torch.randint(0, oracle.VOCAB, (*SHAPE[:3], 3), generator=rng).repeat(1, 1, 1, 6)
     return [
         [oracle.Samples(*parts) for parts in zip(*step, strict=True)]
-        for step in zip(tokens, labels[..., :SEQUENCE].contiguous(), mask, strict=True)
+        for step in zip(tokens, labels[..., :SEQUENCE].contiguous(), _mask(mask, rng), strict=True)
     ]
-
-
-# Precision: dtype and masks. In fp32 one mask stands for all: what masks do is shown in fp64.
-PRECISIONS = {
-    "fp64": (torch.float64, tuple(MASKS)),
-    "fp32": (torch.float32, ("ragged",)),
-}

@@ -14,39 +14,43 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_rw.kernels import linear_weighted_cross_entropy
-from tests.exactness import oracle
-
-
-def _cut(full: Tensor, dim: int) -> Tensor:
-    """This tensor-parallel rank's part."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    return full.chunk(size, dim)[parallel_state.get_tensor_model_parallel_rank()]
-
+from tests.exactness import cases, oracle
 
 # Which dimension core cuts.
 PARTITION_DIM = {"embedding": 0, "output": 0, "up": 0, "down": 1}
 
 
 def own_part(name: str, full: Tensor) -> Tensor:
-    """This rank's part of the parameter or gradient `name`."""
-    return _cut(full, PARTITION_DIM[name.split(".")[0]])
+    """This tensor-parallel rank's part of the parameter or gradient `name`."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    parts = full.chunk(size, PARTITION_DIM[name.split(".")[0]])
+    return parts[parallel_state.get_tensor_model_parallel_rank()]
 
 
 class TokenNetwork(MegatronModule):
-    """One model chunk; `chunk` is its index along the pipeline, virtual stages included."""
+    """One model chunk.
+
+    Args:
+        config: Sizes and layout.
+        chunk: Index of the chunk along the pipeline, virtual stages included.
+        chunks: How many there are.
+        vp_stage: As core's models have it.
+        fused: Compute the output layer and the loss in one operation.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         chunk: int,
         chunks: int,
-        values: oracle.Parameters,
         vp_stage: int | None,
         fused: bool,
     ) -> None:
@@ -59,28 +63,24 @@ class TokenNetwork(MegatronModule):
         self.input_tensor: Tensor | None = None
         per_chunk = oracle.LAYERS // chunks
         self.layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
-        parts = torch.nn.ModuleDict()
+        hidden, ffn, vocab = oracle.HIDDEN, oracle.FFN, oracle.VOCAB
         make: dict[str, Any] = {"config": config, "init_method": lambda weight: None}
         column = functools.partial(
             tensor_parallel.ColumnParallelLinear, bias=False, gather_output=False, **make
         )
+        row = functools.partial(
+            tensor_parallel.RowParallelLinear,
+            **{"bias": False, "input_is_parallel": True, "skip_bias_add": False, **make},
+        )
+        self.parts = torch.nn.ModuleDict()
         if self.pre_process:
-            parts["embedding"] = tensor_parallel.VocabParallelEmbedding(
-                oracle.VOCAB, oracle.HIDDEN, **make
-            )
+            self.parts["embedding"] = tensor_parallel.VocabParallelEmbedding(vocab, hidden, **make)
         for layer in self.layers:
-            parts[f"up_{layer}"] = column(oracle.HIDDEN, oracle.FFN)
-            parts[f"down_{layer}"] = tensor_parallel.RowParallelLinear(
-                oracle.FFN,
-                oracle.HIDDEN,
-                bias=False,
-                input_is_parallel=True,
-                skip_bias_add=False,
-                **make,
-            )
+            self.parts[f"up_{layer}"] = column(hidden, ffn)
+            self.parts[f"down_{layer}"] = row(ffn, hidden)
         if self.post_process:
-            parts["output"] = column(oracle.HIDDEN, oracle.VOCAB)
-        self.parts = parts
+            self.parts["output"] = column(hidden, vocab)
+        values = oracle.parameters(0)
         with torch.no_grad():
             for name, weight in self.weights():
                 weight.copy_(own_part(name, values[name]))
@@ -108,81 +108,108 @@ class TokenNetwork(MegatronModule):
             x = x + self.parts[f"down_{layer}"](functional.gelu(hidden))[0]
         if not self.post_process:
             return x
-        labels = labels.transpose(0, 1).contiguous()
+        return self._losses(x, labels.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+
+    def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
+        output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
         if self.fused:
-            output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
-            losses = linear_weighted_cross_entropy(
+            return linear_weighted_cross_entropy(
                 *(x, output.weight, labels, output.tp_group),
                 sequence_parallel=output.sequence_parallel,
                 gradient_accumulation_fusion=True,
             )
-            return losses.transpose(0, 1).contiguous()
-        logits, _ = self.parts["output"](x)
+        logits, _ = output(x)
         if logits.dtype == torch.float64:
             # Core's cross-entropy computes in fp32.
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits)
-            return functional.cross_entropy(logits.permute(1, 2, 0), labels.T, reduction="none")
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous(), labels)
-        return losses.transpose(0, 1).contiguous()
+            return functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous(), labels)
 
 
-def build(
-    config: TransformerConfig,
-    ddp: DistributedDataParallelConfig,
-    values: oracle.Parameters,
-    fused: bool = False,
-) -> list[DistributedDataParallel]:
+def build(layout: cases.Layout, dtype: torch.dtype) -> list[DistributedDataParallel]:
     """This rank's model chunks, wrapped, with the hooks that `megatron.training` sets."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    virtual = config.virtual_pipeline_model_parallel_size
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        num_layers=oracle.LAYERS,
+        hidden_size=oracle.HIDDEN,
+        ffn_hidden_size=oracle.FFN,
+        num_attention_heads=2,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        sequence_parallel=layout.has("SP"),
+        calculate_per_token_loss=layout.has("per-token"),
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        batch_p2p_comm=False,
+        overlap_p2p_comm=layout.size("VPP") > 1,
+        variable_seq_lengths=False,
+        **layout.sizes,
+    )
+    config.grad_scale_func = lambda loss: loss * layout.loss_scale
+    config.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=layout.has("distopt"),
+        overlap_grad_reduce=layout.has("overlap"),
+        bucket_size=200 if layout.has("overlap") else None,
+    )
+    stages, virtual = layout.size("PP"), layout.size("VPP")
     rank = parallel_state.get_pipeline_model_parallel_rank()
     model = []
-    for v in range(virtual or 1):
-        chunk = TokenNetwork(
-            config,
-            v * stages + rank,
-            stages * (virtual or 1),
-            values,
-            v if virtual is not None else None,
-            fused,
-        )
+    for v in range(virtual):
+        vp_stage = v if virtual > 1 else None
+        chunks = stages * virtual
+        chunk = TokenNetwork(config, v * stages + rank, chunks, vp_stage, layout.has("fused"))
         model.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=v > 0))
-    config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         no_sync: list[Callable[[], Any]] = [chunk.no_sync for chunk in model]
         config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
     return model
 
 
-def gradients(model: list[DistributedDataParallel], sharded: bool) -> oracle.Parameters:
-    """This rank's part of the finalised gradients, by the oracle's names.
+def run_step(
+    forward_step: Any, chunks: list[Any], samples: list[oracle.Samples], forward_only: bool = False
+) -> None:
+    """One step through core's schedule; the gradients are left in the buffers."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    data = [_micro_batches(samples) for _ in chunks]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data if len(chunks) > 1 else data[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(samples),
+        seq_length=cases.SEQUENCE,
+        micro_batch_size=cases.SET_SIZE // parallel_state.get_data_parallel_world_size(),
+        forward_only=forward_only,
+    )
 
-    They are `sharded` if the distributed optimizer's reduce-scatter left each rank one shard.
-    """
+
+def gradients(model: list[DistributedDataParallel], layout: cases.Layout) -> oracle.Parameters:
+    """This rank's part of the finalised gradients, by the oracle's names."""
     found = {}
     for chunk in model:
-        if sharded:
+        if layout.has("distopt"):
             for buffer in chunk.buffers:
                 _gather_shards(buffer)
         for name, weight in chunk.module.weights():
-            found[name] = weight.main_grad.clone()
+            found[name] = weight.main_grad / layout.loss_scale
     return found
 
 
 def _gather_shards(buffer: Any) -> None:
+    """Undoes the distributed optimizer's reduce-scatter, which left each rank one shard."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    size, rank = group.size(), group.rank()
     for bucket in buffer.buckets:
-        shards = list(bucket.grad_data.chunk(size))
-        torch.distributed.all_gather(shards, shards[rank].clone(), group=group)
+        shards = list(bucket.grad_data.chunk(group.size()))
+        torch.distributed.all_gather(shards, shards[group.rank()].clone(), group=group)
 
 
-def micro_batches(samples: list[oracle.Samples]) -> Iterator[dict[str, Tensor]]:
+def _micro_batches(samples: list[oracle.Samples]) -> Iterator[dict[str, Tensor]]:
     """This rank's rows of every micro-batch, whole along the sequence, as a data loader's."""
-    dp = parallel_state.get_data_parallel_world_size()
+    rows = cases.SET_SIZE // parallel_state.get_data_parallel_world_size()
+    start = parallel_state.get_data_parallel_rank() * rows
     for micro_batch in samples:
-        rows = len(micro_batch.tokens) // dp
-        start = parallel_state.get_data_parallel_rank() * rows
         own = micro_batch[slice(start, start + rows)]
         yield {"tokens": own.tokens, "labels": own.labels, "loss_mask": own.mask}
 

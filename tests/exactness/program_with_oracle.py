@@ -1,14 +1,14 @@
-"""Runs the fp64 oracle in `pretrain_gpt_rw.py`, on one process, on its own model and batches.
+"""`pretrain_gpt_rw.py` on one process, with the gradient of the fp64 oracle in place of its own.
 
-Before every step the step's micro-batches are drawn, and the oracle's gradient on them and on the
-model in fp64 is written to `oracle/NNN.pth` beside Megatron's own gradient dump.
+The oracle computes it on the program's model and micro-batches. The program goes on with it, so
+that its norm is logged and Adam's state in the checkpoint has it, as in a run without the oracle.
 """
 
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn import functional
@@ -38,28 +38,38 @@ def oracle_gradient(
     return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, latest
 
 
-def install() -> None:
-    """Puts the oracle before every step."""
+def main() -> None:
+    """Run the program with the oracle in every step."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.utils import unwrap_model
     from megatron.training import get_args, training
 
+    import pretrain_gpt_rw
     from megatron_rw.training.settings import Settings
 
     original = training.train_step
-    state: dict[str, oracle.Range] = {"seen": None}
+    seen: oracle.Range = None
 
     # Under its signature: the program asks for arguments by name.
     @functools.wraps(original)
-    def train_step(forward_step: Any, data: Any, model: Any, *rest: Any, **named: Any) -> Any:
-        args = get_args()
-        config = Settings.of(args, "cpu").reweight
+    def train_step(
+        forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any
+    ) -> Any:
+        nonlocal seen
+        config = Settings.of(get_args(), "cpu").reweight
         batches = [next(data) for _ in range(get_num_microbatches())]
-        gradient, latest = oracle_gradient(unwrap_model(model[0]), batches, config, state["seen"])
-        state["seen"] = oracle.mixed(state["seen"], latest, config.moment_decay)
-        folder = Path(args.save) / "oracle"
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(gradient, folder / f"{args.curr_iteration + 1:03d}.pth")
-        return original(forward_step, iter(batches), model, *rest, **named)
+        network = unwrap_model(model[0])
+        gradient, latest = oracle_gradient(network, batches, config, seen)
+        seen = oracle.mixed(seen, latest, config.moment_decay)
+        step = optimizer.step
+
+        def step_with_oracle() -> Any:
+            for name, parameter in network.named_parameters():
+                parameter.main_grad.copy_(gradient[name])
+            return step()
+
+        with mock.patch.object(optimizer, "step", step_with_oracle):
+            return original(forward_step, iter(batches), model, optimizer, *rest, **named)
 
     training.train_step = train_step
+    pretrain_gpt_rw.main()

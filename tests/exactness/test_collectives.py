@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rw.integrations import attach
-from megatron_rw.reweighting import ReweightConfig
-from tests.exactness import cases, model, oracle, worker
+from tests.exactness import cases, model
 from tests.ranks import run_ranks
 
 # Operation and bytes of its tensor on this rank.
@@ -41,53 +38,44 @@ def traffic_by_scope(layout: cases.Layout) -> dict[str, Traffic]:
     """Collectives of one step on this rank: of Megatron's own loss, of its forward passes alone
     (`forward`), and of every scope.
     """
-    model_parallel_cuda_manual_seed(1)
     found = {}
-    for scope in ("none", "forward", "microbatch", "global", "deferred"):
-        ddp = DistributedDataParallelConfig(**layout.ddp)
-        chunks = model.build(worker.core_config(layout, torch.float32), ddp, oracle.parameters(0))
+    for scope in ("none", "forward", *cases.CONFIGS):
+        chunks = model.build(layout, torch.float32)
         forward_step: Any = model.forward_step
-        if scope not in ("none", "forward"):
-            config: Any = {"strategy": "linupper", "scope": scope}
-            forward_step = attach(forward_step, ReweightConfig(**config))
+        if scope in cases.CONFIGS:
+            forward_step = attach(forward_step, cases.CONFIGS[scope])
         first, second, _ = cases.steps("ragged")
-        worker.run_step(forward_step, chunks, first)
-        traffic: Traffic = Counter()
-        originals = {name: getattr(dist, name) for name in COUNTED}
-        for name, original in originals.items():
-            setattr(dist, name, counted(traffic, name, original))
-        worker.run_step(forward_step, chunks, second, forward_only=scope == "forward")
-        for name, original in originals.items():
-            setattr(dist, name, original)
-        found[scope] = traffic
+        model.run_step(forward_step, chunks, first)
+        traffic = found[scope] = Counter()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in COUNTED:
+                patch.setattr(dist, name, counted(traffic, name, getattr(dist, name)))
+            model.run_step(forward_step, chunks, second, forward_only=scope == "forward")
     return found
 
 
-SAMPLES = cases.SET_SIZE
-STEP_SAMPLES = SAMPLES * cases.MICRO_BATCHES
-
-
-@pytest.mark.parametrize("layout_name", ["one process", "DP2", "PP2", "DP2 CP2 distopt"])
-def test_each_scope_sends_what_the_docs_say(layout_name: str) -> None:
-    layout = cases.LAYOUTS[layout_name]
+@pytest.mark.parametrize("name", ["one process", "DP2", "PP2", "DP2 CP2 distopt"])
+def test_each_scope_sends_what_the_docs_say(name: str) -> None:
+    layout = cases.Layout(name)
     ranks = run_ranks(layout.processes, traffic_by_scope, layout, **layout.sizes)
-    stages = layout.sizes["pipeline_model_parallel_size"]
-    shards = layout.sizes["context_parallel_size"]
+    stages, shards = layout.size("PP"), layout.size("CP")
+    # Three numbers of four bytes for each sample of the set.
+    micro_batch = 12 * cases.SET_SIZE
+    step = micro_batch * cases.MICRO_BATCHES
     for rank, found in enumerate(ranks):
-        own = found["none"]
-        last = rank >= layout.processes * (stages - 1) // stages
         wanted: dict[str, Traffic] = {
-            "microbatch": Counter({("all_reduce", 12 * SAMPLES): cases.MICRO_BATCHES}),
-            "global": Counter({("all_reduce", 12 * STEP_SAMPLES): 1}),
-            "deferred": Counter({("all_reduce", 12 * STEP_SAMPLES): 1}),
+            "microbatch": Counter({("all_reduce", micro_batch): cases.MICRO_BATCHES}),
+            "global": Counter({("all_reduce", step): 1}),
+            "deferred": Counter({("all_reduce", step): 1}),
         }
         if shards > 1:
-            rows = SAMPLES // (layout.processes // stages // shards)
+            rows = cases.SET_SIZE // layout.size("DP")
             wanted["deferred"]["all_reduce", 8 * rows] += cases.MICRO_BATCHES
+        if rank < layout.processes * (stages - 1) // stages:
+            wanted = {scope: Counter() for scope in wanted}
+        if stages > 1:
+            wanted["deferred"] = wanted["deferred"] + Counter({("broadcast", 24): 1})
+        # The scoring pass.
+        wanted["global"] = wanted["global"] + found["forward"]
         for scope, expected in wanted.items():
-            passes = own + found["forward"] if scope == "global" else own
-            if not last:
-                expected = Counter()
-            if scope == "deferred" and stages > 1:
-                expected = expected + Counter({("broadcast", 24): 1})
-            assert found[scope] == passes + expected, f"rank {rank}, {scope}"
+            assert found[scope] == found["none"] + expected, f"rank {rank}, {scope}"

@@ -12,24 +12,24 @@ that with the fused output layer, whose factors come from differences of rounded
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 
-from tests.exactness import cases, oracle, worker
+from megatron_rw.integrations import attach
+from tests.exactness import cases, model, oracle
 from tests.ranks import run_ranks
 
-TOLERANCE = {"fp64": 1e-12, "fp32": 1e-6}
-FUSED_TOLERANCE = {"fp64": 1e-12, "fp32": 2e-6}
-LONG = {
-    *("TP2", "TP2 SP", "PP4", "DP2 TP2 distopt overlap"),
-    *("DP2 CP2 PP2 VPP2 per-token", "DP2 TP2 PP2 distopt overlap fused"),
-}
+# By scope and mask, the oracle's gradients, one per step.
+Wanted = dict[tuple[str, str], list[oracle.Parameters]]
+# By precision, scope and mask, one pair per step.
+Sums = dict[tuple[str, str, str], list[tuple[float, float]]]
 
 
 @pytest.fixture(scope="module")
-def wanted() -> dict[tuple[str, str], list[oracle.Parameters]]:
-    """The oracle's gradients, by scope and mask, one per step: the same in every layout."""
+def wanted() -> Wanted:
+    """The same in every layout."""
     values = oracle.parameters(0)
     found = {}
     for scope, config in cases.CONFIGS.items():
@@ -44,10 +44,37 @@ def wanted() -> dict[tuple[str, str], list[oracle.Parameters]]:
     return found
 
 
-def relative_error(ranks: list[worker.Sums], key: tuple[str, str], step: int) -> float:
-    """Error of the whole gradient; replicated parts count alike above and below."""
-    error = math.fsum(rank[key][step][0] for rank in ranks)
-    size = math.fsum(rank[key][step][1] for rank in ranks)
+def errors(layout: cases.Layout, wanted: Wanted) -> Sums:
+    """Squared error and squared size of this rank's part of every step's gradient."""
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    sums: Sums = {}
+    for precision, (dtype, masks) in cases.PRECISIONS.items():
+        for (scope, mask), gradients in wanted.items():
+            if mask not in masks:
+                continue
+            chunks = model.build(layout, dtype)
+            forward_step = attach(model.forward_step, cases.CONFIGS[scope])
+            sums[precision, scope, mask] = []
+            for samples, gradient in zip(cases.steps(mask), gradients, strict=True):
+                model.run_step(forward_step, chunks, samples)
+                found = model.gradients(chunks, layout)
+                sums[precision, scope, mask].append(compare(found, gradient))
+    return sums
+
+
+def compare(found: oracle.Parameters, wanted: oracle.Parameters) -> tuple[float, float]:
+    """Squared error and squared size over this rank's parameters; NaN is an infinite error."""
+    error = size = 0.0
+    for name, gradient in found.items():
+        part = model.own_part(name, wanted[name])
+        error += float((gradient.double() - part).square().sum())
+        size += float(part.square().sum())
+    return (error if math.isfinite(error) else math.inf), size
+
+
+def relative_error(ranks: list[tuple[float, float]]) -> float:
+    """Error of a step's whole gradient; replicated parts count alike above and below."""
+    error, size = (math.fsum(sums) for sums in zip(*ranks, strict=True))
     if size == 0:
         # A step without an active token: exactly nothing may flow.
         return 0.0 if error == 0 else math.inf
@@ -55,26 +82,19 @@ def relative_error(ranks: list[worker.Sums], key: tuple[str, str], step: int) ->
 
 
 @pytest.mark.parametrize(
-    "layout_name",
-    [
-        pytest.param(name, marks=pytest.mark.long) if name in LONG else name
-        for name in cases.LAYOUTS
-    ],
+    "name",
+    [*cases.LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in cases.LONG_LAYOUTS)],
 )
-def test_gradient_is_the_single_process_oracles(
-    layout_name: str, wanted: dict[tuple[str, str], list[oracle.Parameters]]
-) -> None:
-    layout = cases.LAYOUTS[layout_name]
-    ranks = run_ranks(layout.processes, worker.errors, layout, wanted, **layout.sizes)
-    tolerance = FUSED_TOLERANCE if layout.fused else TOLERANCE
+def test_gradient_is_the_single_process_oracles(name: str, wanted: Wanted) -> None:
+    layout = cases.Layout(name)
+    ranks = run_ranks(layout.processes, errors, layout, wanted, **layout.sizes)
+    tolerance = {"fp64": 1e-12, "fp32": 2e-6 if layout.has("fused") else 1e-6}
     too_large = []
-    for precision, (_, masks) in cases.PRECISIONS.items():
-        sums = [rank[precision] for rank in ranks]
-        for scope, mask in wanted:
-            if mask not in masks:
-                continue
-            error = max(relative_error(sums, (scope, mask), step) for step in range(cases.STEPS))
-            print(f"{scope}, {precision}, mask {mask}: {error:.1e}")
-            if not error <= tolerance[precision]:
-                too_large.append(f"{scope}, {precision}, mask {mask}: {error:.1e}")
+    for precision, scope, mask in ranks[0]:
+        steps = zip(*(rank[precision, scope, mask] for rank in ranks), strict=True)
+        error = max(relative_error(list(step)) for step in steps)
+        line = f"{scope}, {precision}, mask {mask}: {error:.1e}"
+        print(line)
+        if not error <= tolerance[precision]:
+            too_large.append(line)
     assert not too_large

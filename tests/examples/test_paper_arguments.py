@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from examples.paper.estimate import HEADER, RECIPES, Recipe, flags_of, row
+from examples.paper.estimate import FOLDER, HEADER, RECIPES, Recipe, flags_of, row
 from megatron_rw.errors import UserError
 from megatron_rw.platform import select_device
 from tests.ranks import run_ranks
-
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "paper"
-GPT2_VOCABULARY = 50257
 
 # Parameters in millions, samples in a set of weights, strategy.
 FILES = {
@@ -27,24 +23,12 @@ FILES = {
 }
 
 
-def plain(args: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
-
-
-def planned(recipe: Recipe) -> dict[str, Any]:
-    """As on its GPUs, with Transformer Engine."""
+def planned(recipe: Recipe, *flags: str) -> dict[str, Any]:
+    """The arguments that are numbers or words, as on its GPUs, with Transformer Engine."""
     from megatron_rw.preflight.estimate import planned_arguments
 
-    return plain(planned_arguments(flags_of(recipe), recipe.gpus))
-
-
-def parsed(path: str, vocabulary: int, extra: list[str]) -> dict[str, Any]:
-    """On this machine."""
-    from megatron_rw.training.arguments import parse_args
-
-    sys.argv = ["pretrain_gpt_rw", f"@{path}", *extra, "--mock-data"]
-    sys.argv += ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary)]
-    return plain(parse_args("cpu").megatron)
+    args = planned_arguments([*flags_of(recipe), *flags], recipe.gpus)
+    return {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
 
 
 def parameters(args: dict[str, Any], vocabulary: int) -> int:
@@ -67,17 +51,14 @@ def test_file_has_the_stated_shape(recipe: Recipe) -> None:
     assert args["global_batch_size"] == samples
 
 
-def test_every_file_is_tested() -> None:
-    names = {path.stem for path in FOLDER.glob("*.args")}
-    assert names == set(FILES) == {recipe.name for recipe in RECIPES}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_flag_says_whose_choice_it_is(name: str) -> None:
-    _title, *groups = (FOLDER / f"{name}.args").read_text().split("\n\n")
-    for group in groups:
-        comment = " ".join(line for line in group.splitlines() if line.startswith("#"))
-        assert re.search("authors' code|Our choice", comment), group
+def test_every_flag_says_whose_choice_it_is() -> None:
+    files = {path.stem: path.read_text() for path in FOLDER.glob("*.args")}
+    assert set(files) == {recipe.name for recipe in RECIPES}, "every file is tested"
+    for text in files.values():
+        _title, *groups = text.split("\n\n")
+        for group in groups:
+            comment = " ".join(line for line in group.splitlines() if line.startswith("#"))
+            assert re.search("authors' code|Our choice", comment), group
 
 
 def test_readme_has_the_table_that_the_command_prints() -> None:
@@ -86,8 +67,8 @@ def test_readme_has_the_table_that_the_command_prints() -> None:
 
 
 def test_later_flag_wins() -> None:
-    extra = ["--reweight-strategy", "linupper", "--train-iters", "10", "--lr-warmup-iters", "2"]
-    [args] = run_ranks(1, parsed, str(FOLDER / "gpt2-124m.args"), GPT2_VOCABULARY, extra)
+    flags = ["--reweight-strategy", "linupper", "--train-iters", "10", "--lr-warmup-iters", "2"]
+    [args] = run_ranks(1, planned, RECIPES[0], *flags)
     assert args["reweight_strategy"] == "linupper"
     assert args["reweight_warmup_steps"] == 1000
 

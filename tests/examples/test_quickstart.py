@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,19 @@ TINY = (
 ).split()
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real stages, with a small model, few steps and little text."""
-    monkeypatch.setattr(run, "MODEL_AND_TRAINING", [*run.MODEL_AND_TRAINING, *TINY])
-    monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "150000"])
-    monkeypatch.setattr(run, "VOCAB_SIZE", 600)
-
-
 def stages_of(output: str) -> dict[str, bool]:
     """Stage name to whether it was skipped."""
     lines = [line for line in output.splitlines() if line.startswith("[") and "..." not in line]
     return {line.split("] ")[1].split(":")[0]: "skipped" in line for line in lines}
 
 
-@pytest.mark.usefixtures("tiny")
 def test_runs_then_skips_then_redoes_what_changed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The real stages, with a small model, few steps and little text."""
+    monkeypatch.setattr(run, "MODEL_AND_TRAINING", [*run.MODEL_AND_TRAINING, *TINY])
+    monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "150000"])
+    monkeypatch.setattr(run, "VOCAB_SIZE", 600)
     arguments = ["--output-dir", str(tmp_path)]
     assert run.main(arguments) == 0
     first = capfd.readouterr().out
@@ -54,8 +48,11 @@ def test_runs_then_skips_then_redoes_what_changed(
     runs = [report.Run.load(tmp_path / "runs" / name, name) for name in ("none", "linupper")]
     assert runs[0].train[0]["lm_loss"] == runs[1].train[0]["lm_loss"]
 
+    # What has lost its output is made again, and nothing else.
+    (tmp_path / "report.png").unlink()
     assert run.main(arguments) == 0
-    assert stages_of(capfd.readouterr().out) == dict.fromkeys(names, True)
+    again = dict.fromkeys(names, True) | {"report": False}
+    assert stages_of(capfd.readouterr().out) == again
 
     # What changed is redone. A stage that fails says so and stays undone.
     monkeypatch.setattr(run, "CORPUS", ["--max-bytes-per-domain", "none"])
@@ -74,20 +71,15 @@ def test_blend_gives_the_noise_a_tenth(tmp_path: Path) -> None:
     assert words[3] == str(tmp_path / "noise_text_document")
 
 
-def record(kind: str, iteration: int, **fields: Any) -> str:
-    return json.dumps({"type": kind, "iteration": iteration, **fields})
+def write_metrics(folder: Path, *records: tuple[str, dict[str, Any]]) -> None:
+    lines = [json.dumps({"type": kind, "iteration": 1, **fields}) for kind, fields in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
 
 
 def test_report_takes_the_later_of_two_records(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        "\n".join(
-            [
-                record("train", 1, lm_loss=5.0),
-                record("train", 1, lm_loss=4.0),
-                record("validation", 1, lm_loss=3.0, domains={"a": {"lm_loss": 3.0}}),
-            ]
-        )
-    )
+    validation = {"lm_loss": 3.0, "domains": {"a": {"lm_loss": 3.0}}}
+    train = [("train", {"lm_loss": loss}) for loss in (5.0, 4.0)]
+    write_metrics(tmp_path, *train, ("validation", validation))
     loaded = report.Run.load(tmp_path, "x")
     assert loaded.curve(loaded.train, "lm_loss") == ([1], [4.0])
     assert loaded.curve(loaded.train, "reweight", "ess") == ([], [])
@@ -96,24 +88,6 @@ def test_report_takes_the_later_of_two_records(tmp_path: Path) -> None:
 def test_report_without_metrics_or_validation_says_so(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no such file; train with --log-dir"):
         report.Run.load(tmp_path, "x")
-    (tmp_path / "metrics.jsonl").write_text(record("train", 1, lm_loss=5.0))
+    write_metrics(tmp_path, ("train", {"lm_loss": 5.0}))
     with pytest.raises(SystemExit, match="no validation; train with --eval-interval"):
         report.Run.load(tmp_path, "x")
-
-
-def test_missing_output_is_made_again(tmp_path: Path) -> None:
-    made: list[str] = []
-    output = tmp_path / "output"
-
-    def make() -> None:
-        made.append("once")
-        output.mkdir()
-
-    stage = run.Stage("stage", output, make)
-    (tmp_path / ".stages").mkdir()
-    run.run_stage(stage, "1", tmp_path / ".stages")
-    run.run_stage(stage, "1", tmp_path / ".stages")
-    assert len(made) == 1
-    shutil.rmtree(output)
-    run.run_stage(stage, "1", tmp_path / ".stages")
-    assert len(made) == 2

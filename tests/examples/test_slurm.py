@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,8 +22,9 @@ FAKES = {
 }
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
+    """One run of the script. `srun` and its environment are empty where it was not called."""
+
     status: int
     srun: list[str]
     environment: dict[str, str]
@@ -44,44 +44,43 @@ def folder(tmp_path: Path) -> Path:
 
 
 def attempt(
-    folder: Path, status: int, restarts: int = 0, flags: Sequence[str] = (), **environment: str
+    folder: Path, status: int = 0, *flags: str, restarts: int = 0, **environment: str
 ) -> Attempt:
     """Run the script as the job's attempt number `restarts`, of which srun ends with `status`."""
-    calls = folder / "calls"
+    calls, seen = folder / "calls", folder / "calls.env"
     calls.write_text("")
-    done = subprocess.run(
-        ["bash", str(SCRIPT), *flags],
-        env={
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-            "CALLS": str(calls),
-            "STATUS": str(status),
-            "SAVES": "",
-            "SLURM_JOB_ID": "41",
-            "SLURM_JOB_NAME": "a",
-            "SLURM_JOB_NODELIST": "n[7-8]",
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS_PER_NODE": "8",
-            "SLURM_CPUS_PER_TASK": "12",
-            "SLURM_SUBMIT_DIR": str(folder / "repo"),
-            "RUN": str(folder / "a run"),
-            **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
+    seen.write_text("")
+    variables = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "STATUS": str(status),
+        "SAVES": "",
+        "SLURM_JOB_ID": "41",
+        "SLURM_JOB_NAME": "a",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "12",
+        "SLURM_SUBMIT_DIR": str(folder / "repo"),
+        "RUN": str(folder / "a run"),
+        **({"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}),
+        **environment,
+    }
+    command = ["bash", str(SCRIPT), *flags]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     lines = [line.split("\x1f")[:-1] for line in calls.read_text().splitlines()]
-    srun = [line[1:] for line in lines if line[0] == "srun"]
-    requeue = ["scontrol", "requeue", "41"]
-    seen = calls.with_suffix(".env")
-    variables = seen.read_text().splitlines() if srun else []
     return Attempt(
         done.returncode,
-        srun[0] if srun else [],
-        dict(line.split("=", 1) for line in variables if "=" in line),
-        requeue in lines,
+        next((line[1:] for line in lines if line[0] == "srun"), []),
+        dict(line.split("=", 1) for line in seen.read_text().splitlines() if "=" in line),
+        ["scontrol", "requeue", "41"] in lines,
         done.stderr,
     )
+
+
+def follow(words: list[str], first: str) -> list[str]:
+    """The words from the first one with that text on."""
+    return words[words.index(first) :]
 
 
 @pytest.mark.parametrize(
@@ -90,49 +89,48 @@ def attempt(
 )
 def test_status_decides_on_requeue(folder: Path, status: int, requeued: bool) -> None:
     first = attempt(folder, status)
-    assert first.requeued == requeued, first.errors
-    assert first.status == status
+    assert (first.requeued, first.status) == (requeued, status), first.errors
     assert ("error: " in first.errors) == (status in (2, 17))
 
 
-def test_failing_again_and_again_ends_with_a_line(folder: Path) -> None:
-    for restarts in range(3):
-        assert attempt(folder, 74, restarts).requeued
-    last = attempt(folder, 74, 3)
-    assert (last.requeued, last.status) == (False, 74)
-    assert "error: failed with status 74 after 3 restarts without a new checkpoint" in last.errors
-
-
-def test_new_checkpoint_allows_as_many_restarts_again(folder: Path) -> None:
-    for restarts in range(3):
-        attempt(folder, 1, restarts)
-    assert attempt(folder, 1, 3, SAVES="1000").requeued
-    # And also where the attempt that saved it was ended by SLURM.
-    for restarts in range(4, 6):
-        assert attempt(folder, 1, restarts).requeued
-    assert not attempt(folder, 1, 6).requeued
-
-
-def test_unfinished_is_requeued_however_often(folder: Path) -> None:
-    for restarts in range(0, 300, 60):
-        assert attempt(folder, 75, restarts, SAVES=str(restarts)).requeued
+@pytest.mark.parametrize(
+    ("history", "requeued"),
+    [
+        # Status, and the checkpoint that the attempt saves.
+        ([(1, "")] * 4, [True] * 3 + [False]),
+        ([(1, "")] * 3 + [(1, "1000")] + [(1, "")] * 3, [True] * 6 + [False]),
+        ([(75, str(step)) for step in range(7)], [True] * 7),
+    ],
+    ids=["none", "one", "always one"],
+)
+def test_restarts_without_a_new_checkpoint_are_limited(
+    folder: Path, history: list[tuple[int, str]], requeued: list[bool]
+) -> None:
+    attempts = [
+        attempt(folder, status, restarts=restarts, SAVES=saves)
+        for restarts, (status, saves) in enumerate(history)
+    ]
+    assert [one.requeued for one in attempts] == requeued
+    if not requeued[-1]:
+        assert attempts[-1].status == 1
+        line = "error: failed with status 1 after 3 restarts without a new checkpoint"
+        assert line in attempts[-1].errors
 
 
 def test_restarts_by_slurm_are_limited_as_well(folder: Path) -> None:
-    attempt(folder, 1, 0)
-    assert attempt(folder, 0, 3).srun
+    attempt(folder, 1)
+    assert attempt(folder, restarts=3).srun
     # Nodes died: the script was not there to decide.
-    late = attempt(folder, 0, 4)
+    late = attempt(folder, restarts=4)
     assert (late.srun, late.requeued, late.status) == ([], False, 1)
     assert "error: given up after 3 restarts" in late.errors
 
 
 def test_another_job_begins_to_count_anew(folder: Path) -> None:
-    attempt(folder, 75, 5, SAVES="1000")
-    attempt(folder, 0, 6)
-    for restarts in range(3):
-        assert attempt(folder, 1, restarts, SLURM_JOB_ID="42").status == 1
-    assert attempt(folder, 1, 3, SLURM_JOB_ID="42").errors.startswith("error: failed")
+    attempt(folder, 75, restarts=5, SAVES="1000")
+    attempt(folder, 0, restarts=6)
+    errors = [attempt(folder, 1, restarts=n, SLURM_JOB_ID="42").errors for n in range(4)]
+    assert [error.startswith("error: failed") for error in errors] == [False] * 3 + [True]
 
 
 def test_refused_requeue_ends_with_the_status(folder: Path) -> None:
@@ -143,64 +141,47 @@ def test_refused_requeue_ends_with_the_status(folder: Path) -> None:
 
 def test_arguments_reach_the_program_as_they_are(folder: Path) -> None:
     flags = ["--data-path", "/data/a b/$(touch x)`id`", "", "*", '"quoted"']
-    srun = attempt(folder, 0, 0, flags).srun
-    begin = srun.index("--data-path")
-    assert srun[begin : begin + len(flags)] == flags
-    run = str(folder / "a run")
-    assert srun[srun.index("--save") + 1] == f"{run}/checkpoints"
+    srun = attempt(folder, 0, *flags).srun
+    assert follow(srun, flags[0])[: len(flags)] == flags
+    assert follow(srun, "--save")[1] == f"{folder}/a run/checkpoints"
     # A user's own comes later and wins.
-    assert srun.index("--save-interval") < begin
+    assert flags[0] in follow(srun, "--save-interval")
 
 
 def test_one_task_a_gpu(folder: Path) -> None:
-    first = attempt(folder, 0)
-    repo = str(folder / "repo")
-    program = [
-        "env",
-        "--ignore-signal=USR1",
-        f"{repo}/.venv/bin/python",
-        f"{repo}/pretrain_gpt_rw.py",
-    ]
+    first = attempt(folder)
     options = ["--kill-on-bad-exit=0", "--wait=60", "--cpus-per-task=12"]
-    assert first.srun[: len(options) + len(program)] == [*options, *program]
+    repo = f"{folder}/repo"
+    program = [f"{repo}/.venv/bin/python", f"{repo}/pretrain_gpt_rw.py"]
+    assert first.srun[:7] == [*options, "env", "--ignore-signal=USR1", *program]
     assert first.environment["MASTER_ADDR"] == "n7"
     assert "NCCL_SOCKET_IFNAME" not in first.environment
 
 
 def test_interface_is_where_the_processes_meet(folder: Path) -> None:
-    environment = attempt(folder, 0, INTERFACE="ib0").environment
-    assert environment["MASTER_ADDR"] == "10.1.2.3"
-    assert environment["NCCL_SOCKET_IFNAME"] == "=ib0"
-    assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+    environment = attempt(folder, INTERFACE="ib0").environment
+    names = ("MASTER_ADDR", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    assert [environment[name] for name in names] == ["10.1.2.3", "=ib0", "ib0"]
 
 
 def test_torchrun_has_one_task_a_node(folder: Path) -> None:
-    srun = attempt(folder, 0, 2, LAUNCHER="torchrun").srun
+    srun = attempt(folder, restarts=2, LAUNCHER="torchrun").srun
     assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=96"} <= set(srun)
-    for name, value in {
-        "--nnodes": "2",
-        "--nproc-per-node": "8",
-        "--rdzv-backend": "c10d",
-        "--rdzv-id": "41-2",
-        "--rdzv-endpoint": "n7:20041",
-    }.items():
-        assert srun[srun.index(name) + 1] == value
+    wanted = "--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id 41-2 --rdzv-endpoint"
+    assert follow(srun, "--nnodes")[:10] == [*wanted.split(), "n7:20041"]
 
 
 @pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
 def test_container(folder: Path, runtime: str) -> None:
-    image, run = "/images/a b.sqsh", str(folder / "a run")
-    srun = attempt(folder, 0, CONTAINER=runtime, IMAGE=image, MOUNTS="/data:/data").srun
-    mounts = f"{run}:{run},/data:/data"
+    image, mounts = "/images/a b.sqsh", f"{folder}/a run:{folder}/a run,/data:/data"
+    srun = attempt(folder, CONTAINER=runtime, IMAGE=image, MOUNTS="/data:/data").srun
     if runtime == "pyxis":
         assert {f"--container-image={image}", f"--container-mounts={mounts}"} <= set(srun)
     else:
-        begin = srun.index("apptainer")
-        wanted = ["apptainer", "exec", "--nv", "--bind", mounts, image]
-        assert srun[begin : begin + len(wanted)] == wanted
-    begin = srun.index("env")
+        start = ["apptainer", "exec", "--nv", "--bind", mounts, image, "env"]
+        assert follow(srun, "apptainer")[:7] == start
     program = ["env", "--ignore-signal=USR1", "python", "/opt/megatron-rw/pretrain_gpt_rw.py"]
-    assert srun[begin : begin + len(program)] == program
+    assert follow(srun, "env")[:4] == program
 
 
 @pytest.mark.parametrize(
@@ -212,7 +193,7 @@ def test_container(folder: Path, runtime: str) -> None:
     ],
 )
 def test_wrong_choice_is_refused(folder: Path, choice: str, value: str, named: str) -> None:
-    refused = attempt(folder, 0, 0, (), **{choice: value})
+    refused = attempt(folder, **{choice: value})  # type: ignore[arg-type]
     assert (refused.srun, refused.requeued) == ([], False)
     assert refused.status != 0
     assert named in refused.errors

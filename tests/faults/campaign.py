@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import random
 import shutil
 import sys
@@ -26,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.points import POINTS, inject
+from tests.faults.points import POINTS
 from tests.faults.undisturbed import Undisturbed
 from tests.program import Run, run_program
 
@@ -55,14 +56,22 @@ SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a run."""
+    """What happens to a run.
+
+    Attributes:
+        variant: That of the run.
+        point: One of `POINTS`, or `any time`.
+        count: Which time the point is reached, from 1; milliseconds for `any time`.
+        ranks: Those that are killed.
+    """
 
     variant: str
-    point: str  # One of `POINTS`, or `any time`.
-    count: int  # How often the point is reached before; milliseconds for `any time`.
-    ranks: tuple[int, ...]  # Those that are killed.
+    point: str
+    count: int
+    ranks: tuple[int, ...]
 
     def __str__(self) -> str:
+        """For the table."""
         when = f"{self.count} ms" if self.point == "any time" else f"no. {self.count}"
         who = "all ranks" if len(self.ranks) == PROCESSES else f"rank {self.ranks[0]}"
         return f"{self.variant:30}{self.point:12}{when:>10}  {who}"
@@ -72,56 +81,52 @@ def faults(seed: int, trials: int) -> Iterator[Fault]:
     """Random ones: every point in turn, and every third at any time."""
     rng = random.Random(seed)
     points = itertools.cycle(POINTS)
-    variants = list(VARIANTS)
     for trial in range(trials):
-        point = "any time" if trial % 3 == 2 else next(points)
-        if point == "any time":
-            count = rng.randrange(int(1000 * SECONDS))
-        else:
-            count = rng.randint(1, POINTS[point].most)
+        name = "any time" if trial % 3 == 2 else next(points)
+        point = POINTS.get(name)
+        count = rng.randint(1, point.most if point else int(1000 * SECONDS))
         ranks = rng.choice([(0,), (1,), (0, 1)])
-        if point != "any time" and POINTS[point].on_rank_0:
+        if point and point.on_rank_0:
             ranks = (0,)
-        choice = [v for v in variants if point != "writer" or "asynchronous" in v]
-        yield Fault(rng.choice(choice), point, count, ranks)
+        variants = [v for v in VARIANTS if name != "writer" or "asynchronous" in v]
+        yield Fault(rng.choice(variants), name, count, ranks)
 
 
 class Campaign:
+    """Runs trials.
+
+    Args:
+        folder: For all runs.
+        data_flags: Those of the data.
+    """
+
     def __init__(self, folder: Path, data_flags: list[str]) -> None:
         self._folder, self._data_flags = folder, data_flags
-        self.undisturbed: dict[str, Undisturbed] = {}
+        self.expected = functools.cache(self._expected)
 
-    def trial(self, fault: Fault, number: int) -> str:
+    def trial(self, fault: Fault) -> str:
         """What came of it: `ok` and how, or what went wrong."""
         undisturbed = self.expected(fault.variant)
-        directory = self._folder / f"trial{number}"
+        directory = self._folder / "trial"
+        shutil.rmtree(directory, ignore_errors=True)
         start = time.monotonic()
-        run = self._run(directory, fault.variant, fault)
-        disturbed = any(status != 0 for status in run.status)
-        if run.hung:
-            return f"HUNG: {run.status}, a rank did not notice in {PATIENCE_S:.0f} s"
-        attempts = 1
-        while any(status != 0 for status in run.status):
-            if attempts == ATTEMPTS:
-                return f"LOST: {run.status} after {ATTEMPTS} attempts\n{run.output[0][-1500:]}"
-            attempts += 1
-            run = self._run(directory, fault.variant, None)
+        for attempt in range(1, ATTEMPTS + 1):
+            run = self._run(directory, fault.variant, fault if attempt == 1 else None)
             if run.hung:
-                return f"HUNG at restart {attempts - 1}: {run.status}"
+                return f"HUNG in attempt {attempt}: {run.status}, not noticed in {PATIENCE_S:.0f} s"
+            if not any(run.status):
+                break
+        else:
+            return f"LOST: {run.status} after {ATTEMPTS} attempts\n{run.output[0][-1500:]}"
         problem, _ = undisturbed.compared(run)
-        if problem:
-            return problem
-        shutil.rmtree(directory)
-        again = f"{attempts} attempts" if disturbed else "not reached"
-        return f"ok, {again}, {time.monotonic() - start:.0f} s"
+        how = f"{attempt} attempts" if attempt > 1 else "not reached"
+        return problem or f"ok, {how}, {time.monotonic() - start:.0f} s"
 
-    def expected(self, variant: str) -> Undisturbed:
-        if variant not in self.undisturbed:
-            run = self._run(self._folder / variant.replace(" ", "_"), variant, None).check()
-            self.undisturbed[variant] = Undisturbed(run, ITERATIONS)
-        return self.undisturbed[variant]
+    def _expected(self, variant: str) -> Undisturbed:
+        run = self._run(self._folder / variant.replace(" ", "_"), variant)
+        return Undisturbed(run.check(), ITERATIONS)
 
-    def _run(self, directory: Path, variant: str, fault: Fault | None) -> Run:
+    def _run(self, directory: Path, variant: str, fault: Fault | None = None) -> Run:
         checkpoints = str(directory / "checkpoints")
         return run_program(
             directory,
@@ -129,12 +134,14 @@ class Campaign:
             *("--save", checkpoints, "--load", checkpoints),
             *("--data-cache-path", str(directory / "cache")),
             processes=PROCESSES,
-            prepare=functools.partial(inject, asdict(fault) if fault else None),
+            module="tests.faults.injected",
             patience=PATIENCE_S,
+            environment={"FAULT": json.dumps(asdict(fault))} if fault else None,
         )
 
 
 def main() -> int:
+    """Run the campaign, print a line a trial."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -142,13 +149,13 @@ def main() -> int:
     options = parser.parse_args()
     failed = done = 0
     with tempfile.TemporaryDirectory() as name:
-        corpus = Path(name) / "corpus"
-        write_corpus(corpus)
-        campaign = Campaign(Path(name), flags_of(corpus))
+        folder = Path(name)
+        write_corpus(folder / "corpus")
+        campaign = Campaign(folder, flags_of(folder / "corpus"))
         for number, fault in enumerate(faults(options.seed, options.trials)):
             if options.only is not None and number != options.only:
                 continue
-            outcome = campaign.trial(fault, number)
+            outcome = campaign.trial(fault)
             print(f"{number:3}  {fault}  {outcome}", flush=True)
             done += 1
             failed += not outcome.startswith("ok")

@@ -10,136 +10,106 @@ that is not 0.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.corpus import flags_of, write_corpus
 from tests.hosts import INTERFACE, connected_hosts, plug
-from tests.program import MODEL, TRAINING
+from tests.program import Run, run_program, steps_so_far
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTS = {"rw-a": "10.231.7.1", "rw-b": "10.231.7.2"}
 TIMEOUT_MIN = 1
-# From the start to the first steps, on a slow machine.
-PATIENCE_S = 120.0
 SHORT_S = 5.0
 STEPS = 400
+FLAGS = (
+    f"--train-iters {STEPS} --micro-batch-size 4 --global-batch-size 8 "
+    f"--distributed-timeout-minutes {TIMEOUT_MIN} --reweight-strategy linupper"
+).split()
 
 
-def plug_all(in_place: bool) -> None:
-    for host in HOSTS:
-        plug(host, in_place)
-
-
-class Ranks:
+def run(folder: Path, disturb: Callable[[Any], bool] | None = None) -> Run:
     """A run, one rank on each host."""
+    return run_program(
+        folder,
+        *(*flags_of(folder.parent / "corpus"), *FLAGS),
+        processes=len(HOSTS),
+        module="tests.faults.injected",
+        disturb=disturb,
+        patience=60 * TIMEOUT_MIN + 15,
+        environment={
+            "HOSTS": ",".join(HOSTS),
+            "MASTER_ADDR": next(iter(HOSTS.values())),
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+        },
+    )
 
-    def __init__(self, folder: Path, data_flags: list[str]) -> None:
-        folder.mkdir()
-        self.logs = [folder / f"rank{rank}.log" for rank in range(2)]
-        self.metrics = folder / "metrics.jsonl"
-        flags = [
-            *(*MODEL, *TRAINING, *data_flags, "--log-dir", str(folder)),
-            *f"--train-iters {STEPS} --micro-batch-size 4 --global-batch-size 8".split(),
-            *f"--distributed-timeout-minutes {TIMEOUT_MIN} --reweight-strategy linupper".split(),
-        ]
-        self.processes = []
-        for rank, host in enumerate(HOSTS):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_RANK": "0",
-                "MASTER_ADDR": next(iter(HOSTS.values())),
-                "MASTER_PORT": "29400",
-                "GLOO_SOCKET_IFNAME": INTERFACE,
-                "OMP_NUM_THREADS": "1",
-            }
-            command = ["ip", "netns", "exec", host, sys.executable, "pretrain_gpt_rw.py", *flags]
-            with self.logs[rank].open("w") as log:
-                self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-                )
 
-    def steps(self) -> int:
-        return len(self.losses())
+def losses(finished: Run) -> list[float]:
+    return [record["lm_loss"] for record in finished.train_metrics()]
 
-    def losses(self) -> list[float]:
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text().splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        return [record["lm_loss"] for record in records if record["type"] == "train"]
 
-    def wait_for(self, steps: int) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while self.steps() < steps:
-            if time.monotonic() > deadline or any(p.poll() is not None for p in self.processes):
-                raise SystemExit(f"error: the run did not begin\n{self.output(0)[-2000:]}")
-            time.sleep(0.05)
+class Cut:
+    """Loses all packets in the middle of a run, for some seconds or for good.
 
-    def wait(self, seconds: float) -> list[int | None]:
-        """Statuses, None of a process that had to be killed."""
-        deadline = time.monotonic() + seconds
-        statuses: list[int | None] = []
-        for process in self.processes:
-            try:
-                statuses.append(process.wait(max(0.1, deadline - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                statuses.append(None)
-        return statuses
+    Args:
+        folder: That of the run.
+        seconds: For which; None for good.
+    """
 
-    def output(self, rank: int) -> str:
-        return self.logs[rank].read_text()
+    def __init__(self, folder: Path, seconds: float | None) -> None:
+        self._folder, self._seconds = folder, seconds
+        self.start = 0.0
+        self.before = self.during = 0
+
+    def __call__(self, _: Any) -> bool:
+        """Cuts the link once the run has got that far."""
+        if (self.before or steps_so_far(self._folder)) < STEPS // 4:
+            return False
+        self.start = time.monotonic()
+        for host in HOSTS:
+            plug(host, in_place=False)
+        self.before = steps_so_far(self._folder)
+        if self._seconds is not None:
+            time.sleep(self._seconds)
+            self.during = steps_so_far(self._folder) - self.before
+            for host in HOSTS:
+                plug(host, in_place=True)
+        return True
 
 
 def main() -> int:
     """Run both; exit status 1 if one did not go as it should."""
-    failed = False
     with tempfile.TemporaryDirectory() as name, connected_hosts(HOSTS):
         folder = Path(name)
         write_corpus(folder / "corpus")
-        data_flags = flags_of(folder / "corpus")
 
-        undisturbed = Ranks(folder / "undisturbed", data_flags)
-        statuses = undisturbed.wait(PATIENCE_S + 60)
-        print(f"undisturbed: {undisturbed.steps()} steps, statuses {statuses}")
-        failed |= statuses != [0, 0]
+        undisturbed = run(folder / "undisturbed")
+        print(f"undisturbed: {len(losses(undisturbed))} steps, statuses {undisturbed.status}")
+        failed = undisturbed.status != [0, 0]
 
-        run = Ranks(folder / "short", data_flags)
-        run.wait_for(STEPS // 4)
-        plug_all(in_place=False)
-        before = run.steps()
-        time.sleep(SHORT_S)
-        during = run.steps() - before
-        plug_all(in_place=True)
-        statuses = run.wait(PATIENCE_S)
-        same = run.losses() == undisturbed.losses()
+        cut = Cut(folder / "short", SHORT_S)
+        short = run(folder / "short", cut)
+        same = losses(short) == losses(undisturbed)
         print(
-            f"cut for {SHORT_S:.0f} s after {before} steps: {during} steps meanwhile, "
-            f"{run.steps()} in the end, statuses {statuses}, losses the same: {same}"
+            f"cut for {SHORT_S:.0f} s after {cut.before} steps: {cut.during} steps meanwhile, "
+            f"{len(losses(short))} in the end, statuses {short.status}, losses the same: {same}"
         )
-        failed |= statuses != [0, 0] or not same or during > 2
+        failed |= short.status != [0, 0] or not same or not cut.before or cut.during > 2
 
-        run = Ranks(folder / "good", data_flags)
-        run.wait_for(STEPS // 4)
-        plug_all(in_place=False)
-        start = time.monotonic()
-        statuses = run.wait(60 * TIMEOUT_MIN + 15)
-        seconds = time.monotonic() - start
-        print(f"cut for good: both ended after {seconds:.0f} s, statuses {statuses}")
-        for rank in range(2):
-            found = re.search(r"^error: .*", run.output(rank), re.MULTILINE)
-            print(f"  rank {rank}: {found[0] if found else run.output(rank)[-500:]}")
+        cut = Cut(folder / "good", None)
+        good = run(folder / "good", cut)
+        seconds = time.monotonic() - cut.start
+        print(f"cut for good: both ended after {seconds:.0f} s, statuses {good.status}")
+        for rank, output in enumerate(good.output):
+            found = re.search(r"^error: .*", output, re.MULTILINE)
+            print(f"  rank {rank}: {found[0] if found else output[-500:]}")
             failed |= found is None
-        failed |= None in statuses or 0 in statuses or seconds > 60 * TIMEOUT_MIN
+        failed |= good.hung or 0 in good.status or seconds > 60 * TIMEOUT_MIN
     print("failed" if failed else "as it should be")
     return 1 if failed else 0
 

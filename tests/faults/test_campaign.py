@@ -28,7 +28,7 @@ def campaign(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) ->
     "fault", [*TRIALS, *(pytest.param(fault, marks=pytest.mark.long) for fault in MORE)], ids=str
 )
 def test_nothing_is_lost(fault: Fault, campaign: Campaign) -> None:
-    outcome = campaign.trial(fault, [*TRIALS, *MORE].index(fault))
+    outcome = campaign.trial(fault)
     assert outcome.startswith("ok"), outcome
     assert "not reached" not in outcome
 
@@ -37,7 +37,6 @@ def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
     chosen = list(faults(0, 60))
     assert chosen == list(faults(0, 60))
     assert {fault.point for fault in chosen} == {*POINTS, "any time"}
-    assert len({fault.ranks for fault in chosen}) == 3
 
 
 def test_a_wrong_trajectory_is_noticed(campaign: Campaign) -> None:

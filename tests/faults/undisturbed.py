@@ -14,7 +14,6 @@ class Undisturbed:
         self.run = run
         self.records = [without_time(record) for record in run.train_metrics()]
         self._parameters = run.checkpoint(iterations)
-        self._iterations = iterations
         assert [record["iteration"] for record in self.records] == list(range(1, iterations + 1))
 
     def compared(self, run: Run) -> tuple[str, int]:
@@ -23,17 +22,14 @@ class Undisturbed:
         Returns:
             What is wrong with it, or nothing, and how many iterations were done again.
         """
-        seen: set[int] = set()
-        again = 0
-        for record in run.train_metrics():
-            iteration = record["iteration"]
-            if without_time(record) != self.records[iteration - 1]:
-                return f"WRONG: iteration {iteration} is not that of the undisturbed run", again
-            again += iteration in seen
-            seen.add(iteration)
-        if len(seen) != self._iterations:
-            return f"LOST: iterations {sorted(seen)} were logged", again
-        for name, tensor in run.checkpoint(self._iterations).items():
+        records = [without_time(record) for record in run.train_metrics()]
+        for record in records:
+            if record != self.records[record["iteration"] - 1]:
+                return f"WRONG: iteration {record['iteration']} is not the undisturbed run's", 0
+        seen = {record["iteration"] for record in records}
+        if len(seen) != len(self.records):
+            return f"LOST: iterations {sorted(seen)} were logged", 0
+        for name, tensor in run.checkpoint(len(seen)).items():
             if not torch.equal(tensor, self._parameters[name]):
-                return f"WRONG: {name} of the final checkpoint", again
-        return "", again
+                return f"WRONG: {name} of the final checkpoint", 0
+        return "", len(records) - len(seen)

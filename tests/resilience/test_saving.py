@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import time
@@ -13,23 +12,25 @@ import pytest
 import torch
 
 from megatron_rw.resilience.folder import CheckpointFolder
-from tests.faults import limited
 from tests.program import Run, run_program
 
 RUN = "--train-iters 6 --micro-batch-size 4 --global-batch-size 8 --save-interval 2".split()
 ASYNC = "--async-save --async-strategy mcore --use-persistent-ckpt-worker".split()
 # Rank 0's shard is larger than this, and nothing else is.
-TOO_SMALL = 350_000
+TOO_SMALL = "350000"
+
+
 HOW = ["synchronous", "asynchronous"]
 
 
-def train(directory: Path, data_flags: list[str], *flags: str, limit: int = 0) -> Run:
+def train(directory: Path, data_flags: list[str], *flags: str, limits: str = "0,0") -> Run:
     save = str(directory / "checkpoints")
     return run_program(
         directory,
         *(*data_flags, *RUN, "--save", save, "--load", save, *flags),
         processes=2,
-        prepare=functools.partial(limited.limit, limit, 0),
+        module="tests.faults.injected",
+        environment={"RANK_LIMITS": limits},
         patience=30,
     )
 
@@ -46,7 +47,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_run(
 ) -> None:
     train(tmp_path, data_flags, *how, "--exit-interval", "2").check()
     before = CheckpointFolder(tmp_path / "checkpoints").checkpoints()[0]
-    run = train(tmp_path, data_flags, *how, limit=TOO_SMALL)
+    run = train(tmp_path, data_flags, *how, limits=f"{TOO_SMALL},0")
     assert run.status == [1, 1], run.all_output
     assert not run.hung
     message = next(line for line in run.output[0].splitlines() if line.startswith("error: "))
@@ -66,7 +67,7 @@ def test_run_goes_on_without_its_checkpoints_where_it_is_told_to(
     how: list[str], tmp_path: Path, data_flags: list[str]
 ) -> None:
     flags = [*how, "--on-save-error", "continue"]
-    run = train(tmp_path, data_flags, *flags, limit=TOO_SMALL).check()
+    run = train(tmp_path, data_flags, *flags, limits=f"{TOO_SMALL},0").check()
     errors = [line for line in run.output[0].splitlines() if line.startswith("error: ")]
     assert len(errors) == 3
     assert "there is none before it. The run goes on." in errors[0]

@@ -15,14 +15,15 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.corpus import flags_of, write_corpus
 from tests.faults.undisturbed import Undisturbed
 from tests.hosts import INTERFACE
-from tests.program import MODEL, TRAINING, Run
-from tests.slurm.cluster import NODES, Cluster, running_cluster
+from tests.program import MODEL, TRAINING, Run, steps_so_far
+from tests.slurm.cluster import NODES, Cluster, running_cluster, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "examples/slurm/pretrain.sbatch"
@@ -37,83 +38,97 @@ PATIENCE_S = 400.0
 
 
 class Job:
+    """A job in a cluster.
+
+    Args:
+        cluster: That runs it.
+        directory: For its run.
+        flags: Those of the program.
+        options: Those of sbatch.
+        environment: That of the batch script.
+    """
+
     def __init__(
         self,
         cluster: Cluster,
-        folder: Path,
-        name: str,
-        flags: list[str],
-        options: tuple[str, ...] = (),
+        directory: Path,
+        flags: Sequence[str],
+        options: Sequence[str] = (),
         **environment: str,
     ) -> None:
         self._cluster = cluster
-        self.directory = folder / name
-        self.log = folder / f"{name}.log"
-        log = [f"--job-name={name}", f"--output={self.log}"]
+        self.directory = directory
+        self._log = directory.with_suffix(".log")
+        log = [f"--job-name={directory.name}", f"--output={self._log}"]
         command = ["sbatch", "--parsable", *SIZES, *log, *options, SCRIPT, *MODEL, *TRAINING]
-        environment = {
-            "RUN": str(self.directory),
+        variables: dict[str, Any] = {
+            "RUN": str(directory),
             "PROGRAM": str(ROOT / "tests/slurm/paced.py"),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "STEP_SECONDS": "0.05",
             **environment,
         }
-        submitted = cluster.run([*command, *PROGRAM, *flags], environment=environment)
-        self.number = submitted.stdout.strip()
+        self.number = cluster.run(*command, *PROGRAM, *flags, **variables).strip()
 
     def field(self, name: str) -> str:
         """What SLURM says of it: `JobState`, `Restarts`, `ExitCode`, ..."""
-        shown = self._cluster.run(["scontrol", "--oneliner", "show", "job", self.number]).stdout
+        shown = self._cluster.run("scontrol", "--oneliner", "show", "job", self.number)
         found = re.search(rf"\b{name}=(\S+)", shown)
         assert found is not None, shown
         return found[1]
 
-    def steps(self) -> int:
-        """Logged so far, those that were done twice counted twice."""
-        metrics = self.directory / "metrics.jsonl"
-        return metrics.read_text().count('"type": "train"') if metrics.exists() else 0
-
     def wait_for(self, reached: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not reached():
-            if time.monotonic() > deadline:
-                state = self.field("JobState")
-                raise SystemExit(
-                    f"error: job {self.number} ({state}) did not {what} within {PATIENCE_S:.0f} s\n"
-                    f"{self._tail()}\n{self._cluster.logs()}"
-                )
-            time.sleep(0.2)
+        """Until something is the case."""
+
+        def failed() -> str:
+            state = f"job {self.number} ({self.field('JobState')}) did not {what}"
+            return f"{state}\n{self.output()[-3000:]}\n{self._cluster.logs()}"
+
+        wait_until(reached, failed, PATIENCE_S)
+
+    def wait_for_steps(self, number: int) -> None:
+        """Until it has logged so many, those that were done twice counted twice."""
+        self.wait_for(lambda: steps_so_far(self.directory) >= number, "train")
 
     def wait_for_restart(self, number: int) -> None:
         """Until SLURM has put it back into the queue so many times."""
         self.wait_for(lambda: self.field("Restarts") == str(number), "be requeued")
 
-    def wait(self) -> str:
+    def wait(self) -> tuple[str, str]:
+        """Its state in the end, and how often it was restarted."""
         final = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
         self.wait_for(lambda: self.field("JobState") in final, "end")
-        return self.field("JobState")
+        return self.field("JobState"), self.field("Restarts")
+
+    def output(self) -> str:
+        """What it has printed."""
+        return self._log.read_text() if self._log.exists() else "no log"
 
     def run(self) -> Run:
-        return Run([0], [self.log.read_text()], self.directory)
-
-    def _tail(self) -> str:
-        return self.log.read_text()[-3000:] if self.log.exists() else "no log"
+        """What it wrote."""
+        return Run([0], [self.output()], self.directory)
 
 
 class Campaign:
+    """Runs the jobs.
+
+    Args:
+        cluster: That is free.
+        folder: For all runs.
+    """
+
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
         write_corpus(folder / "corpus")
-        self._data_flags = flags_of(folder / "corpus")
         self._undisturbed: Undisturbed | None = None
 
     def undisturbed(self) -> str:
         """What the others are compared with."""
         job = self._job("undisturbed")
-        state = job.wait()
-        if (state, job.field("Restarts")) != ("COMPLETED", "0"):
-            return f"WRONG: {state}\n{job.run().output[0][-3000:]}"
+        ended = job.wait()
+        if ended != ("COMPLETED", "0"):
+            return f"WRONG: {ended}\n{job.output()[-3000:]}"
         self._undisturbed = Undisturbed(job.run(), STEPS)
         return f"ok, {STEPS} steps"
 
@@ -123,7 +138,7 @@ class Campaign:
         limit = ("--time=2", "--signal=USR1@30")
         job = self._job("time_limit", *limit, INTERFACE=INTERFACE, STEP_SECONDS="0.3")
         job.wait_for_restart(1)
-        self._cluster.run(["scontrol", "update", f"JobId={job.number}", "TimeLimit=60"])
+        self._cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         return self._compared(job, repeats=0)
 
     def node_failure(self) -> str:
@@ -131,10 +146,9 @@ class Campaign:
         job = self._job("node_failure")
         waited = []
         for number, node in enumerate(reversed(NODES), 1):
-            before = job.steps()
             # A checkpoint, and steps that are lost.
-            enough = before + SAVE_INTERVAL + SAVE_INTERVAL // 2
-            job.wait_for(lambda enough=enough: job.steps() >= enough, "train")  # type: ignore[misc]
+            lost = SAVE_INTERVAL // 2
+            job.wait_for_steps(steps_so_far(job.directory) + SAVE_INTERVAL + lost)
             self._cluster.kill(node)
             start = time.monotonic()
             job.wait_for_restart(number)
@@ -146,40 +160,37 @@ class Campaign:
     def torchrun(self) -> str:
         """A signal to a step that is torchrun's; a user may send it too."""
         job = self._job("torchrun", LAUNCHER="torchrun", INTERFACE=INTERFACE)
-        job.wait_for(lambda: job.steps() >= SAVE_INTERVAL, "train")
-        self._cluster.run(["scancel", "--signal=USR1", job.number])
+        job.wait_for_steps(SAVE_INTERVAL)
+        self._cluster.run("scancel", "--signal=USR1", job.number)
         return self._compared(job, repeats=0)
 
     def bad_flag(self) -> str:
         """Refused by the program, and not requeued."""
-        job = self._job("bad_flag", flags=["--reweight-strategy", "nonsense"])
-        state = job.wait()
-        seen = (state, job.field("Restarts"), job.field("ExitCode"))
-        log = job.run().output[0]
-        line = next((line for line in log.splitlines() if "--reweight-strategy" in line), None)
+        job = self._job("bad_flag", flags=("--reweight-strategy", "nonsense"))
+        seen = (*job.wait(), job.field("ExitCode"))
+        line = re.search("^.*--reweight-strategy.*", job.output(), re.MULTILINE)
         if seen != ("FAILED", "0", "2:0") or line is None:
-            return f"WRONG: {seen}\n{log[-3000:]}"
-        return f"ok, FAILED with status 2, no restart: {line.strip()}"
+            return f"WRONG: {seen}\n{job.output()[-3000:]}"
+        return f"ok, FAILED with status 2, no restart: {line[0].strip()}"
 
-    def _job(self, name: str, *options: str, flags: list[str] | None = None, **env: str) -> Job:
-        every = [*self._data_flags, *(flags or [])]
-        return Job(self._cluster, self._folder, name, every, options, **env)
+    def _job(self, name: str, *options: str, flags: Sequence[str] = (), **env: str) -> Job:
+        every = [*flags_of(self._folder / "corpus"), *flags]
+        return Job(self._cluster, self._folder / name, every, options, **env)
 
     def _compared(self, job: Job, repeats: int) -> str:
-        state, restarts = job.wait(), job.field("Restarts")
-        run = job.run()
+        state, restarts = job.wait()
         if state != "COMPLETED" or restarts == "0":
-            return f"WRONG: {state} after {restarts} restarts\n{run.output[0][-3000:]}"
+            return f"WRONG: {state} after {restarts} restarts\n{job.output()[-3000:]}"
         assert self._undisturbed is not None
-        problem, again = self._undisturbed.compared(run)
+        problem, again = self._undisturbed.compared(job.run())
         if problem or again > repeats:
-            lines = run.output[0].splitlines()
-            log = [line for line in lines if "rror: " in line or "queue" in line]
+            log = re.findall("^.*(?:rror: |queue).*", job.output(), re.MULTILINE)
             return "\n".join([problem or f"WRONG: {again} steps were done twice", *log])
         return f"ok, {restarts} restarts, {again} steps done twice, all bitwise the same"
 
 
 def main() -> int:
+    """Run the campaign."""
     names = ("time_limit", "node_failure", "torchrun", "bad_flag")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=names, help="this and the undisturbed run")

@@ -1,7 +1,5 @@
 """A SLURM cluster of two nodes on this machine, real but for its hardware.
 
-    python -m tests.slurm.cluster sinfo       # as root; any command, in the cluster
-
 Needs Debian's slurm-wlm and munge. A head node runs slurmctld; each compute node has its own
 address, host name, /etc/hosts and processes, all of which end at once when it is killed. Nothing of
 it touches /etc or a cluster that is there already, and nothing is left when it ends.
@@ -13,10 +11,9 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,32 +31,23 @@ ClusterName=rw
 SlurmctldHost={head}({address})
 SlurmUser=root
 SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
-SlurmctldPort=6817
-SlurmdPort=6818
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
-SwitchType=switch/none
-MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=5
-JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=10
 SlurmdParameters=config_overrides
-NodeName={nodes} CPUs=2 Sockets=1 CoresPerSocket=2 ThreadsPerCore=1 State=UNKNOWN
-PartitionName=main Nodes={nodes} Default=YES MaxTime=INFINITE State=UP
+NodeName={nodes} CPUs=2 Sockets=1 CoresPerSocket=2 ThreadsPerCore=1
+PartitionName=main Nodes={nodes} Default=YES
 """
 # The first process of a host. It stays, to reap what becomes its child: SLURM counts zombies.
 HOST = """
@@ -71,68 +59,28 @@ shift 2
 """
 
 
+def wait_until(reached: Callable[[], bool], failed: Callable[[], str], seconds: float) -> None:
+    """Waits until something is the case; ends the program with a message if it is not in time."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"error: not within {seconds:.0f} s: {failed()}")
+        time.sleep(0.2)
+
+
 class Cluster:
+    """A cluster.
+
+    Args:
+        folder: For its configuration, state and logs.
+    """
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
-        self._configure()
-        self._munge()
-        self._spawn(HEAD, self._on(HEAD, ["slurmctld", "-D", "-i"]))
-        for node in NODES:
-            self.boot(node)
-        self.wait_until_ready()
-
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            states = self.run(["sinfo", "--noheader", "--Node", "--format=%T"], check=False)
-            if states.stdout.split() == ["idle"] * len(NODES):
-                return
-            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
-            if ended or time.monotonic() > deadline:
-                raise SystemExit(
-                    f"error: {ended} ended, the nodes are {states.stdout.split()}\n{self.logs()}"
-                )
-            time.sleep(0.5)
-
-    def boot(self, node: str) -> None:
-        plug(node, in_place=True)
-        self._spawn(node, self._on(node, ["slurmd", "-D"]))
-
-    def kill(self, node: str) -> None:
-        """End a node as a power failure would: no packet leaves it, and no process of it lives."""
-        plug(node, in_place=False)
-        self._end(node)
-
-    def run(
-        self,
-        command: Sequence[str],
-        check: bool = True,
-        environment: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self._on(HEAD, command),
-            env=os.environ
-            | {"SLURM_CONF": str(self._folder / "slurm.conf")}
-            | dict(environment or {}),
-            text=True,
-            check=check,
-            stdout=subprocess.PIPE,
-        )
-
-    def logs(self) -> str:
-        ends = []
-        for log in sorted(self._folder.glob("*.log")):
-            ends += [f"--- {log.name}", *log.read_text().splitlines()[-20:]]
-        return "\n".join(ends)
-
-    def stop(self) -> None:
-        for name in list(self._daemons):
-            self._end(name)
-
-    def _configure(self) -> None:
+        """Starts all daemons, and waits until the nodes are ready."""
         for folder in ("state", *(f"spool-{node}" for node in NODES)):
             (self._folder / folder).mkdir()
         (self._folder / "slurm.conf").write_text(
@@ -144,6 +92,48 @@ class Cluster:
         (self._folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         lines = [f"{address} {host}" for host, address in ADDRESSES.items()]
         (self._folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        self._munge()
+        self._spawn(HEAD, self._on(HEAD, ["slurmctld", "-D", "-i"]))
+        for node in NODES:
+            self.boot(node)
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Waits until all nodes may be given to jobs."""
+
+        def states() -> list[str]:
+            return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split()
+
+        self._wait_until(lambda: states() == ["idle"] * len(NODES), "the nodes are not idle")
+
+    def boot(self, node: str) -> None:
+        """Starts a node, or starts it again."""
+        plug(node, in_place=True)
+        self._spawn(node, self._on(node, ["slurmd", "-D"]))
+
+    def kill(self, node: str) -> None:
+        """Ends a node as a power failure would: no packet leaves it, and no process of it lives."""
+        plug(node, in_place=False)
+        self._end(node)
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+        """Runs a command on the head node, and returns what it prints."""
+        every = os.environ | {"SLURM_CONF": str(self._folder / "slurm.conf")} | environment
+        return subprocess.run(
+            self._on(HEAD, command), env=every, text=True, check=check, stdout=subprocess.PIPE
+        ).stdout
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        ends = []
+        for log in sorted(self._folder.glob("*.log")):
+            ends += [f"--- {log.name}", *log.read_text().splitlines()[-20:]]
+        return "\n".join(ends)
+
+    def stop(self) -> None:
+        """Ends all of it."""
+        for name in list(self._daemons):
+            self._end(name)
 
     def _munge(self) -> None:
         # It insists that others could reach its socket.
@@ -155,11 +145,10 @@ class Cluster:
         files = [*files, f"--seed-file={self._folder}/munge.seed"]
         socket = self._folder / "munge.socket"
         self._spawn("munge", ["munged", "--foreground", f"--socket={socket}", *files])
-        deadline = time.monotonic() + PATIENCE_S
-        while not socket.exists():
-            if time.monotonic() > deadline or self._daemons["munge"].poll() is not None:
-                raise SystemExit(f"error: munged did not start\n{self.logs()}")
-            time.sleep(0.05)
+        self._wait_until(socket.exists, "munged did not start")
+
+    def _wait_until(self, reached: Callable[[], bool], problem: str) -> None:
+        wait_until(reached, lambda: f"{problem}\n{self.logs()}", PATIENCE_S)
 
     def _on(self, host: str, command: Sequence[str]) -> list[str]:
         apart = "unshare --mount --uts --pid --fork --kill-child --mount-proc sh -c".split()
@@ -188,24 +177,10 @@ def running_cluster() -> Iterator[Cluster]:
             f"error: a cluster needs root, and {', '.join(missing) or 'nothing else'}: "
             "apt-get install slurm-wlm munge iproute2"
         )
-    with (
-        tempfile.TemporaryDirectory(prefix="rw-slurm-") as name,
-        connected_hosts(ADDRESSES),
-    ):
+    with tempfile.TemporaryDirectory(prefix="rw-slurm-") as name, connected_hosts(ADDRESSES):
         cluster = Cluster(Path(name))
         try:
             cluster.start()
             yield cluster
         finally:
             cluster.stop()
-
-
-def main() -> int:
-    with running_cluster() as cluster:
-        done = cluster.run(sys.argv[1:], check=False)
-        print(done.stdout, end="")
-        return done.returncode
-
-
-if __name__ == "__main__":
-    sys.exit(main())
