@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.exactness import oracle, program_with_oracle
-from tests.program import Run, run_program
+from tests.program import PP2, TP2, Run, run_program
 
 STEPS = 2
 TOLERANCE = 1e-6
@@ -30,13 +30,8 @@ SCOPES = (
 )
 # The scope global scores with our cross-entropy in any case.
 LAYOUTS = {
-    "tp2-pp2": (
-        4,
-        8,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--cross-entropy-impl fused",
-    ),
-    "dp2-tp2-distopt": (4, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
+    "tp2-pp2": (4, 8, f"{TP2} {PP2} --cross-entropy-impl fused"),
+    "dp2-tp2-distopt": (4, 4, f"{TP2} --use-distributed-optimizer"),
 }
 LAYERS = 4
 
