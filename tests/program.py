@@ -41,6 +41,10 @@ TRAINING = (
     "--lr 1e-2 --lr-decay-style constant --clip-grad 1.0 --weight-decay 0.1 "
     "--log-interval 1 --eval-iters 1 --eval-interval 1000 --num-workers 0 --seed 7"
 ).split()
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+# Four stages of one layer each, of which a rank holds two.
+VPP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 TIMEOUT_S = 240
 # Scripts that know --log-dir.

@@ -9,6 +9,7 @@ only on a training step whose forward step function is a `SteppedForward`.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,55 +52,40 @@ def _run_step(proceed: Schedule, call: dict[str, Any]) -> Any:
     return forward_step.run_step(proceed, call)
 
 
-class ReplayIterator:
-    """Yields a step's micro-batches repeatedly, but draws each from its source only once."""
-
-    def __init__(self, source: Iterator[Any]) -> None:
-        self._source = source
-        self._drawn: list[Any] = []
-        self._position = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        if self._position == len(self._drawn):
-            self._drawn.append(next(self._source))
-        self._position += 1
-        # The reader may replace entries of what it was given.
-        return copy.copy(self._drawn[self._position - 1])
-
-    def rewind(self) -> None:
-        """Starts again with the first micro-batch."""
-        self._position = 0
-
-
 class ReplayedData:
-    """The data iterators of a schedule's call, made replayable.
+    """The data of a schedule's call for several passes, each micro-batch of which is drawn once.
 
-    They are an iterator or None, or a list of those with virtual pipeline stages.
+    A call has an iterator or None, or a list of those with virtual pipeline stages. Core's own
+    `RerunDataIterator` keeps nothing while its rerun mode is off.
     """
 
     def __init__(self, data_iterator: Any) -> None:
-        is_list = isinstance(data_iterator, list)
-        chunks = data_iterator if is_list else [data_iterator]
-        self._chunks = [None if chunk is None else ReplayIterator(chunk) for chunk in chunks]
-        self.iterator: Any = self._chunks if is_list else self._chunks[0]
+        self._is_list = isinstance(data_iterator, list)
+        sources = data_iterator if self._is_list else [data_iterator]
+        # By chunk of the model: the source, and what was drawn from it.
+        self._chunks: list[tuple[Any, list[Any]]] = [(source, []) for source in sources]
 
-    def rewind(self) -> None:
-        """Starts every iterator again with its first micro-batch."""
-        for chunk in self._chunks:
-            if chunk is not None:
-                chunk.rewind()
+    def iterators(self) -> Any:
+        """Returns what the schedule takes, beginning with the first micro-batch."""
+        chunks = [
+            None if source is None else _replay(source, drawn) for source, drawn in self._chunks
+        ]
+        return chunks if self._is_list else chunks[0]
 
     def peek(self, num_microbatches: int) -> list[Any]:
         """Returns the micro-batches that the last chunk will draw; none if it has no data."""
-        last = self._chunks[-1]
-        if last is None:
+        source, drawn = self._chunks[-1]
+        if source is None:
             return []
-        drawn = [next(last) for _ in range(num_microbatches)]
-        last.rewind()
-        return drawn
+        return list(itertools.islice(_replay(source, drawn), num_microbatches))
+
+
+def _replay(source: Iterator[Any], drawn: list[Any]) -> Iterator[Any]:
+    """Yields copies, because a reader may replace entries of what it was given."""
+    yield from map(copy.copy, drawn)
+    while True:
+        drawn.append(next(source))
+        yield copy.copy(drawn[-1])
 
 
 def run_forward_only(schedule: Schedule, call: dict[str, Any]) -> None:

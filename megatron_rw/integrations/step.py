@@ -66,14 +66,13 @@ class StepReweighting:
         try:
             if reweighter.scores_first or (counts_first and self.num_microbatches > 1):
                 data = ReplayedData(call["data_iterator"])
-                call = call | {"data_iterator": data.iterator}
                 if counts_first:
                     reweighter.step_tokens = self._count_tokens(data)
                 else:
                     self.scoring = True
-                    run_forward_only(schedule, call)
+                    run_forward_only(schedule, call | {"data_iterator": data.iterators()})
                     self.scoring = False
-                    data.rewind()
+                call = call | {"data_iterator": data.iterators()}
             result = schedule(**call)
         finally:
             self.running = self.scoring = False

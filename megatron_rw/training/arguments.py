@@ -184,14 +184,11 @@ def announce(settings: Settings, domain_names: Sequence[str]) -> None:
         print_rank_0(f"> kernels: {backend}{heads if args.mtp_num_layers else ''}")
     else:
         print_rank_0(f"> cross-entropy: {kernels.cross_entropy_impl}; kernels: {backend}")
+    values = "off (--reweight-strategy none)"
     if config.enabled:
-        values = ", ".join(
-            f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
-            for field in dataclasses.fields(config)
-        )
-        print_rank_0(f"> sample reweighting: {values}")
-    else:
-        print_rank_0("> sample reweighting: off (--reweight-strategy none)")
+        chosen = dataclasses.asdict(config).items()
+        values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen)
+    print_rank_0(f"> sample reweighting: {values}")
 
 
 def _repair_help(parser: ArgumentParser) -> None:

@@ -150,25 +150,15 @@ class PretrainLoss:
     def _check(self, loss: Tensor) -> None:
         """Runs Megatron's checks of this rank's unweighted loss sum: not finite, or a spike."""
         machine = get_rerun_state_machine()
+        check = functools.partial(machine.validate_result, loss, tolerance=0.0)
         if self._validates:
             for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-                machine.validate_result(
-                    result=loss,
-                    rejection_func=rejected,
-                    message=f"found {name} in local forward loss calculation",
-                    tolerance=0.0,
-                    fatal=True,
-                )
+                check(rejected, message=f"found {name} in local forward loss calculation")
         if self._args.check_for_spiky_loss:
-            machine.validate_result(
-                result=loss,
-                rejection_func=functools.partial(
-                    machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"
-                ),
-                message="Spiky loss",
-                tolerance=0.0,
-                fatal=False,
+            is_spike = functools.partial(
+                machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss"
             )
+            check(is_spike, message="Spiky loss", fatal=False)
 
 
 def _token_mean(loss_mask: Tensor, token_losses: Tensor) -> LossResult:

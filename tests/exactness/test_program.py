@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.program import Run, run_program
+from tests.program import PP2, TP2, Run, run_program
 
 Gradient = dict[str, torch.Tensor]
 STEPS = 2
@@ -33,13 +33,8 @@ SCOPES = (
 # Processes, micro-batch size and flags. The scope global scores with our cross-entropy in any case.
 LAYOUTS = {
     "one": (1, 8, ""),
-    "tp2-pp2": (
-        4,
-        8,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--cross-entropy-impl fused",
-    ),
-    "dp2-tp2-distopt": (4, 4, "--tensor-model-parallel-size 2 --use-distributed-optimizer"),
+    "tp2-pp2": (4, 8, f"{TP2} {PP2} --cross-entropy-impl fused"),
+    "dp2-tp2-distopt": (4, 4, f"{TP2} --use-distributed-optimizer"),
 }
 
 

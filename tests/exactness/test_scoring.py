@@ -13,20 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.program import run_program
+from tests.program import TP2, VPP2, run_program
 
 FLAGS = (
     "--train-iters 4 --micro-batch-size 4 --global-batch-size 16 --hidden-dropout 0.2 "
     "--attention-dropout 0.2 --reweight-strategy uniform"
 ).split()
-LAYOUTS = {
-    "one": (1, ""),
-    "tp2-pp2-vpp2": (
-        4,
-        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 "
-        "--num-virtual-stages-per-pipeline-rank 2",
-    ),
-}
+LAYOUTS = {"one": (1, ""), "tp2-pp2-vpp2": (4, f"{TP2} {VPP2}")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -30,8 +30,8 @@ TWO_ULPS = 2.4e-7  # of a loss
 # Processes, flags, and flags of the fused run alone.
 CASES = {
     "embedding shared": (1, "", ""),
-    "embedding shared, TP2": (2, "--tensor-model-parallel-size 2", ""),
-    "embedding shared, PP2": (2, "--pipeline-model-parallel-size 2", ""),
+    "embedding shared, TP2": (2, program.TP2, ""),
+    "embedding shared, PP2": (2, program.PP2, ""),
     "splits": (1, "--make-vocab-size-divisible-by 4096", "--logits-budget-mib 5"),
     "global": (1, "--reweight-scope global", ""),
     "multi-token prediction": (1, "--mtp-num-layers 1", "--cross-entropy-impl fused"),

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.program import Run, run_program
+from tests.program import OVERLAP, PP2, TP2, VPP2, Run, run_program
 
 STEPS = 5
 # Two sets of eight samples a step, whatever the data-parallel size.
@@ -63,30 +63,15 @@ COMMON = (
 
 # Layout: processes, data-parallel size, flags.
 LAYOUTS = {
-    "tp2": (2, 1, "--tensor-model-parallel-size 2"),
-    "pp2": (2, 1, "--pipeline-model-parallel-size 2"),
-    "tp2-pp2": (4, 1, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "tp2": (2, 1, TP2),
+    "pp2": (2, 1, PP2),
+    "tp2-pp2": (4, 1, f"{TP2} {PP2}"),
     "dp2": (2, 2, ""),
     "dp2-distopt": (2, 2, "--use-distributed-optimizer"),
-    "dp2-tp2-distopt-overlap": (
-        4,
-        2,
-        "--tensor-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce "
-        "--overlap-param-gather",
-    ),
-    # Four stages of one layer each hold two chunks in turn.
-    "pp2-vpp2": (
-        2,
-        1,
-        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
-    ),
+    "dp2-tp2-distopt-overlap": (4, 2, f"{TP2} {OVERLAP}"),
+    "pp2-vpp2": (2, 1, VPP2),
     "dp4-per-token": (4, 4, "--calculate-per-token-loss"),
-    "dp2-pp2-vpp2-overlap": (
-        4,
-        2,
-        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 "
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
-    ),
+    "dp2-pp2-vpp2-overlap": (4, 2, f"{VPP2} {OVERLAP}"),
 }
 # With the output layer and its loss in one operation; the single process has core's own.
 LAYOUTS |= {

@@ -9,7 +9,7 @@ import pytest
 
 from tests.parallel.test_experts import EXPERTS
 from tests.parallel.test_layouts import assert_same_steps
-from tests.program import Run, assert_same_bits, kill_when, run_program, without_time
+from tests.program import PP2, TP2, Run, assert_same_bits, kill_when, run_program, without_time
 
 # Dropout, so that random-number state counts, and a warm-up that ends after the resume, so that
 # the reweighting state does.
@@ -74,7 +74,7 @@ RESHARD = (
 ).split()
 LAYOUTS = {
     "tp1-pp1": (1, []),
-    "tp2-pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()),
+    "tp2-pp2": (4, f"{TP2} {PP2}".split()),
     # The sets of samples that compete are of one size.
     "ep4": (4, [*EXPERTS, *"--expert-model-parallel-size 4 --micro-batch-size 4".split()]),
     "ep2": (2, [*EXPERTS, "--expert-model-parallel-size", "2"]),

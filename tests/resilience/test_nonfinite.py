@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.program import Run, assert_same_bits, run_program, without_time
+from tests.program import OVERLAP, PP2, TP2, Run, assert_same_bits, run_program, without_time
 from tests.resilience import bad_sample
 
 # Eight samples a step, so the bad one is in the third, of iterations 1 to 4.
@@ -26,15 +26,12 @@ FLAGS = (
 LAYOUTS = {
     "one process": (1, "", 0, 1),
     "DP2": (2, "", 1, 0),
-    "TP2": (2, "--tensor-model-parallel-size 2", 0, 1),
-    "PP2": (2, "--pipeline-model-parallel-size 2", 1, 1),
+    "TP2": (2, TP2, 0, 1),
+    "PP2": (2, PP2, 1, 1),
 }
 # Checkpoints are reshardable, since otherwise the optimizer's buffers are saved with their padding,
 # which is never written.
-OVERLAP = (
-    "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather "
-    "--dist-ckpt-optim-fully-reshardable"
-)
+RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 
 
 def train(
@@ -116,7 +113,9 @@ def test_megatrons_rerun_machine_decides_where_it_is_on(
     ("layout", "what", "flags"),
     [
         ("one process", "activations", ""),
-        pytest.param("DP2", "loss", f"{OVERLAP} --clip-grad 0", marks=pytest.mark.long),
+        pytest.param(
+            "DP2", "loss", f"{OVERLAP} {RESHARDABLE} --clip-grad 0", marks=pytest.mark.long
+        ),
         pytest.param("TP2", "activations", "--reweight-scope global", marks=pytest.mark.long),
         pytest.param("PP2", "loss", "", marks=pytest.mark.long),
         ("DP2", "gradient", ""),
