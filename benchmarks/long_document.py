@@ -30,7 +30,8 @@ import torch
 from benchmarks.bare_tokenizer import encoder_of
 from benchmarks.kernels.record import about, results_file
 from benchmarks.preprocess import TYPES, command_line, corpus_lines
-from megatron_rw.data.tokenizers.tokenizer import Tokenizer, TokenizerFlags, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 
 
 def main() -> int:

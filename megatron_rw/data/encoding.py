@@ -21,7 +21,8 @@ from megatron_rw.data.text.dedup import HASH_BYTES
 from megatron_rw.data.text.domain_names import safe_domain
 from megatron_rw.data.text.records import BadRecordError, Raw, parse, text_field
 from megatron_rw.data.text.sources import Source
-from megatron_rw.data.tokenizers.tokenizer import Tokenizer, optimal_dtype
+from megatron_rw.data.tokenizers.library_tokenizer import optimal_dtype
+from megatron_rw.data.tokenizers.tokenizer import Tokenizer
 from megatron_rw.errors import UserError
 
 # Large enough for the overhead of a tokenizer's batch not to matter, and little memory.

@@ -23,36 +23,34 @@ class TrainingLoop:
         self._args = args
         self._callbacks = callbacks
 
+    def _each(self, event: Callable[..., None], *args: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event.__name__)(*args)
+
     def initialize_megatron(self, proceed: Proceed, call: Call) -> Any:
         """Makes the process groups."""
-        for callback in self._callbacks:
-            callback.on_start()
+        self._each(Callback.on_start)
         result = proceed()
-        for callback in self._callbacks:
-            callback.on_process_groups()
+        self._each(Callback.on_process_groups)
         return result
 
     def build_data_iterators(self, proceed: Proceed, call: Call) -> Any:
         """Builds the data, which is what `pretrain` does first once the checkpoint is loaded."""
-        for callback in self._callbacks:
-            callback.on_loaded()
+        self._each(Callback.on_loaded)
         return proceed()
 
     def train_step(self, proceed: Proceed, call: Call) -> Any:
         """Runs a step: forward and backward passes, and the optimizer."""
         step = Step(call["iteration"], call["model"])
-        for callback in self._callbacks:
-            callback.before_step(step)
+        self._each(Callback.before_step, step)
         try:
             result = proceed()
         except NonFiniteExit:
-            for callback in self._callbacks:
-                callback.on_failed_step(step)
+            self._each(Callback.on_failed_step, step)
             raise
         _, skipped, _, exits, *_ = result
         step.skipped, step.exits = bool(skipped), bool(exits)
-        for callback in self._callbacks:
-            callback.after_step(step)
+        self._each(Callback.after_step, step)
         return result
 
     def training_log(self, proceed: Proceed, call: Call) -> Any:
@@ -62,21 +60,17 @@ class TrainingLoop:
         ends_interval = iteration % self._args.log_interval == 0
         prints = ends_interval or call["is_first_iteration"]
         log = LogEvent(iteration, prints, ends_interval, call)
-        for callback in self._callbacks:
-            callback.before_log(log)
+        self._each(Callback.before_log, log)
         result = proceed()
-        for callback in self._callbacks:
-            callback.on_log(log)
+        self._each(Callback.on_log, log)
         return result
 
     def evaluate(self, proceed: Proceed, call: Call) -> Any:
         """Evaluates, and prints the losses."""
         result = proceed()
-        for callback in self._callbacks:
-            callback.on_evaluation(call)
+        self._each(Callback.on_evaluation, call)
         return result
 
     def saved(self, iteration: int) -> None:
         """Notes a complete checkpoint."""
-        for callback in self._callbacks:
-            callback.on_saved(iteration)
+        self._each(Callback.on_saved, iteration)

@@ -17,7 +17,7 @@ from megatron_rw.data.indexed.parts import Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.text.chunks import tasks
 from megatron_rw.data.text.sources import Source, find_sources, shard_of
-from megatron_rw.data.tokenizers.tokenizer import optimal_dtype
+from megatron_rw.data.tokenizers.library_tokenizer import optimal_dtype
 from megatron_rw.data.workers import run_unordered
 from megatron_rw.errors import UserError
 from tests.data.conftest import write_texts

@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import get_blend_from_list
 
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.text import chunks
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer
 from tests.data.conftest import Preprocess, make_texts, write_jsonl
 from tests.data.datasets import datasets, files, fresh, read_dataset, write_dataset
 from tests.data.tiny_tokenizers import sentencepiece_flags

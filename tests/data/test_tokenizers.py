@@ -14,13 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_rw import command_line
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer, optimal_dtype
-from megatron_rw.data.tokenizers.tokenizer import (
-    TokenizerFlags,
-    load_tokenizer,
-    model_sha256,
-)
-from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerType
+from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer, optimal_dtype
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags, TokenizerType
 from megatron_rw.errors import UserError
 from tests.data.conftest import make_texts
 from tests.data.tiny_tokenizers import (
@@ -270,7 +266,8 @@ def test_a_text_that_the_library_cannot_encode(tmp_path: Path) -> None:
 
 _COUNT_THREADS = """
 import os, sys
-from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 flags = TokenizerFlags(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=sys.argv[1])
 tokenizer = load_tokenizer(flags)
 before = len(os.listdir("/proc/self/task"))
@@ -292,7 +289,8 @@ _START = """
 import sys
 from megatron_rw.data import inspect_dataset, merge_datasets, preprocess_data, split_dataset
 from megatron_rw.data import train_tokenizer
-from megatron_rw.data.tokenizers.tokenizer import TokenizerFlags, load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer import load_tokenizer
+from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 flags = TokenizerFlags(tokenizer_model=sys.argv[1])
 print(load_tokenizer(flags).encode_batch(["the"])[0].dtype)
 load_tokenizer(TokenizerFlags(tokenizer_type="ByteLevelTokenizer"))

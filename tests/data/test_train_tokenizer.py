@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_rw.data import train_tokenizer
-from megatron_rw.data.tokenizers.core_tokenizer import build_core_tokenizer
+from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer
 from megatron_rw.data.tokenizers.sentencepiece_training import EOD_ID, PAD_ID
 from megatron_rw.data.train_tokenizer import padded_vocab_size
 from tests.data.conftest import make_texts, write_jsonl, write_texts

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.tokenizers.core_tokenizer import (
+from megatron_rw.data.tokenizers.library_tokenizer import (
+    LibraryTokenizer,
     build_core_tokenizer,
     library_errors,
     optimal_dtype,
     require_package,
     whole_text_tokenizer,
 )
-from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
 from megatron_rw.data.tokenizers.safe_cuts import (
     GPT2_WORDS,
     SEGMENT_CHARACTERS,

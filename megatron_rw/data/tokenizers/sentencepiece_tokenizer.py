@@ -5,13 +5,13 @@ from functools import partial
 from itertools import pairwise, product
 from re import Pattern
 
-from megatron_rw.data.tokenizers.core_tokenizer import (
+from megatron_rw.data.tokenizers.library_tokenizer import (
+    LibraryTokenizer,
     build_core_tokenizer,
     library_errors,
     optimal_dtype,
     whole_text_tokenizer,
 )
-from megatron_rw.data.tokenizers.library_tokenizer import LibraryTokenizer
 from megatron_rw.data.tokenizers.safe_cuts import SEGMENT_CHARACTERS, CutTextEncoder, NextCut
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
 from megatron_rw.data.tokenizers.word_cache import encoder_in_words, sentencepiece_words

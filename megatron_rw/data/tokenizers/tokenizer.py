@@ -15,22 +15,11 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from megatron_rw.data.tokenizers.byte_tokenizer import ByteLevelTokenizer
-from megatron_rw.data.tokenizers.core_tokenizer import load_core_tiktoken, optimal_dtype
 from megatron_rw.data.tokenizers.huggingface_tokenizer import load_huggingface
+from megatron_rw.data.tokenizers.library_tokenizer import load_core_tiktoken
 from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
-from megatron_rw.data.tokenizers.tokenizer_flags import (
-    BYTE_LEVEL,
-    TokenizerFlags,
-)
+from megatron_rw.data.tokenizers.tokenizer_flags import BYTE_LEVEL, TokenizerFlags
 from megatron_rw.errors import UserError
-
-__all__ = [
-    "Tokenizer",
-    "TokenizerFlags",
-    "load_tokenizer",
-    "model_sha256",
-    "optimal_dtype",
-]
 
 _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
     "SentencePieceTokenizer": load_sentencepiece,
