@@ -194,9 +194,9 @@ GOOD = b'{"text": "a model", "domain": "d"}\n'
 BAD_LINES = [
     (b'{"text": "a', "invalid JSON", "Unterminated string"),
     (b"[" * 100_000, "invalid JSON", "maximum recursion depth"),
-    (b'["text"]', "not an object", "an array, where a line must be like"),
+    (b'["text"]', "not an object", "['text'], where a line must be like"),
     (b'{"txt": "a", "domain": "d"}', "missing key", "'text' (--json-keys); it has: domain, txt"),
-    (b'{"text": 5, "domain": "d"}', "not a string", "'text' (--json-keys) is a number"),
+    (b'{"text": 5, "domain": "d"}', "not a string", "'text' (--json-keys) is 5, not"),
     (b'{"text": "", "domain": "d"}', "empty text", "field 'text' (--json-keys) is empty"),
     (b'{"text": "\xff"}', "not UTF-8", "invalid start byte at byte 10"),
     (b'{"text": "a\\ud800", "domain": "d"}', "half a surrogate pair", "at character 1"),

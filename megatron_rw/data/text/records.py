@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -138,7 +139,7 @@ def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
         raise BadRecordError("invalid JSON", str(error)) from error
     if not isinstance(record, dict):
         raise BadRecordError(
-            "not an object", f'{_json_type(record)}, where a line must be like {{"text": "..."}}'
+            "not an object", f'{reprlib.repr(record)}, where a line must be like {{"text": "..."}}'
         )
     return record
 
@@ -156,7 +157,7 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
         )
     field, value = f"field '{key}' ({flag})", record[key]
     if not isinstance(value, str):
-        raise BadRecordError("not a string", f"{field} is {_json_type(value)}, not a string")
+        raise BadRecordError("not a string", f"{field} is {reprlib.repr(value)}, not a string")
     if not value:
         raise BadRecordError("empty text", f"{field} is empty")
     if "\0" in value:
@@ -170,18 +171,3 @@ def text_field(record: dict[str, Any], flag: str, key: str) -> str:
             f"{field} holds half of a surrogate pair at character {error.start}, which is not text",
         ) from error
     return value
-
-
-_JSON_TYPES: dict[type, str] = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-    dict: "an object",
-}
-
-
-def _json_type(value: object) -> str:
-    return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
