@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_rw.data.indexed.integrity import changed
@@ -99,7 +99,7 @@ def _note_newer(folder: CheckpointFolder, named: Checkpoint) -> list[str]:
 
 
 def _is_own(args: Namespace) -> bool:
-    return args.save is not None and Path(args.save) == Path(args.load)
+    return args.save is not None and os.path.realpath(args.save) == os.path.realpath(args.load)
 
 
 def _nothing(args: Namespace, folder: CheckpointFolder, tracked: int | None) -> list[str]:
