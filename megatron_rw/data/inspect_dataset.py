@@ -21,10 +21,10 @@ from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.documents import DatasetReader
 from megatron_rw.data.indexed.domains import FILE_NAME, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.inspection import Report, inspect
-from megatron_rw.data.indexed.lengths import check_picture, draw
 from megatron_rw.data.indexed.pair import bin_path, idx_path
 from megatron_rw.data.tokenizers.decoding import DecodingFlags, decode, find
 from megatron_rw.errors import UserError, reported
+from megatron_rw.platform.pictures import check_picture, draw_histograms
 
 _DESCRIPTION = """\
 Print what is in Megatron .bin/.idx datasets, and whether they are whole.
@@ -123,9 +123,10 @@ def _print_reports(datasets: Sequence[InputDataset], config: InspectConfig) -> b
         print(json.dumps({"datasets": [report.summary() for report in reports]}, indent=2))
     else:
         print("\n\n".join(report.text() for report in reports))
-    drawn = {str(r.dataset.prefix): r.lengths for r in reports if r.lengths.documents}
+    drawn = {str(r.dataset.prefix): r.lengths.shares() for r in reports if r.lengths.documents}
     if config.picture and drawn:
-        draw(drawn, config.picture)
+        labels = ("tokens of a document", "share of the documents")
+        draw_histograms(drawn, config.picture, labels, base=2)
     return any(report.problems for report in reports)
 
 

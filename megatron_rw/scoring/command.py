@@ -58,7 +58,3 @@ def main() -> None:
         progress = Progress()
         with explaining(job.megatron, progress):
             run(job, config, progress)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 from megatron_rw.command_line import parse_known, require
 from megatron_rw.data.indexed.domains import FILE_NAME, DomainsFile
 from megatron_rw.errors import UserError
+from megatron_rw.platform.pictures import check_picture
 
 # What scoring needs of Megatron, whatever the job's flags say.
 _FORCED = (
@@ -44,18 +43,14 @@ class ScoreConfig:
     for each other."""
 
     picture: Path | None = None
-    """Draw the histograms into this PNG file (needs matplotlib)."""
+    """Draw the histograms into this file, .png or another format (needs matplotlib)."""
 
     def __post_init__(self) -> None:
         stride, tokens = self.score_stride, self.block_tokens
         require(stride is None or stride >= 1, "--score-stride", stride, "a number of at least 1")
         require(tokens >= 1, "--block-tokens", tokens, "a number of at least 1")
-        if self.picture is not None and importlib.util.find_spec("matplotlib") is None:
-            raise UserError(
-                "--picture needs a package that is not installed on "
-                f"{socket.gethostname()}: pip install matplotlib",
-                known_to_all=False,
-            )
+        if self.picture is not None:
+            check_picture(self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_rw.platform.files import complete_file
 from megatron_rw.scoring.folder import ScoreFolder
 
 # Bins of the histograms, in nats per token; the last bin has all that is above.
@@ -85,24 +83,13 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def draw(domains: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Writes the histograms as a picture; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    edges = BIN_WIDTH * np.arange(BINS + 2)
-    largest = 1
+def shares(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Returns the share of documents per nat in each bin, and the bins' edges, by domain."""
+    found = {}
     for name, entry in domains.items():
-        counts = np.array(entry["histogram"])
-        if counts.sum():
-            largest = max(largest, int(np.flatnonzero(counts)[-1]) + 1)
-            density = counts / counts.sum() / BIN_WIDTH
+        counts = np.trim_zeros(np.array(entry["histogram"]), "b")
+        if len(counts):
+            edges = (BIN_WIDTH * np.arange(len(counts) + 1)).tolist()
             label = f"{name} (mean over tokens {entry['loss']:.2f})"
-            axes.stairs(density, edges, label=label)
-    axes.set_xlim(0, edges[largest])
-    axes.set_xlabel("document loss, nats per token")
-    axes.set_ylabel("share of documents per nat")
-    axes.legend()
-    with complete_file(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+            found[label] = ((counts / counts.sum() / BIN_WIDTH).tolist(), edges)
+    return found

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from megatron_rw.errors import UserError
-from megatron_rw.platform.files import complete_file
 
 _BAR_CHARACTERS = 40
 
@@ -69,6 +63,12 @@ class Lengths:
             ],
         }
 
+    def shares(self) -> tuple[list[float], list[float]]:
+        """Returns the share of the documents in each bin, and the edges of the bins."""
+        bins = self.bins()
+        edges = [max(bins[0][0], 0.5), *(high + 1 for _, high, _ in bins)]
+        return [count / self.documents for _, _, count in bins], edges
+
     def text(self) -> list[str]:
         """Returns the lines of a histogram."""
         most = max((count for _, _, count in self.bins()), default=1)
@@ -77,45 +77,3 @@ class Lengths:
             f"{'#' * round(_BAR_CHARACTERS * count / most)}".rstrip()
             for low, high, count in self.bins()
         ]
-
-
-def check_picture(path: Path) -> None:
-    """Checks that a picture can be drawn into this file.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "--picture needs a package that is not installed; run: pip install matplotlib"
-        )
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix[1:].lower() not in kinds:
-        raise UserError(f"--picture {path}: no kind of picture; name it .{', .'.join(kinds)}")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--picture {path}: there is no directory {path.parent}; make it")
-
-
-def draw(lengths: Mapping[str, Lengths], path: Path) -> None:
-    """Draws the share of documents by length, a line for each dataset.
-
-    Args:
-        lengths: Name of a dataset to the lengths of its documents.
-        path: The picture; its suffix names the format.
-    """
-    from matplotlib.figure import Figure  # pyplot could open a window
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, counted in lengths.items():
-        bins = [(max(low, 0.5), high + 1, count) for low, high, count in counted.bins()]
-        edges = [bins[0][0], *(high for _, high, _ in bins)]
-        axes.stairs([count / counted.documents for _, _, count in bins], edges, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens of a document")
-    axes.set_ylabel("share of the documents")
-    axes.legend(fontsize="small")
-    with complete_file(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix[1:])
