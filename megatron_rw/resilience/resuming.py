@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rw.data.indexed.integrity import changed
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import TRACKER, Checkpoint, CheckpointFolder, saved_arguments
 
@@ -151,7 +150,9 @@ def check_resume(args: Namespace, allow_changed_data: bool) -> None:
         )
     if args.finetune or args.skip_train:
         return
-    altered = changed(saved.get("data_fingerprints", {}), args.data_fingerprints)
+    # A path that only one of the two has is no change: a corpus may be moved, a blend altered.
+    before, now = saved.get("data_fingerprints", {}), args.data_fingerprints
+    altered = [prefix for prefix in now if before.get(prefix, now[prefix]) != now[prefix]]
     if altered and not allow_changed_data:
         raise UserError(
             f"data path {', '.join(altered)}: not what {path} was trained on; it has been altered "

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rw.resilience.nonfinite import NonFiniteExit
+from megatron_rw.resilience.step_guard import NonFiniteExit
 from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 
 Proceed = Callable[..., Any]

@@ -9,8 +9,8 @@ from typing import Literal
 
 from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
-from megatron_rw.resilience.nonfinite import NonFiniteConfig
 from megatron_rw.resilience.saving import CheckpointConfig
+from megatron_rw.resilience.step_guard import NonFiniteConfig
 from megatron_rw.reweighting import ReweightConfig
 
 

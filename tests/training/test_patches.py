@@ -80,9 +80,8 @@ def table() -> list[Patch]:
     """All patches that any run may apply."""
     from megatron_rw.integrations import schedule
     from megatron_rw.integrations.state import ReweightState
-    from megatron_rw.resilience.nonfinite import NonFiniteConfig
     from megatron_rw.resilience.saving import CheckpointConfig, SaveGuard
-    from megatron_rw.resilience.step_guard import StepGuard
+    from megatron_rw.resilience.step_guard import NonFiniteConfig, StepGuard
     from megatron_rw.resilience.step_samples import StepSamples
     from megatron_rw.reweighting import ReweightConfig
     from megatron_rw.training.loop import TrainingLoop

@@ -81,14 +81,3 @@ def fingerprints(prefixes: Sequence[str], workers: int = 16) -> dict[str, str]:
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(fingerprint, prefixes)
         return {os.path.abspath(p): f for p, f in zip(prefixes, found, strict=True)}
-
-
-def changed(saved: dict[str, str], mine: dict[str, str]) -> list[str]:
-    """Returns the datasets that have the same path and another fingerprint than before.
-
-    Args:
-        saved: Fingerprints of the checkpoint, by absolute prefix.
-        mine: Fingerprints of this run. A path that only one of the two has is no change: a corpus
-            may be moved, and a blend may be altered on purpose.
-    """
-    return [prefix for prefix in mine if saved.get(prefix, mine[prefix]) != mine[prefix]]
