@@ -86,16 +86,11 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class MergeInput:
-    """A dataset that becomes a part of a joined one.
-
-    Attributes:
-        first: Number of its first document among those of all inputs.
-        size: Bytes of its tokens.
-    """
+    """A dataset that becomes a part of a joined one."""
 
     dataset: InputDataset
-    first: int
-    size: int
+    first: int  # Number of its first document among those of all inputs.
+    size: int  # Bytes of its tokens.
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,16 +47,12 @@ SHORTEST_ROW = 64
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of one shape.
+    """Rows of one shape."""
 
-    Attributes:
-        length: Tokens of a row, padding included.
-        rows: int64 [rows, 3]: the index of the row's first token in the block; how many of its
-            predictions do not count, because the row before makes them with more context; how many
-            it makes, those included. A row that makes none is padding.
-    """
-
-    length: int
+    length: int  # Tokens of a row, padding included.
+    # int64 [rows, 3]: the index of the row's first token in the block; how many of its predictions
+    # do not count, because the row before makes them with more context; how many it makes, those
+    # included. A row that makes none is padding.
     rows: NDArray[np.int64]
 
     def empty(self) -> MicroBatch:
@@ -66,23 +62,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """How documents are cut into rows, and rows are put together; `scores.json` has its fields.
+    """How documents are cut into rows, and rows are put together; `scores.json` has its fields."""
 
-    Attributes:
-        seq_length: Most tokens of a row.
-        stride: Tokens from one row of a document to the next; those between it and `seq_length`
-            are read again as context.
-        micro_batch_size: Rows of `seq_length` in a micro-batch; of shorter rows as many more as
-            have the same number of tokens.
-        lengths: Lengths that rows are padded to, descending, `seq_length` first.
-        block_tokens: Most tokens of a block, unless it is a single document.
-    """
-
-    seq_length: int
+    seq_length: int  # Most tokens of a row.
+    # Tokens from one row of a document to the next; those between it and `seq_length` are read
+    # again as context.
     stride: int
+    # Rows of `seq_length` in a micro-batch; of shorter rows as many more as have the same number of
+    # tokens.
     micro_batch_size: int
-    lengths: list[int]
-    block_tokens: int
+    lengths: list[int]  # Lengths that rows are padded to, descending, `seq_length` first.
+    block_tokens: int  # Most tokens of a block, unless it is a single document.
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[MicroBatch]:
         """Returns the micro-batches of a block's documents, the longest rows first."""

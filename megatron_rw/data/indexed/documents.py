@@ -23,25 +23,15 @@ _REMEDY = "make the dataset again with tools/preprocess_data.py"
 
 @dataclass(frozen=True)
 class DocumentBlock:
-    """Consecutive documents.
+    """Consecutive documents."""
 
-    Attributes:
-        first: Number of the first document in its dataset, from 0.
-        first_sequence: Number of its first sequence.
-        sequences: int64 [documents], sequences of each document.
-        lengths: int32 [sequences], tokens of each sequence.
-        tokens: int64 [documents], tokens of each document.
-        start: Index of the first token in the `.bin`.
-        size: Bytes of all documents in the `.bin`.
-    """
-
-    first: int
-    first_sequence: int
-    sequences: NDArray[np.int64]
-    lengths: NDArray[np.int32]
-    tokens: NDArray[np.int64]
-    start: int
-    size: int
+    first: int  # Number of the first document in its dataset, from 0.
+    first_sequence: int  # Number of its first sequence.
+    sequences: NDArray[np.int64]  # int64 [documents], sequences of each document.
+    lengths: NDArray[np.int32]  # int32 [sequences], tokens of each sequence.
+    tokens: NDArray[np.int64]  # int64 [documents], tokens of each document.
+    start: int  # Index of the first token in the `.bin`.
+    size: int  # Bytes of all documents in the `.bin`.
 
 
 class DatasetReader:

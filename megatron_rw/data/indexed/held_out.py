@@ -23,31 +23,21 @@ _NONE = np.empty(0, np.uint64)
 
 @dataclass(frozen=True)
 class Share:
-    """How much to hold out of each domain; at most one of the two is not 0.
+    """How much to hold out of each domain; at most one of the two is not 0."""
 
-    Attributes:
-        fraction: About this fraction of the documents.
-        documents: This number of documents, and the copies of the last of them.
-    """
-
-    fraction: float = 0.0
-    documents: int = 0
+    fraction: float = 0.0  # About this fraction of the documents.
+    documents: int = 0  # This number of documents, and the copies of the last of them.
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is held out of all domains.
+    """What is held out of all domains."""
 
-    Attributes:
-        below: Documents with smaller hashes are for validation.
-        last: The number of largest hashes that are for test, out of 2^64.
-        valid: [hashes], sorted: more hashes that are for validation.
-        test: [hashes], sorted: more hashes that are for test.
-    """
-
-    below: int = 0
-    last: int = 0
+    below: int = 0  # Documents with smaller hashes are for validation.
+    last: int = 0  # The number of largest hashes that are for test, out of 2^64.
+    # [hashes], sorted: more hashes that are for validation.
     valid: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
+    # [hashes], sorted: more hashes that are for test.
     test: NDArray[np.uint64] = field(default_factory=lambda: _NONE)
 
     def sets(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:

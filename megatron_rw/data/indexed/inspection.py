@@ -18,25 +18,18 @@ from megatron_rw.errors import UserError
 
 @dataclass
 class Report:
-    """What was found in a dataset.
-
-    Attributes:
-        problems: What is wrong with the dataset, a sentence each.
-        facts: What its files say, by name; empty if they cannot be read.
-        tokens_read: Whether every token was read; the next three are None if not.
-        max_token_id: The largest id, -1 without tokens.
-        eod: The id that ends a document; None if it is not known.
-        without_eod: The number of documents that do not end in it.
-    """
+    """What was found in a dataset."""
 
     dataset: InputDataset
+    # What is wrong with the dataset, a sentence each.
     problems: list[str] = field(default_factory=list)
+    # What its files say, by name; empty if they cannot be read.
     facts: dict[str, Any] = field(default_factory=dict)
     lengths: Lengths = field(default_factory=Lengths)
-    tokens_read: bool = False
-    max_token_id: int | None = None
-    eod: int | None = None
-    without_eod: int | None = None
+    tokens_read: bool = False  # Whether every token was read; the next three are None if not.
+    max_token_id: int | None = None  # The largest id, -1 without tokens.
+    eod: int | None = None  # The id that ends a document; None if it is not known.
+    without_eod: int | None = None  # The number of documents that do not end in it.
 
     def summary(self) -> dict[str, Any]:
         """Returns the whole report, for JSON."""

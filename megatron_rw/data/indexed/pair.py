@@ -57,21 +57,14 @@ def idx_path(prefix: str | os.PathLike[str]) -> Path:
 
 @dataclass(frozen=True)
 class Index:
-    """The index of a dataset, memory-mapped.
+    """The index of a dataset, memory-mapped."""
 
-    Attributes:
-        dtype: Type of a token id.
-        lengths: int32 [sequences], tokens of each sequence.
-        offsets: int64 [sequences], where each begins in the `.bin`, in bytes.
-        bounds: int64 [documents + 1], the first sequence of each document, and their number.
-        multimodal: Whether a byte per sequence follows, which says the kind of the sequence.
-    """
-
-    dtype: np.dtype[Any]
-    lengths: NDArray[np.int32]
-    offsets: NDArray[np.int64]
+    dtype: np.dtype[Any]  # Type of a token id.
+    lengths: NDArray[np.int32]  # int32 [sequences], tokens of each sequence.
+    offsets: NDArray[np.int64]  # int64 [sequences], where each begins in the `.bin`, in bytes.
+    # int64 [documents + 1], the first sequence of each document, and their number.
     bounds: NDArray[np.int64]
-    multimodal: bool
+    multimodal: bool  # Whether a byte per sequence follows, which says the kind of the sequence.
 
     @property
     def documents(self) -> int:

@@ -58,35 +58,22 @@ class Reading:
 
 @dataclass(frozen=True)
 class Task:
-    """Work for one worker: one chunk, or all of a source.
+    """Work for one worker: one chunk, or all of a source."""
 
-    Attributes:
-        source: The source of the documents.
-        number: The chunk's number; -1 for all chunks of the source, one after the other.
-        finished: Numbers of the chunks that are there already, if the task is a whole source.
-        start: First byte at which a line of the chunk may begin; for Parquet the first row.
-        end: The byte after the last one.
-        row_groups: Parquet's row groups of the chunk.
-        lines: The documents themselves, if only one process can read the source.
-        line_count: Number of lines that those were, blank ones included.
-        last: Whether this is the source's last chunk; unknown for a whole source.
-        stored_bytes: Bytes of the source that the task reads, for the progress.
-        skipped_bytes: Bytes between the task before and this one that were done already.
-        fraction: The share of such tasks that are read at all, where a sample is read.
-    """
-
-    source: Source
-    number: int
+    source: Source  # The source of the documents.
+    number: int  # The chunk's number; -1 for all chunks of the source, one after the other.
+    # Numbers of the chunks that are there already, if the task is a whole source.
     finished: frozenset[int] = frozenset()
-    start: int = 0
-    end: int = 0
-    row_groups: tuple[int, ...] = ()
+    start: int = 0  # First byte at which a line of the chunk may begin; for Parquet the first row.
+    end: int = 0  # The byte after the last one.
+    row_groups: tuple[int, ...] = ()  # Parquet's row groups of the chunk.
+    # The documents themselves, if only one process can read the source.
     lines: tuple[Raw, ...] | None = field(default=None, repr=False)
-    line_count: int = 0
-    last: bool = False
-    stored_bytes: int = 0
-    skipped_bytes: int = 0
-    fraction: float = 1.0
+    line_count: int = 0  # Number of lines that those were, blank ones included.
+    last: bool = False  # Whether this is the source's last chunk; unknown for a whole source.
+    stored_bytes: int = 0  # Bytes of the source that the task reads, for the progress.
+    skipped_bytes: int = 0  # Bytes between the task before and this one that were done already.
+    fraction: float = 1.0  # The share of such tasks that are read at all, where a sample is read.
 
     def place(self, line: int) -> str:
         """Names the place of the task's line, or row, of this number, from 1, for a message."""

@@ -19,20 +19,14 @@ from megatron_rw.platform.quiet import silence
 
 @dataclass(frozen=True)
 class LibraryTokenizer:
-    """Encodes with the tokenizer of a library, into arrays; see `tokenizer.Tokenizer`.
-
-    Attributes:
-        encoder: Encodes texts, apart from what the next two add.
-        prefix: Text to put before every text that is not empty.
-        around: Ids to put before and after the ids of every text.
-        decode: Returns the text of ids.
-    """
+    """Encodes with the tokenizer of a library, into arrays; see `tokenizer.Tokenizer`."""
 
     vocab_size: int
     eod: int | None
-    encoder: CutTextEncoder | CachedWordEncoder
-    decode: Callable[[list[int]], str]
-    prefix: str = ""
+    encoder: CutTextEncoder | CachedWordEncoder  # Encodes texts, without `prefix` and `around`.
+    decode: Callable[[list[int]], str]  # Returns the text of ids.
+    prefix: str = ""  # Text to put before every text that is not empty.
+    # Ids to put before and after the ids of every text.
     around: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:

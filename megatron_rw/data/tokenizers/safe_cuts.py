@@ -74,18 +74,13 @@ def cut_text(text: str, next_cut: NextCut | None, size: int) -> list[str]:
 
 @dataclass(frozen=True)
 class CutTextEncoder:
-    """Encodes texts in segments, or whole where they may not be cut.
+    """Encodes texts in segments, or whole where they may not be cut."""
 
-    Attributes:
-        encode: Returns the ids of each segment of a list.
-        next_cut: Where texts may be cut; None if they may not.
-        characters: The least length of a segment.
-    """
-
+    # Returns the ids of each segment of a list.
     encode: Callable[[list[str]], Iterable[NDArray[Any]]]
-    next_cut: NextCut | None
+    next_cut: NextCut | None  # Where texts may be cut; None if they may not.
     dtype: type[Any]
-    characters: int = SEGMENT_CHARACTERS
+    characters: int = SEGMENT_CHARACTERS  # The least length of a segment.
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]`."""

@@ -61,17 +61,13 @@ def load_sentencepiece(
 
 @dataclass(frozen=True)
 class SafeCuts:
-    """How texts may be cut for a model.
+    """How texts may be cut for a model."""
 
-    Attributes:
-        next_cut: Where they may be cut.
-        words: Matches words between which they may be cut; None if that would not be faster.
-        unprefixed: Only for a model that puts a space before every text: the bytes of a model that
-            does not and is the same otherwise. The caller then puts the space.
-    """
-
-    next_cut: NextCut
+    next_cut: NextCut  # Where they may be cut.
+    # Matches words between which they may be cut; None if that would not be faster.
     words: Pattern[str] | None
+    # Only for a model that puts a space before every text: the bytes of a model that does not and
+    # is the same otherwise. The caller then puts the space.
     unprefixed: bytes | None
 
 
