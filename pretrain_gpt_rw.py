@@ -33,6 +33,7 @@ def main() -> None:
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
 
     from megatron_rw import patching
+    from megatron_rw.integrations.groups import embedding_ranks
     from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
@@ -43,7 +44,6 @@ def main() -> None:
         parse_args,
     )
     from megatron_rw.training.datasets import Domains
-    from megatron_rw.training.embeddings import embedding_ranks
     from megatron_rw.training.job import Job
     from megatron_rw.training.patches import early_patches
 

@@ -37,7 +37,7 @@ from megatron_rw.data.indexed.output import (
     publish,
     table,
 )
-from megatron_rw.data.indexed.pair import PairWriter, bin_path, idx_path
+from megatron_rw.data.indexed.pair import Index, PairWriter, bin_path, idx_path
 from megatron_rw.data.progress import Progress
 from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 from megatron_rw.errors import UserError, reported
@@ -227,9 +227,7 @@ def _write(
 ) -> DomainRecord:
     """Writes one joined dataset, and takes the largest token id from the records where it can."""
     known = [part.dataset.record.max_token_id for part in inputs if part.dataset.record]
-    with DatasetReader(inputs[0].dataset.prefix) as reader:
-        dtype = reader.dtype
-    with PairWriter(scratch / prefix, dtype) as writer:
+    with PairWriter(scratch / prefix, Index.open(inputs[0].dataset.prefix).dtype) as writer:
         for part in inputs:
             with DatasetReader(part.dataset.prefix) as reader:
                 for block in reader.blocks():

@@ -56,8 +56,6 @@ An interrupted call continues where it was when it is repeated. docs/data.md has
 raw text to a training run."""
 # About how many parts there are at most: few enough for a file system, and each large enough.
 _CHUNKS = 2048
-# As many domains are listed, at most, in the message about shards.
-_LISTED_DOMAINS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,14 +120,13 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
         check_weights(files, config.blend_weights)
     shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
     if shards and config.domain is None and config.inputs.domain_by == "corpus":
-        listed = [f"{name} ({count:,})" for name, count in files.most_common(_LISTED_DOMAINS)]
-        if len(files) > len(listed):
-            listed.append(f"{len(files) - len(listed):,} more")
+        listed = ", ".join(f"{name} ({count:,})" for name, count in files.most_common(10))
+        more = f" and {len(files) - 10:,} more" if len(files) > 10 else ""
         say(
             _TOOL,
             f"files such as {shards[0].name} are shards, and their number names no domain. The "
-            f"domains, with their number of files: {', '.join(listed)}. --domain-by file makes "
-            "each file a domain",
+            f"domains, with their number of files: {listed}{more}. --domain-by file makes each "
+            "file a domain",
         )
     return outputs
 

@@ -20,6 +20,7 @@ from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.data.progress import Progress as PrintedProgress
 from megatron_rw.data.progress import say
 from megatron_rw.errors import UserError
+from megatron_rw.integrations.groups import embedding_ranks
 from megatron_rw.platform.pictures import draw_histograms
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
@@ -29,7 +30,6 @@ from megatron_rw.scoring.folder import ScoreFolder
 from megatron_rw.scoring.plan import Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.arguments import megatron_config
-from megatron_rw.training.embeddings import embedding_ranks
 from megatron_rw.training.patches import repairs
 from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import Settings

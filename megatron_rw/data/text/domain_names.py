@@ -25,6 +25,7 @@ _NUMBER = re.compile(
 # Years, months and days, such as 2023, 202301 and 20230131.
 _DATE = re.compile(r"(?:19|20)\d\d(?:(?:0[1-9]|1[0-2])(?:[0-3]\d)?)?")
 _SHORTEST_SHARD_NUMBER = 3
+_USABLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
 def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
@@ -82,8 +83,7 @@ def safe_domain(name: str) -> str:
     Raises:
         BadRecordError: If it cannot.
     """
-    characters = name.replace("_", "a").replace("-", "a").replace(".", "a")
-    if name[:1] in "-." or len(name) > 100 or not (characters.isascii() and characters.isalnum()):
+    if not _USABLE.fullmatch(name):
         raise BadRecordError(
             "unusable domain",
             f"the domain {name[:120]!r} cannot be part of a file name here; use at most 100 "
