@@ -65,7 +65,8 @@ def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
     ]
     digest = model_sha256(model)
     made_by = TokenizerRecord("SentencePieceTokenizer", model, digest, tokenizer.vocab_size)
-    return write_directory(tmp_path / "in", {"a": documents[:20], "b": documents[20:]}, made_by)
+    domains = {"a": documents[:20], "b": documents[20:]}
+    return write_directory(tmp_path / "in", domains, tokenizer=made_by)
 
 
 def test_a_report_tells_what_core_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
