@@ -3,8 +3,9 @@
 import gzip
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -53,22 +54,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return train_model(tmp_path_factory.mktemp("tokenizer"))
 
 
-class Preprocess(Protocol):
+@dataclass(frozen=True)
+class Preprocess:
+    """Runs preprocess_data on one or several inputs, with a tokenizer model."""
+
+    model: str
+
     def __call__(
         self, inputs: object, output: Path, flags: str = "", workers: int = 1, status: int = 0
-    ) -> Ended: ...
+    ) -> Ended:
+        paths = inputs if isinstance(inputs, list) else [inputs]
+        usual = ("--output-dir", output, "--tokenizer-model", self.model, "--workers", workers)
+        given = ("--input", *paths, *usual, *flags.split())
+        return call(preprocess_data.main, *given, status=status)
 
 
 @pytest.fixture(scope="session")
 def run(model: str) -> Preprocess:
-    """Runs preprocess_data on one or several inputs, with the tokenizer of `model`."""
-
-    def preprocess(
-        inputs: object, output: Path, flags: str = "", workers: int = 1, status: int = 0
-    ) -> Ended:
-        paths = inputs if isinstance(inputs, list) else [inputs]
-        usual = ("--output-dir", output, "--tokenizer-model", model, "--workers", workers)
-        given = ("--input", *paths, *usual, *flags.split())
-        return call(preprocess_data.main, *given, status=status)
-
-    return preprocess
+    return Preprocess(model)

@@ -74,10 +74,11 @@ def record(name: str, documents: Sequence[Document]) -> DomainRecord:
 def write_directory(
     directory: Path,
     domains: Mapping[str, Sequence[Document]],
+    dtype: type[Any] = np.uint16,
     tokenizer: TokenizerRecord = TOKENIZER,
 ) -> Path:
     for name, documents in domains.items():
-        write_dataset(directory / f"{name}_text_document", documents)
+        write_dataset(directory / f"{name}_text_document", documents, dtype)
     records = {name: record(name, documents) for name, documents in domains.items()}
     DomainsFile(tokenizer, records).save(directory / "domains.json")
     return directory

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import DType
 from numpy.typing import NDArray
 
 from megatron_rw.command_line import parse
@@ -70,7 +71,7 @@ def made_of(
 def test_the_vocabulary_chooses_the_dtype(
     tmp_path: Path, vocab_size: int, dtype: type[Any]
 ) -> None:
-    assert optimal_dtype(vocab_size) is dtype
+    assert optimal_dtype(vocab_size) is DType.optimal_dtype(vocab_size) is dtype
     largest = vocab_size - 1
     assert made_of([f"1 {largest}"], tmp_path, vocab_size) == [[[1, largest]]]
 

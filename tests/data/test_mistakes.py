@@ -22,7 +22,7 @@ USUAL = {
     preprocess_data: "--input in.jsonl --output-dir out --tokenizer-model bpe.model --workers 2",
     train_tokenizer: "--input big.jsonl small.jsonl --output-prefix out/t",
     merge_datasets: "",
-    split_dataset: "--input pair --output-dir out",
+    split_dataset: "--input train --output-dir out",
     inspect_dataset: "",
 }
 AT_ONCE = {
@@ -47,6 +47,13 @@ AT_ONCE = {
         "--input *.gone": "--input *.gone: no file matches",
         "--input in.jsonl in.jsonl": "--input in.jsonl: given 2 times; name it once",
         "--input nothing": "--input nothing: no file to read in it; it has the suffixes: .c",
+        "--input nonsense://a/b.jsonl": "nonsense://a/b.jsonl: Protocol not known: nonsense",
+        "--input memory://gone/*.jsonl": "--input memory://gone/*.jsonl: no file matches",
+        "--input memory://gone/a.jsonl": "--input memory://gone/a.jsonl: no such file",
+        "--output-dir train": "train: holds datasets already (domains.json); give another dir",
+        "--output-dir blended": "blended: holds datasets already (blend.txt); give another dir",
+        "--output-dir torn --overwrite": "torn/domains.json: not JSON",
+        "--output-dir 'a b'": "Megatron splits blend.txt at white space; give a path without any",
         "--tokenizer-model gone.model": "--tokenizer-model gone.model: no such file",
         "--tokenizer-model text.csv": "--tokenizer-model text.csv: cannot be loaded as Sentence",
     },
@@ -66,6 +73,12 @@ AT_ONCE = {
         "--input-dir a --output-prefix out": "give --input with --output-prefix, or",
         "--input a --output-dir b --output-prefix out": "give --input with --output-prefix, or",
         "--input a": "give --input with --output-prefix, or --input-dir with --output-dir",
+        "--input-dir train --output-dir train": "train: holds datasets already (domains.json)",
+        "--input-dir train --output-dir train --overwrite": "train: is one of --input-dir; give",
+        "--input train/a_text_document --output-prefix train/a_text_document": "is there already",
+        "--input train/a_text_document --output-prefix train/a_text_document --overwrite": (
+            "--output-prefix train/a_text_document: is one of --input; give another"
+        ),
         "--input-dir nothing --output-dir out": "nothing: has no domains.json; give a complete",
     },
     split_dataset: {
@@ -76,23 +89,25 @@ AT_ONCE = {
         "--test-documents 0": "--test-documents 0: give a number of at least 1",
         "--test-documents 1 --test-fraction 0.1": "--test-fraction",
         "--test-documents 1 --seed -1": "--seed -1: give a number from 0",
+        "--test-documents 1 --input train --output-dir .": "holds datasets already (domains.json)",
+        "--test-documents 1 --input train --output-dir . --overwrite": "--input would be replaced",
         "--test-documents 1 --input nothing": "nothing: has no domains.json; give a complete dir",
     },
     inspect_dataset: {
-        "pair --document 0": "--document: there are 2 datasets; give one of pair/a_text",
-        "pair/a_text_document --document 50": "has documents 0 to 49",
-        "pair/a_text_document --document -1": "has documents 0 to 49",
-        "pair --find a": "t/bpe.model, the tokenizer that domains.json names, is not there; give",
+        "train --document 0": "--document: there are 2 datasets; give one of train/a_text",
+        "train/a_text_document --document 50": "has documents 0 to 49",
+        "train/a_text_document --document -1": "has documents 0 to 49",
+        "train --find a": "t/bpe.model, the tokenizer that domains.json names, is not there; give",
         "bare/bare --document 0": "no domains.json tells which tokenizer made this dataset; give",
         "bare/bare --find a": "no domains.json tells which tokenizer made this dataset; give",
         "bare/bare --document 0 --tokenizer-model bpe.model": "id is 400, and the tokenizer has",
         "gone": "gone: neither a directory nor a dataset's path",
         "nothing": "nothing: has no datasets; give a directory",
-        "pair --document 1 --check": "--check and --picture go with the report only",
-        "pair --document 1 --find x": "--find",
-        "pair --ids": "--ids goes with --document",
-        "pair --picture lengths.txt": "lengths.txt: no kind of picture; name it .",
-        "pair --picture gone/lengths.png": "gone/lengths.png: there is no directory gone; make it",
+        "train --document 1 --check": "--check and --picture go with the report only",
+        "train --document 1 --find x": "--find",
+        "train --ids": "--ids goes with --document",
+        "train --picture lengths.txt": "lengths.txt: no kind of picture; name it .",
+        "train --picture gone/lengths.png": "gone/lengths.png: there is no directory gone; make it",
     },
 }
 # Mistakes that only reading shows.
@@ -133,6 +148,8 @@ FILES = {
     "plain.txt": GOOD,
     "empty.jsonl": b"\n \n",
     "nothing/a.c": b"",
+    "blended/blend.txt": b"",
+    "torn/domains.json": b"{",
     "big.jsonl": b'{"text": "a b", "domain": "b"}',
     "small.jsonl": b'{"text": "a b", "domain": "s"}',
     "blank.jsonl": b'{"text": "\\n\\t\\n"}',
@@ -152,7 +169,7 @@ def ground(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
     os.symlink(model, "bpe.model")
-    write_directory(Path("pair"), {"a": distinct(50, 0), "b": distinct(5, 50)})
+    write_directory(Path("train"), {"a": distinct(50, 0), "b": distinct(5, 50)})
     write_dataset(Path("bare/bare"), [[[1, 400]]])
 
 

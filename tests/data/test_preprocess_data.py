@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +29,13 @@ RECORDS = [
 ]
 
 
+type Tokenize = Callable[[str], list[int]]
+
+
 @pytest.fixture(scope="session")
-def tokenize(model: str) -> Callable[[str], list[int]]:
+def tokenize(model: str) -> Any:
     """The tokenizer as Megatron's training program builds it from its flags."""
-    tokenize: Callable[[str], list[int]]
-    tokenize = build_core_tokenizer(sentencepiece_flags(model)).tokenize
-    return tokenize
+    return build_core_tokenizer(sentencepiece_flags(model)).tokenize
 
 
 def domains(directory: Path) -> dict[str, DomainRecord]:
@@ -57,11 +59,7 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 
 def test_datasets_hold_what_the_tokenizer_makes(
-    tmp_path: Path,
-    corpus: list[Path],
-    model: str,
-    run: Preprocess,
-    tokenize: Callable[[str], list[int]],
+    tmp_path: Path, corpus: list[Path], model: str, run: Preprocess, tokenize: Tokenize
 ) -> None:
     out = tmp_path / "deep" / "out"
     table = run(corpus, out, "--domain-key domain --append-eod").out.splitlines()
@@ -92,7 +90,7 @@ def test_datasets_hold_what_the_tokenizer_makes(
 
 
 def test_every_key_gets_a_directory(
-    tmp_path: Path, corpus: list[Path], run: Preprocess, tokenize: Callable[[str], list[int]]
+    tmp_path: Path, corpus: list[Path], run: Preprocess, tokenize: Tokenize
 ) -> None:
     out = tmp_path / "out"
     run(corpus, out, "--json-keys body text")
@@ -163,7 +161,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1
 def test_any_text_is_stored_as_core_would(
     tmp_path: Path,
     run: Preprocess,
-    tokenize: Callable[[str], list[int]],
+    tokenize: Tokenize,
     documents: list[tuple[str, str]],
     eod: bool,
     dedup: bool,
@@ -211,10 +209,7 @@ BAD_LINES = [
 
 
 def test_bad_lines_are_listed_and_left_out(
-    tmp_path: Path,
-    run: Preprocess,
-    tokenize: Callable[[str], list[int]],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, run: Preprocess, tokenize: Tokenize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "_SMALLEST", 20_000)
     paths = [tmp_path / "in.jsonl", tmp_path / "in.jsonl.gz"]

@@ -203,14 +203,3 @@ def test_a_bare_dataset_is_split_without_a_domains_file(tmp_path: Path) -> None:
     parts = [read_dataset(tmp_path / "out" / name / "plain") for name in ("train", "valid")]
     assert [len(documents) for documents in parts] == [93, 7]
     assert sorted(files(tmp_path / "out" / "valid")) == ["blend.txt", "plain.bin", "plain.idx"]
-
-
-def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    train = write_directory(tmp_path / "train", {"a": distinct(50)})
-    for more, message in (
-        ("", "holds datasets already (domains.json)"),
-        (" --overwrite", "--input would be replaced"),
-    ):
-        refused = split(train, tmp_path, f"--valid-documents 2{more}", status=2)
-        assert message in refused.error
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["train"]

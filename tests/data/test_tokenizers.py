@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_rw import command_line
-from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer, optimal_dtype
+from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags, TokenizerType
 from megatron_rw.errors import UserError
@@ -301,10 +301,3 @@ print([name for name in ("torch", "megatron", "transformers") if name in sys.mod
 def test_the_tools_and_the_common_tokenizers_import_nothing_heavy(model: str) -> None:
     started = subprocess.check_output([sys.executable, "-c", _START, model], text=True)
     assert started == "uint16\n[]\n"
-
-
-def test_the_type_of_ids_is_the_one_that_core_chooses() -> None:
-    from megatron.core.datasets.indexed_dataset import DType
-
-    for vocab_size in (1, 65_499, 65_500, 1 << 20):
-        assert optimal_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
