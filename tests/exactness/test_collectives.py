@@ -38,7 +38,7 @@ def traffic_by_scope(layout: cases.Layout) -> dict[str, Traffic]:
     """Collectives of one step on this rank: of Megatron's own loss, of its forward passes alone
     (`forward`), and of every scope.
     """
-    found = {}
+    found: dict[str, Traffic] = {}
     for scope in ("none", "forward", *cases.CONFIGS):
         chunks = model.build(layout, torch.float32)
         forward_step: Any = model.forward_step
