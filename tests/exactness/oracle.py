@@ -78,10 +78,10 @@ def objective(
     """The step's objective with constant weights, and the range of its sample losses.
 
     Args:
-        losses: one `[n, s]` per micro-batch, over all data-parallel ranks; fp64 with gradient.
-        masks: as many, 1 where a token counts.
-        config: scope and strategy.
-        seen: for the scope `deferred`, the range from the steps before.
+        losses: One `[n, s]` per micro-batch, over all data-parallel ranks; fp64 with gradient.
+        masks: As many, 1 where a token counts.
+        config: Scope and strategy.
+        seen: For the scope `deferred`, the range from the steps before.
     """
     sets: list[list[Tensor | None]] = [
         [(row * m).sum() / m.sum() if m.sum() else None for row, m in zip(ce, mask, strict=True)]
