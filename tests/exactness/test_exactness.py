@@ -12,6 +12,7 @@ that with the fused output layer, whose factors come from differences of rounded
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 
@@ -31,16 +32,18 @@ Sums = dict[tuple[str, str, str], list[tuple[float, float]]]
 def wanted() -> Wanted:
     """The same in every layout."""
     values = oracle.parameters(0)
-    found = {}
+    found: Wanted = {}
     for scope, config in cases.CONFIGS.items():
         for mask in cases.MASKS:
-            seen: oracle.Range = None
-            gradients = []
-            for samples in cases.steps(mask):
-                gradient, latest = oracle.step_gradient(values, samples, config, seen)
-                seen = oracle.mixed(seen, latest, config.moment_decay)
-                gradients.append(gradient)
-            found[scope, mask] = gradients
+            gradients = oracle.Oracle(config)
+            found[scope, mask] = [
+                gradients.gradient(
+                    values,
+                    functools.partial(oracle.token_losses, sets=sets),
+                    [samples.mask for samples in sets],
+                )
+                for sets in cases.steps(mask)
+            ]
     return found
 
 

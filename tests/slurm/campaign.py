@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.undisturbed import Undisturbed
+from tests.faults.campaign import Undisturbed
 from tests.hosts import INTERFACE
 from tests.program import MODEL, TRAINING, Run, steps_so_far
 from tests.slurm.cluster import NODES, Cluster, running_cluster, wait_until
