@@ -55,13 +55,14 @@ def token_losses(p: Parameters, sets: Sequence[Samples]) -> list[Tensor]:
     return losses
 
 
-def deferred_weights(
-    losses: Sequence[float | None], config: ReweightConfig, seen: Range
-) -> list[float]:
-    """exp(h(u)/r)/Σ with u from the range `seen`, clamped; all alike where there is none."""
+def deferred_weights(losses: list[float], config: ReweightConfig, seen: Range) -> list[float]:
+    """exp(h(u)/r)/Σ with u from the range `seen`, clamped; all alike where there is none.
+
+    A loss that is not a number, of a sample without an active token, has no weight.
+    """
     scores = []
     for loss in losses:
-        if loss is None:
+        if math.isnan(loss):
             scores.append(-math.inf)
         elif seen is None or seen[1] - seen[0] < oracle.COLLAPSED_RANGE:
             scores.append(0.0)
@@ -103,6 +104,7 @@ class Oracle:
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def _objective(self, losses: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """The sum of weight times sample loss, the weights constant; moves on to the next step."""
         config = self.config
         sets: list[list[Tensor | None]] = [
             [(row * m).sum() / m.sum() if m.sum() else None for row, m in zip(*pair, strict=True)]
@@ -113,18 +115,13 @@ class Oracle:
         total = losses[0].sum() * 0.0
         finite = []
         for members in sets:
-            values = [None if loss is None else loss.item() for loss in members]
-            finite += [value for value in values if value is not None]
+            values = [math.nan if loss is None else loss.item() for loss in members]
+            finite += [value for value in values if math.isfinite(value)]
             if config.scope == "deferred":
                 weights = deferred_weights(values, config, self.seen)
             else:
-                weights = oracle.weights(
-                    [value or 0.0 for value in values],
-                    config.strategy,
-                    config.temperature,
-                    config.delta,
-                    mask=[value is not None for value in values],
-                )
+                settings = (config.strategy, config.temperature, config.delta)
+                weights = oracle.weights(values, *settings)
             for weight, loss in zip(weights, members, strict=True):
                 if loss is not None:
                     total = total + weight * loss / len(sets)

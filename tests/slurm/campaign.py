@@ -145,7 +145,7 @@ class Campaign:
         command = ["sbatch", "--parsable", *SIZES, *log, *options, SCRIPT, *MODEL, *TRAINING]
         variables: dict[str, Any] = {
             "RUN": str(directory),
-            "PROGRAM": str(ROOT / "tests/slurm/paced.py"),
+            "PROGRAM": str(ROOT / "tests/faults/injected.py"),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "STEP_SECONDS": "0.05",
