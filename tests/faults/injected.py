@@ -27,7 +27,8 @@ def main() -> None:
     if hosts := os.environ.get("HOSTS"):
         with open(f"/run/netns/{hosts.split(',')[rank]}") as namespace:
             os.setns(namespace.fileno(), os.CLONE_NEWNET)
-    if limit := int(os.environ.get("RANK_LIMITS", "0,0").split(",")[rank]):
+    limits = os.environ.get("RANK_LIMITS")
+    if limits and (limit := int(limits.split(",")[rank])):
         # Not the rank: it hands its tensors over in shared memory, which is made of files.
         disturb(functools.partial(limit_files, limit), in_writer=has_writer)
     fault = json.loads(os.environ.get("FAULT", "{}"))
