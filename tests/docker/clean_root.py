@@ -27,7 +27,6 @@ from tests.docker.dockerfile import Stage, in_shell, read, write_context
 # What Docker gives to a container whose image says nothing.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
-CERTIFICATES_INSIDE = "/etc/certificates-of-the-host.crt"
 OTHER_USER = "54321:54321"
 # Until the health check has seen a step, while the run is there; then the run to its end.
 WATCHED = """
@@ -37,7 +36,7 @@ wait $run
 """
 
 
-def run(root: Path, user: str, script: str) -> None:
+def run(root: Path, user: str, script: str, *variables: str) -> None:
     """Runs a script in the root, with processes of its own that end with it."""
     isolated = [
         "unshare",
@@ -48,7 +47,7 @@ def run(root: Path, user: str, script: str) -> None:
         f"--mount-proc={root}/proc",
     ]
     chroot = ["chroot", f"--userspec={user}", str(root), "env", "-i", f"PATH={PATH}"]
-    subprocess.run([*isolated, *chroot, "sh", "-ec", script], check=True)
+    subprocess.run([*isolated, *chroot, *variables, "sh", "-ec", script], check=True)
 
 
 def prepare(root: Path, stage: Stage) -> None:
@@ -65,7 +64,7 @@ def prepare(root: Path, stage: Stage) -> None:
 
 def main() -> None:
     """Builds, runs and checks."""
-    root, given = Path(sys.argv[1]).resolve(), dict(word.split("=", 1) for word in sys.argv[2:])
+    root, variables = Path(sys.argv[1]).resolve(), sys.argv[2:]
     if os.geteuid() != 0 or shutil.which("debootstrap") is None:
         sys.exit("error: needs root and debootstrap (apt-get install debootstrap)")
     if root.exists():
@@ -82,11 +81,10 @@ def main() -> None:
         prepare(root, stage)
         write_context(root / "context")
         # A build host's own certificates, where it has some.
-        trust = ""
         if CERTIFICATES.exists():
-            shutil.copy(CERTIFICATES, root / CERTIFICATES_INSIDE.lstrip("/"))
-            trust = f"export PIP_CERT={CERTIFICATES_INSIDE}\n"
-        run(root, "0:0", trust + in_shell(stage, Path("/context"), given))
+            shutil.copy(CERTIFICATES, root / "etc")
+            variables.append(f"PIP_CERT=/etc/{CERTIFICATES.name}")
+        run(root, "0:0", in_shell(stage, Path("/context")), *variables)
         watched = WATCHED.format(command=command, health=health)
         run(root, texts["USER"], f"{begin}\n{watched}")
         help_text = "python pretrain_gpt_rw.py --help > /runs/help.txt && touch ~/own"

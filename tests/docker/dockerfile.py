@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,23 +47,17 @@ def arguments_of(stage: Stage) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def in_shell(
-    instructions: Iterable[Instruction], context: Path, given: Mapping[str, str] | None = None
-) -> str:
+def in_shell(instructions: Iterable[Instruction], context: Path) -> str:
     """A script that does what the instructions do, but for their user.
 
-    Args:
-        instructions: Those of one stage, or some of them.
-        context: The folder that COPY takes files from.
-        given: The values of ARGs, as by --build-arg.
+    COPY takes files from the context. An ARG that is a variable already keeps its value.
     """
     lines = ["set -e"]
     for name, text in instructions:
-        if name in ("ARG", "ENV"):
+        if name == "ARG":
+            lines.append(f": ${{{text}}}; export {text.split('=')[0]}")
+        elif name == "ENV":
             lines.append(f"export {text}")
-            argument = text.split("=")[0]
-            if name == "ARG" and given and argument in given:
-                lines.append(f"export {argument}={shlex.quote(given[argument])}")
         elif name == "WORKDIR":
             lines.append(f"mkdir -p {text}; cd {text}")
         elif name == "COPY":

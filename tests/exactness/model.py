@@ -36,42 +36,29 @@ def own_part(name: str, full: Tensor) -> Tensor:
 
 
 class TokenNetwork(MegatronModule):
-    """One model chunk.
+    """The model chunk of a virtual pipeline stage of this rank."""
 
-    Args:
-        config: Sizes and layout.
-        chunk: Index of the chunk along the pipeline, virtual stages included.
-        chunks: How many there are.
-        vp_stage: As core's models have it.
-        fused: Compute the output layer and the loss in one operation.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        chunk: int,
-        chunks: int,
-        vp_stage: int | None,
-        fused: bool,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, layout: cases.Layout, vp_stage: int) -> None:
         super().__init__(config)
-        self.fused = fused
+        self.fused = layout.has("fused")
+        stages = layout.size("PP")
+        chunks = stages * layout.size("VPP")
+        chunk = vp_stage * stages + parallel_state.get_pipeline_model_parallel_rank()
+        per_chunk = oracle.LAYERS // chunks
+        self.layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
+        # As core's models have it.
         self.pre_process, self.post_process = chunk == 0, chunk == chunks - 1
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = vp_stage
+        self.vp_stage = vp_stage if layout.size("VPP") > 1 else None
         self.input_tensor: Tensor | None = None
-        per_chunk = oracle.LAYERS // chunks
-        self.layers = range(chunk * per_chunk, (chunk + 1) * per_chunk)
         hidden, ffn, vocab = oracle.HIDDEN, oracle.FFN, oracle.VOCAB
         make: dict[str, Any] = {"config": config, "init_method": lambda weight: None}
         column = functools.partial(
             tensor_parallel.ColumnParallelLinear, bias=False, gather_output=False, **make
         )
-        row = functools.partial(
-            tensor_parallel.RowParallelLinear,
-            **{"bias": False, "input_is_parallel": True, "skip_bias_add": False, **make},
-        )
+        inner = {"bias": False, "input_is_parallel": True, "skip_bias_add": False}
+        row = functools.partial(tensor_parallel.RowParallelLinear, **inner, **make)
         self.parts = torch.nn.ModuleDict()
         if self.pre_process:
             self.parts["embedding"] = tensor_parallel.VocabParallelEmbedding(vocab, hidden, **make)
@@ -153,31 +140,27 @@ def build(layout: cases.Layout, dtype: torch.dtype) -> list[DistributedDataParal
         overlap_grad_reduce=layout.has("overlap"),
         bucket_size=200 if layout.has("overlap") else None,
     )
-    stages, virtual = layout.size("PP"), layout.size("VPP")
-    rank = parallel_state.get_pipeline_model_parallel_rank()
-    model = []
-    for v in range(virtual):
-        vp_stage = v if virtual > 1 else None
-        chunks = stages * virtual
-        chunk = TokenNetwork(config, v * stages + rank, chunks, vp_stage, layout.has("fused"))
-        model.append(DistributedDataParallel(config, ddp, chunk, disable_bucketing=v > 0))
-    if ddp.overlap_grad_reduce:
-        no_sync: list[Callable[[], Any]] = [chunk.no_sync for chunk in model]
-        config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    model = [
+        DistributedDataParallel(
+            config, ddp, TokenNetwork(config, layout, vp_stage), disable_bucketing=vp_stage > 0
+        )
+        for vp_stage in range(layout.size("VPP"))
+    ]
+    if layout.has("overlap"):
+        [config.no_sync_func] = [chunk.no_sync for chunk in model]
     return model
 
 
 def run_step(
-    forward_step: Any, chunks: list[Any], samples: list[oracle.Samples], forward_only: bool = False
+    forward_step: Any, model: list[Any], samples: list[oracle.Samples], forward_only: bool = False
 ) -> None:
     """One step through core's schedule; the gradients are left in the buffers."""
-    for chunk in chunks:
+    for chunk in model:
         chunk.zero_grad_buffer()
-    data = [_micro_batches(samples) for _ in chunks]
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=data if len(chunks) > 1 else data[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
+        data_iterator=[_micro_batches(samples) for _ in model],
+        model=model,
         num_microbatches=len(samples),
         seq_length=cases.SEQUENCE,
         micro_batch_size=cases.SET_SIZE // parallel_state.get_data_parallel_world_size(),

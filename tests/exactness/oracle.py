@@ -7,7 +7,7 @@ context parallelism can be tested on it without an attention kernel that support
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,23 +43,26 @@ class Samples:
         return Samples(self.tokens[rows], self.labels[rows], self.mask[rows])
 
 
-def token_losses(p: Parameters, samples: Samples) -> Tensor:
-    """`[n, s]` cross-entropy."""
-    x = p["embedding"][samples.tokens]
-    for layer in range(LAYERS):
-        x = x + functional.gelu(x @ p[f"up.{layer}"].T) @ p[f"down.{layer}"].T
-    return functional.cross_entropy(
-        (x @ p["output"].T).transpose(1, 2), samples.labels, reduction="none"
-    )
+def token_losses(p: Parameters, sets: Sequence[Samples]) -> list[Tensor]:
+    """`[n, s]` cross-entropies of every micro-batch."""
+    losses = []
+    for samples in sets:
+        x = p["embedding"][samples.tokens]
+        for layer in range(LAYERS):
+            x = x + functional.gelu(x @ p[f"up.{layer}"].T) @ p[f"down.{layer}"].T
+        logits = (x @ p["output"].T).transpose(1, 2)
+        losses.append(functional.cross_entropy(logits, samples.labels, reduction="none"))
+    return losses
 
 
-def deferred_weights(
-    losses: Sequence[float | None], config: ReweightConfig, seen: Range
-) -> list[float]:
-    """exp(h(u)/r)/Σ with u from the range `seen`, clamped; all alike where there is none."""
+def deferred_weights(losses: list[float], config: ReweightConfig, seen: Range) -> list[float]:
+    """exp(h(u)/r)/Σ with u from the range `seen`, clamped; all alike where there is none.
+
+    A loss that is not a number, of a sample without an active token, has no weight.
+    """
     scores = []
     for loss in losses:
-        if loss is None:
+        if math.isnan(loss):
             scores.append(-math.inf)
         elif seen is None or seen[1] - seen[0] < oracle.COLLAPSED_RANGE:
             scores.append(0.0)
@@ -72,58 +75,62 @@ def deferred_weights(
     return [w / total if total else 0.0 for w in unnormalised]
 
 
-def objective(
-    losses: Sequence[Tensor], masks: Sequence[Tensor], config: ReweightConfig, seen: Range = None
-) -> tuple[Tensor, Range]:
-    """The step's objective with constant weights, and the range of its sample losses.
+class Oracle:
+    """The gradients of a run, one step after the other.
 
-    Args:
-        losses: one `[n, s]` per micro-batch, over all data-parallel ranks; fp64 with gradient.
-        masks: as many, 1 where a token counts.
-        config: scope and strategy.
-        seen: for the scope `deferred`, the range from the steps before.
+    Attributes:
+        seen: For the scope `deferred`, the range of sample losses from the steps before.
     """
-    sets: list[list[Tensor | None]] = [
-        [(row * m).sum() / m.sum() if m.sum() else None for row, m in zip(ce, mask, strict=True)]
-        for ce, mask in zip(losses, masks, strict=True)
-    ]
-    if config.scope != "microbatch":
-        sets = [[loss for members in sets for loss in members]]
-    total = losses[0].sum() * 0.0
-    finite = []
-    for members in sets:
-        values = [None if loss is None else loss.item() for loss in members]
-        finite += [value for value in values if value is not None]
-        if config.scope == "deferred":
-            weights = deferred_weights(values, config, seen)
-        else:
-            weights = oracle.weights(
-                [value or 0.0 for value in values],
-                config.strategy,
-                config.temperature,
-                config.delta,
-                mask=[value is not None for value in values],
+
+    def __init__(self, config: ReweightConfig) -> None:
+        self.config = config
+        self.seen: Range = None
+
+    def gradient(
+        self,
+        parameters: Mapping[str, Tensor],
+        token_losses: Callable[[Parameters], list[Tensor]],
+        masks: Sequence[Tensor],
+    ) -> Parameters:
+        """That of the next step's objective.
+
+        Args:
+            parameters: By name; the gradient is computed in fp64.
+            token_losses: Gives one `[n, s]` per micro-batch, over all data-parallel ranks.
+            masks: As many, 1 where a token counts.
+        """
+        leaves = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+        self._objective(token_losses(leaves), masks).backward()
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def _objective(self, losses: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+        """The sum of weight times sample loss, the weights constant; moves on to the next step."""
+        config = self.config
+        sets: list[list[Tensor | None]] = [
+            [(row * m).sum() / m.sum() if m.sum() else None for row, m in zip(*pair, strict=True)]
+            for pair in zip(losses, (mask.double() for mask in masks), strict=True)
+        ]
+        if config.scope != "microbatch":
+            sets = [[loss for members in sets for loss in members]]
+        total = losses[0].sum() * 0.0
+        finite = []
+        for members in sets:
+            values = [math.nan if loss is None else loss.item() for loss in members]
+            finite += [value for value in values if math.isfinite(value)]
+            if config.scope == "deferred":
+                weights = deferred_weights(values, config, self.seen)
+            else:
+                settings = (config.strategy, config.temperature, config.delta)
+                weights = oracle.weights(values, *settings)
+            for weight, loss in zip(weights, members, strict=True):
+                if loss is not None:
+                    total = total + weight * loss / len(sets)
+        # A moving average; a step without samples leaves it as it is.
+        if finite:
+            latest, decay = (min(finite), max(finite)), config.moment_decay
+            low, high = self.seen or latest
+            self.seen = (
+                decay * low + (1 - decay) * latest[0],
+                decay * high + (1 - decay) * latest[1],
             )
-        for weight, loss in zip(weights, members, strict=True):
-            if loss is not None:
-                total = total + weight * loss / len(sets)
-    return total, (min(finite), max(finite)) if finite else None
-
-
-def mixed(seen: Range, latest: Range, decay: float) -> Range:
-    """The exponential moving average of ranges; a step without samples leaves it as it is."""
-    if seen is None or latest is None:
-        return latest or seen
-    low, high = (decay * old + (1 - decay) * new for old, new in zip(seen, latest, strict=True))
-    return low, high
-
-
-def step_gradient(
-    p: Parameters, sets: Sequence[Samples], config: ReweightConfig, seen: Range = None
-) -> tuple[Parameters, Range]:
-    """Gradient of the step's objective for the token-wise network; see `objective`."""
-    leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
-    losses = [token_losses(leaves, samples) for samples in sets]
-    total, latest = objective(losses, [samples.mask.double() for samples in sets], config, seen)
-    total.backward()
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, latest
+        return total

@@ -11,31 +11,21 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from tests.exactness import oracle
 
 
-def oracle_gradient(
-    model: torch.nn.Module, batches: list[dict[str, Any]], config: Any, seen: oracle.Range
-) -> tuple[oracle.Parameters, oracle.Range]:
-    """Gradient by parameter name; the oracle's objective over the model's own logits in fp64."""
-    leaves = {
-        name: parameter.detach().double().requires_grad_()
-        for name, parameter in model.named_parameters()
-    }
-    losses, masks = [], []
+def token_losses(model: torch.nn.Module, batches: list[Any], p: oracle.Parameters) -> list[Tensor]:
+    """Of the micro-batches, from the model's own logits with other parameters."""
+    losses = []
     for batch in batches:
         inputs = (batch["tokens"], batch["position_ids"], None)
-        logits = torch.func.functional_call(model, leaves, inputs)
+        logits = torch.func.functional_call(model, p, inputs).transpose(1, 2)
         assert logits.dtype == torch.float64
-        losses.append(
-            functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
-        )
-        masks.append(batch["loss_mask"].double())
-    total, latest = oracle.objective(losses, masks, config, seen)
-    total.backward()
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}, latest
+        losses.append(functional.cross_entropy(logits, batch["labels"], reduction="none"))
+    return losses
 
 
 def main() -> None:
@@ -48,19 +38,22 @@ def main() -> None:
     from megatron_rw.training.settings import Settings
 
     original = training.train_step
-    seen: oracle.Range = None
+    gradients: oracle.Oracle | None = None
 
     # Under its signature: the program asks for arguments by name.
     @functools.wraps(original)
     def train_step(
         forward_step: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **named: Any
     ) -> Any:
-        nonlocal seen
-        config = Settings.of(get_args(), "cpu").reweight
+        nonlocal gradients
+        gradients = gradients or oracle.Oracle(Settings.of(get_args(), "cpu").reweight)
         batches = [next(data) for _ in range(get_num_microbatches())]
         network = unwrap_model(model[0])
-        gradient, latest = oracle_gradient(network, batches, config, seen)
-        seen = oracle.mixed(seen, latest, config.moment_decay)
+        gradient = gradients.gradient(
+            dict(network.named_parameters()),
+            functools.partial(token_losses, network, batches),
+            [batch["loss_mask"] for batch in batches],
+        )
         step = optimizer.step
 
         def step_with_oracle() -> Any:

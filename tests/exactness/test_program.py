@@ -40,8 +40,9 @@ LAYOUTS = {
 
 def gradient(run: Run, step: int) -> Gradient:
     """That of a step, of every parameter."""
-    state = run.checkpoint(step).items()
-    return {name: tensor.double() for name, tensor in state if ".exp_avg." in name}
+    state = run.checkpoint(step)
+    names = [name for name in state if not name.startswith("optimizer.")]
+    return {name: state[f"optimizer.state.exp_avg.{name}"].double() for name in names}
 
 
 def norm(gradient: Gradient) -> float:

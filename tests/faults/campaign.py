@@ -26,10 +26,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from tests.corpus import flags_of, write_corpus
 from tests.faults.points import POINTS
-from tests.faults.undisturbed import Undisturbed
-from tests.program import Run, run_program
+from tests.program import Run, run_program, without_time
 
 ITERATIONS, SAVE_INTERVAL, PROCESSES = 12, 3, 2
 COMMON = (
@@ -59,7 +60,6 @@ class Fault:
     """What happens to a run.
 
     Attributes:
-        variant: That of the run.
         point: One of `POINTS`, or `any time`.
         count: Which time the point is reached, from 1; milliseconds for `any time`.
         ranks: Those that are killed.
@@ -92,13 +92,36 @@ def faults(seed: int, trials: int) -> Iterator[Fault]:
         yield Fault(rng.choice(variants), name, count, ranks)
 
 
-class Campaign:
-    """Runs trials.
+class Undisturbed:
+    """The losses and the parameters of a run that nobody disturbed."""
 
-    Args:
-        folder: For all runs.
-        data_flags: Those of the data.
-    """
+    def __init__(self, run: Run, iterations: int) -> None:
+        self.run = run
+        self.records = [without_time(record) for record in run.train_metrics()]
+        self._parameters = run.checkpoint(iterations)
+        assert [record["iteration"] for record in self.records] == list(range(1, iterations + 1))
+
+    def compared(self, run: Run) -> tuple[str, int]:
+        """Compares every iteration of every attempt of a run, and its final checkpoint.
+
+        Returns:
+            What is wrong with it, or nothing, and how many iterations were done again.
+        """
+        records = [without_time(record) for record in run.train_metrics()]
+        for record in records:
+            if record != self.records[record["iteration"] - 1]:
+                return f"WRONG: iteration {record['iteration']} is not the undisturbed run's", 0
+        seen = {record["iteration"] for record in records}
+        if len(seen) != len(self.records):
+            return f"LOST: iterations {sorted(seen)} were logged", 0
+        for name, tensor in run.checkpoint(len(seen)).items():
+            if not torch.equal(tensor, self._parameters[name]):
+                return f"WRONG: {name} of the final checkpoint", 0
+        return "", len(records) - len(seen)
+
+
+class Campaign:
+    """Runs trials, below a folder."""
 
     def __init__(self, folder: Path, data_flags: list[str]) -> None:
         self._folder, self._data_flags = folder, data_flags

@@ -54,12 +54,7 @@ def losses(finished: Run) -> list[float]:
 
 
 class Cut:
-    """Loses all packets in the middle of a run, for some seconds or for good.
-
-    Args:
-        folder: That of the run.
-        seconds: For which; None for good.
-    """
+    """Loses all packets in the middle of a run, for some seconds or, with None, for good."""
 
     def __init__(self, folder: Path, seconds: float | None) -> None:
         self._folder, self._seconds = folder, seconds

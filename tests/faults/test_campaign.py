@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.campaign import Campaign, Fault, faults
-from tests.faults.points import POINTS
+from tests.faults.campaign import Campaign, Fault
 
 MORE = [
     Fault("asynchronous", "writer", 20, (1,)),
@@ -31,12 +30,6 @@ def test_nothing_is_lost(fault: Fault, campaign: Campaign) -> None:
     outcome = campaign.trial(fault)
     assert outcome.startswith("ok"), outcome
     assert "not reached" not in outcome
-
-
-def test_a_campaign_reaches_every_point_and_repeats_itself() -> None:
-    chosen = list(faults(0, 60))
-    assert chosen == list(faults(0, 60))
-    assert {fault.point for fault in chosen} == {*POINTS, "any time"}
 
 
 def test_a_wrong_trajectory_is_noticed(campaign: Campaign) -> None:

@@ -1,6 +1,6 @@
 """examples/slurm/pretrain.sbatch in a real SLURM, through what ends jobs.
 
-    make slurm              # as root; or: python -m tests.slurm.campaign [--only NAME]
+    make slurm              # as root; or: python -m tests.slurm.campaign [NAME ...]
 
 Two nodes with two processes each, on the CPU, of the program with a small model. A job that meets
 its time limit, whose nodes die one after the other, or that is signalled under torchrun, must be
@@ -10,17 +10,17 @@ gets a wrong flag must end at once. Prints a line each; exit status 1 if one is 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.corpus import flags_of, write_corpus
-from tests.faults.undisturbed import Undisturbed
+from tests.faults.campaign import Undisturbed
 from tests.hosts import INTERFACE
 from tests.program import MODEL, TRAINING, Run, steps_so_far
 from tests.slurm.cluster import NODES, Cluster, running_cluster, wait_until
@@ -37,43 +37,17 @@ SIZES = "--nodes=2 --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=0".spli
 PATIENCE_S = 400.0
 
 
+@dataclass(frozen=True)
 class Job:
-    """A job in a cluster.
+    """A job in a cluster, whose run writes to a folder."""
 
-    Args:
-        cluster: That runs it.
-        directory: For its run.
-        flags: Those of the program.
-        options: Those of sbatch.
-        environment: That of the batch script.
-    """
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        directory: Path,
-        flags: Sequence[str],
-        options: Sequence[str] = (),
-        **environment: str,
-    ) -> None:
-        self._cluster = cluster
-        self.directory = directory
-        self._log = directory.with_suffix(".log")
-        log = [f"--job-name={directory.name}", f"--output={self._log}"]
-        command = ["sbatch", "--parsable", *SIZES, *log, *options, SCRIPT, *MODEL, *TRAINING]
-        variables: dict[str, Any] = {
-            "RUN": str(directory),
-            "PROGRAM": str(ROOT / "tests/slurm/paced.py"),
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "STEP_SECONDS": "0.05",
-            **environment,
-        }
-        self.number = cluster.run(*command, *PROGRAM, *flags, **variables).strip()
+    cluster: Cluster
+    directory: Path
+    number: str
 
     def field(self, name: str) -> str:
         """What SLURM says of it: `JobState`, `Restarts`, `ExitCode`, ..."""
-        shown = self._cluster.run("scontrol", "--oneliner", "show", "job", self.number)
+        shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.number)
         found = re.search(rf"\b{name}=(\S+)", shown)
         assert found is not None, shown
         return found[1]
@@ -83,7 +57,7 @@ class Job:
 
         def failed() -> str:
             state = f"job {self.number} ({self.field('JobState')}) did not {what}"
-            return f"{state}\n{self.output()[-3000:]}\n{self._cluster.logs()}"
+            return f"{state}\n{self.output()[-3000:]}\n{self.cluster.logs()}"
 
         wait_until(reached, failed, PATIENCE_S)
 
@@ -91,7 +65,7 @@ class Job:
         """Until it has logged so many, those that were done twice counted twice."""
         self.wait_for(lambda: steps_so_far(self.directory) >= number, "train")
 
-    def wait_for_restart(self, number: int) -> None:
+    def wait_for_restart(self, number: int = 1) -> None:
         """Until SLURM has put it back into the queue so many times."""
         self.wait_for(lambda: self.field("Restarts") == str(number), "be requeued")
 
@@ -103,20 +77,12 @@ class Job:
 
     def output(self) -> str:
         """What it has printed."""
-        return self._log.read_text() if self._log.exists() else "no log"
-
-    def run(self) -> Run:
-        """What it wrote."""
-        return Run([0], [self.output()], self.directory)
+        log = self.directory.with_suffix(".log")
+        return log.read_text() if log.exists() else "no log"
 
 
 class Campaign:
-    """Runs the jobs.
-
-    Args:
-        cluster: That is free.
-        folder: For all runs.
-    """
+    """Runs the jobs in a cluster that is free, and has their runs write below a folder."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster, self._folder = cluster, folder
@@ -129,7 +95,7 @@ class Campaign:
         ended = job.wait()
         if ended != ("COMPLETED", "0"):
             return f"WRONG: {ended}\n{job.output()[-3000:]}"
-        self._undisturbed = Undisturbed(job.run(), STEPS)
+        self._undisturbed = Undisturbed(Run([0], [], job.directory), STEPS)
         return f"ok, {STEPS} steps"
 
     def time_limit(self) -> str:
@@ -137,7 +103,7 @@ class Campaign:
         # The signal comes after 60 to 90 s, and the whole run takes longer than that.
         limit = ("--time=2", "--signal=USR1@30")
         job = self._job("time_limit", *limit, INTERFACE=INTERFACE, STEP_SECONDS="0.3")
-        job.wait_for_restart(1)
+        job.wait_for_restart()
         self._cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         return self._compared(job, repeats=0)
 
@@ -173,16 +139,27 @@ class Campaign:
             return f"WRONG: {seen}\n{job.output()[-3000:]}"
         return f"ok, FAILED with status 2, no restart: {line[0].strip()}"
 
-    def _job(self, name: str, *options: str, flags: Sequence[str] = (), **env: str) -> Job:
-        every = [*flags_of(self._folder / "corpus"), *flags]
-        return Job(self._cluster, self._folder / name, every, options, **env)
+    def _job(self, name: str, *options: str, flags: Sequence[str] = (), **environment: str) -> Job:
+        directory = self._folder / name
+        log = [f"--job-name={name}", f"--output={directory}.log"]
+        command = ["sbatch", "--parsable", *SIZES, *log, *options, SCRIPT, *MODEL, *TRAINING]
+        variables: dict[str, Any] = {
+            "RUN": str(directory),
+            "PROGRAM": str(ROOT / "tests/faults/injected.py"),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "STEP_SECONDS": "0.05",
+            **environment,
+        }
+        every = [*command, *PROGRAM, *flags_of(self._folder / "corpus"), *flags]
+        return Job(self._cluster, directory, self._cluster.run(*every, **variables).strip())
 
     def _compared(self, job: Job, repeats: int) -> str:
         state, restarts = job.wait()
         if state != "COMPLETED" or restarts == "0":
             return f"WRONG: {state} after {restarts} restarts\n{job.output()[-3000:]}"
         assert self._undisturbed is not None
-        problem, again = self._undisturbed.compared(job.run())
+        problem, again = self._undisturbed.compared(Run([0], [], job.directory))
         if problem or again > repeats:
             log = re.findall("^.*(?:rror: |queue).*", job.output(), re.MULTILINE)
             return "\n".join([problem or f"WRONG: {again} steps were done twice", *log])
@@ -190,20 +167,17 @@ class Campaign:
 
 
 def main() -> int:
-    """Run the campaign."""
-    names = ("time_limit", "node_failure", "torchrun", "bad_flag")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=names, help="this and the undisturbed run")
-    options = parser.parse_args()
+    """Runs the jobs that are named, or all, after the undisturbed one."""
+    names = sys.argv[1:] or ["time_limit", "node_failure", "torchrun", "bad_flag"]
     failed = False
-    with tempfile.TemporaryDirectory() as name, running_cluster() as cluster:
-        campaign = Campaign(cluster, Path(name))
-        for scenario in ("undisturbed", *(names if options.only is None else (options.only,))):
+    with tempfile.TemporaryDirectory() as folder, running_cluster() as cluster:
+        campaign = Campaign(cluster, Path(folder))
+        for name in ("undisturbed", *names):
             start = time.monotonic()
-            outcome = getattr(campaign, scenario)()
-            print(f"{scenario:14}{time.monotonic() - start:5.0f} s  {outcome}", flush=True)
+            outcome = getattr(campaign, name)()
+            print(f"{name:14}{time.monotonic() - start:5.0f} s  {outcome}", flush=True)
             failed |= not outcome.startswith("ok")
-            if scenario == "undisturbed" and failed:
+            if name == "undisturbed" and failed:
                 break
             cluster.wait_until_ready()
     return 1 if failed else 0

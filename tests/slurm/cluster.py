@@ -69,11 +69,7 @@ def wait_until(reached: Callable[[], bool], failed: Callable[[], str], seconds: 
 
 
 class Cluster:
-    """A cluster.
-
-    Args:
-        folder: For its configuration, state and logs.
-    """
+    """A cluster whose configuration, state and logs are in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
