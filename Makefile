@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
-	@echo "make test         run all tests"
+	@echo "make test         run the tests, but for the long ones"
 	@echo "make test-long    more layouts and faults of what make test tests, builds by nvcc, sanitizers"
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"

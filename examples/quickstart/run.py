@@ -134,7 +134,7 @@ def build_stages(out: Path) -> list[Stage]:
         lambda: _python(
             ROOT / "tools" / "train_tokenizer.py",
             "--vocab-size", VOCAB_SIZE,
-            "--output-prefix", tokenizer / "bpe",
+            "--output-prefix", tokenizer / "bpe", "--overwrite",
             "--input", *sorted((corpus / "train").glob("*.jsonl")),
         ),
         depends=package,

@@ -21,7 +21,7 @@ from megatron_rw.command_line import parse
 from megatron_rw.data.indexed.documents import DatasetReader
 from megatron_rw.data.indexed.domains import FILE_NAME, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.inspection import Report, inspect
-from megatron_rw.data.indexed.pair import bin_path, idx_path
+from megatron_rw.data.indexed.pair import bin_path, idx_path, is_dataset
 from megatron_rw.data.tokenizers.decoding import DecodingFlags, decode, find
 from megatron_rw.errors import UserError, reported
 from megatron_rw.platform.pictures import check_picture, draw_histograms
@@ -101,7 +101,7 @@ def _run(config: InspectConfig) -> bool:
 
 
 def _datasets(path: Path) -> list[InputDataset]:
-    if not path.is_dir():
+    if is_dataset(path):
         if not idx_path(path).exists() and not bin_path(path).exists():
             raise UserError(
                 f"{path}: neither a directory nor a dataset's path without .bin and .idx"

@@ -31,11 +31,7 @@ from megatron_rw.data.indexed.output import (
 from megatron_rw.data.indexed.parts import REJECTS_FILE, Store, join, write_rejects
 from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
-from megatron_rw.data.resume import (
-    FOLDER,
-    earlier_chunk_bytes,
-    work_folder,
-)
+from megatron_rw.data.resume import FOLDER, earlier_chunk_bytes, remove_leftovers, work_folder
 from megatron_rw.data.text.chunks import chunk_size, tasks
 from megatron_rw.data.text.domain_names import check_numbered
 from megatron_rw.data.text.records import too_many_bad
@@ -99,6 +95,7 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
     Returns:
         The directory of each key's datasets, absolute; they need not exist.
     """
+    remove_leftovers(config.output_dir.absolute())
     # Datasets that an interrupted call has published may be replaced: they are this call's, or
     # else `work_folder` refuses.
     may_replace = config.overwrite or (config.output_dir / FOLDER).exists()

@@ -16,6 +16,7 @@ from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 
 FOLDER = ".preprocess_data"
+_DOOMED = f"{FOLDER}-done"
 _SETTINGS = "settings.json"
 
 
@@ -67,11 +68,16 @@ def _lock(file: TextIO, output_dir: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes the folder, the settings last: without them, other parts would be taken for ours."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-    shutil.rmtree(folder)
+    """Removes the folder, under another name, so that it is never there in part."""
+    folder.rename(doomed := folder.with_name(_DOOMED))
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a call left behind that was killed while it removed its finished work."""
+    if (doomed := output_dir / _DOOMED).is_dir():
+        (output_dir / f"{FOLDER}.lock").unlink(missing_ok=True)
+        shutil.rmtree(doomed)
 
 
 def earlier_chunk_bytes(output_dir: Path) -> int | None:

@@ -29,7 +29,7 @@ from megatron_rw.data.indexed.output import (
     publish,
     table,
 )
-from megatron_rw.data.indexed.pair import PairWriter
+from megatron_rw.data.indexed.pair import PairWriter, is_dataset
 from megatron_rw.data.progress import Progress
 from megatron_rw.data.text.dedup import hash_documents
 from megatron_rw.errors import UserError, reported
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(config: SplitConfig) -> None:
     source = config.input
-    inputs = listed_datasets(source, "--input") if source.is_dir() else look_up([source])
+    inputs = look_up([source]) if is_dataset(source) else listed_datasets(source, "--input")
     outputs = {
         name: check_output_dir(config.output_dir / name, config.overwrite) for name in config.sets
     }

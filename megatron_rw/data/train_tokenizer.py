@@ -28,7 +28,7 @@ from megatron_rw.data.tokenizers.sentencepiece_training import (
     train,
     vocabulary_listing,
 )
-from megatron_rw.errors import reported
+from megatron_rw.errors import UserError, reported
 from megatron_rw.platform.files import complete_file, write_complete
 
 _TOOL = "train_tokenizer"
@@ -58,7 +58,10 @@ class TrainTokenizerConfig:
     """Vocabulary."""
 
     output_prefix: Annotated[str, arg(metavar="PREFIX")]
-    """The tool writes PREFIX.model and PREFIX.vocab, and replaces what is there."""
+    """The tool writes PREFIX.model and PREFIX.vocab."""
+
+    overwrite: bool = False
+    """Replace the tokenizer that is there already."""
 
     json_key: Annotated[str, arg(metavar="KEY")] = "text"
     """Field or column that holds the text."""
@@ -126,6 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(config: TrainTokenizerConfig) -> None:
     started = time.monotonic()
     vocabulary, prefix = config.filled_vocabulary(), config.output_prefix
+    if Path(f"{prefix}.model").exists() and not config.overwrite:
+        raise UserError(
+            f"--output-prefix {prefix}: {prefix}.model is there already, and datasets made with it "
+            "need it; give another prefix, or --overwrite to replace it"
+        )
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     sample = _draw(config)
     kept = sample.kept()

@@ -29,7 +29,7 @@ def check_picture(path: Path) -> None:
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--picture {path}: no kind of picture; name it .{', .'.join(kinds)}")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--picture {path}: there is no directory {path.parent}; make it")
+        raise UserError(f"--picture {path}: there is no directory {path.parent}; make it", False)
 
 
 def draw_histograms(

@@ -25,7 +25,7 @@ from megatron.training.theoretical_memory_usage import (
 from megatron.training.training import num_floating_point_operations
 from megatron.training.utils import is_hybrid_model
 
-from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.preflight.command import PreflightConfig
 from megatron_rw.preflight.facts import amount
 from megatron_rw.training.arguments import parse_job_flags
 

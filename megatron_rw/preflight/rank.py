@@ -21,7 +21,7 @@ from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_complete
 from megatron_rw.preflight import report
 from megatron_rw.preflight.collectives import try_collectives
-from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.preflight.command import PreflightConfig
 from megatron_rw.preflight.estimate import Estimate, estimate
 from megatron_rw.preflight.facts import Facts, look_around
 from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store

@@ -40,6 +40,8 @@ def choose_checkpoint(args: Namespace) -> list[str]:
     loaded.
     """
     load, ckpt_step = args.load, args.ckpt_step
+    if load is None and args.exit_on_missing_checkpoint:
+        raise UserError("--exit-on-missing-checkpoint needs a --load: add it.")
     if load is None or "://" in load:
         return []
     folder = CheckpointFolder(load)
@@ -109,19 +111,20 @@ def _nothing(args: Namespace, folder: CheckpointFolder, tracked: int | None) -> 
             f"complete checkpoint{_complete(folder)}. To begin anew, give another folder, or "
             f"delete {folder.path / TRACKER}."
         )
+    own = _is_own(args)
     # Megatron takes one of these then, and would otherwise begin a new training.
-    if not (args.pretrained_checkpoint or args.non_persistent_ckpt_type):
-        is_there = folder.path.is_dir()
-        found = "it holds no complete checkpoint" if is_there else "there is no such folder"
-        if not _is_own(args):
-            raise UserError(
-                f"--load {folder.path}: {found}. Give the folder that a run had as its --save. A "
-                "new run needs no --load, except its own --save to resume from."
-            )
-        if args.exit_on_missing_checkpoint:
-            raise UserError(
-                f"--load {folder.path}: {found}. Drop --exit-on-missing-checkpoint to begin anew."
-            )
+    others = own or args.pretrained_checkpoint or args.non_persistent_ckpt_type
+    if args.exit_on_missing_checkpoint or not others:
+        found = "it holds no complete checkpoint" if folder.path.is_dir() else "no such folder"
+        remedy = (
+            "Give the folder that a run had as its --save. A new run needs no --load, except its "
+            "own --save to resume from."
+        )
+        if own:
+            remedy = "Drop --exit-on-missing-checkpoint to begin anew."
+        elif folder.path.name.startswith("iter_"):
+            found, remedy = "is a checkpoint itself", f"Give its folder, {folder.path.parent}."
+        raise UserError(f"--load {folder.path}: {found}. {remedy}")
     if unfinished:
         return [
             f"{folder.path} holds no complete checkpoint: the run begins from nothing. That of "

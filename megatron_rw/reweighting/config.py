@@ -39,7 +39,7 @@ class ReweightConfig:
 
     temperature: float = 1.0
     """Temperature r of the softmax over the samples of a set: low is sharp, high is uniform. The
-    paper's runs use 1.0 and 0.4."""
+    authors' code has 1.0 and 0.4."""
 
     warmup_steps: int = 0
     """Steps at temperature 100, which is nearly uniform, before --reweight-temperature holds."""

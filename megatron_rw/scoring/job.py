@@ -25,7 +25,7 @@ from megatron_rw.platform.pictures import draw_histograms
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
-from megatron_rw.scoring.config import ScoreConfig
+from megatron_rw.scoring.command import ScoreConfig
 from megatron_rw.scoring.folder import ScoreFolder
 from megatron_rw.scoring.plan import Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes

@@ -28,7 +28,7 @@ from megatron_rw.data.indexed.pair import bin_path
 from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.resuming import SHAPING
-from megatron_rw.scoring.config import ScoreConfig
+from megatron_rw.scoring.command import ScoreConfig
 from megatron_rw.training.refusals.data import data_prefixes
 
 _VERSION = 1

@@ -56,7 +56,7 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
     width = max(len(name) for name in [*domains, "domain"])
     lines = [
         f"{'domain':<{width}}  {'documents':>13}  {'tokens':>17}  {'nats/token':>10}  "
-        f"{'without':>9}  {'not finite':>10}"
+        f"{'no loss':>9}  {'not finite':>10}"
     ]
     for name, entry in domains.items():
         loss = "-" if entry["loss"] is None else f"{entry['loss']:.4f}"

@@ -46,7 +46,7 @@ AT_ONCE = {
         "--input gone.jsonl": "--input gone.jsonl: no such file",
         "--input *.gone": "--input *.gone: no file matches",
         "--input in.jsonl in.jsonl": "--input in.jsonl: given 2 times; name it once",
-        "--input nothing": "--input nothing: no file to read in it; it has the suffixes: .c",
+        "--input nothing": "--input nothing: no file to read in it; the suffixes there: .c; give",
         "--input nonsense://a/b.jsonl": "nonsense://a/b.jsonl: Protocol not known: nonsense",
         "--input memory://gone/*.jsonl": "--input memory://gone/*.jsonl: no file matches",
         "--input memory://gone/a.jsonl": "--input memory://gone/a.jsonl: no such file",
@@ -58,6 +58,7 @@ AT_ONCE = {
         "--tokenizer-model text.csv": "--tokenizer-model text.csv: cannot be loaded as Sentence",
     },
     train_tokenizer: {
+        "--output-prefix bpe": "bpe.model is there already, and datasets made with it need it;",
         "--max-bytes 9": "--max-bytes 9: give a number of at least 10000",
         "--max-bad-fraction 2": "--max-bad-fraction 2.0: give a number from 0 to 1",
         "--sample even --domain-weights a=1": "--domain-weights",

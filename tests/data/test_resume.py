@@ -148,34 +148,16 @@ def test_another_call_is_refused_until_it_is_dropped(
     check(out, "--append-eod")
 
 
-def test_a_call_killed_while_it_removes_its_work_can_be_repeated(
+def test_a_call_killed_while_it_removes_its_work_leaves_nothing_behind(
     inputs: list[Path], out: Path, run: Preprocess, check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
-        context.setattr("megatron_rw.data.resume._remove", interrupt)
-        run(inputs, out, status=130)
-    shutil.rmtree(next((out / FOLDER).glob("*/")))
-    run(inputs, out, "--append-eod", status=2)
+        context.setattr(shutil, "rmtree", interrupt)
+        with contextlib.suppress(KeyboardInterrupt), work_folder(out, {"other": 1}, True):
+            pass
+        assert not (out / FOLDER).exists()
     run(inputs, out)
     check(out)
-
-
-def test_settings_outlive_the_parts_made_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with contextlib.suppress(KeyboardInterrupt), work_folder(tmp_path, {"a": 1}, False) as folder:
-        (folder / "parts").mkdir()
-        interrupt()
-    remove = shutil.rmtree
-
-    def killed_after(path: Path) -> None:
-        remove(path)
-        interrupt()
-
-    monkeypatch.setattr(shutil, "rmtree", killed_after)
-    with contextlib.suppress(KeyboardInterrupt), work_folder(tmp_path, {"a": 2}, True):
-        pass
-    assert [path.name for path in folder.iterdir()] == ["settings.json"]
 
 
 def test_settings_are_compared_as_json_holds_them(tmp_path: Path) -> None:

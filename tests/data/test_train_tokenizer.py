@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(prefix: Path, *flags: object, size: int = 340, status: int = 0) -> Ended:
-    given = ("--output-prefix", prefix, "--vocab-size", size, *flags)
+    given = ("--output-prefix", prefix, "--overwrite", "--vocab-size", size, *flags)
     return call(train_tokenizer.main, *given, status=status)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_rw.errors import UserError
-from megatron_rw.preflight.config import PreflightConfig
+from megatron_rw.preflight.command import PreflightConfig
 from tests.program import Run, run_program
 
 BATCH = "--micro-batch-size 2 --train-iters 4 --save-interval 4".split()

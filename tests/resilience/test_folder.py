@@ -141,7 +141,7 @@ def test_a_new_run_is_begun_only_from_a_folder_that_is_its_own(tmp_path: Path) -
     empty, gone, other = tmp_path / "empty", tmp_path / "gone", tmp_path / "other"
     empty.mkdir()
     for folder, why in (
-        (gone, "there is no such folder"),
+        (gone, "no such folder"),
         (empty, "it holds no complete checkpoint"),
     ):
         with pytest.raises(UserError, match=f"^--load {folder}: {why}. Give the folder that"):
@@ -152,6 +152,15 @@ def test_a_new_run_is_begun_only_from_a_folder_that_is_its_own(tmp_path: Path) -
         assert lines_of(folder) == lines_of(folder, save=same) == []
         assert lines_of(folder, save=other, pretrained_checkpoint="x") == []
         assert lines_of(folder, save=other, non_persistent_ckpt_type="local") == []
+        for flag in ("pretrained_checkpoint", "non_persistent_ckpt_type"):
+            elsewhere: dict[str, Any] = {flag: "global"}
+            with pytest.raises(UserError, match=f"^--load {folder}: {why}"):
+                lines_of(folder, exit_on_missing_checkpoint=True, **elsewhere)
+    with pytest.raises(UserError, match="--exit-on-missing-checkpoint needs a --load"):
+        lines_of(None, exit_on_missing_checkpoint=True)
+    (checkpoint := other / "iter_0000050").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"is a checkpoint itself. Give its folder, {other}."):
+        lines_of(checkpoint, save=gone)
 
 
 def test_what_a_killed_deletion_left_is_deleted(folder: Path) -> None:

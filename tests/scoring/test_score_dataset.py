@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_rw.command_line import parse_known
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
 from megatron_rw.data.indexed.pair import Index, PairWriter
 from megatron_rw.errors import UserError
-from megatron_rw.scoring.config import ScoreConfig, expanded, job_flags
+from megatron_rw.scoring.command import ScoreConfig, expanded, job_flags
 from megatron_rw.scoring.folder import ARRAYS
 from megatron_rw.scoring.job import UNSUPPORTED, check_scoring
 from megatron_rw.scoring.plan import MicroBatch
@@ -228,13 +229,21 @@ def test_flags(tmp_path: Path, data: Path) -> None:
     prefixes = [str(data / name) for name in NAMES]
     assert expanded([str(data)]) == prefixes
     assert expanded(["0.3", str(data), "0.7", "x/y"]) == [*prefixes, "x/y"]
+    shutil.copytree(data, tmp_path / "cached")
+    # Megatron's cache of a dataset, without --data-cache-path.
+    (cached := tmp_path / "cached" / NAMES[0]).mkdir()
+    assert expanded([str(cached)]) == [str(cached)]
     with pytest.raises(UserError, match=r"a folder without a domains.json"):
         expanded([str(tmp_path)])
     of_a_job = "--save there --async-save --split 98,1,1 --global-batch-size 7 --lr 1".split()
+    # Megatron would take these in place of --load.
+    of_a_job += "--pretrained-checkpoint p --non-persistent-ckpt-type global".split()
     argv = ["--load", "c", "--score-dir", "s", *of_a_job]
     flags = job_flags(*parse_known(ScoreConfig, argv, ""))
     assert flags[:4] == ["--lr", "1", "--load", "c"]
     assert not {"--save", "--async-save", "--global-batch-size", "98,1,1"} & set(flags)
+    with pytest.raises(UserError, match="--score-dir '': give a folder to write to"):
+        ScoreConfig(load="c", score_dir="")
     with pytest.raises(UserError, match=r"Missing .*: --load STR --score-dir STR"):
         parse_known(ScoreConfig, [], "")
     with pytest.raises(UserError, match="--score-stride 0: give a number of at least 1"):

@@ -55,6 +55,11 @@ def idx_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.idx")
 
 
+def is_dataset(path: Path) -> bool:
+    """Tells the path of a dataset, whose cache Megatron may have in a directory of that name."""
+    return idx_path(path).is_file() or not path.is_dir()
+
+
 @dataclass(frozen=True)
 class Index:
     """The index of a dataset, memory-mapped."""

@@ -223,10 +223,8 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
             yield from _line_chunks(stream, reading)
         elif source.format == "txt":
             yield Chunk(0, _whole(stream, reading.max_line_bytes), lines=1, last=True)
-        elif source.format == "json":
-            yield from _JsonReader(stream, source.path, reading).chunks()
         else:
-            raise AssertionError(f"no reader for the format {source.format}")
+            yield from _JsonReader(stream, source.path, reading).chunks()
 
 
 def _line_chunks(stream: BinaryIO, reading: Reading) -> Iterator[Chunk]:

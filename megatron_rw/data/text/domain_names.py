@@ -118,7 +118,7 @@ def _parse_weights(values: Sequence[str]) -> dict[str, float]:
         if domain in weights:
             raise ValueError(f"{value}: {domain} is given twice; give it once")
         weights[domain] = weight
-    if not any(weights.values()):
+    if values and not any(weights.values()):
         raise ValueError("give a weight that is more than 0")
     return weights
 

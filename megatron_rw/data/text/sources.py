@@ -211,8 +211,8 @@ def _readable(paths: list[str], name: str, flag: str) -> list[str]:
     if not known:
         held = ", ".join(sorted({os.path.splitext(path)[1] or "(none)" for path in paths}))
         raise UserError(
-            f"{flag} {name}: no file to read in it; it has the suffixes: {held or 'no files'}; "
-            f"{READS} are read"
+            f"{flag} {name}: no file to read in it; the suffixes there: {held or 'none'}; give a "
+            f"folder with {READS}"
         )
     return known
 

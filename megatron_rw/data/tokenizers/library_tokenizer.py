@@ -87,7 +87,7 @@ def library_errors(flags: TokenizerFlags) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"--tokenizer-model {flags.tokenizer_model}: cannot be loaded as "
-            f"{flags.tokenizer_type} ({error})"
+            f"{flags.tokenizer_type} ({error}); give one of that type, or another --tokenizer-type"
         ) from error
 
 
@@ -129,8 +129,5 @@ def require_package(name: str, needed_for: str) -> None:
 
 
 def optimal_dtype(vocab_size: int) -> type[Any]:
-    """Returns the NumPy type in which Megatron stores the ids of a vocabulary of this size.
-
-    The rule is that of core's `DType.optimal_dtype`, whose import takes seconds.
-    """
+    """Returns the type of a stored id, as core's `DType.optimal_dtype`, whose import is slow."""
     return np.uint16 if vocab_size < 65500 else np.int32

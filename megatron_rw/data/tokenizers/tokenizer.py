@@ -12,22 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rw.data.tokenizers.byte_tokenizer import ByteLevelTokenizer
 from megatron_rw.data.tokenizers.huggingface_tokenizer import load_huggingface
 from megatron_rw.data.tokenizers.library_tokenizer import load_core_tiktoken
 from megatron_rw.data.tokenizers.sentencepiece_tokenizer import load_sentencepiece
 from megatron_rw.data.tokenizers.tokenizer_flags import BYTE_LEVEL, TokenizerFlags
 from megatron_rw.errors import UserError
-
-_LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
-    "SentencePieceTokenizer": load_sentencepiece,
-    "GPTSentencePieceTokenizer": load_sentencepiece,
-    "Llama2Tokenizer": load_sentencepiece,
-    "HuggingFaceTokenizer": load_huggingface,
-    "TikTokenizer": load_core_tiktoken,
-}
 
 
 class Tokenizer(Protocol):
@@ -56,6 +48,36 @@ class Tokenizer(Protocol):
 
         Special tokens are shown or left out as the tokenizer's library does.
         """
+
+
+class ByteLevelTokenizer:
+    """Gives a text's UTF-8 bytes, and 256 as the end of document.
+
+    Core's class of this name cannot be reached from the training program's flags, and its end of
+    document and padding, 0 and 1, are bytes. What the training program needs to know of a
+    tokenizer, it gets from `--tokenizer-type NullTokenizer --vocab-size 257`: the size, the last id
+    as the end of document, and no padding id, so that the loss is taken off no byte.
+    """
+
+    vocab_size = 257
+    eod: int | None = 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """See `Tokenizer`."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Returns the text without ends of document; U+FFFD for what is no UTF-8."""
+        return bytes(id_ for id_ in ids if id_ != 256).decode(errors="replace")
+
+
+_LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
+    "SentencePieceTokenizer": load_sentencepiece,
+    "GPTSentencePieceTokenizer": load_sentencepiece,
+    "Llama2Tokenizer": load_sentencepiece,
+    "HuggingFaceTokenizer": load_huggingface,
+    "TikTokenizer": load_core_tiktoken,
+}
 
 
 def load_tokenizer(flags: TokenizerFlags) -> Tokenizer:

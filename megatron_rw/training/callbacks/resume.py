@@ -34,7 +34,7 @@ class ResumeCallback(Callback):
         if not (args.skip_train or not args.train_iters or args.iteration < args.train_iters):
             print_rank_0(
                 f"> nothing left to do: {args.load} holds iteration {args.iteration} of "
-                f"{args.train_iters}"
+                f"{args.train_iters}; raise --train-iters to train longer"
             )
             raise SystemExit(0)
         if args.profile and args.use_pytorch_profiler:

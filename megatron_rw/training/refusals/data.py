@@ -128,8 +128,8 @@ def check_split(args: Namespace) -> None:
         for part, share, begin, end in zip(used, shares, bounds, bounds[1:], strict=False):
             if share > 0 and begin == end:
                 raise UserError(
-                    f"--split {args.split} leaves no document of {prefix} for {part}: it has "
-                    f"{documents}. Give that part a larger share, or none."
+                    f"--split {args.split} (969,30,1 by default) leaves no document of {prefix} "
+                    f"for {part}: it has {documents}. Give that part a larger share, or none."
                 )
 
 
@@ -138,6 +138,11 @@ def _missing_data(prefix: str, suffix: str) -> str:
         return f"data path {prefix} is a weight without data: give pairs of WEIGHT and PREFIX."
     if prefix.endswith((".bin", ".idx")):
         return f"data path {prefix}: give the prefix without {prefix[-4:]}."
+    if os.path.isdir(prefix):
+        return (
+            f"data path {prefix} is a folder: give the prefixes of its datasets, as "
+            f"$(cat {prefix}/blend.txt), or --data-args-path {prefix}/blend.txt --split 98,1,1."
+        )
     folder, name = os.path.split(os.path.abspath(prefix))
     if not os.path.isdir(folder):
         return f"data path {prefix}: there is no folder {folder}."
@@ -159,8 +164,9 @@ def check_vocabulary(args: Namespace) -> None:
         made_by, record, prefix = dataset.tokenizer, dataset.record, dataset.prefix
         if made_by is not None and digest not in (None, made_by.sha256):
             raise UserError(
-                f"data path {prefix} was made with {made_by.model}, and --tokenizer-model {model} "
-                "is another model: give that one, or tokenize the text again."
+                f"data path {prefix} was made with {made_by.model} of sha256 {made_by.sha256}, and "
+                f"--tokenizer-model {model} is another model, or has changed since: give that one, "
+                "or tokenize the text again."
             )
         largest = record.max_token_id if record else integrity.largest_token_id(prefix)
         if largest >= args.padded_vocab_size:
