@@ -106,7 +106,7 @@ def test_a_url_that_nothing_opens_is_an_error(
 ) -> None:
     bucket.pipe("/bucket/a.md", b"no data")
     refused = run("memory://bucket", tmp_path / "out", status=2).error
-    assert "--input memory://bucket: no file to read in it; it has the suffixes: .md" in refused
+    assert "--input memory://bucket: no file to read in it; the suffixes there: .md" in refused
 
     def ask(system: MemoryFileSystem, path: str) -> bool:
         raise StoreError("no credentials")
