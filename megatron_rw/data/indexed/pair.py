@@ -56,7 +56,7 @@ def idx_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 def is_dataset(path: Path) -> bool:
-    """Tells the path of a dataset, whose cache Megatron may have in a directory of that name."""
+    """Whether a path is a dataset's. Megatron may keep its cache in a directory of that name."""
     return idx_path(path).is_file() or not path.is_dir()
 
 
