@@ -9,7 +9,6 @@ grow with the number of documents.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from megatron_rw.data.indexed.output import (
     table,
 )
 from megatron_rw.data.indexed.pair import Index, PairWriter, bin_path, idx_path
-from megatron_rw.data.progress import Progress
+from megatron_rw.data.progress import Progress, say
 from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 from megatron_rw.errors import UserError, reported
 
@@ -199,7 +198,7 @@ def _merge(
         if record.documents:
             merged[domain] = record
         else:
-            print(f"merge_datasets: '{domain}' has copies only and is left out", file=sys.stderr)
+            say("merge_datasets", f"'{domain}' has copies only and is left out")
             bin_path(scratch / prefix).unlink()
             idx_path(scratch / prefix).unlink()
     if duplicates is not None:

@@ -111,12 +111,13 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
     if config.inputs.domain_key is not None:
         return outputs
     files = Counter(config.domain_of(source) for source in sources)
-    if config.domain is None and config.inputs.domain_by == "corpus":
-        check_numbered(list(files))
     if config.blend_weights:
         check_weights(files, config.blend_weights)
+    if config.domain is not None or config.inputs.domain_by != "corpus":
+        return outputs
+    check_numbered(list(files))
     shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
-    if shards and config.domain is None and config.inputs.domain_by == "corpus":
+    if shards:
         listed = ", ".join(f"{name} ({count:,})" for name, count in files.most_common(10))
         more = f" and {len(files) - 10:,} more" if len(files) > 10 else ""
         say(

@@ -74,10 +74,16 @@ def _remove(folder: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Removes what a call left behind that was killed while it removed its finished work."""
+    """Removes what a call left behind that was killed while it removed its work.
+
+    Raises:
+        UserError: If that call is not dead and removes it now.
+    """
     if (doomed := output_dir / _DOOMED).is_dir():
-        (output_dir / f"{FOLDER}.lock").unlink(missing_ok=True)
-        shutil.rmtree(doomed)
+        with (path := output_dir / f"{FOLDER}.lock").open("w") as lock:
+            _lock(lock, output_dir)
+            shutil.rmtree(doomed)
+            path.unlink()
 
 
 def earlier_chunk_bytes(output_dir: Path) -> int | None:

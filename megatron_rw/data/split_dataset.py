@@ -152,11 +152,8 @@ def _hash(inputs: Sequence[InputDataset], scratch: Path, seed: int, size: int) -
     key = seed.to_bytes(8, "little")
     paths: dict[str, Path] = {}
     for dataset in inputs:
-        paths[dataset.domain] = scratch / f"hashes-{len(paths)}"
-        with (
-            DatasetReader(dataset.prefix) as reader,
-            paths[dataset.domain].open("wb") as file,
-        ):
+        path = paths[dataset.domain] = scratch / f"hashes-{len(paths)}"
+        with DatasetReader(dataset.prefix) as reader, path.open("wb") as file:
             for block in reader.blocks():
                 digests = hash_documents(reader.read(block), block.tokens, key)
                 file.write(digests.view(np.uint64)[:, 0].tobytes())

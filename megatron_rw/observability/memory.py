@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
 
+from megatron_rw.errors import print_error
 from megatron_rw.resilience.watchdog import Progress
 
 
@@ -26,7 +26,7 @@ def explaining(args: Namespace, progress: Progress) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        print(f"error: {_explanation(args, progress)}", file=sys.stderr, flush=True)
+        print_error(_explanation(args, progress))
         raise
 
 

@@ -15,7 +15,7 @@ def check_picture(path: Path) -> None:
     """Checks that the file of a --picture can be drawn.
 
     Raises:
-        UserError: If it cannot. This host alone may lack the package.
+        UserError: If it cannot. This host alone may lack the package or the directory.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
@@ -29,7 +29,8 @@ def check_picture(path: Path) -> None:
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--picture {path}: no kind of picture; name it .{', .'.join(kinds)}")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"--picture {path}: there is no directory {path.parent}; make it", False)
+        text = f"--picture {path}: there is no directory {path.parent}; make it"
+        raise UserError(text, known_to_all=False)
 
 
 def draw_histograms(

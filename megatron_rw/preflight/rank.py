@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import socket
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
-from megatron_rw.errors import USER_ERROR_STATUS, UserError
+from megatron_rw.errors import USER_ERROR_STATUS, UserError, print_error
 from megatron_rw.observability.memory import remedies
 from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_complete
@@ -60,7 +59,7 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
             return _lead(settings, messages, args, device)
         return _follow(messages, args, device)
     except (NoAnswerError, DistError) as error:
-        print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        print_error(f"rank {rank} on {socket.gethostname()}: {error}")
         return watchdog.EXIT_STATUS if isinstance(error, NoAnswerError) else PROBLEMS
 
 

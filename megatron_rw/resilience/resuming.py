@@ -123,7 +123,7 @@ def _nothing(args: Namespace, folder: CheckpointFolder, tracked: int | None) -> 
         if own:
             remedy = "Drop --exit-on-missing-checkpoint to begin anew."
         elif folder.path.name.startswith("iter_"):
-            found, remedy = "is a checkpoint itself", f"Give its folder, {folder.path.parent}."
+            found, remedy = "it is a checkpoint itself", f"Give its folder, {folder.path.parent}."
         raise UserError(f"--load {folder.path}: {found}. {remedy}")
     if unfinished:
         return [

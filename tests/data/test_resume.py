@@ -13,8 +13,9 @@ import pytest
 
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed.output import publish
-from megatron_rw.data.resume import FOLDER, work_folder
+from megatron_rw.data.resume import FOLDER, remove_leftovers, work_folder
 from megatron_rw.data.text import chunks
+from megatron_rw.errors import UserError
 from tests.data.conftest import Preprocess, make_texts, write_texts
 from tests.data.datasets import datasets, files
 
@@ -158,6 +159,16 @@ def test_a_call_killed_while_it_removes_its_work_leaves_nothing_behind(
         assert not (out / FOLDER).exists()
     run(inputs, out)
     check(out)
+
+
+def test_what_a_living_call_removes_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / f"{FOLDER}-done" / "parts").mkdir(parents=True)
+    with (tmp_path / f"{FOLDER}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing there"):
+            remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_are_compared_as_json_holds_them(tmp_path: Path) -> None:

@@ -227,8 +227,9 @@ def write_rejects(store: Store, path: Path) -> Rejects:
         for source, parts in itertools.groupby(store.parts(), key=operator.itemgetter(0)):
             before = 0
             for _, index, part in parts:
-                for content in _lines(index.with_suffix(".rejects")) if part.rejects else ():
-                    reject = json.loads(content)
+                content = index.with_suffix(".rejects").read_bytes() if part.rejects else b""
+                for rejected in content.splitlines():
+                    reject = json.loads(rejected)
                     kind, line = reject["kind"], before + reject["line"]
                     reject = {"file": source.path, **reject, "line": line}
                     file.write(json.dumps(reject, ensure_ascii=False) + "\n")
@@ -238,11 +239,6 @@ def write_rejects(store: Store, path: Path) -> Rejects:
     if not rejects.counts:
         path.unlink()
     return rejects
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        yield from file
 
 
 def _duplicates(store: Store, directory: Path) -> NDArray[np.bool_]:
