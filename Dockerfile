@@ -22,14 +22,14 @@
 #   cpu: the instructions below, read from this file, were carried out in a clean Debian trixie of
 #        debootstrap, and the quick start ran there as user 10001 (tests/docker/clean_root.py), but
 #        with the torch of the default index: the one in TORCH_INDEX could not be reached.
-#   gpu: not built, not run. Its pip steps were tried without the kernels, over an empty package
-#        with the name and version of NVIDIA's torch, which stayed.
+#   gpu: not built, not run. Its pip steps were tried, before cuda-core was among the packages, over
+#        an empty package with the name and version of NVIDIA's torch, which stayed.
 # The tags were found in files that others have published, not pulled; what is said below to be in
 # NVIDIA's image comes from there too.
 
 # What pyproject.toml needs, but for torch, and what the quick start draws with; the versions are in
 # constraints.txt. Named here, so that a change of the code does not install everything again.
-ARG DEPENDENCIES="megatron-core numpy sentencepiece tensorboard psutil tyro prometheus-client matplotlib"
+ARG DEPENDENCIES="megatron-core numpy sentencepiece tensorboard psutil tyro cuda-core cuda-bindings prometheus-client matplotlib"
 
 # ------------------------------------------------------------------------------------------ cpu
 FROM debian:trixie-20260918-slim AS cpu
@@ -79,10 +79,8 @@ CMD ["python", "examples/quickstart/run.py", "--output-dir", "/runs/quickstart"]
 # The later of the two images with torch 2.11 (26.02 and 26.03; 26.04 has 2.12).
 # Known, from reports of its users: Python 3.12.3, torch 2.11.0a0+a6c236b9fd.nv26.03.46836102,
 # CUDA 13.2, cuDNN 9.20, NCCL 2.29.7, Transformer Engine 2.13. constraints.txt, with which the tests
-# run, has torch 2.11.0 and CUDA 13.0. Assumed: that apex, nvcc, pip and awk are in it; that this
-# torch, from before the release, has what the CUDA kernels use of the stable ABI of 2.11 (if not,
-# the build says so; --build-arg MEGATRON_RW_BUILD_CUDA=0 leaves them out, Triton's remain); that a
-# driver for CUDA 13, R580 or later, runs it.
+# run, has torch 2.11.0 and CUDA 13.0. Assumed: that apex, pip, awk and NVRTC, which compiles our
+# kernels when a run starts, are in it; that a driver for CUDA 13, R580 or later, runs it.
 FROM nvcr.io/nvidia/pytorch:26.03-py3 AS gpu
 
 RUN useradd --no-log-init --create-home --uid 10001 trainer \
@@ -102,18 +100,13 @@ RUN pip list --format=freeze > /tmp/before.txt \
     && PIP_CONSTRAINT="" pip install --no-cache-dir -c /tmp/both.txt $DEPENDENCIES \
     && pip list --format=freeze > /tmp/after.txt \
     && ! grep -Fxv -f /tmp/after.txt /tmp/before.txt
-# The CUDA kernels, for Ampere, Hopper, Blackwell and later, before the rest of the code: they take
-# minutes and change less often. The image's setuptools may be older than pyproject.toml asks for.
-COPY pyproject.toml setup.py README.md LICENSE pretrain_gpt_rw.py ./
-COPY megatron_rw/__init__.py megatron_rw/
-COPY megatron_rw/kernels/ megatron_rw/kernels/
-ARG MEGATRON_RW_BUILD_CUDA=1
+COPY . .
+# The image's setuptools may be older than pyproject.toml asks for.
 RUN PIP_CONSTRAINT="" pip install --no-cache-dir -c constraints.txt \
         --target /tmp/build setuptools \
     && PIP_CONSTRAINT="" PYTHONPATH=/tmp/build pip install --no-cache-dir \
         --no-build-isolation --no-deps -e . \
     && rm -r /tmp/build
-COPY . .
 
 ARG VERSION=0.1.0
 ARG REVISION=unknown

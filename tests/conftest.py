@@ -10,14 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests.corpus import EOD, VOCAB_SIZE, flags_of, write_corpus
-
-# Before Triton's kernels are defined. Where there is a GPU they run on it.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes is the machine's business: one that is busy fails nothing. Examples
 # share their test's fixtures; those that write into `tmp_path` begin by making it theirs.
@@ -27,10 +22,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("any machine")
-
-# A table at the end. Hooks of a folder's own conftest do not run in the process that reports for
-# pytest's workers.
-pytest_plugins = ["tests.kernels.resources"]
 
 __all__ = ["EOD", "VOCAB_SIZE"]
 

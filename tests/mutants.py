@@ -139,7 +139,7 @@ MUTANTS = {
         ONE, DEFERRED, "_update_moments", result(seen_moments)
     ),
     "deferred: losses beyond the old range not clamped": Mutant(
-        ONE, "kernels.weights", "normalise", instead(unclamped)
+        ONE, "kernels.torch_weights", "normalise", instead(unclamped)
     ),
     "deferred: moments not in the checkpoint": Mutant(
         f"{STATE}test_state_is_saved_with_the_arguments",
@@ -183,11 +183,12 @@ MUTANTS = {
     ),
     "linupper without its upper limit": Mutant(
         "tests/reweighting/test_weights.py::test_weights_are_the_oracles",
-        *("kernels.weights", "strategy_scores", instead(lambda u, strategy, delta: u + delta)),
+        *("kernels.torch_weights", "strategy_scores"),
+        instead(lambda u, strategy, delta: u + delta),
     ),
     "cross-entropy: sums of the samples without their mask": Mutant(
         "tests/kernels/test_cross_entropy.py"
-        "::test_sums_of_the_samples_and_their_gradient[torch-plain]",
+        "::test_sums_of_the_samples_and_their_gradient[in place-torch-plain]",
         *("kernels.torch_backend", "sample_sums"),
         lambda sums: lambda losses, mask: sums(losses, mask**0),
     ),

@@ -6,7 +6,7 @@ sums by sample with the losses. Both therefore travel as attributes on tensors:
 
 1. The forward step calls `announce_mask(labels, loss_mask)` before it calls the model.
 2. The model calls our cross-entropy (or our output layer), which reads `mask_of(labels)` and
-   returns `with_sums(losses, sums)`.
+   returns `losses_with_sums` of what the kernels return.
 3. The loss function calls `sums_of(losses, loss_mask)`. It computes the sums from the losses if
    core's cross-entropy was in use, which sets no attribute.
 """
@@ -18,12 +18,7 @@ from typing import Any
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
-from megatron_rw.kernels import (
-    SampleSums,
-    sample_sums,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_cross_entropy_sums,
-)
+from megatron_rw.kernels import CrossEntropy, SampleSums, sample_sums, vocab_parallel_cross_entropy
 from megatron_rw.patching import Patch
 
 _MASK, _SUMS = "_megatron_rw_loss_mask", "_megatron_rw_sample_sums"
@@ -41,13 +36,16 @@ def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
 
 
 def mask_of(labels: Tensor) -> Tensor | None:
-    """Returns the mask that was attached to labels, `[b, s]`."""
-    return getattr(labels, _MASK, None)
+    """Returns the mask that was attached to labels, `[b, s]`, as kernels take it: `[s, b]`."""
+    mask: Tensor | None = getattr(labels, _MASK, None)
+    return None if mask is None else mask.transpose(0, 1)
 
 
-def with_sums(losses: Tensor, sums: SampleSums) -> Tensor:
-    """Attaches the sums by sample to the losses, `[b, s]`, and returns these."""
-    setattr(losses, _SUMS, sums)
+def losses_with_sums(made: CrossEntropy) -> Tensor:
+    """Returns the losses as core does, `[b, s]` and contiguous, with their sums if there are."""
+    losses = made.losses.transpose(0, 1).contiguous()
+    if made.sums is not None:
+        setattr(losses, _SUMS, made.sums)
     return losses
 
 
@@ -59,11 +57,7 @@ def sums_of(token_losses: Tensor, loss_mask: Tensor) -> SampleSums:
 
 def _compute_language_model_loss(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
     """Computes `[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core does."""
-    target, group = labels.transpose(0, 1), module.tp_group
-    loss_mask = mask_of(labels)
-    # Core returns contiguous losses.
-    if loss_mask is None:
-        return vocab_parallel_cross_entropy(logits, target, group).transpose(0, 1).contiguous()
-    mask = loss_mask.transpose(0, 1)
-    losses, sums = vocab_parallel_cross_entropy_sums(logits, target, mask, group)
-    return with_sums(losses.transpose(0, 1).contiguous(), sums)
+    target, mask = labels.transpose(0, 1), mask_of(labels)
+    return losses_with_sums(
+        vocab_parallel_cross_entropy(logits, target, module.tp_group, loss_mask=mask)
+    )

@@ -1,4 +1,4 @@
-"""Computes the output layer of core's GPT model and its cross-entropy as one operation.
+"""Computes the output layer of core's GPT model and its cross-entropy within a memory budget.
 
 Core's model gives its last hidden states to an `output_processor`, if there is one, instead of
 computing logits and a loss itself. The heads of multi-token prediction still compute logits,
@@ -14,26 +14,40 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_rw.errors import UserError
-from megatron_rw.integrations.cross_entropy import mask_of, with_sums
+from megatron_rw.integrations.cross_entropy import losses_with_sums, mask_of
 from megatron_rw.kernels import (
     BudgetError,
+    CrossEntropy,
     LogitsPlan,
-    SampleSums,
     linear_weighted_cross_entropy,
-    linear_weighted_cross_entropy_sums,
     plan_logits,
 )
+
+# What flags do, by the names of their arguments, that the fused output layer would silently ignore,
+# or was not tested with.
+CONFLICTS = {
+    "fp8_output_proj": "computes the output layer in FP8, with products of its own",
+    "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its backward "
+    "pass",
+    "use_megatron_fsdp": "gathers the output layer's weight for its own products alone",
+    "use_torch_fsdp2": "gathers the output layer's weight for its own products alone",
+    "fp16_lm_cross_entropy": "asks for losses in 16 bits",
+    "perform_rl_step": "wants the logits",
+    "gtp_weight_remat_size": "cuts the output layer's weight again",
+    "logits_load_dir": "compares the logits with others",
+}
 
 
 class FusedOutputLayer:
     """An output processor of core's `GPTModel`: computes token losses from hidden states.
 
-        model(tokens, position_ids, mask, labels=labels, output_processor=FusedOutputLayer())
+        processor = FusedOutputLayer(1 << 30)
+        model(tokens, position_ids, mask, labels=labels, output_processor=processor)
 
     `logits_budget` are the bytes that logits may take, see `kernels.plan_logits`.
     """
 
-    def __init__(self, logits_budget: int | None = None) -> None:
+    def __init__(self, logits_budget: int) -> None:
         self._logits_budget = logits_budget
 
     def __call__(
@@ -67,40 +81,37 @@ class FusedOutputLayer:
         output_layer.forward = functools.partial(self._losses, output_layer, labels)
         try:
             # Scaling the hidden states scales the logits.
-            losses, sums = output_layer(scale_logits(hidden_states), weight=output_weight)
+            made = output_layer(scale_logits(hidden_states), weight=output_weight)
         finally:
             del output_layer.forward
-        # Core returns contiguous losses.
-        losses = losses.transpose(0, 1).contiguous()
-        return losses if sums is None else with_sums(losses, sums)
+        # Hooks of the module may have made a plain tuple of it.
+        return losses_with_sums(CrossEntropy(*made))
 
     def _losses(
         self, layer: Any, labels: Tensor, hidden: Tensor, weight: Tensor | None = None
-    ) -> tuple[Tensor, SampleSums | None]:
-        given = {
-            "hidden": hidden,
-            "weight": layer.weight if weight is None else weight,
-            "target": labels.transpose(0, 1),
-            "tp_group": layer.tp_group,
-            "bias": layer.bias,
-            "sequence_parallel": layer.sequence_parallel,
-            "gradient_accumulation_fusion": layer.gradient_accumulation_fusion,
-            "logits_budget": self._logits_budget,
-        }
-        mask = mask_of(labels)
-        if mask is None:
-            return linear_weighted_cross_entropy(**given), None
-        return linear_weighted_cross_entropy_sums(**given, loss_mask=mask.transpose(0, 1))
+    ) -> CrossEntropy:
+        return linear_weighted_cross_entropy(
+            hidden,
+            layer.weight if weight is None else weight,
+            labels.transpose(0, 1),
+            layer.tp_group,
+            logits_budget=self._logits_budget,
+            loss_mask=mask_of(labels),
+            bias=layer.bias,
+            sequence_parallel=layer.sequence_parallel,
+            gradient_accumulation_fusion=layer.gradient_accumulation_fusion,
+        )
 
 
-def plan_of(args: Any, budget: int | None) -> LogitsPlan:
-    """Returns how the logits of a micro-batch are computed within a budget in bytes.
+def plan_of(args: Any, budget: int) -> LogitsPlan:
+    """Returns how the logits of the largest micro-batch are computed within a budget in bytes.
 
     It raises `UserError` if --logits-budget-mib is too small. `args` are Megatron's, validated.
     """
+    samples = max(args.micro_batch_size, args.eval_micro_batch_size)
     try:
         return plan_logits(
-            args.micro_batch_size * args.seq_length // args.context_parallel_size,
+            samples * args.seq_length // args.context_parallel_size,
             args.padded_vocab_size // args.tensor_model_parallel_size,
             args.hidden_size,
             args.params_dtype,
@@ -108,4 +119,4 @@ def plan_of(args: Any, budget: int | None) -> LogitsPlan:
             gathers=args.sequence_parallel,
         )
     except BudgetError as error:
-        raise UserError(f"--logits-budget-mib {(budget or 0) >> 20}: {error}.") from error
+        raise UserError(f"--logits-budget-mib {budget >> 20}: {error}.") from error

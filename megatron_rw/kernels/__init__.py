@@ -1,31 +1,24 @@
-"""Kernels of the method and of the loss it is made from: one interface, several backends."""
+"""Kernels of the method and of the loss it is made from: one interface, two backends."""
 
-from megatron_rw.kernels.cross_entropy import (
-    vocab_parallel_cross_entropy,
-    vocab_parallel_cross_entropy_sums,
-)
-from megatron_rw.kernels.linear_cross_entropy import (
-    linear_weighted_cross_entropy,
-    linear_weighted_cross_entropy_sums,
-)
+from megatron_rw.kernels.cross_entropy import CrossEntropy, vocab_parallel_cross_entropy
+from megatron_rw.kernels.linear_cross_entropy import linear_weighted_cross_entropy
 from megatron_rw.kernels.logits_plan import BudgetError, LogitsPlan, plan_logits
-from megatron_rw.kernels.options import CrossEntropyOptions
+from megatron_rw.kernels.options import CrossEntropyOptions, SampleWeights, Statistic
 from megatron_rw.kernels.sums import SampleSums, sample_sums
-from megatron_rw.kernels.weights import SampleWeights, Statistic, loss_weights, weigh_samples
+from megatron_rw.kernels.weights import loss_weights, weigh_samples
 
 __all__ = [
     "BudgetError",
+    "CrossEntropy",
     "CrossEntropyOptions",
     "LogitsPlan",
     "SampleSums",
     "SampleWeights",
     "Statistic",
     "linear_weighted_cross_entropy",
-    "linear_weighted_cross_entropy_sums",
     "loss_weights",
     "plan_logits",
     "sample_sums",
     "vocab_parallel_cross_entropy",
-    "vocab_parallel_cross_entropy_sums",
     "weigh_samples",
 ]

@@ -1,8 +1,8 @@
-"""The CUDA C++ backend: the kernels in csrc, called through torch's operators.
+"""The CUDA C++ backend: the kernels in `csrc`.
 
-Forward, a block reads a stretch of a row once; a second kernel joins the stretches and shards and
-adds up the samples. Backward, a block reads a stretch of a row and writes its gradient, in place
-where the caller says so. No atomics: results repeat bit for bit.
+Forward, a block reads a row once; a second kernel joins the shards and adds up the samples.
+Backward, a block reads a row and writes its gradient, in place where the caller says so. No
+atomics: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -12,66 +12,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rw.kernels import cuda_library
-from megatron_rw.kernels.options import Combined, CrossEntropyOptions, Shard
+from megatron_rw.kernels.cuda_launch import launcher
+from megatron_rw.kernels.options import (
+    TARGET,
+    Combined,
+    CrossEntropyOptions,
+    SampleWeights,
+    Shard,
+    Statistic,
+    WeightStrategy,
+    largest_score,
+)
 from megatron_rw.kernels.sums import SampleSums
-from megatron_rw.kernels.weights import SampleWeights, WeightStrategy, largest_score
+
+# Tokens of a sample that one block joins: kChunk in csrc/statistics.cuh.
+CHUNK = 8192
+# kMostThreads, kWeighThreads in csrc.
+MOST_THREADS, WEIGH_THREADS = 1024, 512
+# `Strategy` in csrc/weigh.cuh.
+_CODES: dict[WeightStrategy, int] = {"uniform": 0, "linupper": 1, "quadratic": 2, "extremes": 3}
+_TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 
 
 @dataclass(frozen=True)
-class CudaLaunch:
-    """How the two passes over the logits are cut.
-
-    Attributes:
-        forward_threads: of a block of the forward pass, a multiple of 32 up to 1024.
-        forward_columns: of a row that such a block takes.
-        backward_threads: of a block of the backward pass.
-        backward_columns: of a row that such a block takes.
-    """
+class Launch:
+    """Threads of a block of the two passes over the logits, multiples of 32 up to 1024."""
 
     forward_threads: int = 256
-    forward_columns: int = 32768
     backward_threads: int = 256
-    backward_columns: int = 8192
 
 
-# Not tuned yet: no GPU has run them. `benchmarks/kernels/tune.py --backend cuda` tries others.
-LAUNCH = CudaLaunch()
-# `Strategy` in csrc/kernels.h.
-_CODES: dict[WeightStrategy, int] = {"uniform": 0, "linupper": 1, "quadratic": 2, "extremes": 3}
+# Not tuned yet: no GPU has run them. `benchmarks/kernels/compare.py launches` tries others.
+LAUNCH = Launch()
 
 
 class CudaBackend:
-    """Runs on a GPU; see `CrossEntropyBackend`.
+    """Runs on a GPU; see `Backend`.
 
     Args:
-        launch: how the passes are cut; the default when None.
+        launch: how the passes over the logits are cut.
     """
 
-    def __init__(self, launch: CudaLaunch | None = None) -> None:
-        self._launch = launch or LAUNCH
+    def __init__(self, launch: Launch = LAUNCH) -> None:
+        self._launch = launch
 
     def statistics(
         self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
-        """See `CrossEntropyBackend`."""
-        cuda_library.load(logits.device.type)
-        tables: Tensor = torch.ops.megatron_rw_cuda.statistics(
-            logits,
-            target,
+        """See `Backend`."""
+        caps = options.softcap is not None
+        table = logits.new_empty(options.rows, *target.shape, dtype=torch.float32)
+        launcher(logits.device)(
+            _kernel("statistics", logits, caps, caps or options.rows > TARGET + 1),
+            (target.numel(), 1),
+            self._launch.forward_threads,
+            *_strided(logits),
+            *_strided(target),
+            table.data_ptr(),
+            target.shape[1],
             shard.start,
             shard.columns,
             options.ignore_index,
-            options.softcap or 0.0,
-            options.label_smoothing > 0,
-            self._launch.forward_threads,
-            self._launch.forward_columns,
+            float(options.softcap or 0),
+            *_option_rows(options),
         )
-        return tables
-
-    def merge(self, tables: Tensor) -> Tensor:
-        """See `CrossEntropyBackend`."""
-        return tables if len(tables) == 1 else torch.ops.megatron_rw_cuda.merge(tables)
+        return table
 
     def combine(
         self,
@@ -81,21 +86,38 @@ class CudaBackend:
         options: CrossEntropyOptions,
         loss_mask: Tensor | None,
     ) -> Combined:
-        """See `CrossEntropyBackend`."""
-        losses, lse, sums = torch.ops.megatron_rw_cuda.combine(
-            tables,
-            target,
-            None if loss_mask is None else loss_mask.float(),
+        """See `Backend`."""
+        sequence, batch = target.shape
+        chunks = -(-sequence // CHUNK)
+        made = tables.new_empty(3 + options.entropy, sequence, batch)
+        losses, lse, *entropy = made[0], made[1:3], *made[3:]
+        sums = None if loss_mask is None else tables.new_empty(2, chunks, batch)
+        launcher(tables.device)(
+            "combine",
+            (batch, chunks),
+            min(-(-sequence // 32) * 32, MOST_THREADS),
+            tables.data_ptr(),
+            len(tables),
+            options.rows,
+            *_strided(target),
+            *((0, 0, 0) if loss_mask is None else _strided(loss_mask)),
+            losses.data_ptr(),
+            lse.data_ptr(),
+            entropy[0].data_ptr() if entropy else 0,
+            0 if sums is None else sums.data_ptr(),
+            sequence,
+            batch,
             shard.vocab_size,
             options.ignore_index,
-            options.z_loss,
+            float(options.z_loss),
             shard.smoothing(options),
+            *_option_rows(options),
         )
-        if loss_mask is None:
-            return Combined(losses, lse, None)
-        # One partial sum, or few of a long sequence in a fixed order.
-        by_sample = sums[:, 0] if sums.shape[1] == 1 else sums.sum(dim=1)
-        return Combined(losses, lse, SampleSums(*by_sample.unbind()))
+        by_sample = None
+        if sums is not None:
+            # One partial sum, or few of a long sequence in a fixed order.
+            by_sample = SampleSums(*(sums[:, 0] if chunks == 1 else sums.sum(dim=1)).unbind())
+        return Combined(losses, lse, by_sample, entropy[0] if entropy else None)
 
     def gradient(
         self,
@@ -107,53 +129,79 @@ class CudaBackend:
         options: CrossEntropyOptions,
         out: Tensor,
     ) -> None:
-        """See `CrossEntropyBackend`."""
+        """See `Backend`."""
         smoothing = shard.smoothing(options)
-        torch.ops.megatron_rw_cuda.gradient(
-            logits,
-            target,
-            lse,
-            upstream,
+        launcher(logits.device)(
+            _kernel("gradient", logits, options.softcap is not None),
+            (target.numel(), 1),
+            self._launch.backward_threads,
+            *_strided(logits),
+            *_strided(out),
+            *_strided(target),
+            lse.data_ptr(),
+            *_strided(upstream),
+            target.shape[1],
             shard.start,
             shard.columns,
+            logits.shape[2],
             options.ignore_index,
-            options.softcap or 0.0,
-            options.z_loss,
+            float(options.softcap or 0),
+            float(options.z_loss),
             smoothing,
             smoothing / shard.vocab_size,
-            self._launch.backward_threads,
-            self._launch.backward_columns,
-            out,
         )
 
+    def weigh(
+        self,
+        losses: Tensor,
+        strategy: WeightStrategy,
+        temperature: float | Tensor,
+        delta: float,
+        mask: Tensor | None,
+        given_range: Tensor | None,
+    ) -> SampleWeights:
+        """See `Backend`; float32.
 
-def weigh(
-    losses: Tensor,
-    strategy: WeightStrategy,
-    temperature: float | Tensor,
-    delta: float,
-    mask: Tensor | None,
-    given_range: Tensor | None,
-) -> SampleWeights:
-    """See `weigh_samples`; float32, not empty.
-
-    Raises:
-        ValueError: the losses are float64.
-    """
-    if losses.dtype != torch.float32:
-        raise ValueError("the CUDA backend weighs float32 losses; float64 needs backend torch")
-    cuda_library.load(losses.device.type)
-    scalar = None if isinstance(temperature, Tensor) else float(temperature)
-    on_device = temperature.float() if isinstance(temperature, Tensor) else None
-    return SampleWeights(
-        *torch.ops.megatron_rw_cuda.weigh(
-            losses.contiguous(),
-            None if mask is None else mask.contiguous(),
-            None if given_range is None else given_range.contiguous(),
-            on_device,
-            scalar or 0.0,
+        Raises:
+            ValueError: the losses are float64.
+        """
+        if losses.dtype != torch.float32:
+            raise ValueError("the CUDA backend weighs float32 losses; float64 needs backend torch")
+        on_device = temperature if isinstance(temperature, Tensor) else None
+        losses = losses.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        weights, statistics = torch.empty_like(losses), losses.new_empty(len(Statistic))
+        launcher(losses.device)(
+            "weigh",
+            (1, 1),
+            min(-(-len(losses) // 32) * 32, WEIGH_THREADS),
+            losses.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if given_range is None else given_range.data_ptr(),
+            0 if on_device is None else on_device.data_ptr(),
+            weights.data_ptr(),
+            statistics.data_ptr(),
+            len(losses),
+            1.0 if on_device is not None else float(temperature),
             _CODES[strategy],
             float(delta),
-            largest_score(strategy, float(delta)),
+            float(largest_score(strategy, delta)),
         )
-    )
+        return SampleWeights(weights, statistics)
+
+
+def _kernel(name: str, logits: Tensor, *variant: bool) -> str:
+    if logits.dtype not in _TYPES:
+        raise ValueError(f"the CUDA kernels take no {logits.dtype} logits: use backend torch")
+    arguments = [_TYPES[logits.dtype], *(str(flag).lower() for flag in variant)]
+    return f"{name}<{', '.join(arguments)}>"
+
+
+def _strided(tensor: Tensor) -> tuple[int, ...]:
+    """Address and strides in elements, as the kernels take them."""
+    return (tensor.data_ptr(), *tensor.stride())
+
+
+def _option_rows(options: CrossEntropyOptions) -> tuple[int, int]:
+    """`sum_row` and `spread_row`, −1 for one that is not there."""
+    return tuple(-1 if row is None else row for row in (options.sum_row, options.spread_row))  # type: ignore[return-value]

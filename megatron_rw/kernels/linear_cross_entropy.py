@@ -1,14 +1,12 @@
-r"""An output layer and its cross-entropy as one operation, without a backward pass over the logits.
+"""An output layer and its cross-entropy within a budget of memory for the logits.
 
     z = X·Wᵀ + bias,    ce_i as in `cross_entropy`, of z and its target y_i
-    dz = diag(v)·Q,     v_i = g_i·s_i,    g_i = ∂L/∂ce_i
-    dX = diag(v)·(Q·W),    dW = Qᵀ·(diag(v)·X),    dbias = Qᵀ·v
+    dX = dz·W,    dW = dzᵀ·X,    dbias = Σ_i dz_i
 
-Q and s are defined in `probabilities`: Q is written over the logits in the forward pass, when the
-upstream gradients g, which hold the samples' weights, are not known yet. They touch matrices of the
-hidden states' size alone. Three matrix products, 6·N·H·V operations, and 4·N·V elements read or
-written beside them. Where the logits do not fit a budget, backward computes them again in splits of
-the vocabulary, 8·N·H·V operations.
+The logits exist a split of the vocabulary at a time, forward and, computed again, backward:
+8·N·H·V operations. Splits of the vocabulary, not of the tokens: each then adds to N·H elements of
+dX instead of V·H of dW. Where all logits fit, a linear layer and `vocab_parallel_cross_entropy`
+take 6·N·H·V.
 """
 
 from __future__ import annotations
@@ -17,16 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rw.kernels.cross_entropy import shard_of
+from megatron_rw.kernels.cross_entropy import (
+    CrossEntropy,
+    check_dtype,
+    check_labels,
+    collected,
+    shard_of,
+)
 from megatron_rw.kernels.linear_autograd import Layer, LinearCrossEntropy
-from megatron_rw.kernels.logits_plan import plan_logits, plan_losses
+from megatron_rw.kernels.logits_plan import plan_logits
 from megatron_rw.kernels.options import CrossEntropyOptions
-from megatron_rw.kernels.passes import backend
-from megatron_rw.kernels.probabilities import probability_backend
-from megatron_rw.kernels.selection import BackendName, default_backend
-from megatron_rw.kernels.sums import SampleSums
+from megatron_rw.kernels.selection import BackendName, backend, default_backend
 
 
+# For the reasons of `vocab_parallel_cross_entropy`.
+@torch.compiler.disable
 def linear_weighted_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -34,167 +37,72 @@ def linear_weighted_cross_entropy(
     tp_group: dist.ProcessGroup | None = None,
     options: CrossEntropyOptions | None = None,
     *,
+    logits_budget: int,
+    loss_mask: Tensor | None = None,
     bias: Tensor | None = None,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
-    logits_budget: int | None = None,
     backend_name: BackendName | None = None,
-) -> Tensor:
-    """Cross-entropy of every token, in nats, of the logits `hidden·weightᵀ + bias`.
+) -> CrossEntropy:
+    """Cross-entropy of every token of the logits `hidden·weightᵀ + bias`.
 
-    The upstream gradient may differ from token to token: sample weights arrive through it. Without
-    gradients, as in evaluation, the logits exist a part of the vocabulary at a time.
+    The upstream gradient may differ from token to token: sample weights arrive through it. Under
+    autocast hidden states, weight and bias are cast as a linear layer's are. `torch.compile`
+    breaks its graph around it.
 
     Args:
         hidden: `[s, b, h]`, or `[s/tp, b, h]` with `sequence_parallel`; fp32, bf16, fp16, or, in
-            the torch backend, fp64.
+            torch, fp64.
         weight: `[V/tp, h]`, same dtype; this rank's rows.
-        target: `[s, b]` int64, labels in the whole vocabulary, or `options.ignore_index`.
+        target: `[s, b]` integers, labels in the whole vocabulary, or `options.ignore_index`.
         tp_group: the ranks that hold the vocabulary's rows, in order; None for one.
-        options: the variant, without label smoothing. The plain one when None.
-        bias: `[V/tp]`, same dtype. Its gradient costs a further read of the logits' buffer.
+        options: the variant. The plain one when None.
+        logits_budget: bytes that logits and what goes with them may take; see `plan_logits`.
+        loss_mask: `[s, b]`, 1 where a token counts in its sample's sums. No sums when None.
+        bias: `[V/tp]`, same dtype.
         sequence_parallel: the ranks of `tp_group` hold parts of the sequence: they are gathered
             first, and the hidden states' gradient is scattered, not all-reduced.
         gradient_accumulation_fusion: add the weight's gradient to `weight.main_grad` as Megatron's
             linear layers do, where the weight has one; `weight.grad_added_to_main_grad` says so.
-        logits_budget: bytes that logits and what goes with them may take; see `plan_logits`.
-        backend_name: see `default_backend` when None. fp64 always runs in torch then.
-
-    Returns:
-        `[s, b]` fp32 (fp64 for fp64). 0 where the label is `ignore_index`, NaN where it is outside
-        the vocabulary.
+        backend_name: see `default_backend` when None.
 
     Raises:
-        ValueError: a shape, dtype or option does not fit.
+        ValueError: a shape, dtype or device does not fit.
         BudgetError: the budget is too small.
     """
-    losses, _ = _linear_cross_entropy(
-        hidden,
-        weight,
-        target,
-        None,
-        tp_group,
-        options,
-        bias,
-        sequence_parallel,
-        gradient_accumulation_fusion,
-        logits_budget,
-        backend_name,
-    )
-    return losses
-
-
-def linear_weighted_cross_entropy_sums(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_mask: Tensor,
-    tp_group: dist.ProcessGroup | None = None,
-    options: CrossEntropyOptions | None = None,
-    *,
-    bias: Tensor | None = None,
-    sequence_parallel: bool = False,
-    gradient_accumulation_fusion: bool = False,
-    logits_budget: int | None = None,
-    backend_name: BackendName | None = None,
-) -> tuple[Tensor, SampleSums]:
-    """Cross-entropy of every token and each sample's sums of it.
-
-    Args:
-        hidden: as for `linear_weighted_cross_entropy`, as is every argument but one.
-        weight: as there.
-        target: as there.
-        loss_mask: `[s, b]`, 1 where a token counts. One that is masked adds nothing to the sums
-            even if its loss is not finite.
-        tp_group: as there.
-        options: as there.
-        bias: as there.
-        sequence_parallel: as there.
-        gradient_accumulation_fusion: as there.
-        logits_budget: as there.
-        backend_name: as there.
-
-    Returns:
-        `(losses, sums)`, both with gradient: losses as there, sums as `[b]` each.
-
-    Raises:
-        ValueError: as there.
-        BudgetError: as there.
-    """
-    return _linear_cross_entropy(
-        hidden,
-        weight,
-        target,
-        loss_mask,
-        tp_group,
-        options,
-        bias,
-        sequence_parallel,
-        gradient_accumulation_fusion,
-        logits_budget,
-        backend_name,
-    )
-
-
-# Its collectives, and the buffer that it overwrites, are not for a compiler to move.
-@torch.compiler.disable
-def _linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    loss_mask: Tensor | None,
-    tp_group: dist.ProcessGroup | None,
-    options: CrossEntropyOptions | None,
-    bias: Tensor | None,
-    sequence_parallel: bool,
-    accumulates: bool,
-    logits_budget: int | None,
-    backend_name: BackendName | None,
-) -> tuple[Tensor, SampleSums]:
     options = options or CrossEntropyOptions()
+    hidden, weight, bias = _cast(hidden, weight, bias)
     sequence_parallel = sequence_parallel and tp_group is not None and tp_group.size() > 1
     parts = tp_group.size() if sequence_parallel and tp_group is not None else 1
-    _check(hidden, weight, bias, target, loss_mask, options, parts)
-    if backend_name is None:
-        double = hidden.dtype == torch.float64
-        backend_name = "torch" if double else default_backend(hidden.device)
-    if hidden.dtype == torch.float64 and backend_name != "torch":
-        raise ValueError(f"the backend {backend_name} has no float64: use torch")
-    columns, tokens = weight.shape[0], target.numel()
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
-    )
-    if differentiable:
-        plan = plan_logits(
-            tokens, columns, hidden.shape[2], hidden.dtype, logits_budget, gathers=sequence_parallel
-        )
-    else:
-        plan = plan_losses(tokens, columns, hidden.dtype, logits_budget)
+    _check(hidden, weight, bias, target, parts)
+    target, loss_mask = check_labels(target, loss_mask, hidden)
+    columns, size = weight.shape
     layer = Layer(
-        tp_group,
-        shard_of(columns, tp_group, options),
-        options,
-        sequence_parallel,
-        accumulates,
-        plan,
-        backend(backend_name),
-        probability_backend(backend_name),
+        tp_group=tp_group,
+        shard=shard_of(columns, tp_group, options),
+        options=options,
+        sequence_parallel=sequence_parallel,
+        accumulates=gradient_accumulation_fusion,
+        plan=plan_logits(
+            target.numel(), columns, size, hidden.dtype, logits_budget, gathers=sequence_parallel
+        ),
+        passes=backend(backend_name or default_backend(hidden.device, hidden.dtype)),
     )
-    losses, loss_sum, count = LinearCrossEntropy.apply(
-        hidden, weight, bias, target, loss_mask, layer
-    )
-    return losses, SampleSums(loss_sum, count)
+    return collected(LinearCrossEntropy.apply(hidden, weight, bias, target, loss_mask, layer))
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    loss_mask: Tensor | None,
-    options: CrossEntropyOptions,
-    parts: int,
-) -> None:
+def _cast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast casts the operands of a linear layer, which leaves fp64 alone."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, parts: int) -> None:
     if hidden.dim() != 3 or target.shape != (hidden.shape[0] * parts, hidden.shape[1]):
         cut = f" (a sequence over {parts} ranks)" if parts > 1 else ""
         raise ValueError(
@@ -211,23 +119,9 @@ def _check(
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        check_dtype(name, tensor)
+        if (tensor.dtype, tensor.device) != (hidden.dtype, hidden.device):
             raise ValueError(
-                f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}: a "
-                "quantised output layer has its own products"
+                f"{name} is {tensor.dtype} on {tensor.device} and hidden {hidden.dtype} on "
+                f"{hidden.device}: they must be alike"
             )
-        if tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} and hidden {hidden.dtype}: one is needed")
-    if hidden.numel() == 0 or weight.numel() == 0:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} or weight {tuple(weight.shape)} has no elements"
-        )
-    if loss_mask is not None and loss_mask.shape != target.shape:
-        raise ValueError(
-            f"loss_mask must be [s, b] as the target, {tuple(target.shape)}, not "
-            f"{tuple(loss_mask.shape)}"
-        )
-    if options.label_smoothing:
-        raise ValueError(
-            "the fused output layer has no label smoothing: use vocab_parallel_cross_entropy"
-        )

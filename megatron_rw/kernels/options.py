@@ -1,22 +1,37 @@
-"""What a cross-entropy shall compute, checked once, and what its backends have in common."""
+"""What the kernels are asked for and what they return, and the protocol of their backends."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from enum import IntEnum
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron_rw.kernels.sums import SampleSums
 
+WeightStrategy = Literal["uniform", "linupper", "quadratic", "extremes"]
+
+# Below this range of losses (nats) a set has no order to speak of and its weights are uniform.
+COLLAPSED_RANGE = 1e-6
+
+# Rows of a table of statistics that are always there: the largest logit m, Σ exp(z − m), and the
+# target's logit (0 where it is elsewhere).
+MAX, SUM_EXP, TARGET = range(3)
+
+
+class BackendError(ValueError):
+    """The kernels that were asked for cannot run here; the message names the remedy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyOptions:
-    """Settings of `vocab_parallel_cross_entropy`."""
+    """Settings of the cross-entropy."""
 
     ignore_index: int = -100
-    """Label of a token without a loss: its loss and the gradient of its logits are 0."""
+    """Label of a token without a loss: its loss and the gradient of its logits are 0, and it is in
+    no sum."""
 
     vocab_size: int | None = None
     """Columns of the whole vocabulary that take part; padding lies behind them. All when None."""
@@ -30,6 +45,10 @@ class CrossEntropyOptions:
     softcap: float | None = None
     """c > 0: the logits are c·tanh(z/c) first."""
 
+    entropy: bool = False
+    """Return the entropy of each token's prediction as well; it costs 4 bytes a token more in the
+    exchange of tensor-parallel ranks."""
+
     def __post_init__(self) -> None:
         """Check every setting.
 
@@ -42,8 +61,23 @@ class CrossEntropyOptions:
             raise ValueError(f"z_loss must be 0 or more, not {self.z_loss}")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
             raise ValueError(f"softcap must be above 0, not {self.softcap}")
-        if self.vocab_size is not None and self.vocab_size < 2:
-            raise ValueError(f"vocab_size must be 2 or more, not {self.vocab_size}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be 1 or more, not {self.vocab_size}")
+
+    @property
+    def sum_row(self) -> int | None:
+        """The row Σ z of a table, which label smoothing needs."""
+        return TARGET + 1 if self.label_smoothing else None
+
+    @property
+    def spread_row(self) -> int | None:
+        """The row Σ exp(z − m)·(z − m) of a table, which the entropy needs."""
+        return TARGET + 1 + bool(self.label_smoothing) if self.entropy else None
+
+    @property
+    def rows(self) -> int:
+        """How many rows a table of statistics has."""
+        return TARGET + 1 + bool(self.label_smoothing) + self.entropy
 
 
 @dataclass(frozen=True)
@@ -62,30 +96,71 @@ class Shard:
 
     def smoothing(self, options: CrossEntropyOptions) -> float:
         """ε·V/(V−1): the weight of the mean over all labels, the target included."""
-        return options.label_smoothing * self.vocab_size / (self.vocab_size - 1)
-
-
-# Rows of a table of statistics: the largest logit m, Σ exp(z − m), the target's logit (0 where it
-# is elsewhere), and, with label smoothing alone, Σ z.
-MAX, SUM_EXP, TARGET, SUM = range(4)
+        # A vocabulary of one label has no other labels: it must not divide by 0.
+        return options.label_smoothing * self.vocab_size / max(self.vocab_size - 1, 1)
 
 
 class Combined(NamedTuple):
     """Losses of the whole vocabulary.
 
     Attributes:
-        losses: `[s, b]` fp32.
-        lse: `[s, b]` fp32.
+        losses: `[s, b]` fp32 (fp64 where the logits are), nats.
+        lse: `[2, s, b]`, same dtype, the log-sum-exp as a sum that keeps its digits whatever all
+            logits have in common: a maximum m, and log Σ exp(z − m).
         sums: of the losses and the mask, where there is one.
+        entropy: `[s, b]`, same dtype, nats, where it was asked for.
     """
 
     losses: Tensor
     lse: Tensor
     sums: SampleSums | None
+    entropy: Tensor | None
 
 
-class CrossEntropyBackend(Protocol):
-    """The two passes over the logits, and the step between them.
+class Statistic(IntEnum):
+    """Places in `SampleWeights.statistics`; all are of the active samples."""
+
+    COUNT = 0
+    """|S|: inside the mask and finite."""
+    LOW = 1
+    """l_min; +inf when there are none."""
+    HIGH = 2
+    """l_max; −inf when there are none."""
+    MEAN = 3
+    """Mean loss; 0 when there are none."""
+    VARIANCE = 4
+    """Mean squared distance from it."""
+    TOTAL = 5
+    """Σ of the weights as returned: 1 when they are normalised."""
+    ESS = 6
+    """1/Σ w² of normalised weights; 0 when there are none."""
+    LARGEST = 7
+    """Largest normalised weight."""
+    OBJECTIVE = 8
+    """Σ w·l of normalised weights."""
+
+
+class SampleWeights(NamedTuple):
+    """Weights of a set.
+
+    Attributes:
+        weights: `[n]` in the dtype of the losses.
+        statistics: `[9]`, same dtype; see `Statistic`.
+    """
+
+    weights: Tensor
+    statistics: Tensor
+
+
+def largest_score(strategy: WeightStrategy, delta: float) -> float:
+    """h_max, the largest score that a strategy can give to any loss; the smallest is 0."""
+    if strategy == "uniform":
+        return 0.0
+    return 1.0 if strategy == "quadratic" else delta
+
+
+class Backend(Protocol):
+    """The two passes over the logits, the step between them, and the weighting.
 
     Targets are `[s, b]` int64, labels in the whole vocabulary, or `options.ignore_index`.
     """
@@ -99,15 +174,12 @@ class CrossEntropyBackend(Protocol):
             logits: `[s, b, columns + padding]` fp32, bf16 or fp16, any strides.
             target: see above.
             shard: which columns take part.
-            options: soft-cap and label smoothing count here.
+            options: soft-cap, label smoothing and entropy count here.
 
         Returns:
-            `[parts, 3, s, b]` fp32 (4 with label smoothing), rows MAX, SUM_EXP, TARGET, SUM, of
-            one or more parts of the shard.
+            `[options.rows, s, b]` fp32 (fp64 where the logits are): MAX, SUM_EXP, TARGET,
+            `options.sum_row`, `options.spread_row`.
         """
-
-    def merge(self, tables: Tensor) -> Tensor:
-        """Make one part, `[1, rows, s, b]`, of the several of a shard."""
 
     def combine(
         self,
@@ -117,14 +189,15 @@ class CrossEntropyBackend(Protocol):
         options: CrossEntropyOptions,
         loss_mask: Tensor | None,
     ) -> Combined:
-        """Join the parts of all shards.
+        """Join the tables of all shards.
 
         Args:
-            tables: `[parts, rows, s, b]`, see `statistics`.
+            tables: `[shards, options.rows, s, b]`, see `statistics`.
             target: see above.
             shard: its vocabulary counts here.
             options: as for `statistics`.
-            loss_mask: `[s, b]`, 1 where a token counts in its sample's sums.
+            loss_mask: `[s, b]` in the dtype of the tables, 1 where a token counts in its sample's
+                sums.
         """
 
     def gradient(
@@ -142,10 +215,21 @@ class CrossEntropyBackend(Protocol):
         Args:
             logits: as for `statistics`.
             target: see above.
-            lse: `[s, b]` fp32, contiguous, over the whole vocabulary.
-            upstream: `[s, b]` fp32, any strides. Where it is 0, or the token is ignored, the row is
-                literal zeros.
+            lse: `[2, s, b]`, contiguous, over the whole vocabulary; see `Combined`.
+            upstream: `[s, b]` in the dtype of `lse`, any strides. Where it is 0, or the token is
+                ignored, the row is literal zeros.
             shard: which columns take part; padding gets zeros.
             options: as in the forward pass.
             out: like `logits`; may be `logits` itself.
         """
+
+    def weigh(
+        self,
+        losses: Tensor,
+        strategy: WeightStrategy,
+        temperature: float | Tensor,
+        delta: float,
+        mask: Tensor | None,
+        given_range: Tensor | None,
+    ) -> SampleWeights:
+        """See `weights.weigh_samples`, which has checked the arguments; there is a sample."""

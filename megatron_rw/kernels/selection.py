@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import os
 from typing import Literal, cast, get_args
 
 import torch
 
-BackendName = Literal["torch", "triton", "cuda"]
+from megatron_rw.kernels.options import Backend, BackendError
+
+BackendName = Literal["torch", "cuda"]
 BACKEND_VARIABLE = "MEGATRON_RW_KERNELS"
 
 _chosen: BackendName | None = None
-
-
-class BackendError(ValueError):
-    """The kernels that were asked for cannot run here; the message names the remedy."""
 
 
 def use_backend(name: BackendName | None) -> None:
@@ -28,29 +26,42 @@ def use_backend(name: BackendName | None) -> None:
     _chosen = name
 
 
-def default_backend(device: torch.device) -> BackendName:
-    """The first that says: `use_backend`, `MEGATRON_RW_KERNELS`, the device.
+def default_backend(device: torch.device, dtype: torch.dtype | None = None) -> BackendName:
+    """What the first of these names: the dtype, `use_backend`, `MEGATRON_RW_KERNELS`, the device.
 
-    A GPU has Triton, anything else torch.
+    Only torch takes fp64. A GPU has the CUDA kernels, any other device torch.
 
     Raises:
         BackendError: the variable names no backend.
     """
+    if dtype == torch.float64:
+        return "torch"
     named = _chosen or os.environ.get(BACKEND_VARIABLE)
     if not named:
-        return "triton" if device.type == "cuda" else "torch"
+        return "cuda" if device.type == "cuda" else "torch"
     if named not in get_args(BackendName):
         choices = ", ".join(get_args(BackendName))
         raise BackendError(f"{BACKEND_VARIABLE}={named}: choose one of {choices}, or unset it")
     return cast(BackendName, named)
 
 
-def check_backend(device: torch.device, name: BackendName | None = None) -> BackendName:
-    """See that a backend can run; the CUDA kernels are built where they are not yet.
+@functools.cache
+def backend(name: BackendName) -> Backend:
+    """The backend of that name; imports what it needs."""
+    if name == "cuda":
+        from megatron_rw.kernels.cuda_backend import CudaBackend
+
+        return CudaBackend()
+    from megatron_rw.kernels.torch_backend import TorchBackend
+
+    return TorchBackend()
+
+
+def check_backend(device: torch.device) -> BackendName:
+    """Make sure that the default backend can run, and compile the kernels if it is CUDA's.
 
     Args:
         device: where it shall run.
-        name: the default when None.
 
     Returns:
         Its name.
@@ -58,17 +69,9 @@ def check_backend(device: torch.device, name: BackendName | None = None) -> Back
     Raises:
         BackendError: it cannot.
     """
-    name = name or default_backend(device)
-    if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise BackendError("the Triton kernels need the package triton: install it")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise BackendError(
-                "the Triton kernels need a GPU, or for tests TRITON_INTERPRET=1 in the "
-                "environment; the backend torch runs anywhere"
-            )
-    elif name == "cuda":
-        from megatron_rw.kernels import cuda_library
+    name = default_backend(device)
+    if name == "cuda":
+        from megatron_rw.kernels.cuda_launch import launcher
 
-        cuda_library.load(device.type)
+        launcher(device)
     return name

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_rw.kernels import torch_weights
 from megatron_rw.kernels.options import (
     MAX,
-    SUM,
     SUM_EXP,
     TARGET,
     Combined,
@@ -17,6 +17,7 @@ from megatron_rw.kernels.options import (
 from megatron_rw.kernels.sums import sample_sums
 from megatron_rw.kernels.torch_pieces import (
     Scratch,
+    cap,
     clear_rows,
     computed_in,
     cut_pieces,
@@ -30,25 +31,29 @@ class TorchBackend:
     def statistics(
         self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
-        """See `CrossEntropyBackend`."""
+        """See `Backend`."""
         column, here = local_columns(target, shard, options)
         pieces, columns = cut_pieces(logits[..., : shard.columns], column)
-        top, total, own, plain = _by_target(pieces, columns, options)
-        # Where the target's logit is not finite it says nothing of the others. A device is not
-        # asked whether there are any, which would make the host wait.
-        if logits.is_cuda or not torch.isfinite(top).all():
-            top, total = _by_maximum(pieces, options)
-        rows = [top, total, torch.where(here.flatten(), own, 0.0)]
-        if plain is not None:
-            rows.append(plain)
-        return torch.stack(rows).view(1, len(rows), *target.shape)
-
-    def merge(self, tables: Tensor) -> Tensor:
-        """See `CrossEntropyBackend`."""
-        if len(tables) == 1:
-            return tables
-        top, _, total = _join(tables)
-        return torch.cat([torch.stack([top, total]), tables[:, TARGET:].sum(dim=0)]).unsqueeze(0)
+        scratch = Scratch(pieces)
+        found: list[list[Tensor]] = []
+        for part, index in zip(pieces, columns, strict=True):
+            z = scratch.read(part, options)
+            p = torch.softmax(z, dim=-1, out=scratch.space(z))
+            # The largest probability is 1/Σ exp(z − m).
+            rows = [z.amax(dim=-1), p.amax(dim=-1).reciprocal(), z.gather(-1, index).squeeze(-1)]
+            if options.label_smoothing:
+                rows.append(z.sum(dim=-1))
+            if options.entropy:
+                rows.append(torch.special.entr(p).sum(dim=-1))
+            found.append(rows)
+        table = torch.stack([torch.cat(row) for row in zip(*found, strict=True)])
+        # A row of −inf has no softmax.
+        total = table[SUM_EXP].masked_fill_(table[MAX] == -torch.inf, 0.0)
+        table[TARGET].masked_fill_(~here.flatten(), 0.0)
+        if options.entropy:
+            # Of the shard's own p, H = log S − Σ exp(z − m)·(z − m)/S with S = Σ exp(z − m).
+            table[-1] = torch.where(total > 0, total * (torch.log(total) - table[-1]), 0.0)
+        return table.view(options.rows, *target.shape)
 
     def combine(
         self,
@@ -58,23 +63,32 @@ class TorchBackend:
         options: CrossEntropyOptions,
         loss_mask: Tensor | None,
     ) -> Combined:
-        """See `CrossEntropyBackend`."""
-        _, base, total = _join(tables)
+        """See `Backend`."""
+        table = join_tables(tables, options)
+        total, own = table[SUM_EXP], table[TARGET]
+        base = _anchor(table[MAX])
         log_total = torch.log(total)
-        own = tables[:, TARGET].sum(dim=0)
         # Not lse − z_y: a common offset of the logits would cost both their digits.
         losses = log_total + (base - own)
         lse = log_total + base
-        smoothing = shard.smoothing(options)
-        if smoothing:
-            losses += smoothing * (own - tables[:, SUM].sum(dim=0) / shard.vocab_size)
+        if options.sum_row is not None:
+            mean = table[options.sum_row] / shard.vocab_size
+            losses += shard.smoothing(options) * (own - mean)
         if options.z_loss:
             losses += options.z_loss * lse.square()
         # A label beyond the vocabulary would pass as a loss without a target.
         losses.masked_fill_((target < 0) | (target >= shard.vocab_size), torch.nan)
-        losses.masked_fill_(target == options.ignore_index, 0.0)
-        sums = None if loss_mask is None else sample_sums(losses.T, loss_mask.T)
-        return Combined(losses, lse, sums)
+        ignored = target == options.ignore_index
+        losses.masked_fill_(ignored, 0.0)
+        sums = entropy = None
+        if loss_mask is not None:
+            # The mask keeps its strides, and so the order of the sums.
+            sums = sample_sums(losses.T, torch.where(ignored, 0.0, loss_mask).T)
+        if options.spread_row is not None:
+            entropy = log_total - table[options.spread_row] / total
+        return Combined(losses, torch.stack([base, log_total]), sums, entropy)
+
+    weigh = staticmethod(torch_weights.weigh)
 
     def gradient(
         self,
@@ -86,39 +100,41 @@ class TorchBackend:
         options: CrossEntropyOptions,
         out: Tensor,
     ) -> None:
-        """See `CrossEntropyBackend`."""
+        """See `Backend`."""
         smoothing = shard.smoothing(options)
         column, here = local_columns(target, shard, options)
         scale = upstream.contiguous().masked_fill(target == options.ignore_index, 0.0)
-        row_scale = (scale * (1.0 + 2.0 * options.z_loss * lse)).unsqueeze(-1)
-        correction = torch.where(here, (smoothing - 1.0) * scale, 0.0).unsqueeze(-1)
-        uniform = (scale * (smoothing / shard.vocab_size)).unsqueeze(-1)
+        scale, top, log_total = (x.unsqueeze(-1) for x in (scale, *lse))
+        more = 2.0 * options.z_loss * (top + log_total)
+        even = scale * (smoothing / shard.vocab_size)
+        # The target's p − 1 in all its digits, before it may be overwritten.
+        z_own = cap(logits.gather(-1, column).to(lse.dtype), options)
+        own = (
+            scale * (torch.expm1(z_own - top - log_total) * (1.0 + more) + more + smoothing) - even
+        )
         whole = shard.columns == shard.vocab_size
+        # What to multiply the softmax by, or, of a shard, exp(z − m).
+        factor = scale * (1.0 + more) * (1.0 if whole else torch.exp(-log_total))
         pieces = cut_pieces(
             logits[..., : shard.columns],
             out[..., : shard.columns],
-            lse.unsqueeze(-1),
-            column,
-            row_scale,
-            correction,
-            uniform,
-            (scale == 0).unsqueeze(-1),
+            *(top, factor, even, column, own, here.unsqueeze(-1), scale == 0),
         )
         scratch = Scratch(pieces[0])
-        for part, place, row_lse, index, factor, own, even, zero in zip(*pieces, strict=True):
+        for part, place, base, rise, drop, index, exact, held, zero in zip(*pieces, strict=True):
             z = scratch.read(part, options)
-            # Straight into its place where nothing is left to read there: each row of these is read
-            # before it is written.
+            # Written straight into its place where the logits are not needed again: without a
+            # soft-cap each row is read before it is written.
             straight = place.dtype == computed_in(place.dtype) and options.softcap is None
             gradient = place if straight else scratch.space(z)
             if whole:
                 torch.softmax(z, dim=-1, out=gradient)
             else:
-                torch.sub(z, row_lse, out=gradient).exp_()
-            gradient *= factor
+                torch.sub(z, base, out=gradient).exp_()
+            gradient *= rise
             if smoothing:
-                gradient -= even
-            gradient.scatter_add_(-1, index, own)
+                gradient -= drop
+            gradient.scatter_(-1, index, torch.where(held, exact, gradient.gather(-1, index)))
             if options.softcap is not None:
                 gradient *= 1.0 - z.div_(options.softcap).square_()
             clear_rows(gradient, zero)
@@ -127,45 +143,23 @@ class TorchBackend:
         out[..., shard.columns :] = 0
 
 
-def _join(tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest logit m of all parts, a finite m for a row of −inf, and Σ exp(z − m)."""
+def join_tables(tables: Tensor, options: CrossEntropyOptions) -> Tensor:
+    """One table, `[options.rows, s, b]`, of those of shards, `[shards, options.rows, s, b]`."""
+    if len(tables) == 1:
+        return tables[0]
     top = tables[:, MAX].amax(dim=0)
-    base = top.masked_fill(top == -torch.inf, 0.0)
-    return top, base, (tables[:, SUM_EXP] * torch.exp(tables[:, MAX] - base)).sum(dim=0)
+    lift = tables[:, MAX] - _anchor(top)
+    factor = torch.exp(lift)
+    sums = tables[:, SUM_EXP]
+    joined = tables.sum(dim=0)
+    joined[MAX], joined[SUM_EXP] = top, (sums * factor).sum(dim=0)
+    if options.spread_row is not None:
+        # Of a shard of −inf, or of the least numbers there are, −inf·0 is NaN.
+        moved = tables[:, options.spread_row] + torch.where(factor > 0, lift * sums, 0.0)
+        joined[options.spread_row] = (moved * factor).sum(dim=0)
+    return joined
 
 
-def _by_target(
-    logits: list[Tensor], columns: list[Tensor], options: CrossEntropyOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """m, Σ exp(z − m), the logit z_y in `columns`, and with label smoothing Σ z, `[s·b]` each.
-
-    From one fused log-softmax: any m near the largest logit does, and log Σ exp z = z_y − log p_y.
-    """
-    scratch = Scratch(logits)
-    owns, log_probabilities, plain = [], [], []
-    for part, index in zip(logits, columns, strict=True):
-        z = scratch.read(part, options)
-        owns.append(z.gather(-1, index))
-        log_p = torch.log_softmax(z, dim=-1, out=scratch.space(z))
-        log_probabilities.append(log_p.gather(-1, index))
-        if options.label_smoothing:
-            plain.append(z.sum(dim=-1))
-    own, log_p = torch.cat(owns).squeeze(-1), torch.cat(log_probabilities).squeeze(-1)
-    top = own - log_p
-    # What rounding left of z_y − m − log p_y keeps the digits of log p_y.
-    total = torch.exp((own - top) - log_p)
-    return top, total, own, torch.cat(plain) if plain else None
-
-
-def _by_maximum(logits: list[Tensor], options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
-    """The largest logit m and Σ exp(z − m), `[s·b]` each."""
-    scratch = Scratch(logits)
-    tops, totals = [], []
-    for part in logits:
-        z = scratch.read(part, options)
-        tops.append(z.amax(dim=-1))
-        # The largest probability is 1/Σ exp(z − m).
-        totals.append(torch.softmax(z, dim=-1, out=scratch.space(z)).amax(dim=-1))
-    top = torch.cat(tops)
-    # A row of −inf has no softmax.
-    return top, torch.cat(totals).reciprocal().masked_fill(top == -torch.inf, 0.0)
+def _anchor(top: Tensor) -> Tensor:
+    """What to subtract from logits of which `top` is the largest: of a row of −inf nothing."""
+    return top.masked_fill(top == -torch.inf, 0.0)

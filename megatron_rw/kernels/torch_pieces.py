@@ -1,4 +1,4 @@
-"""What the torch backends have in common: logits a few rows at a time, targets, rows of zeros."""
+"""Helpers of the torch backend: logits a few rows at a time, targets, rows of zeros."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megatron_rw.kernels.options import CrossEntropyOptions, Shard
 
-# Logits at a time: 2 MiB in fp32 stay in a processor's cache, and fewer would have the host's work
-# between two pieces show.
+# Logits at a time. 2 MiB in fp32 stay in a processor's cache; with smaller pieces the work between
+# two of them would take a noticeable share of the time.
 CHUNK_ELEMENTS = 1 << 19
 
 
@@ -40,6 +40,13 @@ def clear_rows(matrix: Tensor, rows: Tensor) -> None:
         matrix[rows.squeeze(-1)] = 0.0
 
 
+def cap(z: Tensor, options: CrossEntropyOptions) -> Tensor:
+    """Soft-cap logits in place, where they are to be."""
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)
+    return z
+
+
 class Scratch:
     """Memory for one piece at a time, kept: the allocator may give pages back after every use.
 
@@ -57,10 +64,7 @@ class Scratch:
         """The piece in fp32 (fp64 where it is), and capped."""
         if piece.dtype == computed_in(piece.dtype) and options.softcap is None:
             return piece
-        z = self._single[0][: len(piece)].copy_(piece)
-        if options.softcap is not None:
-            z.div_(options.softcap).tanh_().mul_(options.softcap)
-        return z
+        return cap(self._single[0][: len(piece)].copy_(piece), options)
 
     def space(self, z: Tensor) -> Tensor:
         """As large as `z`."""

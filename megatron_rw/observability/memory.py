@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rw.errors import print_error
+from megatron_rw.integrations.output_layer import CONFLICTS
 from megatron_rw.resilience.watchdog import Progress
 
 
@@ -52,10 +53,6 @@ def _explanation(args: Namespace, progress: Progress) -> str:
 
 def remedies(args: Namespace) -> str:
     """Names flags that lower the memory of a GPU and are not in use yet, cheapest first."""
-    # In a preflight there are no logits: Megatron's memory formula leaves them out.
-    parallel = parallel_state.model_parallel_is_initialized()
-    has_logits = parallel and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    in_parts = has_logits and args.fused_linear_cross_entropy
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     useful = {
         "--use-distributed-optimizer": (
@@ -63,9 +60,7 @@ def remedies(args: Namespace) -> str:
         ),
         "--sequence-parallel": tensor > 1 and not args.sequence_parallel,
         f"a --micro-batch-size below {args.micro_batch_size}": args.micro_batch_size > 1,
-        "--fused-linear-cross-entropy": has_logits and not args.fused_linear_cross_entropy,
-        "--logits-budget-mib": in_parts and args.logits_budget_mib is None,
-        "a lower --logits-budget-mib": in_parts and args.logits_budget_mib is not None,
+        **dict.fromkeys(_for_logits(args), True),
         "--recompute-granularity selective": args.recompute_granularity is None,
         f"a --tensor-model-parallel-size above {tensor}": True,
         f"a --pipeline-model-parallel-size above {pipeline}": True,
@@ -75,3 +70,27 @@ def remedies(args: Namespace) -> str:
     }
     options = [flag for flag, applies in useful.items() if applies]
     return ", ".join(options[:-1]) + f" or {options[-1]}"
+
+
+def _for_logits(args: Namespace) -> list[str]:
+    """Names flags that lower the memory of the logits, and those whose place they must take."""
+    # In a preflight there are no logits: Megatron's memory formula leaves them out.
+    parallel = parallel_state.model_parallel_is_initialized()
+    if not parallel or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return []
+    if args.fused_linear_cross_entropy:
+        return ["a lower --logits-budget-mib"]
+    flags, instead = [], ""
+    if args.cross_entropy_loss_fusion:
+        instead = " in place of --cross-entropy-loss-fusion"
+    if args.cross_entropy_impl == "megatron":
+        flags.append(f"--cross-entropy-impl fused{instead}")
+    else:
+        instead = " in place of --cross-entropy-impl fused"
+    # The heads of multi-token prediction keep their cross-entropy.
+    instead = "" if args.mtp_num_layers else instead
+    # A size is in use above 1.
+    values = [getattr(args, name, None) for name in CONFLICTS]
+    if not any(value is True or (value and value != 1) for value in values):
+        flags.append(f"--fused-linear-cross-entropy --logits-budget-mib MIB{instead}")
+    return flags

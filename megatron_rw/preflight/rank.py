@@ -27,6 +27,7 @@ from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_sto
 from megatron_rw.preflight.report import CheckResult, ranks_text
 from megatron_rw.resilience import watchdog
 from megatron_rw.training.arguments import megatron_config, parse_job_flags
+from megatron_rw.training.callbacks.kernels import compile_here
 from megatron_rw.training.datasets import Domains
 
 PROBLEMS = 1
@@ -65,9 +66,11 @@ def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int
 
 def check_job(flags: Sequence[str], device: Device) -> Namespace:
     """Returns the job's arguments, after all checks that it makes itself before it starts."""
-    args = parse_job_flags(flags, device).megatron
+    settings = parse_job_flags(flags, device)
+    args = settings.megatron
     megatron_config(args)
     Domains(args)
+    compile_here(settings)
     return args
 
 

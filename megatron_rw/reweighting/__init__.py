@@ -6,7 +6,8 @@ can use it by itself.
 
 from megatron_rw.errors import UserError as ConfigError
 from megatron_rw.kernels.sums import SampleSums, sample_sums
-from megatron_rw.kernels.weights import effective_sample_size, loss_weights
+from megatron_rw.kernels.torch_weights import effective_sample_size
+from megatron_rw.kernels.weights import loss_weights
 from megatron_rw.reweighting.config import ReweightConfig, temperature_at
 from megatron_rw.reweighting.metrics import (
     DomainLosses,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_rw.errors import UserError
-from megatron_rw.kernels.weights import WeightStrategy, largest_score
+from megatron_rw.kernels.options import WeightStrategy, largest_score
 
 Strategy = Literal["none", WeightStrategy]
 Scope = Literal["microbatch", "global", "deferred"]

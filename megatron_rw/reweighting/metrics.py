@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rw.kernels.weights import Statistic
+from megatron_rw.kernels.options import Statistic
 from megatron_rw.reweighting.scopes import WeightedSet
 
 # The paper's convergence proof assumes that |S|·w_max is at most this.

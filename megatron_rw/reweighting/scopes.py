@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rw.kernels.options import SampleWeights, Statistic
 from megatron_rw.kernels.sums import SampleSums
-from megatron_rw.kernels.weights import SampleWeights, Statistic, weigh_samples
+from megatron_rw.kernels.weights import weigh_samples
 from megatron_rw.reweighting.config import ReweightConfig, temperature_at
 from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples
 
@@ -33,7 +34,7 @@ class WeightedSet:
 
     samples: SampleSet
     weights: Tensor  # `[n]`, w_i, in the order of `samples`.
-    statistics: Tensor  # `[9]`, indexed by `megatron_rw.kernels.weights.Statistic`.
+    statistics: Tensor  # `[9]`, indexed by `megatron_rw.kernels.Statistic`.
     # Scalar, number of samples whose losses were clamped, because they were outside the range that
     # losses were scaled by; None if that range is the set's own.
     beyond: Tensor | None = None

@@ -30,6 +30,7 @@ from megatron_rw.scoring.folder import ScoreFolder
 from megatron_rw.scoring.plan import Plan, describe, plan_of
 from megatron_rw.scoring.scorer import Scorer, writes
 from megatron_rw.training.arguments import megatron_config
+from megatron_rw.training.callbacks.kernels import compile_on_all_ranks
 from megatron_rw.training.patches import repairs
 from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import Settings
@@ -65,6 +66,7 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     patching.apply(repairs())
     with Rendezvous(args.distributed_timeout_minutes):
         training.initialize_megatron(get_embedding_ranks=functools.partial(embedding_ranks, args))
+    compile_on_all_ranks(job)
     watch(args, progress)
     # Rank 0 alone has looked at the folder: another host may not see yet what it has made.
     dist.broadcast_object_list(begun, src=0)

@@ -39,7 +39,7 @@ _DEFINITION = (
 # Arguments that do not change a row's shape, but the last bits of its losses.
 _PRECISION = (
     *("bf16", "fp16", "fp8", "fp4", "transformer_impl", "attention_backend"),
-    *("tensor_model_parallel_size", "fused_linear_cross_entropy"),
+    *("tensor_model_parallel_size", "fused_linear_cross_entropy", "logits_budget_mib"),
 )
 # Shorter rows than this are not worth a shape of their own.
 SHORTEST_ROW = 64

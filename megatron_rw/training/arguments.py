@@ -177,9 +177,12 @@ def announce(settings: Settings, domain_names: Sequence[str]) -> None:
     print_rank_0(f"> megatron_rw on {where}; {parts}; domains: {', '.join(domain_names)}")
     args, kernels, config = settings.megatron, settings.kernels, settings.reweight
     backend = default_backend(torch.device(settings.device))
-    if kernels.fused_linear_cross_entropy:
+    if kernels.logits_budget is not None:
         plan = plan_of(args, kernels.logits_budget)
-        print_rank_0(f"> output layer fused with its cross-entropy: {plan}")
+        line = f"> output layer fused with its cross-entropy: {plan}"
+        if plan.splits == 1:
+            line += "; as all fit, --cross-entropy-impl fused alone takes one matrix product fewer"
+        print_rank_0(line)
         heads = f"; multi-token prediction: {kernels.cross_entropy_impl}"
         print_rank_0(f"> kernels: {backend}{heads if args.mtp_num_layers else ''}")
     else:

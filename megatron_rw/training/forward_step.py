@@ -39,10 +39,9 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         self._loss = loss
         self._callbacks = callbacks
         self._model_options: dict[str, Any] = {}
-        if settings.kernels.fused_linear_cross_entropy:
-            self._model_options["output_processor"] = FusedOutputLayer(
-                settings.kernels.logits_budget
-            )
+        budget = settings.kernels.logits_budget
+        if budget is not None:
+            self._model_options["output_processor"] = FusedOutputLayer(budget)
 
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False

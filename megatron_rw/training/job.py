@@ -15,6 +15,7 @@ from megatron_rw.resilience.watchdog import Progress
 from megatron_rw.training.batch import BatchReader
 from megatron_rw.training.callbacks.bad_numbers import NonFiniteCallback, SpikeCallback
 from megatron_rw.training.callbacks.base import Callback
+from megatron_rw.training.callbacks.kernels import KernelsCallback
 from megatron_rw.training.callbacks.metrics import MetricsCallback
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.callbacks.resume import ResumeCallback
@@ -41,7 +42,11 @@ class Job:
         loss = PretrainLoss(settings, state, len(domains), samples)
 
         guard = None
-        callbacks: list[Callback] = [ProgressCallback(args, progress), ResumeCallback(args)]
+        callbacks: list[Callback] = [
+            ProgressCallback(args, progress),
+            KernelsCallback(settings),
+            ResumeCallback(args),
+        ]
         if args.check_for_nan_in_loss_and_grad:
             guard = StepGuard(nonfinite, samples, settings.megatron_decides)
             callbacks.append(NonFiniteCallback(guard))

@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_rw.errors import UserError
 from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
 from megatron_rw.resilience.saving import CheckpointConfig
@@ -31,21 +32,36 @@ class KernelConfig:
     reads the logits once forward and overwrites them with their gradient backward."""
 
     fused_linear_cross_entropy: bool = False
-    """Compute the output layer and the cross-entropy of its logits as one operation: no backward
-    pass over the logits, no second buffer of their size, none at all during evaluation."""
+    """Save memory: compute the output layer and its cross-entropy in parts of the vocabulary, which
+    take no more than --logits-budget-mib. Backward computes the logits again."""
 
     logits_budget_mib: int | None = None
-    """MiB that --fused-linear-cross-entropy may take for the logits of a micro-batch. Where they do
-    not fit, backward computes them again in parts of the vocabulary. No limit by default."""
+    """MiB that --fused-linear-cross-entropy may take for the logits of a micro-batch and for what
+    goes with them."""
 
-    reweight_kernels: Literal["auto", "torch", "triton", "cuda"] = "auto"
-    """Implementation of the fused cross-entropies and of the weighting. cuda is built with nvcc at
-    first use. auto: what the environment variable MEGATRON_RW_KERNELS names, otherwise triton on a
-    GPU and torch elsewhere."""
+    reweight_kernels: Literal["auto", "torch", "cuda"] = "auto"
+    """Implementation of the fused cross-entropies and of the weighting. auto: what the environment
+    variable MEGATRON_RW_KERNELS names, otherwise cuda on a GPU and torch elsewhere."""
+
+    def __post_init__(self) -> None:
+        """Checks that output layer and budget are given together; raises `UserError`."""
+        if not self.fused_linear_cross_entropy:
+            if self.logits_budget_mib is not None:
+                raise UserError(
+                    "--logits-budget-mib without --fused-linear-cross-entropy does nothing."
+                )
+        elif self.logits_budget_mib is None:
+            raise UserError(
+                "--fused-linear-cross-entropy saves memory within a budget: add "
+                "--logits-budget-mib MIB. Where the logits fit, --cross-entropy-impl fused is the "
+                "fast path: give that in its place."
+            )
+        elif self.logits_budget_mib <= 0:
+            raise UserError(f"--logits-budget-mib must be above 0, not {self.logits_budget_mib}.")
 
     @property
     def logits_budget(self) -> int | None:
-        """The budget of --logits-budget-mib in bytes."""
+        """The bytes that logits may take; None where the output layer is not fused."""
         return None if self.logits_budget_mib is None else self.logits_budget_mib << 20
 
 
@@ -66,6 +82,12 @@ class Settings:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     nonfinite: NonFiniteConfig = field(default_factory=NonFiniteConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether weights or losses are computed by our kernels."""
+        ours = self.kernels.cross_entropy_impl == "fused" or self.kernels.fused_linear_cross_entropy
+        return ours or self.reweight.enabled
 
     @property
     def megatron_decides(self) -> bool:

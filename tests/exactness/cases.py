@@ -49,8 +49,8 @@ class Layout:
         return 1024.0 if self.has("scale") else 1.0
 
 
-# With `fused`, output layer and loss are one operation of ours, which adds to core's gradient
-# buffers itself.
+# With `fused`, output layer and loss are one operation of ours in several splits of the vocabulary.
+# It adds to core's gradient buffers itself.
 LAYOUTS = (
     "one process",
     "PP2",

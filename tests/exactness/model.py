@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -21,7 +22,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_rw.kernels import linear_weighted_cross_entropy
+from megatron_rw.kernels import LogitsPlan, linear_cross_entropy, linear_weighted_cross_entropy
 from tests.exactness import cases, oracle
 
 # Which dimension core cuts.
@@ -33,6 +34,11 @@ def own_part(name: str, full: Tensor) -> Tensor:
     size = parallel_state.get_tensor_model_parallel_world_size()
     parts = full.chunk(size, PARTITION_DIM[name.split(".")[0]])
     return parts[parallel_state.get_tensor_model_parallel_rank()]
+
+
+def several_splits(tokens: int, columns: int, *_: Any, **__: Any) -> LogitsPlan:
+    """Splits of so few columns as no budget would make."""
+    return LogitsPlan(5, -(-columns // 5), 0)
 
 
 class TokenNetwork(MegatronModule):
@@ -100,11 +106,13 @@ class TokenNetwork(MegatronModule):
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
         if self.fused:
-            return linear_weighted_cross_entropy(
-                *(x, output.weight, labels, output.tp_group),
-                sequence_parallel=output.sequence_parallel,
-                gradient_accumulation_fusion=True,
-            )
+            with mock.patch.object(linear_cross_entropy, "plan_logits", several_splits):
+                return linear_weighted_cross_entropy(
+                    *(x, output.weight, labels, output.tp_group),
+                    logits_budget=0,
+                    sequence_parallel=output.sequence_parallel,
+                    gradient_accumulation_fusion=True,
+                ).losses
         logits, _ = output(x)
         if logits.dtype == torch.float64:
             # Core's cross-entropy computes in fp32.

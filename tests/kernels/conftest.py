@@ -1,13 +1,26 @@
-"""Where there is no GPU, the CUDA kernels run emulated."""
+"""The backend that a test is for; where there is no GPU, the CUDA kernels run emulated."""
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
-import torch
+import pytest
 
-from tests.kernels import emulation
+from tests.kernels import BACKENDS, DEVICE, emulation
 
-if not torch.cuda.is_available():
-    # Hypothesis chooses between backends itself, and the real program runs in processes of its own.
-    os.environ["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulation() -> None:
+    if DEVICE == "cpu":
+        emulation.install()
+
+
+@pytest.fixture(params=["in place", "layer"])
+def operation(request: Any) -> Any:
+    """The name of an operation, see `operations.call`."""
+    return request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def name(request: Any) -> Any:
+    return request.param

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.training.config import ProfilingConfig
 from megatron.training.utils import start_memory_history_recording
 
-from megatron_rw.observability.memory import explaining
+from megatron_rw.observability.memory import explaining, remedies
 from megatron_rw.resilience.watchdog import Progress
+from megatron_rw.training.refusals.method import check_kernels
+from megatron_rw.training.settings import KernelConfig
 from tests.program import run_program
 
 
@@ -35,12 +38,27 @@ def test_the_rank_says_where_it_was_and_what_would_help(
     assert re.search(r"rank 1 on \S+ is out of memory at iteration 1, a micro-batch, with", line)
     assert "with --micro-batch-size 8: allocated " in line
     assert (
-        "Less is needed with a --micro-batch-size below 8, --fused-linear-cross-entropy, "
-        "--recompute-granularity selective, a --tensor-model-parallel-size above 1, a "
+        "Less is needed with a --micro-batch-size below 8, --cross-entropy-impl fused, "
+        "--fused-linear-cross-entropy --logits-budget-mib MIB, --recompute-granularity selective, "
+        "a --tensor-model-parallel-size above 1, a "
     ) in line
     assert "--record-memory-history would leave a snapshot" in line
     # Torch's own words are there as ever.
     assert "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." in run.output[1]
+
+
+def arguments(**changed: Any) -> Namespace:
+    args = Namespace(
+        rank=3, micro_batch_size=1, eval_micro_batch_size=1, recompute_granularity="selective",
+        profile_ranks=[], fused_linear_cross_entropy=False, logits_budget_mib=None,
+        cross_entropy_impl="megatron", cross_entropy_loss_fusion=False, mtp_num_layers=None,
+        record_memory_history=True, memory_snapshot_path="snapshot.pickle",
+        use_distributed_optimizer=False, data_parallel_size=1, tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=1, context_parallel_size=1, sequence_parallel=True,
+        seq_length=64, padded_vocab_size=64, hidden_size=64, params_dtype=torch.float32,
+    )  # fmt: skip
+    vars(args).update(changed)
+    return args
 
 
 def explanation(
@@ -49,14 +67,7 @@ def explanation(
     """What is printed when memory runs out, with 1.5 GiB in each figure."""
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda: 3 << 29)
-    args = Namespace(
-        rank=3, micro_batch_size=1, recompute_granularity="selective", profile_ranks=[],
-        fused_linear_cross_entropy=False, logits_budget_mib=None, record_memory_history=True,
-        memory_snapshot_path="snapshot.pickle", use_distributed_optimizer=False,
-        data_parallel_size=1, tensor_model_parallel_size=2, pipeline_model_parallel_size=1,
-        sequence_parallel=True,
-    )  # fmt: skip
-    vars(args).update(changed)
+    args = arguments(**changed)
     with pytest.raises(torch.OutOfMemoryError), explaining(args, Progress()):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return capsys.readouterr().err
@@ -85,6 +96,44 @@ def test_names_the_snapshot_that_megatron_writes(
     said = explanation(monkeypatch, capsys, memory_snapshot_path=path)
     assert f"Snapshot: {written}." in said
     assert "allocated 1.50 GiB (at most 1.50), reserved 1.50 GiB." in said
+
+
+OURS, THEIRS = "--cross-entropy-impl fused", "--cross-entropy-loss-fusion"
+LINEAR = "--fused-linear-cross-entropy --logits-budget-mib MIB"
+
+
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ({}, [OURS, LINEAR]),
+        (
+            {"cross_entropy_loss_fusion": True},
+            [f"{OURS} in place of {THEIRS}", f"{LINEAR} in place of {THEIRS}"],
+        ),
+        ({"cross_entropy_impl": "fused"}, [f"{LINEAR} in place of {OURS}"]),
+        ({"cross_entropy_impl": "fused", "mtp_num_layers": 1}, [LINEAR]),
+        ({"fp8_output_proj": True}, [OURS]),
+        ({"gtp_weight_remat_size": 2}, [OURS]),
+    ],
+)
+def test_flags_for_the_logits_work_with_those_given(
+    given: dict[str, Any], offered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda ignore_virtual: True)
+    args = arguments(**given)
+    named = re.findall(r"(?:, |^)(--(?:cross|fused).*?)(?=,| or )", remedies(args))
+    assert named == offered
+    for flags in offered:
+        added, _, dropped = flags.partition(" in place of ")
+        ours = OURS in added or (args.cross_entropy_impl == "fused" and dropped != OURS)
+        kernels = KernelConfig(
+            cross_entropy_impl="fused" if ours else "megatron",
+            fused_linear_cross_entropy=LINEAR in added,
+            logits_budget_mib=64 if LINEAR in added else None,
+        )
+        fusion = args.cross_entropy_loss_fusion and dropped != THEIRS
+        check_kernels(Namespace(**vars(args) | {"cross_entropy_loss_fusion": fusion}), kernels)
 
 
 def test_offers_what_is_not_in_use(

@@ -74,8 +74,9 @@ LAYOUTS = {
     "dp2-pp2-vpp2-overlap": (4, 2, f"{VPP2} {OVERLAP}"),
 }
 # With the output layer and its loss in one operation; the single process has core's own.
+FUSED = "--fused-linear-cross-entropy --logits-budget-mib 8"
 LAYOUTS |= {
-    f"{name}-fused": (processes, dp, f"{flags} --fused-linear-cross-entropy")
+    f"{name}-fused": (processes, dp, f"{flags} {FUSED}")
     for name, (processes, dp, flags) in LAYOUTS.items()
 }
 

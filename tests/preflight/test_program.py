@@ -115,6 +115,14 @@ def test_flags_that_ranks_refuse(
     assert findings(run, "problem") == [f"{named} (node0): no such file."]
 
 
+def test_kernels_that_cannot_be_compiled(tmp_path: Path, data_flags: list[str]) -> None:
+    flags = "--reweight-strategy linupper --reweight-kernels cuda".split()
+    run = preflight(tmp_path, data_flags, *flags, processes=1)
+    assert run.status == [2], run.all_output
+    [problem] = findings(run, "problem")
+    assert problem.startswith("rank 0 (node0): the CUDA kernels need a GPU")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

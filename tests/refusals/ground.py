@@ -15,8 +15,6 @@ STEPS = "--train-iters 4 --micro-batch-size 8".split()
 SAVE = "--save-interval 2 --verify-integrity --save".split()
 # On one rank these would be refused for the number of ranks.
 ON_TWO_RANKS = ("world size on two ranks", "no context parallelism", "no sequence parallelism")
-# Tests of the kernels set these for themselves.
-UNSET = {"TRITON_INTERPRET": None, "MEGATRON_RW_CUDA_LIBRARY": None}
 
 
 class Ground:
@@ -43,7 +41,7 @@ class Ground:
             *flags,
             processes=2 if case.what in ON_TWO_RANKS else 1,
             metrics=False,
-            environment=UNSET | case.environment,
+            environment=case.environment,
         )
 
     def message(self, run: Run) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+STRATEGIES: list[Any] = ["uniform", "linupper", "quadratic", "extremes"]
 COLLAPSED_RANGE = 1e-6
 
 

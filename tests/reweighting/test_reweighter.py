@@ -20,7 +20,6 @@ from tests.ranks import run_ranks
 from tests.reweighting import oracle
 
 SAMPLES, TOKENS = 8, 12
-STRATEGIES: list[Any] = ["uniform", "linupper", "quadratic", "extremes"]
 
 
 def micro_batch(
@@ -63,7 +62,7 @@ def weigh(
     return Weighed(objective, *seen)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", oracle.STRATEGIES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_gradient_is_the_oracles(strategy: Any, seed: int) -> None:
     losses, mask, domain = micro_batch(seed)

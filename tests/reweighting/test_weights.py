@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from megatron_rw.reweighting import effective_sample_size, loss_weights
 from tests.reweighting import oracle
 
-STRATEGIES = ["uniform", "linupper", "quadratic", "extremes"]
-
-a_strategy: Any = st.sampled_from(STRATEGIES)
+a_strategy: Any = st.sampled_from(oracle.STRATEGIES)
 a_temperature = st.floats(0.05, 100.0)
 a_delta = st.floats(0.1, 10.0)
 a_loss = st.floats(0.0, 20.0)
@@ -77,7 +75,7 @@ def test_fp32_follows_fp64(losses: list[float], strategy: Any, temperature: floa
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", oracle.STRATEGIES)
 def test_one_sample_ties_and_a_collapsed_range_are_uniform(strategy: Any) -> None:
     assert in_fp64([3.0], strategy, 0.4) == [1.0]
     assert in_fp64([2.0] * 4, strategy, 0.4) == [0.25] * 4
@@ -90,7 +88,7 @@ def test_uniform_is_exactly_uniform() -> None:
     assert weights.tolist() == [0.25] * 4
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", oracle.STRATEGIES)
 def test_an_empty_set_has_no_weight(strategy: Any) -> None:
     assert in_fp64([], strategy, 1.0) == []
     assert in_fp64([math.nan, math.inf], strategy, 1.0) == [0.0, 0.0]

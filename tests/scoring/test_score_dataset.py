@@ -147,7 +147,8 @@ def test_what_is_recorded_and_printed(whole: tuple[Path, str], checkpoints: Path
 
 LAYOUTS = {
     "tp2": "--tensor-model-parallel-size 2",
-    "pp2-fused": "--pipeline-model-parallel-size 2 --fused-linear-cross-entropy",
+    "pp2-fused": "--pipeline-model-parallel-size 2 --fused-linear-cross-entropy "
+    "--logits-budget-mib 16",
     "pp2-vpp2": "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
 }
 

@@ -54,6 +54,7 @@ def test_data_that_cannot_be_used(given: dict[str, Any], message: str) -> None:
 def test_the_fused_output_layer_leaves_nothing_out(setting: dict[str, Any], message: str) -> None:
     defaults = {"gtp_weight_remat_size": 1, "mtp_num_layers": None}
     args = Namespace(**(defaults | {"cross_entropy_loss_fusion": False} | setting))
+    kernels = KernelConfig(fused_linear_cross_entropy=True, logits_budget_mib=64)
     with pytest.raises(UserError, match=message) as refusal:
-        check_kernels(args, KernelConfig(fused_linear_cross_entropy=True))
+        check_kernels(args, kernels)
     assert str(refusal.value).endswith(": drop it, or --fused-linear-cross-entropy.")

@@ -1,149 +1,166 @@
-// Pieces that the kernels share: number types, 16-byte vectors, reductions, sums.
+// Pieces that the kernels share: number types, vectors of 16 bytes, reductions, sums.
+//
+// One translation unit is made of all files of this folder. It needs no header of CUDA or of C++.
+// Every parameter of a kernel has 8 bytes: a pointer, an integer or a double.
 
-#pragma once
-
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "kernels.h"
-
-namespace megatron_rw {
+using int64 = long long;
+using uint32 = unsigned int;
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
+// Vectors that a thread loads before it uses the first; one where a soft-cap makes long code.
+constexpr int kInFlight = 4;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);
 
-inline int blocks_for(int64_t work, int of_a_block) {
-  return static_cast<int>((work + of_a_block - 1) / of_a_block);
+struct bf16 {
+  unsigned short bits;
+};
+struct half {
+  unsigned short bits;
+};
+
+#ifndef MEGATRON_RW_EMULATED
+// 2^value to about 2 ulp; what is below 2^-126 is 0.
+__device__ __forceinline__ float fast_exp2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
 }
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+}
+// Two numbers, rounded to the nearest, the first in the lower half of a word.
+__device__ __forceinline__ uint32 pack(float low, float high, bf16) {
+  uint32 word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32 pack(float low, float high, half) {
+  uint32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+#endif
 
 __device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(bf16 value) {
+  return __uint_as_float(static_cast<uint32>(value.bits) << 16);
+}
+__device__ __forceinline__ float to_float(half value) { return half_to_float(value.bits); }
 
+__device__ __forceinline__ void store(float* to, float value) { *to = value; }
 template <typename T>
-__device__ __forceinline__ T from_float(float value);
-template <>
-__device__ __forceinline__ float from_float(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float value) {
-  return __float2bfloat16_rn(value);
-}
-template <>
-__device__ __forceinline__ __half from_float(float value) {
-  return __float2half_rn(value);
+__device__ __forceinline__ void store(T* to, float value) {
+  to->bits = static_cast<unsigned short>(pack(value, 0.0f, T()));
 }
 
-// 16 bytes, what one thread loads or stores at once.
+// What one thread loads or stores at once.
 template <typename T>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
+constexpr int kSize = 16 / sizeof(T);
 
-// Read or written once: keep out of the way of what is used again.
-template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* from) {
-  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
-  Vector<T> vector;
-  memcpy(&vector, &bits, sizeof(bits));
-  return vector;
+__device__ __forceinline__ void unpack(const uint4& vector, float (&z)[4], float) {
+  const uint32 words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) z[k] = __uint_as_float(words[k]);
+}
+__device__ __forceinline__ void unpack(const uint4& vector, float (&z)[8], bf16) {
+  const uint32 words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    z[2 * k] = __uint_as_float(words[k] << 16);
+    z[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ void unpack(const uint4& vector, float (&z)[8], half) {
+  const uint32 words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    z[2 * k] = half_to_float(static_cast<unsigned short>(words[k]));
+    z[2 * k + 1] = half_to_float(static_cast<unsigned short>(words[k] >> 16));
+  }
 }
 
+__device__ __forceinline__ uint4 packed(const float (&z)[4], float) {
+  return {__float_as_uint(z[0]), __float_as_uint(z[1]), __float_as_uint(z[2]),
+          __float_as_uint(z[3])};
+}
 template <typename T>
-__device__ __forceinline__ void store_vector(T* to, const Vector<T>& vector) {
-  uint4 bits;
-  memcpy(&bits, &vector, sizeof(bits));
-  __stcs(reinterpret_cast<uint4*>(to), bits);
+__device__ __forceinline__ uint4 packed(const float (&z)[8], T kind) {
+  return {pack(z[0], z[1], kind), pack(z[2], z[3], kind), pack(z[4], z[5], kind),
+          pack(z[6], z[7], kind)};
 }
 
-// A stretch of a row: `head` single elements, then vectors, then fewer elements than a vector has.
+// A row of `count` elements: `head` single ones, then vectors, which begin at multiples of 16 bytes,
+// then fewer elements than a vector has, from `tail` on. All are single ones unless `wide`.
 struct Cut {
-  int head;
-  int vectors;
-  int tail;  // where the last elements begin
+  int head, vectors, tail;
 };
 
-// Vectors begin at multiples of 16 bytes; all elements are single ones where `wide` is false.
 template <typename T>
-__device__ __forceinline__ Cut cut(const T* begin, int count, bool wide) {
-  constexpr int kSize = Vector<T>::kSize;
+__device__ __forceinline__ Cut cut(const T* row, int count, bool wide) {
   if (!wide) return {count, 0, count};
-  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(begin) / sizeof(T)) & (kSize - 1);
-  const int head = min(count, (kSize - past) & (kSize - 1));
-  const int vectors = (count - head) / kSize;
-  return {head, vectors, head + vectors * kSize};
+  const uint32 past = static_cast<uint32>(reinterpret_cast<unsigned long long>(row) / sizeof(T));
+  const int head = min(count, static_cast<int>(-past & (kSize<T> - 1)));
+  const int vectors = (count - head) / kSize<T>;
+  return {head, vectors, head + vectors * kSize<T>};
 }
-
-// Vectors that a thread loads before it uses the first.
-constexpr int kInFlight = 4;
 
 __device__ __forceinline__ float capped(float z, float softcap) {
   return softcap * tanhf(z / softcap);
 }
 
-template <typename T>
-__device__ void fill_zeros(T* out, int64_t stride, int count) {
-  const int threads = blockDim.x, thread = threadIdx.x;
-  const Cut piece = cut(out, count, stride == 1);
-  const T zero = from_float<T>(0.0f);
-  for (int column = thread; column < piece.head; column += threads) out[column * stride] = zero;
-  Vector<T>* const vectors = reinterpret_cast<Vector<T>*>(out + piece.head);
-  Vector<T> zeros;
-#pragma unroll
-  for (T& value : zeros.values) value = zero;
-  for (int index = thread; index < piece.vectors; index += threads) {
-    store_vector(vectors[index].values, zeros);
-  }
-  for (int column = piece.tail + thread; column < count; column += threads) {
-    out[column * stride] = zero;
-  }
+// 2^(z·log2 e − base) is exp(z − top), but for 2^rest_of(top), as base is rounded. Beyond ±kFar the
+// rounding alone would overflow: logits that far down, as masks of −1e30 and −inf, have no part.
+constexpr float kFar = 2147483648.0f;
+
+__device__ __forceinline__ float base_of(float top) {
+  return fminf(fmaxf(top * kLog2E, -kFar), kFar);
 }
 
-// The same of every thread `distance` lanes away, for a type made of 32-bit words.
-template <typename T>
-__device__ __forceinline__ T shuffle_xor(const T& value, int distance) {
-  static_assert(sizeof(T) % sizeof(uint32_t) == 0, "made of 32-bit words");
-  uint32_t words[sizeof(T) / sizeof(uint32_t)];
-  memcpy(words, &value, sizeof(T));
-  for (uint32_t& word : words) word = __shfl_xor_sync(0xffffffffu, word, distance);
-  T other;
-  memcpy(&other, words, sizeof(T));
-  return other;
+__device__ __forceinline__ float rest_of(float top) {
+  return fminf(fmaxf(fmaf(top, kLog2E, -base_of(top)), -64.0f), 64.0f);
 }
 
-template <typename T, typename Join>
-__device__ __forceinline__ T warp_reduce(T value, Join join) {
+enum Operation { kMin, kMax, kSum };
+
+__device__ __forceinline__ float joined(Operation operation, float a, float b) {
+  if (operation == kSum) return a + b;
+  return operation == kMin ? fminf(a, b) : fmaxf(a, b);
+}
+
+__device__ __forceinline__ float warp_reduce(Operation operation, float value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value = join(value, shuffle_xor(value, distance));
+    value = joined(operation, value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
   return value;
 }
 
-// What `join` makes of the values of all threads of the block, the same for each of them and in
-// every run. T{} is its neutral element. All threads must call it.
-template <typename T, typename Join>
-__device__ T block_reduce(T value, Join join) {
-  // T may have a constructor, which shared memory may not.
-  alignas(T) __shared__ unsigned char storage[kWarp * sizeof(T)];
-  T* const scratch = reinterpret_cast<T*>(storage);
+// What each operation makes of the values of all threads of the block, the same for each of them
+// and in every run. All threads must call it, once in a kernel with the same operations.
+template <Operation... kOperations>
+__device__ __forceinline__ void block_reduce(float (&values)[sizeof...(kOperations)]) {
+  constexpr Operation operations[] = {kOperations...};
+  constexpr int count = sizeof...(kOperations);
+  __shared__ float scratch[kMostThreads / kWarp][count];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  value = warp_reduce(value, join);
-  if (lane == 0) scratch[warp] = value;
-  __syncthreads();
-  if (warp == 0) {
-    value = lane < static_cast<int>(blockDim.x) / kWarp ? scratch[lane] : T{};
-    value = warp_reduce(value, join);
-    if (lane == 0) scratch[0] = value;
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    values[k] = warp_reduce(operations[k], values[k]);
+    if (lane == 0) scratch[warp][k] = values[k];
   }
   __syncthreads();
-  value = scratch[0];
-  // Before the next reduction writes there.
-  __syncthreads();
-  return value;
+  // An idle lane repeats the first warp where that changes nothing, and adds 0.
+  const bool used = lane < static_cast<int>(blockDim.x) / kWarp;
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    const float idle = operations[k] == kSum ? 0.0f : scratch[0][k];
+    values[k] = warp_reduce(operations[k], used ? scratch[lane][k] : idle);
+  }
 }
 
 // A sum in fp32 that carries what rounding lost (Knuth's two-sum).
@@ -151,17 +168,14 @@ struct Sum {
   float total = 0.0f;
   float lost = 0.0f;
 
-  __device__ void add(float value) {
+  __device__ __forceinline__ void add(float value) {
     const float sum = total + value;
     const float part = sum - total;
     lost += (total - (sum - part)) + (value - part);
     total = sum;
   }
-  __device__ void add(const Sum& other) {
-    add(other.total);
-    lost += other.lost;
+  // Of an infinite total the rest is NaN.
+  __device__ __forceinline__ float value() const {
+    return fabsf(total) < kInfinity ? total + lost : total;
   }
-  __device__ float value() const { return total + lost; }
 };
-
-}  // namespace megatron_rw

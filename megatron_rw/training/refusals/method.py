@@ -8,27 +8,15 @@ import torch
 from megatron.training.utils import print_rank_0
 
 from megatron_rw.errors import UserError
-from megatron_rw.integrations.output_layer import plan_of
+from megatron_rw.integrations.output_layer import CONFLICTS, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
-from megatron_rw.kernels.selection import BackendError, use_backend
-from megatron_rw.kernels.selection import check_backend as check_kernels_run
+from megatron_rw.kernels.options import BackendError
+from megatron_rw.kernels.selection import default_backend, use_backend
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import KernelConfig, Settings
 
 _DROP = "drop it, or --fused-linear-cross-entropy"
-# Flags that the fused output layer would silently ignore, or was not tested with.
-_OUTPUT_LAYER = {
-    "fp8_output_proj": "computes the output layer in FP8, with products of its own",
-    "defer_embedding_wgrad_compute": "takes the output layer's weight gradient out of its backward "
-    "pass",
-    "use_megatron_fsdp": "gathers the output layer's weight for its own products alone",
-    "use_torch_fsdp2": "gathers the output layer's weight for its own products alone",
-    "fp16_lm_cross_entropy": "asks for losses in 16 bits",
-    "perform_rl_step": "wants the logits",
-    "gtp_weight_remat_size": "cuts the output layer's weight again",
-    "logits_load_dir": "compares the logits with others",
-}
 # Flags whose losses are not losses of single samples, or that the weights do not reach.
 _REWEIGHTING = {
     "fp16_lm_cross_entropy": "rounds the losses to 16 bits, which quantises the weights",
@@ -42,47 +30,39 @@ _REWEIGHTING = {
 
 
 def check_backend(settings: Settings) -> None:
-    """Chooses the kernels; refuses ones that would not be used, or cannot run here."""
-    kernels = settings.kernels
-    chosen = kernels.reweight_kernels
+    """Chooses the kernels; refuses unknown ones, and ones that would not be used."""
+    chosen = settings.kernels.reweight_kernels
     if chosen != "auto":
-        fused = kernels.fused_linear_cross_entropy or kernels.cross_entropy_impl == "fused"
-        if not settings.reweight.enabled and not fused:
+        if not settings.uses_kernels:
             raise UserError(
                 f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy, "
                 "--fused-linear-cross-entropy or --cross-entropy-impl fused, or drop the flag."
             )
         use_backend(chosen)
     try:
-        check_kernels_run(torch.device(settings.device))
+        default_backend(torch.device(settings.device))
     except BackendError as error:
-        # This host alone may lack a compiler or a package.
+        # The environment of this host alone may be wrong.
         raise UserError(str(error), known_to_all=False) from error
 
 
 def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
     """Checks the implementations of the loss against each other and the model."""
-    fused, budget = kernels.cross_entropy_impl == "fused", kernels.logits_budget_mib
+    fused, budget = kernels.cross_entropy_impl == "fused", kernels.logits_budget
     if fused and args.cross_entropy_loss_fusion:
         raise UserError(
             "--cross-entropy-impl fused takes the place of what --cross-entropy-loss-fusion "
             "chooses: drop one of the two."
         )
-    if not kernels.fused_linear_cross_entropy:
-        if budget is not None:
-            raise UserError(
-                "--logits-budget-mib without --fused-linear-cross-entropy does nothing."
-            )
+    if budget is None:
         return
-    if budget is not None and budget <= 0:
-        raise UserError(f"--logits-budget-mib must be above 0, not {budget}.")
-    refuse_flags(args, _OUTPUT_LAYER, _DROP)
+    refuse_flags(args, CONFLICTS, _DROP)
     if not args.mtp_num_layers:
-        why = "acts on logits, which there are none of"
+        why = "needs all logits at once, which there never are"
         refuse_flags(args, {"cross_entropy_loss_fusion": why}, _DROP)
         if fused:
             raise UserError(f"--cross-entropy-impl fused {why}: {_DROP}.")
-    plan_of(args, kernels.logits_budget)
+    plan_of(args, budget)
 
 
 def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | None) -> None:

@@ -1,64 +1,84 @@
-"""Builds the CUDA kernels for the CPU, see emulation.h, and a program that runs all of them."""
+"""Runs the CUDA kernels on the CPU; see emulation.h."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch.utils import cpp_extension
-
-from megatron_rw.kernels.cuda_library import CXX_FLAGS, FOLDER
+from megatron_rw.kernels import cuda_launch
 
 HERE = Path(__file__).parent
 BUILD = HERE / ".build"
-KERNELS = [str(path) for path in sorted(FOLDER.glob("*.cu"))]
-FLAGS = ["-std=c++20", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DMEGATRON_RW_EMULATED"]
+FLAGS = ["-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
+# Of a block at most: kernels must be right for any number of warps, and two processor cores are
+# slow at switching between a thousand threads.
+MOST_THREADS = 64
 
 
-def library() -> Path:
-    """The operators with kernels for the CPU."""
-    torch_flags = [flag for flag in CXX_FLAGS if flag.startswith("-DTORCH")]
-    for folder in cpp_extension.include_paths():
-        torch_flags += ["-isystem", folder]
-    for folder in cpp_extension.library_paths():
-        torch_flags += [f"-L{folder}"]
-    return compiled(
-        "emulated.so",
-        ["-shared", "-fPIC", "-O2", *torch_flags],
-        [*KERNELS, str(FOLDER / "operators.cpp")],
-        ["-ltorch_cpu", "-ltorch"],
-    )
+class EmulatedLauncher:
+    """Starts emulated kernels and waits for them; see `cuda_launch.Launcher`.
+
+    Args:
+        sanitizers: of the compiler, `address` and the like, that watch them.
+    """
+
+    def __init__(self, *sanitizers: str) -> None:
+        self._library = ctypes.CDLL(str(_library(sanitizers)))
+
+    def __call__(
+        self, kernel: str, grid: tuple[int, int], threads: int, *arguments: int | float
+    ) -> None:
+        """Start a kernel.
+
+        Raises:
+            ValueError: CUDA would not start it so.
+        """
+        if not (0 < grid[0] < 2**31 and 0 < grid[1] < 2**16 and 0 < threads <= 1024):
+            raise ValueError(f"no launch of {grid} blocks of {threads} threads")
+        if threads % 32:
+            raise ValueError(f"{threads} threads are no whole number of warps")
+        # As `cuda.core` takes pointers and integers, and doubles.
+        assert {type(value) for value in arguments} <= {int, float}
+        values = [
+            ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
+            for value in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        entry = self._library[f"kernel_{cuda_launch.KERNELS.index(kernel)}"]
+        entry(*map(ctypes.c_uint, (*grid, min(threads, MOST_THREADS))), pointers)
 
 
-def exercise(*sanitizers: str) -> Path:
-    """The program exercise.cpp, built with sanitizers of the compiler."""
-    flags = ["-g", "-O1", f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"]
-    return compiled(
-        f"exercise-{sanitizers[0]}", flags, [*KERNELS, str(HERE / "exercise.cpp")], ["-pthread"]
-    )
+def install(*sanitizers: str) -> None:
+    """Have the CUDA backend run on the CPU in this process."""
+    cuda_launch.use_launcher("cpu", EmulatedLauncher(*sanitizers))
 
 
-def exercise_on_gpu(output: Path) -> Path:
-    """The same program, not emulated."""
-    command = ["nvcc", "-std=c++20", "-O2", "-lineinfo", "-arch=native", "-x", "cu", f"-I{FOLDER}"]
-    subprocess.run([*command, *KERNELS, str(HERE / "exercise.cpp"), "-o", str(output)], check=True)
-    return output
-
-
-def compiled(
-    name: str, flags: Sequence[str], sources: Sequence[str], libraries: Sequence[str] = ()
-) -> Path:
+def _library(sanitizers: tuple[str, ...]) -> Path:
     """Compile, unless what is there is newer than all sources; test workers take turns."""
     BUILD.mkdir(exist_ok=True)
-    output = BUILD / f"{torch.__version__}-{name}"
+    name = "-".join(["emulated", *sanitizers])
+    output = BUILD / f"{name}.so"
     with (BUILD / f"{name}.turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        inputs = [*FOLDER.iterdir(), *HERE.glob("*.*"), Path(__file__)]
+        inputs = [*cuda_launch.FOLDER.iterdir(), HERE / "emulation.h", Path(__file__)]
+        inputs.append(Path(cuda_launch.__file__))
         newest = max(path.stat().st_mtime for path in inputs)
         if not output.exists() or output.stat().st_mtime < newest:
-            command = ["g++", *FLAGS, f"-I{HERE}", f"-I{FOLDER}", *flags, "-x", "c++", *sources]
-            subprocess.run([*command, "-x", "none", *libraries, "-o", str(output)], check=True)
+            flags = [*FLAGS, "-O1" if sanitizers else "-O2"]
+            if sanitizers:
+                flags += ["-g", f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"]
+            entries = "".join(
+                f'extern "C" void kernel_{number}(unsigned x, unsigned y, unsigned threads, '
+                f"void** arguments) {{ run({kernel}, x, y, threads, arguments); }}\n"
+                for number, kernel in enumerate(cuda_launch.KERNELS)
+            )
+            text = f'#include "emulation.h"\n{cuda_launch.source()}#line 1 "entries"\n{entries}'
+            subprocess.run(
+                ["g++", *flags, f"-I{HERE}", "-x", "c++", "-", "-o", str(output)],
+                input=text,
+                text=True,
+                check=True,
+            )
     return output

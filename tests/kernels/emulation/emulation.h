@@ -3,7 +3,7 @@
 // run one after the other.
 //
 // What it cannot show: a GPU's memory consistency (what only a weaker order of stores breaks), warps
-// that run in lockstep or diverge, copies by hardware, registers, and any time.
+// that run in lockstep or diverge, the approximate exponential, registers, and any time.
 
 #pragma once
 
@@ -12,16 +12,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
+#define MEGATRON_RW_EMULATED
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -30,132 +27,111 @@
 
 using std::max;
 using std::min;
-using cudaStream_t = void*;
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+struct Index {
+  unsigned x, y;
 };
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
-inline uint4 __ldcs(const uint4* from) { return *from; }
-inline void __stcs(uint4* to, uint4 value) { *to = value; }
-
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-
-inline float __bfloat162float(__nv_bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-// To the nearest, ties to even.
-inline __nv_bfloat16 __float2bfloat16_rn(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
-
-struct __half {
-  _Float16 value;
-};
-
-inline float __half2float(__half value) { return static_cast<float>(value.value); }
-inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
-
-namespace emulation {
-
-class Barrier {
- public:
-  explicit Barrier(int threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&barrier_); }
-  Barrier(const Barrier&) = delete;
-  void wait() { pthread_barrier_wait(&barrier_); }
-
- private:
-  pthread_barrier_t barrier_;
-};
-
 struct Warp {
-  Barrier barrier{32};
+  pthread_barrier_t barrier;
   uint32_t words[32];
 };
 
 struct Block {
-  explicit Block(int threads) : barrier(threads) {
-    for (int warp = 0; warp < threads / 32; ++warp) warps.push_back(std::make_unique<Warp>());
-  }
-  Barrier barrier;
-  std::vector<std::unique_ptr<Warp>> warps;
+  pthread_barrier_t barrier;
+  std::vector<Warp> warps;
 };
 
 inline thread_local Block* block = nullptr;
+inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
-// Threads of a block at most: kernels must be right for any number of warps, and two processor
-// cores are slow at switching between a thousand.
-inline int most_threads() {
-  const char* const set = std::getenv("EMULATED_THREADS");
-  return set ? std::atoi(set) : 64;
-}
+inline void __syncthreads() { pthread_barrier_wait(&block->barrier); }
 
-}  // namespace emulation
-
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-
-inline void __syncthreads() { emulation::block->barrier.wait(); }
-
-inline emulation::Warp& emulated_warp() { return *emulation::block->warps[threadIdx.x / 32]; }
-
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int distance) {
-  emulation::Warp& warp = emulated_warp();
+inline float __shfl_xor_sync(unsigned, float value, int distance) {
+  Warp& warp = block->warps[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  warp.words[lane] = value;
-  warp.barrier.wait();
-  const uint32_t other = warp.words[lane ^ distance];
-  warp.barrier.wait();
+  memcpy(&warp.words[lane], &value, sizeof(value));
+  pthread_barrier_wait(&warp.barrier);
+  float other;
+  memcpy(&other, &warp.words[lane ^ distance], sizeof(other));
+  pthread_barrier_wait(&warp.barrier);
   return other;
 }
 
-namespace megatron_rw {
+inline uint4 __ldcs(const uint4* from) { return *from; }
+inline void __stcs(uint4* to, uint4 value) { *to = value; }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
-inline float fast_exp(float value) { return std::exp(value); }
+struct bf16;
+struct half;
+
+inline float fast_exp2(float value) { return std::exp2(value); }
+inline float half_to_float(unsigned short bits) {
+  _Float16 value;
+  memcpy(&value, &bits, sizeof(value));
+  return static_cast<float>(value);
+}
+
+// To the nearest, ties to even.
+inline uint32_t rounded(float value, const bf16*) {
+  if (std::isnan(value)) return 0x7fff;
+  const uint32_t bits = __float_as_uint(value);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline uint32_t rounded(float value, const half*) {
+  const _Float16 number = static_cast<_Float16>(value);
+  uint16_t bits;
+  memcpy(&bits, &number, sizeof(bits));
+  return bits;
+}
+template <typename T>
+uint32_t pack(float low, float high, const T& kind) {
+  return rounded(low, &kind) | rounded(high, &kind) << 16;
+}
+
+// Arguments as `cuda.core` passes them: addresses of values of 8 bytes.
+template <typename... Parameters, size_t... kPlaces>
+void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<kPlaces...>) {
+  static_assert(((sizeof(Parameters) == 8) && ...));
+  kernel(*static_cast<Parameters*>(arguments[kPlaces])...);
+}
 
 template <typename... Parameters>
-void start(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t,
-           std::type_identity_t<Parameters>... arguments) {
-  // As CUDA would refuse it.
-  if (threads <= 0 || threads > 1024 || threads % 32 || grid.x == 0 || grid.x > 0x7fffffffu ||
-      grid.y == 0 || grid.y > 65535 || grid.z != 1) {
-    throw std::runtime_error("a kernel did not start: invalid configuration");
-  }
+void run(void (*kernel)(Parameters...), unsigned width, unsigned height, unsigned threads,
+         void** arguments) {
   // Shared memory is static.
   static std::mutex one_kernel;
   const std::lock_guard<std::mutex> lock(one_kernel);
-  threads = min(threads, emulation::most_threads());
-  emulation::Block block(threads);
-  const auto run = [&](unsigned thread) {
-    emulation::block = &block;
-    threadIdx = dim3(thread);
-    blockDim = dim3(threads);
-    gridDim = grid;
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y);
-        kernel(arguments...);
-        block.barrier.wait();
+  Block shared{{}, std::vector<Warp>(threads / 32)};
+  pthread_barrier_init(&shared.barrier, nullptr, threads);
+  for (Warp& warp : shared.warps) pthread_barrier_init(&warp.barrier, nullptr, 32);
+  const auto work = [&](unsigned thread) {
+    block = &shared;
+    threadIdx = {thread, 0};
+    blockDim = {threads, 1};
+    gridDim = {width, height};
+    for (unsigned y = 0; y < height; ++y) {
+      for (unsigned x = 0; x < width; ++x) {
+        blockIdx = {x, y};
+        call(kernel, arguments, std::index_sequence_for<Parameters...>());
+        __syncthreads();
       }
     }
   };
   std::vector<std::thread> pool;
-  for (int thread = 0; thread < threads; ++thread) pool.emplace_back(run, thread);
+  for (unsigned thread = 0; thread < threads; ++thread) pool.emplace_back(work, thread);
   for (std::thread& thread : pool) thread.join();
 }
-
-}  // namespace megatron_rw
