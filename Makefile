@@ -7,13 +7,13 @@ STAMP := $(VENV)/.installed
 TEST_WORKERS ?= 2
 
 .PHONY: help setup quickstart test test-long mutants faults network slurm clean-root lint kill-preprocess \
-	bench-step-time bench-kernels bench-save-stall gpu clean
+	bench-step-time bench-kernels bench-save-stall gpu kernel-resources clean
 
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
 	@echo "make test         run the tests, but for the long ones"
-	@echo "make test-long    more layouts and faults of what make test tests, builds by nvcc, sanitizers"
+	@echo "make test-long    more layouts and faults of what make test tests, and sanitizers"
 	@echo "make mutants      plant mistakes and see that tests fail (about seven minutes)"
 	@echo "make faults       kill runs at random points and see that nothing is lost (about ten minutes)"
 	@echo "make kill-preprocess  kill the data tool at random points and compare what it makes"
@@ -22,8 +22,9 @@ help:
 	@echo "make clean-root   the Dockerfile's cpu target in a clean Debian (root, 8 GB, 25 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-step-time   step time by scope, after make quickstart"
-	@echo "make bench-kernels     cross-entropy and weighting on this CPU against others"
+	@echo "make bench-kernels     our kernels on this CPU against others"
 	@echo "make bench-save-stall  how long a checkpoint stops training, async against sync"
+	@echo "make kernel-resources  registers, spills and instructions of the CUDA kernels, without a GPU"
 	@echo "make gpu          the kernels' tests and benchmarks on a GPU, with this machine's own python3"
 	@echo "make clean        remove .venv and what the quick start made"
 	@echo "PYTHON=/path/to/python chooses the interpreter that setup uses (3.12 or newer)."
@@ -73,15 +74,24 @@ bench-step-time: setup
 	$(PY) benchmarks/step_time.py
 
 bench-kernels: setup
-	$(PY) benchmarks/kernels/cross_entropy.py --device cpu --rounds 31
-	$(PY) benchmarks/kernels/weighting.py --device cpu
+	$(PY) benchmarks/kernels/compare.py logits --device cpu --rounds 31
+	$(PY) benchmarks/kernels/compare.py layer --device cpu --rounds 21
+	$(PY) benchmarks/kernels/compare.py weighting --device cpu
 
 bench-save-stall: setup
 	OMP_NUM_THREADS=1 $(PY) benchmarks/save_stall.py
 
-# On a bare machine: no environment is made, as its torch knows its GPU.
+kernel-resources: setup
+	$(PY) -m tests.kernels.resources
+
+# On a bare machine: no environment is made, as its torch knows its GPU. The wheel of Transformer
+# Engine is not unpacked: without its libraries Megatron must not find it; peers.py reads it.
 gpu:
-	python3 benchmarks/gpu.py
+	@site=$$(mktemp -d); trap 'rm -rf "$$site"' EXIT; \
+	 find benchmarks/wheels -name '*.whl' ! -name 'transformer_engine-*' 2>/dev/null | xargs -r \
+	   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir -t "$$site"; \
+	 PYTHONPATH="$$site:$$site/nvidia_cutlass_dsl/dsl_packages:$$PYTHONPATH" \
+	   python3 benchmarks/gpu.py $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) quickstart

@@ -1,16 +1,18 @@
 r"""Everything that wants a GPU, in one command on a bare machine: `make gpu`.
 
-Runs the kernels' tests on the device, then the benchmarks, and prints their tables once more at the
-end. Needs Python 3.12 with torch 2.11, triton 3.6, numpy, pytest and hypothesis, and nvcc 13.0 for
-the CUDA kernels; wheels found in benchmarks/wheels are unpacked for it, without touching the
-installation:
+Our kernels against fp64 at large shapes, their tests, launch shapes, the comparisons with others,
+training with and without reweighting, the sanitizers. A stage writes its results as it goes and
+ends at its limit; a failure stops no other. `--rehearse` runs all of them on the CPU. The results
+are at most eight files: a table as JSON each, a plot, and the output of all stages.
 
-    pip download --no-deps --only-binary=:all: -d benchmarks/wheels \
-        megatron-core==0.19.2 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 \
-        transformer-engine==2.20.2
+Needs Python 3.12 with torch 2.11, numpy, pytest and hypothesis. `make gpu` has it find what else is
+in benchmarks/wheels, without touching the installation:
 
-(Add --python-version, --implementation and --platform when the GPU machine is another than this
-one.) What is missing is left out and said to be. Results go to benchmarks/results, or to --output.
+    pip download --no-deps --only-binary=:all: -d benchmarks/wheels megatron-core==0.19.2 \
+        cuda-core tyro docstring-parser typeguard psutil sentencepiece tensorboard \
+        liger-kernel==0.8.5 cut-cross-entropy==25.1.1 transformer-engine==2.20.2 \
+        quack-kernels==0.6.5 nvidia-cutlass-dsl{,-libs-base,-libs-core,-libs-cu13}==4.8.1 \
+        apache-tvm-ffi==0.1.15.post2 torch-c-dlpack-ext==0.1.5 einops
 """
 
 from __future__ import annotations
@@ -18,81 +20,115 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple, TextIO
+from uuid import uuid4
 
 ROOT = Path(__file__).resolve().parents[1]
-WHEELS = ROOT / "benchmarks" / "wheels"
-# Without its compiled libraries Megatron takes it for broken; peers.py reads it as a file.
-NOT_INSTALLED = "transformer_engine"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command, its part of the time, and whether the others make sense without it."""
+class Stage(NamedTuple):
+    """Commands and their share of the time; SECONDS in them becomes what they may take."""
 
     name: str
-    command: tuple[str, ...]
     share: float
-    required: bool = False
+    commands: Sequence[Sequence[str]]
 
 
-def stages(output: Path, budget: float, gpu: str) -> list[Stage]:
-    """What to run within `budget` seconds on a GPU, the results in a folder."""
-    kernels = "benchmarks/kernels"
-    model = re.sub("[^a-z0-9]+", "_", gpu.lower())
+def stages(output: Path, model: str, rehearse: bool) -> list[Stage]:
+    """What runs, in order; the shares add up to 1."""
+    python, small = sys.executable, ("--rehearse", "--rounds", "2") if rehearse else ()
 
-    def result(name: str) -> str:
-        return str(output / f"{name}_{model}.json")
+    def bench(script: str, result: str, *arguments: str) -> tuple[str, ...]:
+        file = str(output / f"{result}_{model}.json")
+        return (python, f"benchmarks/{script}.py", *arguments, *small, "--output", file)
 
-    def bench(script: str, *arguments: str) -> tuple[str, ...]:
-        return (script, *arguments, "--output", result(Path(script).stem))
+    def compare(kind: str, result: str, *arguments: str) -> tuple[str, ...]:
+        return bench("kernels/compare", result, kind, "--budget-s", "SECONDS", *arguments)
 
-    shapes = ("--budget-s", str(0.25 * budget))
+    tests = ["tests/kernels/test_weights.py"] if rehearse else ["tests/kernels", "-m", "not long"]
+    # The one left out trains on the CPU.
+    tests += ["--ignore", "tests/kernels/test_in_program.py", "-p", "no:cacheprovider"]
+    tests += ["-n", "2" if rehearse else "8"] if find_spec("xdist") else []
+    watch = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+    tools = ("memcheck", "racecheck", "initcheck", "synccheck")
+    watches = [()] if rehearse else [(*watch, tool) for tool in tools]
+    exercise = (python, "-m", "tests.kernels.exercise")
     return [
-        Stage("tests", ("-m", "pytest", "-q", *kernel_tests()), 0.3, True),
-        Stage("cross-entropy", bench(f"{kernels}/cross_entropy.py", *shapes), 0.35),
-        Stage("plot", (f"{kernels}/plot.py", result("cross_entropy")), 0.1),
-        Stage("output layer", bench(f"{kernels}/linear_cross_entropy.py", *shapes), 0.35),
-        Stage("weighting", bench(f"{kernels}/weighting.py"), 0.1),
-        Stage("loss path", bench("benchmarks/loss_path.py"), 0.1),
-        Stage("end to end", bench("benchmarks/end_to_end.py"), 0.2),
-        *(
-            Stage(
-                f"tune {backend}",
-                (f"{kernels}/tune.py", "--backend", backend, "--output", result(f"tune_{backend}")),
-                0.2,
-            )
-            for backend in ("triton", "cuda")
-        ),
+        Stage("correctness", 0.1, [compare(kind, "", "--check") for kind in ("logits", "layer")]),
+        Stage("tests", 0.18, [(python, "-m", "pytest", "-q", *tests)]),
+        Stage("launches", 0.07, [compare("launches", "launches")]),
+        Stage("cross-entropy", 0.15, [compare("logits", "cross_entropy")]),
+        Stage("output layer", 0.14, [compare("layer", "linear_cross_entropy")]),
+        Stage("weighting", 0.04, [compare("weighting", "weighting")]),
+        Stage("plot", 0.02, [compare("plot", "cross_entropy")]),
+        Stage("end to end", 0.16, [bench("end_to_end", "end_to_end")]),
+        Stage("loss path", 0.05, [bench("loss_path", "loss_path")]),
+        Stage("sanitizers", 0.09, [("env", *watch, *exercise) for watch in watches]),
     ]
 
 
-def kernel_tests() -> tuple[str, ...]:
-    """Pytest's arguments; in several processes where pytest-xdist is installed."""
-    # The one left out starts the program on the CPU.
-    chosen = ("tests/kernels", "--deselect", "tests/kernels/test_in_program.py")
-    share = ("-n", "8") if find_spec("xdist") else ("-x",)
-    return (*chosen, "-p", "no:cacheprovider", *share)
+def run(chosen: Sequence[Stage], budget: float, log: Path, given: Mapping[str, str]) -> list[str]:
+    """Run stages, each to the end of its share of the budget at the latest; those that failed."""
+    start, shares, failed = time.monotonic(), 0.0, []
+    for stage in chosen:
+        shares += stage.share / sum(stage.share for stage in chosen)
+        ended = []
+        for command in stage.commands:
+            left = max(0.0, start + shares * budget - time.monotonic())
+            line = [part.replace("SECONDS", f"{0.8 * left:.0f}") for part in command]
+            with log.open("a+", errors="replace") as stream:
+                before = stream.tell()
+                print(f"\n--- {stage.name}: {shlex.join(line)}", file=stream, flush=True)
+                ended.append(execute(line, left, stream, given))
+                stream.seek(before)
+                print(stream.read()[-5000:])
+        now = time.monotonic() - start
+        print(f"=== {stage.name}: {', '.join(ended)}; at {now:.0f} s", flush=True)
+        failed += [stage.name] if set(ended) != {"done"} else []
+    return failed
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """With the wheels on the path."""
-    wheels = [str(path) for path in WHEELS.glob("*.whl") if NOT_INSTALLED not in path.name]
-    path = [str(ROOT)]
-    if wheels:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        command += ["--no-compile", "--no-cache-dir", "--target", str(folder), *wheels]
-        subprocess.run(command, check=True)
-        path.insert(0, str(folder))
-    if "PYTHONPATH" in os.environ:
-        path.append(os.environ["PYTHONPATH"])
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+def execute(line: Sequence[str], seconds: float, log: TextIO, given: Mapping[str, str]) -> str:
+    """Run a command, and end all that it started; how it ended."""
+    mark = uuid4().hex
+    environment = {**given, "MEGATRON_RW_STAGE": mark}
+    process = subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        status = process.wait(seconds)
+        return f"exit status {status}" if status else "done"
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        # torchrun starts its ranks in sessions of their own. A process that the driver holds does
+        # not end, and must not keep the next stage from starting.
+        last = time.monotonic() + 5
+        while (found := marked(mark)) and time.monotonic() < last:
+            for number in found:
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have the mark in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        # It may have ended, or belong to another.
+        with suppress(OSError):
+            found += [int(path.parent.name)] if mark.encode() in path.read_bytes() else []
+    return found
 
 
 def main() -> int:
@@ -101,47 +137,31 @@ def main() -> int:
     parser.add_argument("--only", help="stages to run, separated by commas")
     parser.add_argument("--budget-s", type=float, default=540.0, help="for all stages together")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU: no measurement")
     options = parser.parse_args()
     import torch
 
-    if not torch.cuda.is_available():
-        print("error: no GPU is visible; the tests without one are `make test`", file=sys.stderr)
+    if not (options.rehearse or torch.cuda.is_available()):
+        print("error: no GPU is visible; --rehearse runs on the CPU", file=sys.stderr)
         return 2
-    options.output.mkdir(parents=True, exist_ok=True)
-    tables: list[str] = []
-    failed: list[str] = []
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        variables = environment(Path(folder) / "site")
-        for stage in stages(options.output, options.budget_s, torch.cuda.get_device_name()):
-            if options.only and stage.name not in options.only.split(","):
-                continue
-            left = options.budget_s - (time.perf_counter() - start)
-            log = options.output / f"{stage.name.replace(' ', '_')}.log"
-            status = _run(stage, variables, log, min(left, stage.share * options.budget_s + 60))
-            tables.append(f"--- {stage.name}: {status}\n{log.read_text()[-6000:]}")
-            if status != "done":
-                failed.append(stage.name)
-                if stage.required:
-                    break
-    print("\n".join(["", *tables]))
-    print(f"\n{torch.cuda.get_device_name()}; failed: {', '.join(failed) or 'nothing'}")
+    name = "rehearsal" if options.rehearse else torch.cuda.get_device_name()
+    model, output = re.sub("[^a-z0-9]+", "_", name.lower()), options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    chosen, log = stages(output, model, options.rehearse), output / f"gpu_{model}.txt"
+    if options.only:
+        by_name = {stage.name: stage for stage in chosen}
+        chosen = [by_name[name] for name in options.only.split(",")]
+    else:
+        log.unlink(missing_ok=True)
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    tools = f"{os.environ['PATH']}:/usr/local/cuda/bin"
+    # Compiling would take most of a rehearsal.
+    added = {"TORCHDYNAMO_DISABLE": "1"} if options.rehearse else {}
+    added |= {"PYTHONPATH": path, "PATH": tools, "PYTHONUNBUFFERED": "1"}
+    failed = run(chosen, options.budget_s, log, os.environ | added)
+    log.write_text(log.read_text(errors="replace").replace(f"{ROOT}/", ""))
+    print(f"\n{name}; failed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
-
-
-def _run(stage: Stage, variables: dict[str, str], log: Path, limit: float) -> str:
-    if limit < 20:
-        log.write_text("")
-        return "no time left"
-    with log.open("w") as stream:
-        try:
-            command = [sys.executable, *stage.command]
-            process = subprocess.run(
-                command, cwd=ROOT, env=variables, stdout=stream, stderr=stream, timeout=limit
-            )
-        except subprocess.TimeoutExpired:
-            return f"stopped after {limit:.0f} s"
-    return "done" if process.returncode == 0 else f"exit status {process.returncode}"
 
 
 if __name__ == "__main__":

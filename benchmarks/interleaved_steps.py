@@ -17,7 +17,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,9 @@ from benchmarks import measured
 
 # The first steps warm caches and allocators up.
 SKIPPED_BLOCKS = 4
+# Of the logits of `layer`; a quarter of those of end_to_end.py.
+LAYER_BUDGET = 1 << 30
+PROGRESS_SECONDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Job:
     Attributes:
         device: `cpu` or `cuda`.
         variants: by name.
-        output: where rank 0 writes the steps' seconds and, on a GPU, their peak memory.
+        output: where rank 0 writes the steps' seconds and, on a GPU, their peak memory, after
+            every block of steps.
     """
 
     device: str
@@ -76,6 +81,13 @@ class Job:
         """In a rank."""
         device, *variants, output = json.loads(os.environ[cls._VARIABLE])
         return cls(device, tuple(variants), Path(output))
+
+    def write(self, starts: Sequence[float], peaks: Sequence[int]) -> None:
+        """Write what the steps so far took; who reads meanwhile finds a whole file."""
+        seconds = [end - start for start, end in itertools.pairwise(starts)]
+        partial = self.output.with_suffix(".partial")
+        partial.write_text(json.dumps({"seconds": seconds, "peak_bytes": peaks[1:]}))
+        partial.replace(self.output)
 
 
 def variant(step: int, variants: tuple[str, ...]) -> str:
@@ -152,7 +164,7 @@ def worker() -> None:
         self._model_options = model_options
 
     forward_step.ForwardStep.__init__ = forward_init  # type: ignore[method-assign, assignment]
-    fused_layer = FusedOutputLayer()
+    fused_layer = FusedOutputLayer(LAYER_BUDGET)
 
     on_gpu = job.device == "cuda"
     starts: list[float] = []
@@ -179,13 +191,12 @@ def worker() -> None:
             peaks.append(torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
         starts.append(time.perf_counter())
+        if len(starts) % len(job.variants) == 1 and os.environ["RANK"] == "0":
+            job.write(starts, peaks)
         return original_step(*args, **kwargs)
 
     training.train_step = timed_step
     pretrain_gpt_rw.main()
-    if os.environ["RANK"] == "0":
-        seconds = [end - start for start, end in itertools.pairwise(starts)]
-        job.output.write_text(json.dumps({"seconds": seconds, "peak_bytes": peaks[1:]}))
 
 
 def summarise(
@@ -213,12 +224,23 @@ def summarise(
     return result
 
 
-def run(job: Job, processes: int, flags: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Run the ranks; what rank 0 wrote."""
+def run(
+    job: Job,
+    processes: int,
+    flags: Sequence[str],
+    folder: Path,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run the ranks; what rank 0 wrote, which `progress` gets every few seconds before."""
     worker = [str(Path(__file__).resolve()), "--worker"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), *worker, *flags]
-    measured.run(command, job.environment(), folder, watch_memory=False)
+    with ThreadPoolExecutor(1) as pool:
+        ranks = pool.submit(measured.run, command, job.environment(), folder, watch_memory=False)
+        while not wait([ranks], PROGRESS_SECONDS).done:
+            if progress is not None and job.output.exists():
+                progress(json.loads(job.output.read_text()))
+        ranks.result()
     result: dict[str, Any] = json.loads(job.output.read_text())
     return result
 

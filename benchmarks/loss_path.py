@@ -10,21 +10,20 @@ time.
 
     MEGATRON_RW_KERNELS=cuda python benchmarks/loss_path.py --device cpu --emulated
 
-counts the operators of the CUDA kernels without a GPU, where they run emulated and no time means
+counts the operators with our CUDA kernels without a GPU, where they run emulated and no time means
 anything.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
 import statistics
 import sys
 import time
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -38,14 +37,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer import TransformerConfig
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.kernels.record import about, results_file
+from benchmarks.kernels.record import Result, arguments, print_table
 from benchmarks.kernels.timing import interleave
 from megatron_rw import patching
 from megatron_rw.integrations import cross_entropy
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.kernels.selection import BackendError, BackendName, check_backend, use_backend
+from megatron_rw.kernels import cuda_launch
+from megatron_rw.kernels.options import BackendError
+from megatron_rw.kernels.selection import BackendName, check_backend, use_backend
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.batch import Batch
@@ -53,10 +54,11 @@ from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.settings import Settings
 
 SAMPLES, DOMAINS = 8, 3
-SHAPES = {"cuda": (256, 8192), "cpu": (16, 64)}
-PROFILED, CALLS = 10, 20
+SHAPES = {"cuda": (256, 8192), "cpu": (16, 64), "rehearsal": (1, 16)}
+# Of a path: profiled, and timed in a round.
+CALLS = (10, 20)
 VIEWS = set("view view_as transpose select slice unbind expand unsqueeze squeeze detach".split())
-VIEWS |= {"as_strided", "empty", "empty_like", "lift_fresh", "result_type"}
+VIEWS |= {"as_strided", "empty", "empty_like", "new_empty", "lift_fresh", "result_type"}
 COPIES_IF_NEEDED = {"to", "contiguous", "reshape", "flatten"}
 
 
@@ -67,11 +69,14 @@ class LossPath:
         strategy: `none` or a strategy.
         impl: `megatron`, or the backend of our cross-entropy.
         device: of all tensors.
+        shape: tokens of a sample, and vocabulary.
     """
 
-    def __init__(self, strategy: Any, impl: str, device: torch.device) -> None:
+    def __init__(
+        self, strategy: Any, impl: str, device: torch.device, shape: tuple[int, int]
+    ) -> None:
         self._impl = impl
-        sequence, vocab = SHAPES[device.type]
+        sequence, vocab = shape
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(0, vocab, (SAMPLES, sequence), generator=generator)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -127,13 +132,13 @@ def _tensor_parallel_group() -> dist.ProcessGroup:
     return group
 
 
-def count(path: LossPath, device: torch.device) -> dict[str, float]:
+def count(path: LossPath, device: torch.device, calls: int) -> dict[str, float]:
     """Operators, kernels and the kernels' microseconds of one micro-batch."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
-        for _ in range(PROFILED):
+    with _launches_named(device), profile(activities=activities) as profiler:
+        for _ in range(calls):
             path()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -141,11 +146,30 @@ def count(path: LossPath, device: torch.device) -> dict[str, float]:
     on_device = [event for event in events if "CUDA" in str(event.device_type)]
     # Those that the program calls, not what they call themselves.
     called = [event for event in events if not _is_operator(event.cpu_parent)]
-    found = {"operators": sum(_works(event) for event in called) / PROFILED}
+    found = {"operators": sum(_works(event) for event in called) / calls}
     if device.type == "cuda":
-        found["kernels"] = len(on_device) / PROFILED
-        found["kernel_microseconds"] = sum(event.device_time for event in on_device) / PROFILED
+        found["kernels"] = len(on_device) / calls
+        found["kernel_microseconds"] = sum(event.device_time for event in on_device) / calls
     return found
+
+
+@contextmanager
+def _launches_named(device: torch.device) -> Iterator[None]:
+    """Have the profiler see our CUDA kernels being started: they are no operators of torch."""
+    place = "cpu" if device.type == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    try:
+        launch = cuda_launch.launcher(torch.device(place))
+    except BackendError:
+        yield
+        return
+
+    def named(kernel: str, grid: tuple[int, int], threads: int, *rest: float) -> None:
+        with record_function(f"megatron_rw::{kernel}"):
+            launch(kernel, grid, threads, *rest)
+
+    cuda_launch.use_launcher(place, named)
+    yield
+    cuda_launch.use_launcher(place, launch)
 
 
 def _is_operator(event: Any) -> bool:
@@ -163,81 +187,74 @@ def _works(event: Any) -> bool:
     return True
 
 
-def host_time(path: LossPath, device: torch.device) -> float:
+def host_time(path: LossPath, device: torch.device, calls: int) -> float:
     """Microseconds of the host for one micro-batch, which does not wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         path()
-    return (time.perf_counter() - start) / CALLS * 1e6
+    return (time.perf_counter() - start) / calls * 1e6
 
 
-def paths(device: torch.device) -> dict[str, LossPath]:
+def paths(device: torch.device, shape: tuple[int, int]) -> dict[str, LossPath]:
     """By cross-entropy and strategy; without what cannot run here."""
     impls: list[str] = ["megatron"]
     for name in get_args(BackendName):
+        use_backend(name)
         try:
-            impls.append(check_backend(device, name))
+            impls.append(check_backend(device))
         except BackendError as error:
             print(f"without {name}: {error}")
     return {
-        f"{impl}, {strategy}": LossPath(strategy, impl, device)
+        f"{impl}, {strategy}": LossPath(strategy, impl, device, shape)
         for impl in impls
         for strategy in ("none", "linupper")
     }
 
 
 def main() -> int:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=31)
+    """Measure, print, and write after the counts and after the times."""
+    parser = arguments(__doc__, 31)
     parser.add_argument("--emulated", action="store_true", help="count the CUDA kernels on the CPU")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29579")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    result = Result("loss_path_emulated" if options.emulated else "loss_path", options)
+    device = result.device
     if options.emulated:
         from tests.kernels import emulation
 
-        os.environ["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
+        emulation.install()
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
 
-    variants = paths(device)
+    shape = SHAPES["rehearsal" if options.rehearse else device.type]
+    profiled, timed = (1, 1) if options.rehearse else CALLS
+    variants = paths(device, shape)
     for path in variants.values():
         path()
-    found = {name: count(path, device) for name, path in variants.items()}
+    found = {name: count(path, device, profiled) for name, path in variants.items()}
+    result.save(samples=SAMPLES, tokens_of_a_sample_and_vocabulary=shape, variants=found)
     if not options.emulated:
-        timed: dict[str, list[float]] = interleave(
+        series: dict[str, list[float]] = interleave(
             options.rounds,
-            {name: functools.partial(host_time, path, device) for name, path in variants.items()},
+            {
+                name: functools.partial(host_time, path, device, timed)
+                for name, path in variants.items()
+            },
         )
-        for name, times in timed.items():
+        for name, times in series.items():
             found[name]["host_microseconds"] = statistics.median(times)
+        result.save(rounds=options.rounds)
     dist.destroy_process_group()
 
-    print(f"\nloss path of one micro-batch of {SAMPLES} samples on {about(device)['device']}")
-    head = ("cross-entropy, strategy", "operators", "kernels", "their us", "host us")
-    print("{:26}{:>10}{:>9}{:>10}{:>9}".format(*head))
-    for name, row in found.items():
-        places = ("operators", "kernels", "kernel_microseconds", "host_microseconds")
-        values = (f"{row[place]:.0f}" if place in row else "-" for place in places)
-        print("{:26}{:>10}{:>9}{:>10}{:>9}".format(name, *values))
-    record = about(device) | {
-        "benchmark": "loss path of one micro-batch",
-        "samples": SAMPLES,
-        "tokens_of_a_sample_and_vocabulary": SHAPES[device.type],
-        "rounds": options.rounds,
-        "variants": found,
-    }
-    name = "loss_path_emulated" if options.emulated else "loss_path"
-    output = options.output or results_file(name, device)
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    places = ("operators", "kernels", "kernel_microseconds", "host_microseconds")
+    rows = [
+        [name, *(f"{row[place]:.0f}" if place in row else "-" for place in places)]
+        for name, row in found.items()
+    ]
+    head = ["cross-entropy, strategy", "operators", "kernels", "their us", "host us"]
+    print_table(f"loss path of one micro-batch of {SAMPLES} samples", [head, *rows])
     return 0
 
 

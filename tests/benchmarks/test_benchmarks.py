@@ -1,4 +1,4 @@
-"""Each benchmark runs at its smallest and writes its results; times mean nothing here."""
+"""The benchmarks run at their smallest and write their results; times mean nothing here."""
 
 from __future__ import annotations
 
@@ -9,46 +9,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-import torch
 
+from benchmarks import gpu
 from megatron_rw.data import train_tokenizer
 from tests.data.conftest import make_texts, write_jsonl
-from tests.kernels import emulation
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU = "--device cpu --rounds 2"
-# Script and flags, and what its results hold at least.
-SMALLEST = {
-    "cross-entropy": (f"kernels/cross_entropy.py {CPU} --shapes 128x64", "shapes versions"),
-    "output layer": (f"kernels/linear_cross_entropy.py {CPU} --shapes 64x16x300", "shapes"),
-    "weighting": (f"kernels/weighting.py {CPU}", "sizes"),
-    "loss path": (f"loss_path.py {CPU}", "variants"),
-    "loss path, emulated": (f"loss_path.py {CPU} --emulated", "variants"),
-    "tune": (f"kernels/tune.py {CPU} --backend cuda --shapes 4x40", "best in_use"),
-    "preprocess": (
-        "preprocess.py --corpus {corpus} --megabytes 0.2 --tokenizer-model {model} "
-        "--workers 1 2 --rounds 1",
-        "workers documents",
-    ),
-    "long document": (
-        "long_document.py --corpus {corpus} --megabytes 1 --tokenizer-model {model} --rounds 1",
-        "runs characters",
-    ),
-}
+SMALLEST = (
+    "preprocess.py --corpus {corpus} --megabytes 0.2 --tokenizer-model {model} --workers 1 2",
+    "long_document.py --corpus {corpus} --megabytes 1 --tokenizer-model {model}",
+)
+# Starts a process in a session of its own, as torchrun does, and waits for ever.
+HANGS = """
+import subprocess, sys
+command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(1000)"]
+subprocess.run([*command, sys.argv[1]], start_new_session=True)
+"""
 
 
-def benchmark(arguments: str, *more: str, emulated: bool = False) -> str:
+def benchmark(arguments: str, *more: str) -> str:
     """Runs a script to its end."""
-    # Compiling and interpreting would take most of the time.
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
-    environment.pop("MEGATRON_RW_CUDA_LIBRARY", None)
-    if emulated and not torch.cuda.is_available():
-        environment["MEGATRON_RW_CUDA_LIBRARY"] = str(emulation.library())
     script, *flags = arguments.split()
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags, *more]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
+    command = [sys.executable, str(gpu.ROOT / "benchmarks" / script), *flags, *more]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=gpu.ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
 
@@ -62,19 +47,33 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"corpus": str(folder), "model": f"{prefix}.model"}
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_it_runs_and_writes_its_results(name: str, tmp_path: Path, places: dict[str, str]) -> None:
-    arguments, keys = SMALLEST[name]
+@pytest.mark.parametrize("arguments", SMALLEST)
+def test_it_runs_and_writes_its_results(arguments: str, tmp_path: Path, places: Any) -> None:
     output = tmp_path / "result.json"
-    emulated = name in ("tune", "loss path, emulated")
-    assert benchmark(arguments.format(**places), "--output", str(output), emulated=emulated)
-    found: dict[str, Any] = json.loads(output.read_text())
-    assert all(found[key] for key in keys.split())
-    if name == "cross-entropy":
-        benchmark(f"kernels/plot.py {output}")
-        assert output.with_suffix(".png").stat().st_size > 1000
+    assert benchmark(arguments.format(**places), "--rounds", "1", "--output", str(output))
+    assert json.loads(output.read_text())["versions"]
 
 
-@pytest.mark.long
-def test_end_to_end() -> None:
-    assert "microbatch+fused / none+fused" in benchmark("end_to_end.py --tiny --blocks 2")
+def test_every_stage_for_a_gpu_is_rehearsed(tmp_path: Path) -> None:
+    printed = benchmark("gpu.py --rehearse", "--output", str(tmp_path))
+    files = {path.name.removesuffix("_rehearsal.json"): path for path in tmp_path.iterdir()}
+    assert len(files) <= 8
+    for name in "launches linear_cross_entropy weighting end_to_end loss_path".split():
+        text = files[name].read_text()
+        assert json.loads(text)["rehearsal"] is True
+        assert str(tmp_path) not in text
+    assert json.loads(files["cross_entropy"].read_text())["missing"].keys() >= {"Liger", "quack"}
+    assert all(f"=== {stage.name}: done" in printed for stage in gpu.stages(tmp_path, "", True))
+
+
+def test_a_stage_ends_at_its_limit_with_all_it_started(tmp_path: Path) -> None:
+    log, python = tmp_path / "log", [sys.executable, "-c"]
+    stages = [
+        gpu.Stage("hangs", 0.5, [[*python, HANGS, str(log)]]),
+        gpu.Stage("fails", 0.1, [[*python, "raise SystemExit(3)"], ["env", "no-such-tool"]]),
+        gpu.Stage("works", 0.4, [[*python, "print('SECONDS left')"]]),
+    ]
+    assert gpu.run(stages, 6.0, log, os.environ) == ["hangs", "fails"]
+    commands = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if command and str(log) in command]
+    assert all(part in log.read_text() for part in ("begun\n", "no-such-tool", " left\n"))
