@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from megatron_rw.kernels.weights import WeightStrategy
+from megatron_rw.kernels.options import WeightStrategy
 from megatron_rw.reweighting import (
     ReweightConfig,
     ReweightReport,
