@@ -21,9 +21,9 @@ from megatron_rw.kernels.options import SampleWeights, Statistic, WeightStrategy
 from megatron_rw.kernels.selection import BackendName, backend, default_backend
 
 
+@torch.no_grad()
 # The CUDA kernels are started behind the compiler's back.
 @torch.compiler.disable
-@torch.no_grad()
 def weigh_samples(
     losses: Tensor,
     strategy: WeightStrategy,
