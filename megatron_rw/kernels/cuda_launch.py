@@ -6,6 +6,7 @@ other compiler, no header and no file is needed, and none is written.
 
 from __future__ import annotations
 
+import importlib
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
@@ -129,6 +130,8 @@ class _DeviceLauncher:
     def __init__(self, index: int) -> None:
         major, minor = torch.cuda.get_device_capability(index)
         code = compile_kernels(f"sm_{major}{minor}" + ("a" if major == 9 else ""))
+        # It is there, as the kernels were compiled through it. Imported once, not at every launch.
+        self._cuda = importlib.import_module("cuda.core")
         self._index = index
         self._kernels: dict[str, Kernel] = {}
         self._streams: dict[int, Stream] = {}
@@ -146,20 +149,16 @@ class _DeviceLauncher:
     def __call__(
         self, kernel: str, grid: tuple[int, int], threads: int, *arguments: int | float
     ) -> None:
-        from cuda.core import LaunchConfig, Stream, launch
-
         with torch.cuda.device(self._index):
             self._bind()
             handle = torch.cuda.current_stream().cuda_stream
             if handle not in self._streams:
-                self._streams[handle] = Stream.from_handle(handle)
-            config = LaunchConfig(grid=grid, block=threads)
-            launch(self._streams[handle], config, self._kernels[kernel], *arguments)
+                self._streams[handle] = self._cuda.Stream.from_handle(handle)
+            config = self._cuda.LaunchConfig(grid=grid, block=threads)
+            self._cuda.launch(self._streams[handle], config, self._kernels[kernel], *arguments)
 
     def _bind(self) -> None:
         """Make the device's context current: a thread of autograd may have none of its own yet."""
         if not getattr(self._ready, "bound", False):
-            from cuda.core import Device
-
-            Device(self._index).set_current()
+            self._cuda.Device(self._index).set_current()
             self._ready.bound = True

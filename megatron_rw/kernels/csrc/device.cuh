@@ -8,7 +8,7 @@ using uint32 = unsigned int;
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;
-// Vectors that a thread loads before it uses the first; one where a soft-cap makes long code.
+// Vectors that a thread loads before it uses the first, but where a soft-cap makes long code.
 constexpr int kInFlight = 4;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -107,6 +107,39 @@ __device__ __forceinline__ Cut cut(const T* row, int count, bool wide) {
   const int head = min(count, static_cast<int>(-past & (kSize<T> - 1)));
   const int vectors = (count - head) / kSize<T>;
   return {head, vectors, head + vectors * kSize<T>};
+}
+
+// Shares a row out to the threads of the block: calls `one` with the column of a single element, and
+// `many` with a vector and its number. kDeep: several vectors are loaded before the first is used.
+template <bool kDeep, typename One, typename Many>
+__device__ __forceinline__ void each(const Cut& piece, const uint4* vectors, int count, One one,
+                                     Many many) {
+  const int threads = blockDim.x, thread = threadIdx.x;
+#pragma unroll 1
+  for (int column = thread; column < piece.head; column += threads) one(column);
+  int index = thread;
+  if (kDeep) {
+#pragma unroll 1
+    for (; index + (kInFlight - 1) * threads < piece.vectors; index += kInFlight * threads) {
+      uint4 loaded[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) loaded[k] = __ldcs(vectors + index + k * threads);
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) many(loaded[k], index + k * threads);
+    }
+  }
+#pragma unroll 1
+  for (; index < piece.vectors; index += threads) many(__ldcs(vectors + index), index);
+#pragma unroll 1
+  for (int column = piece.tail + thread; column < count; column += threads) one(column);
+}
+
+// The thread to which `each` gives a column.
+template <typename T>
+__device__ __forceinline__ int owner(const Cut& piece, int column) {
+  if (column < piece.head) return column % blockDim.x;
+  if (column >= piece.tail) return (column - piece.tail) % blockDim.x;
+  return (column - piece.head) / kSize<T> % blockDim.x;
 }
 
 __device__ __forceinline__ float capped(float z, float softcap) {

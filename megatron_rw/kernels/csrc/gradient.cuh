@@ -17,14 +17,6 @@ __device__ __forceinline__ void fill_zeros(T* out, int64 stride, int count) {
   }
 }
 
-// The thread that writes a column of a row.
-template <typename T>
-__device__ __forceinline__ int writer(const Cut& piece, int column) {
-  if (column < piece.head) return column % blockDim.x;
-  if (column >= piece.tail) return (column - piece.tail) % blockDim.x;
-  return (column - piece.head) / kSize<T> % blockDim.x;
-}
-
 // A block a row [width], of which `columns` take part and the others get zeros. `out` may be the
 // logits: each element is read and written by one thread. A row whose upstream gradient is 0 or
 // whose label is ignored gets literal zeros, as 0·NaN is NaN, and its logits are not read.
@@ -37,7 +29,6 @@ __global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
              int64 upstream_stride_sample, int64 batch, int64 start, int64 columns, int64 width,
              int64 ignore_index, double softcap_, double z_loss, double smoothing_,
              double uniform_) {
-  const int threads = blockDim.x, thread = threadIdx.x;
   const uint32 row = blockIdx.x, samples = static_cast<uint32>(batch);
   const int64 sequence = row / samples, sample = row % samples;
   const int count = static_cast<int>(columns), padding = static_cast<int>(width - columns);
@@ -61,12 +52,13 @@ __global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
   // The target's own, p − 1 in all its digits; read before it may be overwritten.
   const int64 own = label - start;
   const bool mine = own >= 0 && own < count &&
-                    writer<T>(piece, static_cast<int>(own)) == thread;
+                    owner<T>(piece, static_cast<int>(own)) == static_cast<int>(threadIdx.x);
   float own_gradient = 0.0f;
   if (mine) {
     float z = to_float(logits[own * stride]);
     if (kCapped) z = capped(z, softcap);
-    own_gradient = scale * ((1.0f + more) * expm1f((z - top) - log_total) + more + smoothing - uniform);
+    const float rest = expm1f((z - top) - log_total);
+    own_gradient = scale * ((1.0f + more) * rest + more + smoothing - uniform);
     if (kCapped) own_gradient *= 1.0f - (z / softcap) * (z / softcap);
   }
 
@@ -89,23 +81,7 @@ __global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
     for (float& value : z) value = gradient_of(value);
     __stcs(places + at, packed(z, T()));
   };
-#pragma unroll 1
-  for (int at = thread; at < piece.head; at += threads) write_one(at);
-  int index = thread;
-  if (!kCapped) {
-#pragma unroll 1
-    for (; index + (kInFlight - 1) * threads < piece.vectors; index += kInFlight * threads) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) loaded[k] = __ldcs(vectors + index + k * threads);
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) write_vector(loaded[k], index + k * threads);
-    }
-  }
-#pragma unroll 1
-  for (; index < piece.vectors; index += threads) write_vector(__ldcs(vectors + index), index);
-#pragma unroll 1
-  for (int at = piece.tail + thread; at < count; at += threads) write_one(at);
+  each<!kCapped>(piece, vectors, count, write_one, write_vector);
   if (mine) store(out + own * out_stride, own_gradient);
   fill_zeros(out + count * out_stride, out_stride, padding);
 }

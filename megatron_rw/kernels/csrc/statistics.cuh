@@ -81,29 +81,13 @@ __global__ void __launch_bounds__(kMostThreads, kCapped || kAll ? 1 : 2)
     float z[1] = {to_float(logits[column * stride])};
     running.add(z, softcap);
   };
-  const auto add_vector = [&](const uint4& vector) {
+  const auto add_vector = [&](const uint4& vector, int) {
     float z[kSize<T>];
     unpack(vector, z, T());
     running.add(z, softcap);
   };
-#pragma unroll 1
-  for (int column = thread; column < piece.head; column += threads) add_one(column);
   const uint4* const vectors = reinterpret_cast<const uint4*>(logits + piece.head);
-  int index = thread;
-  if (!kCapped) {
-#pragma unroll 1
-    for (; index + (kInFlight - 1) * threads < piece.vectors; index += kInFlight * threads) {
-      uint4 loaded[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) loaded[k] = __ldcs(vectors + index + k * threads);
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) add_vector(loaded[k]);
-    }
-  }
-#pragma unroll 1
-  for (; index < piece.vectors; index += threads) add_vector(__ldcs(vectors + index));
-#pragma unroll 1
-  for (int column = piece.tail + thread; column < count; column += threads) add_one(column);
+  each<!kCapped>(piece, vectors, count, add_one, add_vector);
 
   __shared__ float scratch[4][kMostThreads / kWarp];
   const int lane = thread % kWarp, warp = thread / kWarp;
