@@ -75,8 +75,11 @@ def without_decay(_: None, self: Any, *args: Any, **named: Any) -> None:
     self.config = dataclasses.replace(self.config, moment_decay=0.0)
 
 
-def seen_moments(_: None, self: Any, statistics: Any) -> None:
-    self.moments = statistics[1:3].double()
+def emptied(factor: Any, self: Any) -> Any:
+    # The step has no active unit.
+    if not float(sum(row.tokens.sum() for row in self._rows)):
+        self.plan = type(self).plan
+    return factor
 
 
 def without_divisor(_: Any, self: Any, model: Any) -> Any:
@@ -84,45 +87,87 @@ def without_divisor(_: Any, self: Any, model: Any) -> Any:
     return self._reweighter
 
 
-def unclamped(losses: Any, low: Any, high: Any, delta: float) -> Any:
+def unclamped(signals: Any, low: Any, high: Any, delta: float) -> Any:
     spread = high - low
-    return (2 * delta * (losses - low) / spread - delta).masked_fill(~(spread >= 1e-6), 0.0)
+    return (2 * delta * (signals - low) / spread - delta).masked_fill(~(spread >= 1e-6), 0.0)
 
 
-def attached(weigh: Any) -> Any:
-    Mutant("", DEFERRED, "_over_shards", instead(lambda self, sums: sums)).plant()
-    return weigh.__wrapped__
+def attached(make: Any) -> Any:
+    def sums(batch: Any, unit: Any, ranks: Any) -> Any:
+        made = make.__func__(batch, unit, ranks)
+        return dataclasses.replace(made, loss_sum=batch.sequence_sums().loss_sum)
+
+    for name in ("weigh_units", "weigh_set"):
+        for module in ("reweighting.sets", "reweighting.scopes"):
+            with contextlib.suppress(KeyError):
+                Mutant("", module, name, lambda function: function.__wrapped__).plant()
+    return staticmethod(sums)
 
 
 def alone(gather: Any) -> Any:
-    return lambda sums, domain, ranks: gather(sums, domain, dataclasses.replace(ranks, group=None))
+    return lambda self, ranks: gather(self, dataclasses.replace(ranks, group=None))
 
 
 def first_rows(found: Any, *_: Any) -> Any:
-    own = found.local.stop - found.local.start
-    return dataclasses.replace(found, local=slice(0, own))
+    own = found.units.local.stop - found.units.local.start
+    units = dataclasses.replace(found.units, local=slice(0, own))
+    return dataclasses.replace(found, units=units)
+
+
+def spreading(batch: Any, config: Any, weights: Any, tokens: Any) -> Any:
+    return (batch.sequence_sums().loss_sum * weights / tokens.clamp(min=1.0)).sum()
+
+
+def choice(layout: str) -> str:
+    """A row of the table of the choices beyond the paper."""
+    test = "test_gradient_of_every_choice_is_the_oracles"
+    return f"tests/exactness/test_choices.py::{test}[{layout}]"
+
+
+def without_base(units: Any, *_: Any) -> Any:
+    return dataclasses.replace(units, base=None)
+
+
+def counted_twice(copies: int, *_: Any) -> int:
+    return 1
+
+
+def half_signal(made: Any, *_: Any) -> Any:
+    if made.signal_sum is None:
+        return made
+    return dataclasses.replace(made, signal_tokens=made.tokens)
+
+
+def static(change: Callable[..., Any]) -> Callable[[Any], Any]:
+    """As `result`, of a static method."""
+    return lambda method: staticmethod(result(change)(method.__func__))
+
+
+def moved(_: None, self: Any, *args: Any, **named: Any) -> None:
+    self._used = self._used * 1.01
 
 
 STEP = "integrations.step:StepReweighting"
 DEFERRED = "reweighting.scopes:DeferredReweighter"
+SUMS = "reweighting.units:UnitSums"
 GLOBAL = "reweighting.scopes:GlobalReweighter"
 ONE = cell("one process")
 
 MUTANTS = {
     "weights taken by local rank, as if every node were the first": Mutant(
-        cell("DP2"), "reweighting.scopes", "gather_samples", result(first_rows)
+        cell("DP2"), "reweighting.scopes", "weigh_set", result(first_rows)
     ),
     "each rank weighs its own samples alone": Mutant(
-        cell("DP2"), "reweighting.scopes", "gather_samples", alone
+        cell("DP2"), "reweighting.units:UnitSums", "gathered", alone
     ),
     "mean over data-parallel ranks for a sum": Mutant(
-        cell("DP2"), "reweighting.samples:ReduceGroup", "size", instead(lambda self: self.cp_size)
+        cell("DP2"), "reweighting.units:ReduceGroup", "size", instead(lambda self: self.cp_size)
     ),
     "context-parallel factor forgotten": Mutant(
-        cell("CP2"), "reweighting.samples:ReduceGroup", "size", instead(lambda self: self.dp_size)
+        cell("CP2"), "reweighting.units:ReduceGroup", "size", instead(lambda self: self.dp_size)
     ),
     "deferred: sample losses of the own shard": Mutant(
-        cell("CP2"), DEFERRED, "_over_shards", instead(lambda self, sums: sums)
+        cell("CP2"), SUMS, "over_shards", instead(lambda self, ranks: self)
     ),
     "deferred: normaliser applied twice": Mutant(
         ONE, DEFERRED, "finish", result(lambda factor, self: factor**2)
@@ -135,11 +180,9 @@ MUTANTS = {
         *("integrations.groups", "other_losses", instead(lambda config: [])),
     ),
     "deferred: decay of the moments ignored": Mutant(ONE, DEFERRED, "begin", result(without_decay)),
-    "deferred: an empty step forgets the moments": Mutant(
-        ONE, DEFERRED, "_update_moments", result(seen_moments)
-    ),
+    "deferred: an empty step forgets the moments": Mutant(ONE, DEFERRED, "finish", result(emptied)),
     "deferred: losses beyond the old range not clamped": Mutant(
-        ONE, "kernels.torch_weights", "normalise", instead(unclamped)
+        choice("one process"), "kernels.torch_weights", "normalise", instead(unclamped)
     ),
     "deferred: moments not in the checkpoint": Mutant(
         f"{STATE}test_state_is_saved_with_the_arguments",
@@ -150,14 +193,14 @@ MUTANTS = {
         f"{STATE}test_steps_count_from_the_first_training_step",
         *("integrations.state:ReweightState", "step", instead(lambda self, iteration: iteration)),
     ),
-    "weights not detached": Mutant(ONE, "reweighting.scopes", "weigh_samples", attached),
+    "weights not detached": Mutant(ONE, "reweighting.units:UnitSums", "of", attached),
     "moments from samples without an active token": Mutant(
         ONE,
-        *("reweighting.samples:SampleSet", "has_tokens", instead(lambda self: self.tokens >= 0)),
+        *("reweighting.units:UnitSet", "has_tokens", instead(lambda self: self.tokens >= 0)),
     ),
     "Megatron divides by the micro-batch's tokens": Mutant(
         *(ONE, STEP, "weigh"),
-        result(lambda pair, self, sums, domain=None: (pair[0], sums.tokens.sum().int())),
+        result(lambda pair, self, batch: (pair[0], batch.mask.sum().int())),
     ),
     "other losses divided by ranks instead of tokens": Mutant(
         "tests/exactness/test_other_losses.py::test_other_losses_keep_their_gradient[per-token]",
@@ -169,8 +212,8 @@ MUTANTS = {
         result(lambda loss, self, *_: loss / self._num_microbatches),
     ),
     "global: micro-batches get each other's weights": Mutant(
-        *(ONE, "reweighting.scopes", "_concatenate"),
-        lambda concatenate: lambda rows: concatenate(rows[::-1]),
+        *(ONE, "reweighting.scopes", "_joined"),
+        lambda joined: lambda rows: joined(rows[::-1]),
     ),
     "global: scoring moves the random state": Mutant(
         "tests/exactness/test_scoring.py::test_scoring_sees_the_training_passs_dropout[one]",
@@ -179,12 +222,58 @@ MUTANTS = {
     "a sample of weight 0 spreads its NaN": Mutant(
         "tests/reweighting/test_reweighter.py::test_nonfinite_sample_never_spreads",
         *("reweighting.scopes", "_weighted_sum"),
-        instead(lambda own, weights, tokens: (own * weights / tokens.clamp(min=1.0)).sum()),
+        instead(spreading),
     ),
     "linupper without its upper limit": Mutant(
         "tests/reweighting/test_weights.py::test_weights_are_the_oracles",
         *("kernels.torch_weights", "strategy_scores"),
-        instead(lambda u, strategy, delta: u + delta),
+        instead(lambda u, weighting: u + weighting.delta),
+    ),
+    "normaliser and static weights forgotten": Mutant(
+        choice("one process"),
+        "reweighting.units:UnitSet",
+        "of",
+        lambda of: staticmethod(result(without_base)(of.__func__)),
+    ),
+    "documents of context-parallel ranks counted twice": Mutant(
+        choice("CP2"), "reweighting.sets", "copies_of", result(counted_twice)
+    ),
+    "missing signals counted as 0 in a unit's mean": Mutant(
+        choice("one process"), SUMS, "of", static(half_signal)
+    ),
+    "documents not summed over context parallelism": Mutant(
+        choice("CP2"), SUMS, "over_shards", instead(lambda self, ranks: self)
+    ),
+    "each rank goes by the range of its own tokens": Mutant(
+        choice("DP2 distopt"),
+        *("reweighting.sets", "_common_plan"),
+        lambda plan: lambda s, b, a, w, ranks, c: plan(s, b, a, w, type(ranks)(), c),
+    ),
+    "softmax: deferred without its lowest temperature": Mutant(
+        choice("one process"), "kernels.torch_weights", "LARGEST_EXPONENT", instead(1e9)
+    ),
+    "topk: the threshold itself is dropped": Mutant(
+        choice("one process"),
+        *("kernels.torch_weights", "smallest_with_share"),
+        result(lambda found, *_: found - 1e-3),
+    ),
+    "cap: another level": Mutant(
+        choice("one process"),
+        "kernels.torch_weights",
+        "_cap_for",
+        result(lambda cap, *_: cap * 0.9),
+    ),
+    "target ESS: another temperature": Mutant(
+        choice("one process"),
+        "kernels.torch_weights",
+        "_temperature_for",
+        result(lambda r, *_: r * 1.001),
+    ),
+    "deferred: another plan than the step before left": Mutant(
+        choice("one process"),
+        DEFERRED,
+        "begin",
+        result(lambda _, self, *a, **k: setattr(self, "_used", self._used * 1.01)),
     ),
     "cross-entropy: sums of the samples without their mask": Mutant(
         "tests/kernels/test_cross_entropy.py"

@@ -54,6 +54,7 @@ OURS = (
     "tests.faults.injected",
     "tests.observability.disturbed",
     "tests.training.watched",
+    "tests.training.watched_reference",
 )
 
 

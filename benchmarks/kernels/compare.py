@@ -275,8 +275,8 @@ def weighting(options: Namespace) -> None:
     backends = ("torch", "cuda") if options.rehearse or clock.on_gpu else ("torch",)
 
     def microseconds(losses: Tensor, name: Any) -> float:
-        given: tuple[Any, ...] = (losses, "linupper", 1.0, 1.0, losses > 0.01)
-        call: Call = partial(kernels.weigh_samples, *given, backend_name=name)
+        units, how = kernels.Units(losses, losses > 0.01), kernels.Weighting(strategy="linupper")
+        call: Call = partial(kernels.weigh_units, units, how, backend_name=name)
         return 1000 * clock.time(lambda: [call() for _ in range(calls)])[1] / calls
 
     for samples in (32, 512) if options.rehearse else (32, 512, 4096, 16384, 65536):

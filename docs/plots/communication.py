@@ -42,7 +42,7 @@ def main() -> None:
         rows: tuple[tuple[str, int, list[int], list[int]], ...] = (
             ("microbatch", small, [small] * MICRO_BATCHES, []),
             ("global", large, [large], []),
-            ("deferred", large, [large], [24]),
+            ("deferred", large, [large], [48]),
         )
         for scope, set_bytes, reduced, broadcast in rows:
             seconds = sum(collective(replicas, size) for size in reduced)

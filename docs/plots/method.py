@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import get_args
 
 import matplotlib as mpl
 
@@ -26,18 +25,19 @@ from megatron_rw.kernels.options import WeightStrategy
 from megatron_rw.reweighting import (
     ReweightConfig,
     ReweightReport,
+    TokenBatch,
     WeightedSet,
     WeightMetrics,
     effective_sample_size,
     loss_weights,
     make_reweighter,
-    sample_sums,
 )
 from megatron_rw.reweighting.config import Scope
 from megatron_rw.reweighting.metrics import LARGEST_RELATIVE_WEIGHT
 
 HERE = Path(__file__).parent
 SAMPLES = 512
+STRATEGIES: tuple[WeightStrategy, ...] = ("uniform", "linupper", "quadratic", "extremes")
 TEMPERATURES = (1.0, 0.4)
 # The paper's theory assumes that no weight is above 2/|S|.
 BOUND = LARGEST_RELATIVE_WEIGHT
@@ -75,9 +75,9 @@ def weigh(scope: Scope, size: int, before: Tensor, losses: Tensor) -> list[Weigh
         reweighter.begin(step, len(micro_batches))
         if reweighter.scores_first:
             for part in micro_batches:
-                reweighter.score(sample_sums(part, torch.ones_like(part)))
+                reweighter.score(TokenBatch(part, torch.ones_like(part)))
         for part in micro_batches:
-            reweighter.weigh(sample_sums(part, torch.ones_like(part)))
+            reweighter.weigh(TokenBatch(part, torch.ones_like(part)))
         reweighter.finish()
     return sets
 
@@ -95,7 +95,7 @@ def draw_strategies() -> Figure:
     print(f"{'strategy':12}{'r':>5}{'|S|·w_max':>11}{'ESS/|S|':>9}")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, temperature in zip(axes, TEMPERATURES, strict=True):
-        for strategy in get_args(WeightStrategy):
+        for strategy in STRATEGIES:
             weights = loss_weights(losses, strategy, temperature)
             relative = SAMPLES * weights
             ess = effective_sample_size(weights) / SAMPLES

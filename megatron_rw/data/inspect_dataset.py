@@ -33,7 +33,10 @@ examples:
   python tools/inspect_dataset.py data/train --check --picture lengths.png
   python tools/inspect_dataset.py data/train/wiki_text_document --document 17
   python tools/inspect_dataset.py data/train --find 'lorem ipsum'
+  python tools/inspect_dataset.py --samples runs/a/samples.jsonl
 """
+# Before a single token that is shown.
+_CONTEXT_TOKENS = 32
 _ACTION = tyro.conf.create_mutex_group(required=False)
 
 
@@ -60,13 +63,19 @@ class InspectConfig(DecodingFlags):
     find: Annotated[str | None, _ACTION, arg(metavar="TEXT")] = None
     """List the documents whose text contains TEXT, a line each."""
 
+    samples: Annotated[Path | None, _ACTION, arg(metavar="FILE")] = None
+    """Print the text of the samples in a samples.jsonl, which training with --reweight-dump-samples
+    has written. It names the datasets."""
+
     ids: bool = False
     """With --document, print its token ids instead of its text."""
 
     def __post_init__(self) -> None:
-        if not self.paths:
-            raise UserError("give the PATH of a dataset or of a directory of datasets")
-        shown = self.document is not None or self.find is not None
+        if bool(self.paths) == (self.samples is not None):
+            raise UserError(
+                "give the PATH of a dataset or of a directory of datasets, or --samples alone"
+            )
+        shown = self.document is not None or self.find is not None or self.samples is not None
         if (self.check or self.picture) and shown:
             raise UserError("--check and --picture go with the report only")
         if self.ids and self.document is None:
@@ -91,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(config: InspectConfig) -> bool:
     """Returns whether something is wrong with the data."""
     datasets = [dataset for path in config.paths for dataset in _datasets(path)]
-    if config.document is not None:
+    if config.samples is not None:
+        _print_samples(config.samples, config)
+    elif config.document is not None:
         _print_document(datasets, config, config.document)
     elif config.find is not None:
         _print_found(datasets, config, config.find)
@@ -169,3 +180,28 @@ def _print_found(datasets: Sequence[InputDataset], config: InspectConfig, text: 
                     print(json.dumps({"prefix": str(dataset.prefix), **found}))
                 else:
                     print(f"{dataset.prefix} --document {number}: {count} times: {context!r}")
+
+
+def _print_samples(path: Path, config: InspectConfig) -> None:
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            sample = json.loads(line)
+            dataset, first = look_up([sample["dataset"]])[0], sample["offset"]
+            end = first + sample["tokens"]
+            title = (
+                f"iteration {sample['iteration']}, {sample['which']} weight "
+                f"{sample['weight']:.4g}, loss {sample['loss']:.4g}: {dataset.prefix} --document "
+                f"{sample['document']}, tokens {first} to {end - 1}"
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not a line that training has written") from error
+        with DatasetReader(dataset.prefix) as reader:
+            ids = reader.sequence(sample["document"])
+        tokenizer = config.load(dataset.tokenizer)
+        # A token alone says little, and pieces decoded by themselves lose their spaces.
+        begin = max(0, first - _CONTEXT_TOKENS) if sample["tokens"] == 1 else first
+        before, text = (decode(tokenizer, ids[begin:stop]) for stop in (first, end))
+        if config.json:
+            print(json.dumps({**sample, "before": before, "text": text[len(before) :]}))
+        else:
+            print(f"{title}\n{before}{'>>> ' * (begin < first)}{text[len(before) :]}\n")

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from megatron_rw import patching
 from megatron_rw.errors import UserError
-from megatron_rw.integrations import groups, schedule
+from megatron_rw.integrations import cross_entropy, groups, schedule
+from megatron_rw.integrations.gradients import GradientComparison
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.integrations.step import StepReweighting, check_set_size
-from megatron_rw.reweighting import ReweightConfig, WeightMetrics, sample_sums
+from megatron_rw.integrations.step import StepReweighting, check_set_size, ending
+from megatron_rw.reweighting import ReweightConfig, TokenBatch, WeightMetrics
+from megatron_rw.reweighting.config import flag
+
+# Settings that need what a loss function is not given.
+_NEEDS_DATA = {"unit": ("document",), "signal": ("excess", "learnability", "progress")}
 
 LossFunction = Callable[..., Any]
 ForwardStepFunction = Callable[..., tuple[Any, LossFunction]]
@@ -63,6 +68,16 @@ def attach(
     """
     if not config.enabled:
         raise UserError("attach() with strategy none does nothing: choose one, or do not call it.")
+    for name, values in _NEEDS_DATA.items():
+        if (value := getattr(config, name)) in values:
+            raise UserError(
+                f"{flag(name)} {value} needs what only pretrain_gpt_rw.py reads from the data or a "
+                "checkpoint: use that program, or another setting."
+            )
+    if config.sample_weights is not None:
+        raise UserError(f"{flag('sample_weights')} is read by pretrain_gpt_rw.py alone: drop it.")
+    if config.until == "decay" and args is None:
+        raise UserError(f"{flag('until')} decay needs attach(..., args=): give an iteration.")
     patching.apply(schedule.patches())
     return AttachedForwardStep(forward_step, config, args, loss_mask)
 
@@ -71,7 +86,7 @@ class AttachedForwardStep:
     """A forward step function with sample weights, made by `attach`.
 
     On the ranks of the last pipeline stage, `metrics.read()` gives the report on the weights since
-    the last `metrics.reset()`.
+    the last `metrics.reset()`. `gradients` is the latest comparison of gradients, on every rank.
     """
 
     def __init__(
@@ -94,7 +109,13 @@ class AttachedForwardStep:
             from megatron_rw.integrations import checkpoint
 
             patching.apply(checkpoint.patches(self._state, args))
-        self._reweighting = StepReweighting(config, self._state, self._iteration, self.metrics.add)
+        ends = ending(config, Namespace() if args is None else args)
+        if args is None and config.until is not None:
+            until = int(config.until)
+            ends = lambda: self._completed >= until  # noqa: E731
+        self._reweighting = StepReweighting(
+            config, self._state, self._iteration, self.metrics.add, ends=ends
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, LossFunction]:
         """Runs the forward step, and wraps its loss function."""
@@ -106,6 +127,11 @@ class AttachedForwardStep:
         result = self._reweighting.run(core_schedule, call)
         self._completed += 1
         return result
+
+    @property
+    def gradients(self) -> GradientComparison | None:
+        """The latest comparison with the gradient under uniform weights, if there was one."""
+        return self._reweighting.gradients
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint has to hold: plain numbers, the same on all ranks."""
@@ -136,8 +162,10 @@ class AttachedForwardStep:
                 f"{tuple(mask.shape)}; both must hold one value per token, the output as [b, s]."
             )
         self._check_set_once(output.shape[0])
-        loss, divisor = self._reweighting.weigh(sample_sums(output, mask.view(output.shape)))
-        if self._reweighting.scoring:
+        signal = cross_entropy.entropy_of(output) if self._config.signal == "entropy" else None
+        batch = TokenBatch(output, mask.view(output.shape), signal=signal)
+        loss, divisor = self._reweighting.weigh(batch)
+        if self._reweighting.unobserved:
             return loss, divisor, {}
         with torch.no_grad():
             report = loss_function(output.detach())[-1]

@@ -18,16 +18,32 @@ from typing import Any
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
-from megatron_rw.kernels import CrossEntropy, SampleSums, sample_sums, vocab_parallel_cross_entropy
+from megatron_rw.errors import UserError
+from megatron_rw.kernels import (
+    CrossEntropy,
+    CrossEntropyOptions,
+    SampleSums,
+    sample_sums,
+    vocab_parallel_cross_entropy,
+)
 from megatron_rw.patching import Patch
 
 _MASK, _SUMS = "_megatron_rw_loss_mask", "_megatron_rw_sample_sums"
+_ENTROPY = "_megatron_rw_entropy"
 
 
-def patches() -> list[Patch]:
-    """Returns what computes all language model losses, multi-token prediction's too, with ours."""
+def patches(entropy: bool = False) -> list[Patch]:
+    """Returns what computes all language model losses, multi-token prediction's too, with ours.
+
+    With `entropy`, `entropy_of` has those of the predictions.
+    """
     why = "Core chooses among its own implementations inside this method."
-    return [Patch(LanguageModule, "compute_language_model_loss", _compute_language_model_loss, why)]
+    options = CrossEntropyOptions(entropy=entropy)
+
+    def ours(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
+        return _compute_language_model_loss(module, labels, logits, options)
+
+    return [Patch(LanguageModule, "compute_language_model_loss", ours, why)]
 
 
 def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
@@ -46,6 +62,8 @@ def losses_with_sums(made: CrossEntropy) -> Tensor:
     losses = made.losses.transpose(0, 1).contiguous()
     if made.sums is not None:
         setattr(losses, _SUMS, made.sums)
+    if made.entropy is not None:
+        setattr(losses, _ENTROPY, made.entropy.transpose(0, 1).contiguous())
     return losses
 
 
@@ -55,9 +73,22 @@ def sums_of(token_losses: Tensor, loss_mask: Tensor) -> SampleSums:
     return sample_sums(token_losses, loss_mask) if made is None else made
 
 
-def _compute_language_model_loss(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
+def entropy_of(token_losses: Tensor) -> Tensor:
+    """Returns the entropies that were attached to losses, `[b, s]` fp32, nats."""
+    made: Tensor | None = getattr(token_losses, _ENTROPY, None)
+    if made is None:
+        raise UserError(
+            "the entropy of predictions is computed by our cross-entropy, which the model did not "
+            "call: apply megatron_rw.integrations.cross_entropy.patches(entropy=True)."
+        )
+    return made
+
+
+def _compute_language_model_loss(
+    module: Any, labels: Tensor, logits: Tensor, options: CrossEntropyOptions
+) -> Tensor:
     """Computes `[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core does."""
     target, mask = labels.transpose(0, 1), mask_of(labels)
     return losses_with_sums(
-        vocab_parallel_cross_entropy(logits, target, module.tp_group, loss_mask=mask)
+        vocab_parallel_cross_entropy(logits, target, module.tp_group, options, loss_mask=mask)
     )

@@ -18,6 +18,7 @@ from megatron_rw.integrations.cross_entropy import losses_with_sums, mask_of
 from megatron_rw.kernels import (
     BudgetError,
     CrossEntropy,
+    CrossEntropyOptions,
     LogitsPlan,
     linear_weighted_cross_entropy,
     plan_logits,
@@ -44,11 +45,13 @@ class FusedOutputLayer:
         processor = FusedOutputLayer(1 << 30)
         model(tokens, position_ids, mask, labels=labels, output_processor=processor)
 
-    `logits_budget` are the bytes that logits may take, see `kernels.plan_logits`.
+    `logits_budget` are the bytes that logits may take, see `kernels.plan_logits`. With `entropy`,
+    `cross_entropy.entropy_of` has those of the predictions.
     """
 
-    def __init__(self, logits_budget: int) -> None:
+    def __init__(self, logits_budget: int, entropy: bool = False) -> None:
         self._logits_budget = logits_budget
+        self._options = CrossEntropyOptions(entropy=entropy)
 
     def __call__(
         self,
@@ -96,6 +99,7 @@ class FusedOutputLayer:
             labels.transpose(0, 1),
             layer.tp_group,
             logits_budget=self._logits_budget,
+            options=self._options,
             loss_mask=mask_of(labels),
             bias=layer.bias,
             sequence_parallel=layer.sequence_parallel,

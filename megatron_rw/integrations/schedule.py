@@ -88,22 +88,22 @@ def _replay(source: Iterator[Any], drawn: list[Any]) -> Iterator[Any]:
         yield copy.copy(drawn[-1])
 
 
-def run_forward_only(schedule: Schedule, call: dict[str, Any]) -> None:
+def run_forward_only(schedule: Schedule, call: dict[str, Any], entropy: bool = False) -> None:
     """Runs a step's forward passes in training mode, only for what the loss function notes.
 
     There are no gradients, and no activations are kept. Dropout and all other random numbers are
     the same as in the training pass that follows. Our cross-entropy computes the losses: without a
     gradient it reads the logits once and allocates nothing of their size.
     """
-    with torch.no_grad(), _fork_rng(), patching.applied(forward_only_patches()):
+    with torch.no_grad(), _fork_rng(), patching.applied(forward_only_patches(entropy)):
         schedule(**(call | {"forward_only": True}))
 
 
-def forward_only_patches() -> list[Patch]:
+def forward_only_patches(entropy: bool = False) -> list[Patch]:
     """Returns what is replaced during `run_forward_only`."""
     why = "Core logs a multi-token-prediction loss even when no gradient is wanted."
     no_logging = staticmethod(lambda *args, **kwargs: None)
     return [
-        *cross_entropy.patches(),
+        *cross_entropy.patches(entropy),
         Patch(MTPLossLoggingHelper, "save_metrics_to_tracker", no_logging, why),
     ]

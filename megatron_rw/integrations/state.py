@@ -17,7 +17,7 @@ _KEY = "reweight_state"
 
 
 class ReweightState:
-    """Where the warm-up began, and the moments that the next step will use.
+    """Where the warm-up began, and the plan that the next step will use.
 
     It is the same on every rank. Warm-up counts from the first reweighted step, so a baseline
     checkpoint can be continued.
@@ -26,22 +26,23 @@ class ReweightState:
     def __init__(self, config: ReweightConfig) -> None:
         self._config = config
         self._first_iteration: int | None = None
-        # `[2]` fp64, the range of losses that the next step will use; None before the first step,
-        # and outside the scope `deferred`.
-        self.moments: Tensor | None = None
+        # `[5]` fp64, the plan that the next step will use, see `megatron_rw.kernels.Plan`; None
+        # before the first step, and outside the scope `deferred`.
+        self.plan: Tensor | None = None
 
     def record(self) -> dict[str, Any]:
         """Returns what a checkpoint holds, in plain numbers. Waits for the device."""
         return {
             "first_iteration": self._first_iteration,
-            "moments": None if self.moments is None else self.moments.tolist(),
+            "moments": None if self.plan is None else self.plan.tolist(),
             "settings": self._settings(),
         }
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self._config)
-        # This setting has no influence on training.
-        del settings["log_samples"]
+        # These settings have no influence on training.
+        for name in ("log_samples", "gradient_interval", "dump_samples"):
+            del settings[name]
         return settings
 
     def keep_in(self, args: Namespace) -> None:
@@ -77,7 +78,10 @@ class ReweightState:
             )
         self._first_iteration = record["first_iteration"]
         moments = record["moments"]
-        self.moments = None if moments is None else torch.tensor(moments, dtype=torch.float64)
+        if moments is not None and len(moments) == 2:
+            # Of a version whose plan was the range alone; the rest was not in use then.
+            moments = [*moments, 1.0, 0.0, 0.0]
+        self.plan = None if moments is None else torch.tensor(moments, dtype=torch.float64)
 
     def resume(self, checkpoint_args: Namespace) -> list[str]:
         """Takes the state out of a checkpoint's arguments; plain Megatron's hold none.
@@ -97,6 +101,6 @@ class ReweightState:
         ]
         if self._config.enabled and self._first_iteration is None:
             lines.append("reweighting begins with this run, its warm-up included")
-        elif self._config.scope == "deferred" and self.moments is None:
-            lines.append("the checkpoint has no range of losses: the first step weighs all alike")
+        elif self._config.scope == "deferred" and self.plan is None:
+            lines.append("the checkpoint has no range of signals: the first step weighs all alike")
         return lines

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -12,14 +13,20 @@ from torch import Tensor
 
 from megatron_rw.errors import UserError
 from megatron_rw.integrations import groups
+from megatron_rw.integrations.gradients import (
+    GradientComparison,
+    check_comparison,
+    compare_gradients,
+)
 from megatron_rw.integrations.schedule import ReplayedData, Schedule, run_forward_only
 from megatron_rw.integrations.state import ReweightState
+from megatron_rw.kernels.options import Plan
 from megatron_rw.reweighting import (
     DeferredReweighter,
     Observer,
     ReweightConfig,
     Reweighter,
-    SampleSums,
+    TokenBatch,
     make_reweighter,
 )
 from megatron_rw.reweighting.config import flag
@@ -28,11 +35,23 @@ from megatron_rw.reweighting.config import flag
 _SMALL_SET = 8
 
 
+class ReferencePass(Protocol):
+    """Another model, which scores the micro-batches of a step before the training model does."""
+
+    def run(self, schedule: Schedule, call: dict[str, Any], step: int) -> list[Tensor]:
+        """Runs its forward passes, in place of those that `schedule(**call)` would run.
+
+        `step` counts the completed steps of reweighted training. Returns the token losses of each
+        micro-batch in fp32, shaped as the model's output, `[b, s/cp]`; none on ranks without it.
+        """
+
+
 class StepReweighting:
     """Runs the steps of one model with sample weights.
 
     `config.enabled` must hold. `iteration` returns the completed iterations of the run. `observe`
-    is called with every weighted set, on the ranks of the last pipeline stage.
+    is called with every weighted set, on the ranks of the last pipeline stage. `reference` runs
+    before the passes of each step. `ends` says whether weights are uniform again; see `ending`.
     """
 
     def __init__(
@@ -41,11 +60,18 @@ class StepReweighting:
         state: ReweightState,
         iteration: Callable[[], int],
         observe: Observer | None = None,
+        reference: ReferencePass | None = None,
+        ends: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
         self._state = state
         self._iteration = iteration
         self._observe = observe
+        self._reference = reference
+        self._ends = ends
+        # By micro-batch of the step, and the number of the present one in its pass.
+        self._reference_losses: list[Tensor] = []
+        self._micro_batch = 0
         self._reweighter: Reweighter | None = None
         # Of the present step, or of the last one.
         self.num_microbatches = 1
@@ -53,35 +79,81 @@ class StepReweighting:
         # Whether a training step is running, and is in the passes that only score the samples.
         self.running = False
         self.scoring = False
+        # Whether the passes leave no trace: they only score, or are the uniform ones of a
+        # comparison.
+        self.unobserved = False
+        # The latest, if there was one since it was last set to None.
+        self.gradients: GradientComparison | None = None
 
     def run(self, schedule: Schedule, call: dict[str, Any]) -> Any:
         """Runs one training step, as `SteppedForward.run_step`."""
         model = call["model"] if isinstance(call["model"], list) else [call["model"]]
         reweighter = self._reweighter or self._build(model)
         self.num_microbatches = call["num_microbatches"]
-        reweighter.begin(self._state.begin(self._iteration()), self.num_microbatches)
+        step = self._state.begin(self._iteration())
+        interval = self._config.gradient_interval
+        if interval == 0 or (step + 1) % interval:
+            return self._passes(reweighter, step, schedule, call, model)
+        data = ReplayedData(call["data_iterator"])
+
+        def passes(uniform: bool) -> Any:
+            reweighter.compares = uniform
+            try:
+                again = call | {"data_iterator": data.iterators()}
+                return self._passes(reweighter, step, schedule, again, model)
+            finally:
+                reweighter.compares = False
+
+        result, self.gradients = compare_gradients(model, passes)
+        return result
+
+    def _passes(
+        self,
+        reweighter: Reweighter,
+        step: int,
+        schedule: Schedule,
+        call: dict[str, Any],
+        model: list[Any],
+    ) -> Any:
+        """Runs the passes of a step, and finalises its gradient."""
+        reweighter.begin(step, self.num_microbatches, uniform=self._ends())
+        self.unobserved = reweighter.compares
         # With token counts as divisors, `weigh` needs the step's total from the start.
         counts_first = self._keeps_token_divisor and not reweighter.scores_first
+        counts_first = counts_first and self.num_microbatches > 1
         self.running = True
         try:
-            if reweighter.scores_first or (counts_first and self.num_microbatches > 1):
+            if self._reference is not None or reweighter.scores_first or counts_first:
                 data = ReplayedData(call["data_iterator"])
+                if self._reference is not None:
+                    replayed = call | {"data_iterator": data.iterators()}
+                    self._reference_losses = self._reference.run(schedule, replayed, step)
                 if counts_first:
                     reweighter.step_tokens = self._count_tokens(data)
-                else:
-                    self.scoring = True
-                    run_forward_only(schedule, call | {"data_iterator": data.iterators()})
-                    self.scoring = False
+                if reweighter.scores_first:
+                    self.scoring = self.unobserved = True
+                    self._micro_batch = 0
+                    again = call | {"data_iterator": data.iterators()}
+                    run_forward_only(schedule, again, self._config.signal == "entropy")
+                    self.scoring, self.unobserved = False, reweighter.compares
                 call = call | {"data_iterator": data.iterators()}
+            self._micro_batch = 0
             result = schedule(**call)
         finally:
-            self.running = self.scoring = False
+            self.running = self.scoring = self.unobserved = False
         if isinstance(reweighter, DeferredReweighter):
             self._finish_deferred(reweighter, model)
         return result
 
-    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weights one micro-batch, on the last pipeline stage; arguments as of `Reweighter.weigh`.
+    def reference_losses(self) -> Tensor | None:
+        """Returns the reference's losses of the micro-batch that `weigh` is called for next.
+
+        They are fp32, `[b, s/cp]` as the model's output; None without a reference.
+        """
+        return None if self._reference is None else self._reference_losses[self._micro_batch]
+
+    def weigh(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Weights one micro-batch, on the last pipeline stage.
 
         Returns `(loss, divisor)` for the schedule, a scalar and an int scalar. While the step only
         scores, the loss is 0.
@@ -89,17 +161,18 @@ class StepReweighting:
         reweighter = self._reweighter
         assert reweighter is not None
         assert self.running
-        one = torch.ones((), dtype=torch.int, device=sums.tokens.device)
+        self._micro_batch += 1
+        one = torch.ones((), dtype=torch.int, device=batch.mask.device)
         if self.scoring:
-            reweighter.score(sums, domain)
+            reweighter.score(batch)
             return torch.zeros_like(one, dtype=torch.float), one
-        loss = reweighter.weigh(sums, domain)
+        loss = reweighter.weigh(batch)
         if self._keeps_token_divisor:
             # Megatron divides by the step's tokens, and losses that the model adds itself are
             # scaled for that. Over ranks and micro-batches, Σ (loss·tokens/M) / tokens = Σ loss/M.
             assert reweighter.step_tokens is not None
             scale = reweighter.step_tokens.to(loss.dtype) / self.num_microbatches
-            return loss * scale, sums.tokens.sum().to(torch.int)
+            return loss * scale, batch.mask.sum().to(torch.int)
         # Megatron averages the gradient over dp·cp ranks and M micro-batches, and the objective is
         # the sum of the ranks' parts, hence the factor dp·cp. A divisor of 1 keeps Megatron from
         # dividing by this rank's token count, which differs between shards. Under
@@ -111,6 +184,8 @@ class StepReweighting:
         config = get_model_config(model[0])
         others = groups.other_losses(config)
         check_scope(self._config, config)
+        if self._config.gradient_interval:
+            check_comparison(config)
         if self._config.scope == "deferred" and not all(
             isinstance(chunk, DistributedDataParallel) for chunk in model
         ):
@@ -121,19 +196,20 @@ class StepReweighting:
             )
         self._keeps_token_divisor = bool(others) and config.calculate_per_token_loss
         reweighter = make_reweighter(self._config, groups.data_parallel_ranks(), self._observe)
-        if isinstance(reweighter, DeferredReweighter) and self._state.moments is not None:
-            reweighter.moments = self._state.moments
+        if isinstance(reweighter, DeferredReweighter) and self._state.plan is not None:
+            reweighter.plan = self._state.plan
         self._reweighter = reweighter
         return reweighter
 
     def _finish_deferred(self, reweighter: DeferredReweighter, model: list[Any]) -> None:
         device = groups.device()
-        shared = torch.ones(3, dtype=torch.float64, device=device)
+        shared = torch.ones(1 + len(Plan), dtype=torch.float64, device=device)
         if groups.has_loss():
             factor = reweighter.finish().to(shared)
-            shared = torch.cat([factor.view(1), reweighter.moments.to(device)])
+            shared = torch.cat([factor.view(1), reweighter.plan.to(device)])
         groups.share_with_pipeline(shared)
-        self._state.moments = shared[1:]
+        if not reweighter.compares:
+            self._state.plan = shared[1:]
         for chunk in model:
             chunk.scale_gradients(shared[0])
 
@@ -150,6 +226,24 @@ class StepReweighting:
             total += float(drawn["loss_mask"].sum())
         count = torch.tensor(total, dtype=torch.float64, device=groups.device())
         return groups.sum_over_replicas(count) if groups.has_loss() else count
+
+
+def ending(config: ReweightConfig, args: Namespace) -> Callable[[], bool]:
+    """Returns what says, in each step, whether --reweight-until has been reached.
+
+    `args` are Megatron's arguments, validated, which hold the iteration and the schedule.
+    """
+
+    def reached() -> bool:
+        if config.until != "decay":
+            return config.until is not None and args.curr_iteration >= int(config.until)
+        if args.train_samples:
+            end = args.lr_decay_samples or args.train_samples
+            return bool(args.consumed_train_samples >= end - args.lr_wsd_decay_samples)
+        end = args.lr_decay_iters or args.train_iters
+        return bool(args.curr_iteration >= end - args.lr_wsd_decay_iters)
+
+    return reached
 
 
 def check_scope(config: ReweightConfig, model_config: Any) -> None:

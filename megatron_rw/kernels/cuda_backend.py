@@ -7,21 +7,26 @@ atomics: results repeat bit for bit.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from megatron_rw.kernels.cuda_launch import launcher
 from megatron_rw.kernels.options import (
+    RANGE_QUANTILE,
     TARGET,
     Combined,
     CrossEntropyOptions,
-    SampleWeights,
+    Plan,
     Shard,
     Statistic,
+    Units,
+    UnitWeights,
+    Weighting,
     WeightStrategy,
-    largest_score,
 )
 from megatron_rw.kernels.sums import SampleSums
 
@@ -29,8 +34,6 @@ from megatron_rw.kernels.sums import SampleSums
 CHUNK = 8192
 # kMostThreads, kWeighThreads in csrc.
 MOST_THREADS, WEIGH_THREADS = 1024, 512
-# `Strategy` in csrc/weigh.cuh.
-_CODES: dict[WeightStrategy, int] = {"uniform": 0, "linupper": 1, "quadratic": 2, "extremes": 3}
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}
 
 
@@ -151,43 +154,36 @@ class CudaBackend:
             smoothing / shard.vocab_size,
         )
 
-    def weigh(
-        self,
-        losses: Tensor,
-        strategy: WeightStrategy,
-        temperature: float | Tensor,
-        delta: float,
-        mask: Tensor | None,
-        given_range: Tensor | None,
-    ) -> SampleWeights:
+    def weigh(self, units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeights:
         """See `Backend`; float32.
 
         Raises:
-            ValueError: the losses are float64.
+            ValueError: the signals are float64.
         """
-        if losses.dtype != torch.float32:
-            raise ValueError("the CUDA backend weighs float32 losses; float64 needs backend torch")
-        on_device = temperature if isinstance(temperature, Tensor) else None
-        losses = losses.contiguous()
-        mask = None if mask is None else mask.contiguous()
-        weights, statistics = torch.empty_like(losses), losses.new_empty(len(Statistic))
-        launcher(losses.device)(
+        signals, r = units.signals, weighting.temperature
+        if signals.dtype != torch.float32:
+            raise ValueError("the CUDA backend weighs float32 signals; float64 needs backend torch")
+        on_device = r.to(signals) if isinstance(r, Tensor) else None
+        read = [None if x is None else x.contiguous() for x in (*units, given, on_device)]
+        weights = signals.new_empty(len(signals))
+        statistics, plan = signals.new_empty(len(Statistic)), signals.new_empty(len(Plan))
+        launcher(signals.device)(
             "weigh",
             (1, 1),
-            min(-(-len(losses) // 32) * 32, WEIGH_THREADS),
-            losses.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            0 if given_range is None else given_range.data_ptr(),
-            0 if on_device is None else on_device.data_ptr(),
-            weights.data_ptr(),
-            statistics.data_ptr(),
-            len(losses),
-            1.0 if on_device is not None else float(temperature),
-            _CODES[strategy],
-            float(delta),
-            float(largest_score(strategy, delta)),
+            min(-(-len(signals) // 32) * 32, WEIGH_THREADS),
+            *(0 if x is None else x.data_ptr() for x in read),
+            *(x.data_ptr() for x in (weights, statistics, plan)),
+            len(signals),
+            get_args(WeightStrategy).index(weighting.strategy),
+            1.0 if isinstance(r, Tensor) else float(r),
+            float(weighting.delta),
+            float(weighting.largest_score),
+            float(weighting.top_share),
+            float(weighting.target_ess or 0),
+            float(weighting.max_weight or math.inf),
+            RANGE_QUANTILE if weighting.range == "quantile" else 0.0,
         )
-        return SampleWeights(weights, statistics)
+        return UnitWeights(weights, statistics, plan)
 
 
 def _kernel(name: str, logits: Tensor, *variant: bool) -> str:

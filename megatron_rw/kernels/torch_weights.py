@@ -1,101 +1,227 @@
-"""The weighting in plain torch, the reference; see `weights.weigh_samples`."""
+"""The weighting in plain torch, the reference; see `weights.weigh_units`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_rw.kernels.options import (
     COLLAPSED_RANGE,
-    SampleWeights,
-    WeightStrategy,
-    largest_score,
+    LARGEST_EXPONENT,
+    RANGE_QUANTILE,
+    Units,
+    UnitWeights,
+    Weighting,
 )
 
+# A search tries this many places at once, so often; 16^-12 of the interval is beyond fp64.
+_PLACES, _ROUNDS = 15, 12
 
-def weigh(
-    losses: Tensor,
-    strategy: WeightStrategy,
-    temperature: float | Tensor,
-    delta: float,
-    mask: Tensor | None,
-    given_range: Tensor | None,
-) -> SampleWeights:
+
+def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeights:
     """See `Backend.weigh`."""
-    finite = torch.isfinite(losses)
-    active = finite if mask is None else finite & mask
-    # A sample beside the set has a loss of its own that must reach no sum.
-    losses = losses.masked_fill(~active, 0.0)
-    low = losses.masked_fill(~active, torch.inf).amin()
-    high = losses.masked_fill(~active, -torch.inf).amax()
-    if given_range is None:
-        scores = strategy_scores(normalise(losses, low, high, delta), strategy, delta)
-        # exp(0) for the best sample: no overflow at any temperature, and the sum is at least 1.
-        best = torch.where(active, scores, -torch.inf).amax()
-        weights = torch.exp((scores - best) / temperature).masked_fill(~active, 0.0)
-        weights = weights / weights.sum().clamp(min=torch.finfo(losses.dtype).tiny)
-    else:
-        normalised = normalise(losses, given_range[0], given_range[1], delta)
-        scores = strategy_scores(normalised, strategy, delta)
-        exponents = (scores - largest_score(strategy, delta)) / temperature
-        weights = torch.exp(exponents).masked_fill(~active, 0.0)
-    return SampleWeights(weights, _statistics(weights, losses, active, low, high))
+    active = units.signals.isfinite()
+    if units.mask is not None:
+        active = active & units.mask
+    ones = torch.ones_like(units.signals)
+    base = ones if units.base is None else units.base
+    active = active & (base > 0)
+    base = base.masked_fill(~active, 0.0)
+    counts = (ones if units.counts is None else units.counts).masked_fill(~active, 0.0)
+    # A unit beside the set has a signal of its own that must reach no sum.
+    signals = units.signals.masked_fill(~active, 0.0)
+    plan, exponents = _plan(signals, base, counts, active, weighting)
+    if given is not None:
+        exponents = planned_exponents(signals, weighting, given)
+    relative = torch.exp(exponents).masked_fill(~active, 0.0)
+    weights = base * relative
+    tiny = torch.finfo(weights.dtype).tiny
+    total, whole = weights.sum(), base.sum()
+    statistics = [
+        counts.sum(),
+        whole,
+        total,
+        total.square() / (whole * (weights * relative).sum()).clamp(min=tiny),
+        relative.amax() * whole / total.clamp(min=tiny),
+    ]
+    if given is None:
+        weights = weights / total.clamp(min=tiny)
+        # A sum of weights is 1, or 0 where there are none.
+        statistics[2] = total / total.clamp(min=tiny)
+    return UnitWeights(weights, torch.stack(statistics), plan)
 
 
-def _statistics(
-    weights: Tensor, losses: Tensor, active: Tensor, low: Tensor, high: Tensor
-) -> Tensor:
-    count, total = active.sum(), weights.sum()
-    mean = losses.sum() / count.clamp(min=1)
-    distance = torch.where(active, losses - mean, 0.0)
-    share = weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
-    ess = effective_sample_size(share)
-    variance = distance.square().sum() / count.clamp(min=1)
-    objective = (share * losses).sum()
-    values = [count.to(mean), low, high, mean, variance, total, ess, share.amax(), objective]
-    return torch.stack(values)
+def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Tensor:
+    """Logarithms of relative weights that each depend on their own signal alone.
 
-
-def normalise(losses: Tensor, low: Tensor, high: Tensor, delta: float) -> Tensor:
-    """Scale losses from [low, high] to [−δ, δ] and clamp; 0 for all when the range collapses.
+        min((h(u) − h_max)/r, level), u clamped to [−δ, δ]; for `topk` 0 or −inf
 
     Args:
-        losses: `[n]` float.
+        signals: `[…]` float.
+        weighting: strategy, δ, and the temperature if there is no target ESS.
+        plan: `[5]`, see `Plan`. A range that ends before it begins, as that of no units, makes all
+            exponents 0.
+
+    Returns:
+        `[…]`, at most 0.
+    """
+    low, high, temperature, threshold, level = plan
+    if weighting.strategy == "topk":
+        kept = signals >= threshold
+        return torch.zeros_like(signals).masked_fill(~kept & (low <= high), -torch.inf)
+    top: float | Tensor = weighting.largest_score
+    if weighting.strategy == "softmax":
+        top = high
+    if weighting.target_ess is None:
+        temperature = _scalar(weighting.temperature, plan)
+        if weighting.strategy == "softmax":
+            temperature = torch.maximum(temperature, (high - low) / LARGEST_EXPONENT)
+    exponents = (_scores(signals, low, high, weighting) - top) / temperature
+    return torch.where(low <= high, torch.minimum(exponents, level), 0.0)
+
+
+def _plan(
+    signals: Tensor, base: Tensor, counts: Tensor, active: Tensor, weighting: Weighting
+) -> tuple[Tensor, Tensor]:
+    """The plan of a set, and the exponents that it gives its units, the best one's 0."""
+    low = signals.masked_fill(~active, torch.inf).amin()
+    high = signals.masked_fill(~active, -torch.inf).amax()
+    if weighting.range == "quantile":
+        low = smallest_with_share(signals, counts, active, RANGE_QUANTILE)
+        upper = smallest_with_share(signals, counts, active, 1 - RANGE_QUANTILE)
+        high = torch.where(active.any(), upper, -torch.inf)
+    temperature = _scalar(weighting.temperature, signals)
+    threshold, level = signals.new_zeros(2)
+    if weighting.strategy == "topk":
+        threshold = -smallest_with_share(-signals, counts, active, weighting.top_share)
+        plan = torch.stack([low, high, temperature, threshold, level])
+        return plan, planned_exponents(signals, weighting, plan)
+    scores = _scores(signals, low, high, weighting)
+    best = torch.where(active, scores, -torch.inf).amax()
+    gaps = torch.where(active, best - scores, 0.0)
+    if weighting.target_ess is not None:
+        temperature = _temperature_for(weighting.target_ess, gaps.double(), base.double()).to(gaps)
+    exponents = -gaps / temperature
+    if weighting.max_weight is not None:
+        cap = _cap_for(weighting.max_weight, exponents.double(), base.double()).to(gaps)
+        # Of the best unit 0 again: a cap far down would leave no weight that fp32 can hold.
+        exponents = torch.minimum(exponents, cap) - cap
+        top = high if weighting.strategy == "softmax" else weighting.largest_score
+        level = torch.where(active.any(), cap - (top - best) / temperature, 0.0)
+    return torch.stack([low, high, temperature, threshold, level]), exponents
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(like).reshape(())
+    # Filled on the device, so that the host waits for no copy.
+    return like.new_full((), value)
+
+
+def _scores(signals: Tensor, low: Tensor, high: Tensor, weighting: Weighting) -> Tensor:
+    if weighting.strategy == "softmax":
+        return torch.minimum(torch.maximum(signals, low), high)
+    return strategy_scores(normalise(signals, low, high, weighting.delta), weighting)
+
+
+def normalise(signals: Tensor, low: Tensor, high: Tensor, delta: float) -> Tensor:
+    """Scale signals from [low, high] to [−δ, δ] and clamp; 0 for all when the range collapses.
+
+    Args:
+        signals: `[…]` float.
         low: scalar.
         high: scalar.
         delta: δ.
 
     Returns:
-        `[n]`, u_i.
+        `[…]`, u.
     """
     spread = high - low
     # An empty set has spread −inf and lands here too.
     collapsed = ~(spread >= COLLAPSED_RANGE)
     # Subtract before dividing: h = 2δl/range − … cancels in fp32 when the range is small.
-    scaled = 2.0 * delta * ((losses - low) / spread.masked_fill(collapsed, 1.0)) - delta
+    scaled = 2.0 * delta * ((signals - low) / spread.masked_fill(collapsed, 1.0)) - delta
     return torch.where(collapsed, 0.0, scaled.clamp(-delta, delta))
 
 
-def strategy_scores(normalised: Tensor, strategy: WeightStrategy, delta: float) -> Tensor:
-    """h(u), the score that the softmax turns into a weight.
+def strategy_scores(normalised: Tensor, weighting: Weighting) -> Tensor:
+    """h(u), the score that the softmax turns into a weight, of strategies that have a range.
 
     Args:
-        normalised: `[n]`, u_i in [−δ, δ].
-        strategy: as in `weigh_samples`.
-        delta: δ.
+        normalised: `[…]`, u in [−δ, δ].
+        weighting: strategy and δ.
 
     Returns:
-        `[n]`, h_i.
+        `[…]`, h.
     """
-    match strategy:
-        case "uniform":
-            return torch.zeros_like(normalised)
+    delta = weighting.delta
+    match weighting.strategy:
         case "linupper":
             return (normalised + delta).clamp(max=delta)
         case "quadratic":
             return 1.0 - (normalised / delta).square()
         case "extremes":
             return normalised.abs()
+        case _:
+            return torch.zeros_like(normalised)
+
+
+def smallest_with_share(signals: Tensor, counts: Tensor, active: Tensor, share: float) -> Tensor:
+    """The smallest signal with at least this share of the units at or below it; +inf of none.
+
+    Args:
+        signals: `[n]` float.
+        counts: `[n]`, how many units each stands for, 0 for those that are not active.
+        active: `[n]` bool.
+        share: above 0, at most 1.
+    """
+    ordered, order = signals.masked_fill(~active, torch.inf).sort()
+    below = counts.double()[order].cumsum(0)
+    # What a product such as 0.7·10 is too large by must not ask for one more unit.
+    place = torch.searchsorted(below, share * below[-1:] - 1e-6)
+    return ordered[place.clamp(max=len(ordered) - 1)].squeeze(0)
+
+
+def _temperature_for(target: float, gaps: Tensor, base: Tensor) -> Tensor:
+    """The lowest temperature with (Σ b·w)² ≥ f·Σb·Σ b·w², w = exp(−gap/r); 1 where all tie."""
+    spread, whole = gaps.amax(), base.sum()
+    shares = gaps / spread.masked_fill(spread == 0, 1.0)
+
+    def effective(sharpness: Tensor) -> Tensor:
+        relative = torch.exp(-sharpness[:, None] * shares)
+        return (relative @ base).square() >= target * whole * (relative.square() @ base)
+
+    sharpness = _largest(effective, torch.full_like(spread, LARGEST_EXPONENT))
+    return torch.where(spread > 0, spread / sharpness.clamp(min=1e-9), 1.0)
+
+
+def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
+    """The largest l ≤ 0 with e^l·Σb ≤ c·Σ b·min(w, e^l), w = exp(exponent)."""
+    lowest, whole = exponents.amin(), base.sum()
+
+    def fits(above: Tensor) -> Tensor:
+        cap = lowest + above
+        relative = torch.exp(torch.minimum(exponents, cap[:, None]) - cap[:, None])
+        return whole <= most * (relative @ base)
+
+    return lowest + _largest(fits, -lowest)
+
+
+def _largest(holds: Callable[[Tensor], Tensor], end: Tensor) -> Tensor:
+    """The largest x in [0, end] of which `holds` is true; it is true from 0 up to there.
+
+    Args:
+        holds: maps `[k]` to `[k]` bool.
+        end: scalar.
+    """
+    places = torch.arange(1, _PLACES + 1, dtype=end.dtype, device=end.device) / (_PLACES + 1)
+    found, width = torch.zeros_like(end), end
+    for _ in range(_ROUNDS):
+        found = found + width * holds(found + width * places).sum() / (_PLACES + 1)
+        width = width / (_PLACES + 1)
+    return torch.where(holds(end[None])[0], end, found)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

@@ -1,103 +1,95 @@
-"""Sample weights from sample losses: equations 1 to 4 of the method, on one set of samples.
+"""Weights from signals: equations 1 to 4 of the method and what goes beyond the paper, on one set.
 
-    u_i = 2δ·(l_i − l_min)/(l_max − l_min) − δ
-    h_i = 0 | min(u_i + δ, δ) | 1 − u_i²/δ² | |u_i|     (uniform|linupper|quadratic|extremes)
-    w_i = exp(h_i/r) / Σ_j exp(h_j/r)
+    u_x = 2δ·(s_x − s_min)/(s_max − s_min) − δ
+    h_x = 0 | min(u_x + δ, δ) | 1 − u_x²/δ² | |u_x| | s_x
+          (uniform|linupper|quadratic|extremes|softmax)
+    w_x = b_x·exp(h_x/r) / Σ_y b_y·exp(h_y/r)
 
-Sow et al., arXiv 2502.06733. A sample outside the mask, or whose loss is not finite, has weight
-exactly 0 and touches no other sample's weight. No gradient flows through the result and the host
-never waits for the device.
+Sow et al., arXiv 2502.06733, where s_x is the loss of a sample and b_x is 1. Strategy `topk` gives
+w_x = b_x/Σ b_y to the share k of the units with the largest signals, and 0 to the others. A unit
+outside the mask, or whose signal is not finite, has weight exactly 0 and touches no other unit's
+weight. No gradient flows through the result and the host never waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from megatron_rw.kernels.options import SampleWeights, Statistic, WeightStrategy
+from megatron_rw.kernels.options import (
+    Plan,
+    Statistic,
+    Units,
+    UnitWeights,
+    Weighting,
+    WeightStrategy,
+)
 from megatron_rw.kernels.selection import BackendName, backend, default_backend
 
 
 @torch.no_grad()
 # The CUDA kernels are started behind the compiler's back.
 @torch.compiler.disable
-def weigh_samples(
-    losses: Tensor,
-    strategy: WeightStrategy,
-    temperature: float | Tensor,
-    delta: float = 1.0,
-    mask: Tensor | None = None,
-    given_range: Tensor | None = None,
+def weigh_units(
+    units: Units,
+    weighting: Weighting,
+    given: Tensor | None = None,
     *,
     backend_name: BackendName | None = None,
-) -> SampleWeights:
-    """Weights and statistics of the samples of one set.
+) -> UnitWeights:
+    """Weights, statistics and plan of one set.
 
-    With a range given, a weight depends on its own sample alone and is not normalised:
-    `exp((h(u_i) − h_max)/r)`, u_i clamped to [−δ, δ]. `torch.compile` breaks its graph around it.
+    With a plan given, a weight depends on its own unit alone and is not normalised:
+    `b·exp(min((h(u) − h_max)/r, level))`, u clamped to [−δ, δ]. `torch.compile` breaks its graph
+    around it.
 
     Args:
-        losses: `[n]`, float32 or float64, nats per token.
-        strategy: `uniform`, `linupper`, `quadratic` or `extremes`.
-        temperature: r > 0. As a scalar tensor it may change between replays of a CUDA graph; the
-            host does not look at its value then.
-        delta: δ > 0.
-        mask: `[n]` bool, True for the samples of the set. All of them when None.
-        given_range: `[2]` (l_min, l_max) to form u with. l_max below l_min, as in an empty set,
-            makes all weights equal.
+        units: see `Units`.
+        weighting: see `Weighting`.
+        given: `[5]`, the plan of another set; see `Plan`. One whose high end is below its low end,
+            as that of an empty set, weighs all alike.
         backend_name: see `default_backend` when None; only torch takes float64.
 
     Raises:
-        ValueError: not 1-D, another dtype (bf16 losses would quantise the weights), an unknown
-            strategy, a temperature or δ that is not a finite number above 0.
+        ValueError: not 1-D, another dtype (bf16 signals would quantise the weights), or arguments
+            that do not fit each other.
     """
-    _check(losses, strategy, temperature, delta, mask, given_range)
-    if given_range is not None:
-        given_range = given_range.to(losses).contiguous()
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(losses).reshape(())
-    if len(losses) == 0:
-        nothing = losses.new_zeros(len(Statistic))
-        nothing[Statistic.LOW], nothing[Statistic.HIGH] = math.inf, -math.inf
-        return SampleWeights(losses.clone(), nothing)
-    name = backend_name or default_backend(losses.device, losses.dtype)
-    return backend(name).weigh(losses, strategy, temperature, delta, mask, given_range)
+    signals = units.signals
+    _check(units, given)
+    if given is not None:
+        given = given.to(signals).contiguous()
+    if len(signals) == 0:
+        plan = signals.new_zeros(len(Plan))
+        plan[Plan.LOW], plan[Plan.HIGH] = math.inf, -math.inf
+        return UnitWeights(signals.clone(), signals.new_zeros(len(Statistic)), plan)
+    name = backend_name or default_backend(signals.device, signals.dtype)
+    return backend(name).weigh(units, weighting, given)
 
 
-def _check(
-    losses: Tensor,
-    strategy: WeightStrategy,
-    temperature: float | Tensor,
-    delta: float,
-    mask: Tensor | None,
-    given_range: Tensor | None,
-) -> None:
-    if losses.dim() != 1:
-        raise ValueError(f"losses must be 1-D, one per sample, not of shape {tuple(losses.shape)}")
-    if losses.dtype not in (torch.float32, torch.float64):
+def _check(units: Units, given: Tensor | None) -> None:
+    signals = units.signals
+    if signals.dim() != 1:
+        raise ValueError(f"signals must be 1-D, one per unit, not of shape {tuple(signals.shape)}")
+    if signals.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"losses must be float32 or float64, not {losses.dtype}: rounding them to fewer bits "
+            f"signals must be float32 or float64, not {signals.dtype}: rounding them to fewer bits "
             "quantises the weights"
         )
-    if strategy not in get_args(WeightStrategy):
-        raise ValueError(f"strategy {strategy!r} gives no weights")
-    for name, value in (("temperature", temperature), ("delta", delta)):
-        if not isinstance(value, Tensor) and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, not {value}")
-    if isinstance(temperature, Tensor) and temperature.numel() != 1:
-        raise ValueError(f"temperature must be one number, not {tuple(temperature.shape)}")
-    if mask is not None and (mask.shape != losses.shape or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool, one for each of {len(losses)} losses, not {mask.dtype} of shape "
-            f"{tuple(mask.shape)}"
-        )
-    if mask is not None and mask.device != losses.device:
-        raise ValueError(f"mask must be on {losses.device}, not on {mask.device}")
-    if given_range is not None and given_range.shape != (2,):
-        raise ValueError(f"given_range must be [2], not of shape {tuple(given_range.shape)}")
+    for name, dtype in (("mask", torch.bool), ("base", signals.dtype), ("counts", signals.dtype)):
+        tensor: Tensor | None = getattr(units, name)
+        if tensor is None:
+            continue
+        if tensor.shape != signals.shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype}, one for each of {len(signals)} signals, not "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != signals.device:
+            raise ValueError(f"{name} must be on {signals.device}, not on {tensor.device}")
+    if given is not None and given.shape != (len(Plan),):
+        raise ValueError(f"given must be [{len(Plan)}], not of shape {tuple(given.shape)}")
 
 
 def loss_weights(
@@ -107,8 +99,17 @@ def loss_weights(
     delta: float = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Normalised weights alone: `[n]`, sums to 1, or to 0 when the set is empty.
+    """Normalised weights of samples by their losses: `[n]`, sums to 1, or to 0 of an empty set.
 
-    Arguments and errors are those of `weigh_samples`.
+    Args:
+        losses: `[n]` fp32 or fp64, nats per token.
+        strategy: see the equations above; `topk` needs `weigh_units`, which has its share.
+        temperature: r, above 1e-6; see `Weighting`.
+        delta: δ > 0.
+        mask: `[n]` bool, True for the samples of the set. All of them when None.
+
+    Raises:
+        ValueError: see `weigh_units` and `Weighting`.
     """
-    return weigh_samples(losses, strategy, temperature, delta, mask).weights
+    weighting = Weighting(strategy=strategy, temperature=temperature, delta=delta)
+    return weigh_units(Units(losses, mask), weighting).weights

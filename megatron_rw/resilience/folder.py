@@ -27,6 +27,8 @@ from megatron_rw.resilience.safe_pickle import UnsafeCheckpointError, read_index
 _COMMON = "common_state"
 TRACKER = "latest_checkpointed_iteration.txt"
 DECLARATION = "metadata.json"
+# Before the names of the parameters in a snapshot, which a run with the signal `progress` keeps.
+SNAPSHOT_PREFIX = "reweight_snapshot."
 # A checkpoint that is to be deleted gets this prefix first, so that none is there in part.
 _DOOMED = "deleted-"
 
@@ -108,6 +110,15 @@ class CheckpointFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+
+    @classmethod
+    def meant(cls, path: str) -> Checkpoint | None:
+        """Returns a checkpoint by its own path, or the one that its folder's tracker names."""
+        folder = cls(path)
+        if match := re.fullmatch(r"iter_(\d{7,})", folder.path.name):
+            return cls(folder.path.parent).of(int(match[1]))
+        tracked = folder.tracked()
+        return None if tracked is None else folder.of(tracked)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Returns all checkpoints, complete or not, by iteration."""

@@ -20,7 +20,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rw.command_line import parse
 from megatron_rw.errors import UserError, print_error, reported
-from megatron_rw.resilience.folder import Checkpoint, CheckpointFolder, saved_arguments
+from megatron_rw.resilience.folder import (
+    SNAPSHOT_PREFIX,
+    Checkpoint,
+    CheckpointFolder,
+    saved_arguments,
+)
 from megatron_rw.resilience.safe_pickle import read_index
 
 _LAYOUT = {
@@ -92,7 +97,7 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": sum(
             entry.size.numel()
             for name, entry in tensors.items()
-            if not name.startswith(("optimizer.", "rng_state"))
+            if not name.startswith(("optimizer.", "rng_state", SNAPSHOT_PREFIX))
         ),
         "tensors": [
             {

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_rw.integrations import groups
 from megatron_rw.resilience.step_samples import Note, StepSamples, gather
-from megatron_rw.reweighting import SampleSums, gather_samples
+from megatron_rw.reweighting import SampleSums, UnitSet, UnitSums
 
 # Decay of the running mean over steps, in which about the last fifty count.
 _DECAY = 0.98
@@ -59,7 +59,11 @@ class SpikeLog:
         if not notes:
             return
         sums = SampleSums(*map(torch.cat, zip(*(note.sums for note in notes), strict=True)))
-        every = gather_samples(sums, None, groups.data_parallel_ranks())
+        ranks = groups.data_parallel_ranks()
+        start = ranks.dp_rank * len(sums.tokens)
+        own = slice(start, start + len(sums.tokens))
+        gathered = UnitSums(*sums, domain=torch.zeros_like(sums.tokens)).gathered(ranks)
+        every = UnitSet.of(gathered, by_tokens=False, local=own)
         used = every.has_tokens
         mean = torch.where(used, every.losses, 0.0).sum() / used.sum().clamp(min=1)
         running = torch.full_like(mean, torch.nan) if self._running is None else self._running

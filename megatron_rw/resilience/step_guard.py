@@ -105,7 +105,7 @@ class StepGuard:
 
     def begin(self, iteration: int, model: list[Any]) -> None:
         """Forgets the step before, and takes the iteration as it is logged, from 1."""
-        self._iteration, self._model = iteration, model
+        self._iteration, self._model, self._norm = iteration, model, None
         self._bucket_norms.clear()
 
     def explain(self) -> None:

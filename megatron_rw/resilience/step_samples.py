@@ -90,14 +90,19 @@ class StepSamples:
                 found.append(Sample(micro_batch, loss, position, path, index, domain))
         return found
 
+    def places(self) -> Tensor:
+        """Returns the places of all samples, `[M·b, 3]` as in `Note`; `[0, 3]` if not known."""
+        places = [note.places for note in self.notes if note.places is not None]
+        return torch.cat(places) if places else torch.empty(0, 3, dtype=torch.long)
+
     def positions(self) -> list[int]:
         """Returns the indexes in training order of all samples, where they are known."""
-        places = [note.places for note in self.notes if note.places is not None]
-        return torch.cat(places)[:, 0].tolist() if places else []
+        positions: list[int] = self.places()[:, 0].tolist()
+        return positions
 
 
-def gather(mine: Any) -> list[Any]:
-    """Returns every rank's object on every rank. It is slow, and meant for a bad step alone."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+def gather(mine: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Returns the object of every rank of a group on each. It is slow, and not for every step."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
     return found

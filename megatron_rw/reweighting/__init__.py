@@ -5,10 +5,11 @@ can use it by itself.
 """
 
 from megatron_rw.errors import UserError as ConfigError
+from megatron_rw.kernels.options import Units, UnitWeights, Weighting
 from megatron_rw.kernels.sums import SampleSums, sample_sums
 from megatron_rw.kernels.torch_weights import effective_sample_size
-from megatron_rw.kernels.weights import loss_weights
-from megatron_rw.reweighting.config import ReweightConfig, temperature_at
+from megatron_rw.kernels.weights import loss_weights, weigh_units
+from megatron_rw.reweighting.config import ReweightConfig, weighting_at
 from megatron_rw.reweighting.metrics import (
     DomainLosses,
     DomainReport,
@@ -16,14 +17,14 @@ from megatron_rw.reweighting.metrics import (
     ReweightReport,
     WeightMetrics,
 )
-from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples
 from megatron_rw.reweighting.scopes import (
     DeferredReweighter,
     Observer,
     Reweighter,
-    WeightedSet,
     make_reweighter,
 )
+from megatron_rw.reweighting.sets import WeightedSet
+from megatron_rw.reweighting.units import ReduceGroup, TokenBatch, UnitSet, UnitSums
 
 __all__ = [
     "ConfigError",
@@ -36,14 +37,19 @@ __all__ = [
     "ReweightConfig",
     "ReweightReport",
     "Reweighter",
-    "SampleSet",
     "SampleSums",
+    "TokenBatch",
+    "UnitSet",
+    "UnitSums",
+    "UnitWeights",
+    "Units",
     "WeightMetrics",
     "WeightedSet",
+    "Weighting",
     "effective_sample_size",
-    "gather_samples",
     "loss_weights",
     "make_reweighter",
     "sample_sums",
-    "temperature_at",
+    "weigh_units",
+    "weighting_at",
 ]

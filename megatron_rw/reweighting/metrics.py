@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.kernels.options import Statistic
-from megatron_rw.reweighting.scopes import WeightedSet
+from megatron_rw.reweighting.sets import WeightedSet
 
 # The paper's convergence proof assumes that |S|·w_max is at most this.
 LARGEST_RELATIVE_WEIGHT = 2.0
@@ -73,12 +74,14 @@ class LossByDomain:
 
 @dataclass(frozen=True)
 class DomainReport:
-    """One domain over a logging interval; None stands for values of a domain that was not seen."""
+    """One domain over a logging interval; None stands for values that are not known."""
 
-    lm_loss: float | None  # Unweighted loss, nats per token.
+    lm_loss: float | None  # Unweighted loss, nats per token; None if no token was seen.
     weight_share: float  # Share of the weight, mean over sets.
-    sample_share: float  # Share of the samples.
-    ess: float | None  # Effective sample size within the domain, as a fraction of its samples.
+    sample_share: float  # Share of the units.
+    # Effective sample size within the domain, as a fraction; None if the domain was not seen, and
+    # for units that are not gathered.
+    ess: float | None
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,21 @@ class ReweightReport:
     """The weights over a logging interval."""
 
     objective: float  # Σ w·l, mean over sets.
-    ess: float  # Effective sample size as a fraction of the set, mean over sets.
+    ess: float  # Effective sample size as a fraction of the set, mean over units.
     max_weight: float  # The largest weight of the interval.
-    relative_max_weight: float  # |S|·w_max, mean over sets. The paper's theory assumes at most 2.
-    over_bound: float  # Share of the sets in which |S|·w_max exceeds 2.
-    # Share of the samples whose loss the scope `deferred` clamped, because it was outside the range
+    # The largest weight over what it would be without a strategy, mean over sets; |S|·w_max where
+    # all would be alike. The paper's theory assumes at most 2.
+    relative_max_weight: float
+    over_bound: float  # Share of the sets in which that exceeds 2.
+    # Share of the units whose signal the scope `deferred` clamped, because it was outside the range
     # of the previous step; None in the other scopes.
     beyond_range: float | None
-    set_size: float  # Number of samples that competed, mean over sets.
-    nonfinite_samples: int  # Number of samples left out because their loss was not finite.
+    set_size: float  # Number of units that competed, mean over sets.
+    temperature: float  # r of the last set.
+    nonfinite_samples: int  # Number of units left out because their loss was not finite.
+    # Number of units that counted as a signal of 0, because theirs was missing; None for signals
+    # that cannot be.
+    missing_signals: int | None
     sample_loss_min: float  # The smallest and the largest of the interval, nats per token.
     sample_loss_max: float
     domains: list[DomainReport]  # By the domain's index.
@@ -104,36 +113,36 @@ class ReweightReport:
 class _Totals:
     """Sums over sets, on the device."""
 
-    # `[8]` sets, objective, ESS, |S|, |S|·w_max, sets where that exceeds 2, non-finite samples,
-    # samples beyond the range.
-    sums: Tensor
-    domain_sums: Tensor  # `[5, D]` loss sum, tokens, samples, weight, ESS.
+    # `[5]` sets, ESS, |S|, largest relative weight, sets where that exceeds 2.
+    set_sums: Tensor
+    # `[4 + 5·D]` objective, non-finite units, units beyond the range, units without a signal; and
+    # `[5, D]` loss sum, tokens, units, weight, ESS by domain.
+    unit_sums: Tensor
     peaks: Tensor  # `[3]` −smallest loss, largest loss, largest weight.
 
     def plus(self, other: _Totals) -> _Totals:
         return _Totals(
-            self.sums + other.sums,
-            self.domain_sums + other.domain_sums,
+            self.set_sums + other.set_sums,
+            self.unit_sums + other.unit_sums,
             torch.maximum(self.peaks, other.peaks),
         )
 
 
 class WeightMetrics:
-    """Sums over the sets of a logging interval, the same on every rank without collectives.
+    """Sums over the sets of a logging interval, without collectives until they are read.
 
     `add` only keeps the set. The sums are computed for many sets at once, so that the metrics cost
     little per micro-batch.
     """
 
-    # Most sets that are kept, of 16 bytes a sample.
-    _MOST_PENDING = 64
+    # Most units of sets that are kept, of at most 40 bytes each.
+    _MOST_PENDING = 1 << 16
 
     def __init__(self, num_domains: int) -> None:
         self.num_domains = num_domains
         self.last: WeightedSet | None = None
         self._pending: list[WeightedSet] = []
         self._totals: _Totals | None = None
-        self._clamps = False
 
     def reset(self) -> None:
         """Starts a new interval."""
@@ -143,8 +152,9 @@ class WeightMetrics:
     def add(self, weighted: WeightedSet) -> None:
         """Adds one set, without waiting for the device."""
         size = weighted.weights.numel()
-        if len(self._pending) == self._MOST_PENDING or (
-            self._pending and self._pending[0].weights.numel() != size
+        if self._pending and (
+            self._pending[0].weights.numel() != size
+            or len(self._pending) * size >= self._MOST_PENDING
         ):
             self._fold()
         self.last = weighted
@@ -152,94 +162,114 @@ class WeightMetrics:
 
     @torch.no_grad()
     def _fold(self) -> None:
-        """Adds the k pending sets, all of n samples, to the totals."""
+        """Adds the k pending sets, all of n units, to the totals."""
         if not self._pending:
             return
-        samples = [weighted.samples for weighted in self._pending]
-        weights = torch.stack([weighted.weights for weighted in self._pending]).float()
-        statistics = torch.stack([weighted.statistics for weighted in self._pending]).float()
-        losses = torch.stack([s.losses for s in samples]).float()
-        tokens = torch.stack([s.tokens for s in samples]).float()
-        domain = torch.stack([s.domain for s in samples]).long()
-        beyond = [weighted.beyond for weighted in self._pending if weighted.beyond is not None]
-        self._clamps = bool(beyond)
-        self._pending.clear()
+        sets, units = self._pending, [weighted.units for weighted in self._pending]
+        weights = torch.stack([weighted.weights for weighted in sets]).float()
+        statistics = torch.stack([weighted.statistics for weighted in sets]).float()
+        losses = torch.stack([each.losses for each in units]).float()
+        tokens = torch.stack([each.tokens for each in units]).float()
+        base = torch.stack([e.tokens.sign() if e.base is None else e.base for e in units]).float()
+        domain = torch.stack([each.domain for each in units]).long()
+        masks = [[each.missing for each in units], [weighted.beyond for weighted in sets]]
+        missing, beyond = (sum(m.sum() for m in found if m is not None) for found in masks)
+        self._pending = []
 
         has_tokens = tokens > 0
         used = has_tokens & torch.isfinite(losses)
         size, largest = statistics[:, Statistic.COUNT], statistics[:, Statistic.LARGEST]
-        relative_max = size * largest
+        losses = torch.where(used, losses, 0.0)
+        unit_sums = [(weights * losses).sum(), (has_tokens & ~used).sum(), beyond, missing]
+        by_domain = self._by_domain(losses, tokens, weights, base, domain, used)
         new = _Totals(
-            sums=torch.stack(
+            set_sums=torch.stack(
                 [
-                    weights.new_tensor(len(samples)),
-                    statistics[:, Statistic.OBJECTIVE].sum(),
-                    statistics[:, Statistic.ESS].sum(),
+                    weights.new_tensor(len(sets)),
+                    (statistics[:, Statistic.ESS] * size).sum(),
                     size.sum(),
-                    relative_max.sum(),
-                    (relative_max > LARGEST_RELATIVE_WEIGHT).sum(),
-                    has_tokens.sum() - size.sum(),
-                    torch.stack(beyond).sum() if beyond else weights.new_zeros(()),
+                    largest.sum(),
+                    (largest > LARGEST_RELATIVE_WEIGHT).sum(),
                 ]
             ),
-            domain_sums=self._by_domain(losses, tokens, weights, domain, used),
+            unit_sums=torch.cat([_stacked(unit_sums, weights), by_domain.view(-1)]),
             peaks=torch.stack(
-                [-statistics[:, Statistic.LOW], statistics[:, Statistic.HIGH], largest]
-            ).amax(dim=1),
+                [
+                    torch.where(used, -losses, -torch.inf).amax(),
+                    torch.where(used, losses, -torch.inf).amax(),
+                    weights.amax(),
+                ]
+            ),
         )
         self._totals = new if self._totals is None else self._totals.plus(new)
 
     def _by_domain(
-        self, losses: Tensor, tokens: Tensor, weights: Tensor, domain: Tensor, used: Tensor
+        self,
+        losses: Tensor,
+        tokens: Tensor,
+        weights: Tensor,
+        base: Tensor,
+        domain: Tensor,
+        used: Tensor,
     ) -> Tensor:
-        """Returns `[5, D]`, as `_Totals.domain_sums`, of k sets `[k, n]`."""
+        """Returns `[5, D]`, as in `_Totals.unit_sums`, of k sets `[k, n]`."""
         counted = torch.where(used, tokens, 0.0)
-        rows = torch.stack(
-            [
-                torch.where(used, losses, 0.0) * counted,
-                counted,
-                used.float(),
-                weights,
-                weights.square(),
-            ],
-            dim=1,
-        )
+        base = torch.where(used, base, 0.0)
+        squares = torch.where(base > 0, weights.square() / base, 0.0)
+        rows = torch.stack([losses * counted, counted, used.float(), weights, base, squares], dim=1)
         by_set = _sum_by_domain(rows, domain, self.num_domains)
-        weight, squares = by_set[:, 3], by_set[:, 4]
+        units, weight, whole, squared = by_set[:, 2:].unbind(dim=1)
         # The effective sample size is defined for one set, so it is computed before sets are added.
-        ess = torch.where(squares > 0, weight.square() / squares, 0.0)
-        sums = by_set.sum(dim=0)
-        sums[4] = ess.sum(dim=0)
-        return sums
+        product = whole * squared
+        ess = torch.where(product > 0, units * weight.square() / product, 0.0)
+        return torch.cat([by_set[:, :4].sum(dim=0), ess.sum(dim=0)[None]])
 
-    def read(self) -> ReweightReport | None:
-        """Returns the interval so far, or None if it has no set. Waits for the device."""
+    def read(
+        self, group: dist.ProcessGroup | None = None, copies: int = 1
+    ) -> ReweightReport | None:
+        """Returns the interval so far, or None if it has no set. Waits for the device.
+
+        Units that are not gathered, documents and tokens, are summed over `group`, collectively,
+        in which `copies` ranks hold the same ones.
+        """
         self._fold()
-        if self._totals is None:
+        if self._totals is None or self.last is None:
             return None
-        sets, objective, ess, size, relative_max, over, nonfinite, beyond = (
-            self._totals.sums.tolist()
-        )
-        low, high, max_weight = self._totals.peaks.tolist()
-        domains = self._totals.domain_sums.t().tolist()
+        unit_sums, peaks = self._totals.unit_sums.clone(), self._totals.peaks.clone()
+        if group is not None:
+            dist.all_reduce(unit_sums, group=group)
+            dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
+            unit_sums /= copies
+        sets, ess, size, relative_max, over = self._totals.set_sums.tolist()
+        objective, nonfinite, beyond, missing = unit_sums[:4].tolist()
+        low, high, max_weight = peaks.tolist()
+        by_domain = unit_sums[4:].view(5, -1).t().tolist()
+        last = self.last
         return ReweightReport(
             objective=objective / sets,
             ess=ess / max(size, 1.0),
             max_weight=max_weight,
             relative_max_weight=relative_max / sets,
             over_bound=over / sets,
-            beyond_range=beyond / max(size, 1.0) if self._clamps else None,
+            beyond_range=None if last.beyond is None else beyond / max(size, 1.0),
             set_size=size / sets,
+            temperature=float(last.temperature),
             nonfinite_samples=int(nonfinite),
+            missing_signals=None if last.units.missing is None else int(missing),
             sample_loss_min=-low,
             sample_loss_max=high,
             domains=[
                 DomainReport(
                     lm_loss=loss_sum / tokens if tokens > 0 else None,
                     weight_share=weight / sets,
-                    sample_share=samples / max(size, 1.0),
-                    ess=domain_ess / samples if samples > 0 else None,
+                    sample_share=units / max(size, 1.0),
+                    ess=domain_ess / units if units > 0 and group is None else None,
                 )
-                for loss_sum, tokens, samples, weight, domain_ess in domains
+                for loss_sum, tokens, units, weight, domain_ess in by_domain
             ],
         )
+
+
+def _stacked(values: Sequence[Tensor | int], like: Tensor) -> Tensor:
+    """Returns scalars as one `[k]`; a sum of nothing is the number 0."""
+    return torch.stack([torch.as_tensor(value).to(like) for value in values])

@@ -1,4 +1,4 @@
-"""The scopes: which samples compete for weight, and when their weights are known.
+"""The scopes: which units compete for weight, and when their weights are known.
 
 A training step calls `begin`, for the scope `global` one `score` per micro-batch, one `weigh` per
 micro-batch, each with a backward pass, and `finish`. The gradient of the step is
@@ -6,59 +6,42 @@ micro-batch, each with a backward pass, and `finish`. The gradient of the step i
     (1/M)·Σ_m Σ_ranks ∇weigh(m) · finish()
 
 over M micro-batches and the data- and context-parallel ranks. It equals the gradient of
-Σ_{i∈S} w_i·l_i with constant weights, averaged over the sets S of the step: one set per
+Σ_{x∈S} w_x·l_x with constant weights, averaged over the sets S of the step: one set per
 micro-batch in the scope `microbatch`, a single set otherwise.
 """
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import override
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rw.kernels.options import SampleWeights, Statistic
-from megatron_rw.kernels.sums import SampleSums
-from megatron_rw.kernels.weights import weigh_samples
-from megatron_rw.reweighting.config import ReweightConfig, temperature_at
-from megatron_rw.reweighting.samples import ReduceGroup, SampleSet, gather_samples
-
-
-@dataclass(frozen=True)
-class WeightedSet:
-    """A set of samples and their weights, the same on every data- and context-parallel rank."""
-
-    samples: SampleSet
-    weights: Tensor  # `[n]`, w_i, in the order of `samples`.
-    statistics: Tensor  # `[9]`, indexed by `megatron_rw.kernels.Statistic`.
-    # Scalar, number of samples whose losses were clamped, because they were outside the range that
-    # losses were scaled by; None if that range is the set's own.
-    beyond: Tensor | None = None
-
-    @property
-    def objective(self) -> Tensor:
-        """Scalar, Σ_{i∈S} w_i·l_i."""
-        # 0·NaN is NaN, so samples without weight are left out of the sum.
-        return torch.where(self.weights > 0, self.weights * self.samples.losses, 0.0).sum()
-
+from megatron_rw.kernels.options import Plan, Statistic, Units, Weighting
+from megatron_rw.kernels.weights import weigh_units
+from megatron_rw.reweighting.config import ReweightConfig, weighting_at, without_strategy
+from megatron_rw.reweighting.sets import WeightedSet, weigh_set
+from megatron_rw.reweighting.units import ReduceGroup, TokenBatch, UnitSet, UnitSums
 
 Observer = Callable[[WeightedSet], None]
 
 
 class Reweighter(abc.ABC):
-    """Weights the samples of training steps, on the ranks that have the loss.
+    """Weights the units of training steps, on the ranks that have the loss.
 
-    `config.enabled` must hold. The samples of `ranks` compete, or those of this process alone.
+    `config.enabled` must hold. The units of `ranks` compete, or those of this process alone.
     `observe` is called with every set once its weights are known.
     """
 
     # Whether the step needs a forward pass and `score` of all its micro-batches before the first
     # `weigh`.
     scores_first = False
+    # Whether the passes are those of a comparison: without a strategy, and unobserved. The plan of
+    # the next step does not move.
+    compares = False
 
     def __init__(
         self,
@@ -70,55 +53,89 @@ class Reweighter(abc.ABC):
             raise ValueError("strategy none has no weights; use Megatron's own loss")
         self.config = config
         self.ranks = ranks or ReduceGroup()
-        self._observe = observe or (lambda weighted: None)
+        self._observer = observe
         self._step = 0
         self._num_microbatches = 1
+        # Whether the step's weights are those without a strategy.
+        self.uniform = False
         # Active tokens of the step over all ranks, from when they are known.
         self.step_tokens: Tensor | None = None
 
-    def begin(self, step: int, num_microbatches: int = 1) -> None:
+    def begin(self, step: int, num_microbatches: int = 1, *, uniform: bool = False) -> None:
         """Begins a step of M = `num_microbatches` calls of `weigh`.
 
         `step` are the completed steps of reweighted training. With the same number again, as when
-        Megatron repeats a step to find a hardware fault, the weights are the same again.
+        Megatron repeats a step to find a hardware fault, the weights are the same again. With
+        `uniform` they are those without a strategy.
         """
         self._step = step
         self._num_microbatches = num_microbatches
+        self.uniform = uniform
         self.step_tokens = None
+        self._drawn = 0
 
-    def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
-        """Notes a micro-batch before the step's first `weigh`, whose arguments it takes.
+    def score(self, batch: TokenBatch) -> None:
+        """Notes a micro-batch before the step's first `weigh`, whose argument it takes.
 
         The last call of the step is collective.
         """
         raise RuntimeError(f"scope {self.config.scope} needs no scores")
 
     @abc.abstractmethod
-    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
-        """Returns this rank's part of the objective, a scalar with gradient.
+    def weigh(self, batch: TokenBatch) -> Tensor:
+        """Returns this rank's part of a micro-batch's objective, a scalar with gradient.
 
-        It does not wait for the device. `sums` are over this rank's tokens, with gradient; `domain`
-        is `[b]` int64 for the observer, and None stands for all 0.
+        It does not wait for the device.
         """
 
     def finish(self) -> Tensor | None:
         """Ends a step; returns a scalar to multiply the step's gradients by, or None for 1."""
         return None
 
-    def _weigh_set(self, sums: SampleSums, domain: Tensor | None) -> WeightedSet:
-        """Gathers the set that this rank's samples are part of, and weights it. Collective."""
-        samples = gather_samples(sums, domain, self.ranks)
-        weighted = WeightedSet(samples, *self._weights(samples.losses, samples.has_tokens))
+    def _observe(self, weighted: WeightedSet) -> None:
+        if self._observer is not None and not self.compares:
+            self._observer(weighted)
+
+    def _weighting(self) -> Weighting:
+        weighting = weighting_at(self.config, self._step)
+        return without_strategy(weighting) if self.uniform or self.compares else weighting
+
+    def _sums(self, batch: TokenBatch) -> UnitSums:
+        """Adds up the units of the next micro-batch of the step."""
+        sums = UnitSums.of(batch, self.config.unit, self.ranks)
+        if self.config.control == "random-drop":
+            chance = torch.rand(
+                sums.tokens.shape,
+                generator=self._chance(sums.tokens.device, self.ranks.rank),
+                device=sums.tokens.device,
+                dtype=sums.tokens.dtype,
+            )
+            # Context-parallel ranks add their sums of sequences and documents.
+            alone = self.config.unit == "token" or self.ranks.cp_rank == 0
+            known = torch.full_like(chance, float(alone))
+            sums = dataclasses.replace(sums, signal_sum=chance * known, signal_tokens=known)
+        self._drawn += 1
+        return sums
+
+    def _chance(self, device: torch.device, rank: int) -> torch.Generator:
+        """Returns random numbers of this step's next micro-batch, the same when it is repeated."""
+        seed = (self._step << 32) + (self._drawn << 16) + rank
+        return torch.Generator(device).manual_seed(seed)
+
+    def _weigh_set(self, sums: UnitSums) -> WeightedSet:
+        """Weights the set that this rank's units are part of. Collective."""
+        config = self.config
+        if config.unit == "document":
+            sums = sums.over_shards(self.ranks)
+        order = None
+        if config.control == "permute":
+            order = self._chance(sums.tokens.device, 0)
+        weighting = self._weighting()
+        weighted = weigh_set(
+            sums, config.unit, config.by_tokens, weighting, self.ranks, None, order
+        )
         self._observe(weighted)
         return weighted
-
-    def _weights(
-        self, losses: Tensor, mask: Tensor, given_range: Tensor | None = None
-    ) -> SampleWeights:
-        strategy, delta = self.config.strategy, self.config.delta
-        assert strategy != "none"
-        temperature = temperature_at(self.config, self._step)
-        return weigh_samples(losses, strategy, temperature, delta, mask, given_range)
 
 
 def make_reweighter(
@@ -131,125 +148,120 @@ def make_reweighter(
 class MicrobatchReweighter(Reweighter):
     """The set is a micro-batch across the data-parallel group, as in the authors' code.
 
-    There is one collective per micro-batch.
+    There is one collective per micro-batch, or two where units are not gathered.
     """
 
     @override
-    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
-        weighted = self._weigh_set(sums, domain)
-        own = weighted.samples.local
+    def weigh(self, batch: TokenBatch) -> Tensor:
+        weighted = self._weigh_set(self._sums(batch))
         if self._num_microbatches == 1:
-            self.step_tokens = weighted.samples.tokens.sum()
-        return _weighted_sum(sums.loss_sum, weighted.weights[own], weighted.samples.tokens[own])
+            self.step_tokens = weighted.tokens
+        own = weighted.units.local
+        return _weighted_sum(batch, self.config, weighted.weights[own], weighted.units.tokens[own])
 
 
 class GlobalReweighter(MicrobatchReweighter):
-    """The set is all samples of the step, scored by a forward pass before the first backward pass.
+    """The set is all units of the step, scored by a forward pass before the first backward pass.
 
-    There is one collective per step. A step of one micro-batch needs no pass for scores.
+    There is one collective per step, or two where units are not gathered. A step of one micro-batch
+    needs no pass for scores.
     """
 
     @override
-    def begin(self, step: int, num_microbatches: int = 1) -> None:
-        super().begin(step, num_microbatches)
+    def begin(self, step: int, num_microbatches: int = 1, *, uniform: bool = False) -> None:
+        super().begin(step, num_microbatches, uniform=uniform)
         self.scores_first = num_microbatches > 1
-        self._scored: list[_Row] = []
+        self._scored: list[UnitSums] = []
         self._known: WeightedSet | None = None
         self._weighed = 0
 
     @override
     @torch.no_grad()
-    def score(self, sums: SampleSums, domain: Tensor | None = None) -> None:
-        self._scored.append((sums, domain))
+    def score(self, batch: TokenBatch) -> None:
+        self._scored.append(self._sums(batch))
         if len(self._scored) == self._num_microbatches:
-            self._known = self._weigh_set(*_concatenate(self._scored))
-            self.step_tokens = self._known.samples.tokens.sum()
+            self._known = self._weigh_set(_joined(self._scored))
+            self.step_tokens = self._known.tokens
 
     @override
-    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
+    def weigh(self, batch: TokenBatch) -> Tensor:
         if not self.scores_first:
-            return super().weigh(sums, domain)
+            return super().weigh(batch)
         if self._known is None:
             raise RuntimeError(
                 f"{len(self._scored)} of {self._num_microbatches} micro-batches were scored "
                 "before the first backward pass"
             )
-        count = sums.tokens.numel()
-        start = self._known.samples.local.start + self._weighed * count
+        count = self._scored[self._weighed].tokens.numel()
+        start = self._known.units.local.start + self._weighed * count
         own = slice(start, start + count)
         self._weighed += 1
-        weights, tokens = self._known.weights[own], self._known.samples.tokens[own]
+        weights, tokens = self._known.weights[own], self._known.units.tokens[own]
         # Megatron takes the mean over micro-batches, but the objective is a sum over them.
-        return self._num_microbatches * _weighted_sum(sums.loss_sum, weights, tokens)
+        return self._num_microbatches * _weighted_sum(batch, self.config, weights, tokens)
 
 
 class DeferredReweighter(Reweighter):
-    """The set is all samples of the step, scaled by the range of the previous step's losses.
+    """The set is all units of the step, weighted by the plan of the previous step's set.
 
-    With that range, a sample's weight ŵ_i depends on its own loss only, up to the normaliser of the
+    With that plan, a unit's weight ŵ depends on its own signal only, up to the normaliser of the
     set, which `finish` returns as a factor: over ranks and micro-batches, the objective is
-    Σ ŵ_i·l_i / |S| before that factor, |S|/Σ ŵ_j. There is one collective per step and, with
-    context parallelism, one per micro-batch in the context-parallel group.
+    Σ ŵ·l / C before that factor, C/Σ ŵ, where C is about the number of units. There is one
+    collective per step, or two where units are not gathered, and, with context parallelism, one per
+    micro-batch in the context-parallel group, unless the units are tokens.
 
-    Before the first step there is no range, and all weights are equal. A step without an active
-    sample has gradient 0 and does not change the range.
+    Before the first step there is no plan, and all weights are those without a strategy. A step
+    without an active unit has gradient 0 and does not change the plan.
     """
 
-    # `[2]` fp64, the range (l_min, l_max) that the next step will use.
-    moments = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
-    _used = moments
+    # `[5]` fp64, the plan that the next step will use; see `megatron_rw.kernels.Plan`.
+    plan = torch.tensor([torch.inf, -torch.inf, 1.0, 0.0, 0.0], dtype=torch.float64)
+    _used = plan
     _seen_step: int | None = None
 
     @override
-    def begin(self, step: int, num_microbatches: int = 1) -> None:
-        super().begin(step, num_microbatches)
+    def begin(self, step: int, num_microbatches: int = 1, *, uniform: bool = False) -> None:
+        super().begin(step, num_microbatches, uniform=uniform)
         if step != self._seen_step:
-            self._used = self.moments
+            self._used = self.plan
             self._seen_step = step
-        self._rows: list[_Row] = []
+        self._rows: list[UnitSums] = []
+        self._scale = 0
 
     @override
-    def weigh(self, sums: SampleSums, domain: Tensor | None = None) -> Tensor:
-        loss_sum, tokens = whole = self._over_shards(sums)
-        self._rows.append((whole, domain))
-        weights = self._weights(loss_sum / tokens.clamp(min=1.0), tokens > 0, self._used).weights
-        return _weighted_sum(sums.loss_sum, weights, tokens) / (tokens.numel() * self.ranks.dp_size)
+    def weigh(self, batch: TokenBatch) -> Tensor:
+        sums = self._sums(batch)
+        if self.config.unit != "token":
+            sums = sums.over_shards(self.ranks)
+        self._rows.append(sums)
+        units = UnitSet.of(sums, self.config.by_tokens, slice(0, sums.tokens.numel()))
+        asked = Units(units.signals, units.active, units.base)
+        weights = weigh_units(asked, self._weighting(), self._used).weights
+        # About Σ ŵ, so that gradients are about as large as without weights until `finish`.
+        scale = len(sums.tokens) * self.ranks.dp_size
+        if self.config.by_tokens or self.config.unit == "token":
+            scale = batch.mask.numel() * self.ranks.size
+        self._scale += scale
+        return _weighted_sum(batch, self.config, weights, units.tokens) / scale
 
     @override
     @torch.no_grad()
     def finish(self) -> Tensor:
-        sums, domain = _concatenate(self._rows)
-        if self.ranks.cp_rank > 0:
-            # `_over_shards` has summed over context parallelism; only one rank may add the sums.
-            sums = SampleSums(*map(torch.zeros_like, sums))
-        samples = gather_samples(sums, domain, self.ranks)
-        weights, statistics = self._weights(samples.losses, samples.has_tokens, self._used)
-        total = statistics[Statistic.TOTAL]
-        divisor = total.clamp(min=torch.finfo(total.dtype).tiny)
-        beyond = self._count_beyond(samples)
-        self._observe(WeightedSet(samples, weights / divisor, statistics, beyond))
-        self._update_moments(statistics)
-        return torch.where(total > 0, weights.numel() / divisor, 1.0)
-
-    @torch.no_grad()
-    def _over_shards(self, sums: SampleSums) -> SampleSums:
-        if self.ranks.cp_size == 1:
-            return SampleSums(sums.loss_sum.detach(), sums.tokens)
-        table = torch.stack(sums)
-        dist.all_reduce(table, group=self.ranks.cp_group)
-        return SampleSums(*table)
-
-    def _count_beyond(self, samples: SampleSet) -> Tensor:
-        low, high = self._used.to(samples.losses.device, samples.losses.dtype)
-        outside = (samples.losses < low) | (samples.losses > high)
-        return (outside & samples.active & (low <= high)).sum()
-
-    def _update_moments(self, statistics: Tensor) -> None:
-        seen = statistics[Statistic.LOW : Statistic.HIGH + 1].double()
-        used = self._used.to(seen.device)
-        kept = torch.where(used.isfinite(), used, seen)
-        updated = seen + self.config.moment_decay * (kept - seen)
-        self.moments = torch.where(seen.isfinite(), updated, used)
+        config, sums = self.config, _joined(self._rows)
+        if config.unit == "sequence" and self.ranks.cp_rank > 0:
+            # `weigh` has summed over context parallelism; only one rank may add the sums.
+            sums = sums.with_table(torch.zeros_like(sums.table()))
+        weighting, plan = self._weighting(), self._used
+        weighted = weigh_set(sums, config.unit, config.by_tokens, weighting, self.ranks, plan)
+        self._observe(weighted.normalised())
+        seen, used = weighted.plan.double(), self._used.to(weighted.plan.device)
+        kept = torch.where(used[Plan.LOW].isfinite(), used, seen)
+        updated = seen + config.moment_decay * (kept - seen)
+        if not self.compares:
+            self.plan = torch.where(seen[Plan.LOW].isfinite(), updated, used)
+        total = weighted.statistics[Statistic.TOTAL]
+        tiny = torch.finfo(total.dtype).tiny
+        return torch.where(total > 0, self._scale / total.clamp(min=tiny), 1.0)
 
 
 _BY_SCOPE = {
@@ -259,21 +271,25 @@ _BY_SCOPE = {
 }
 
 
-_Row = tuple[SampleSums, Tensor | None]
+def _joined(rows: list[UnitSums]) -> UnitSums:
+    """Joins the micro-batches of a step into one."""
+    return rows[0].with_table(torch.cat([row.table() for row in rows], dim=1))
 
 
-def _concatenate(rows: list[_Row]) -> _Row:
-    """Joins the micro-batches of a step into one of `[M·b]`."""
-    sums = SampleSums(*map(torch.cat, zip(*(row for row, _ in rows), strict=True)))
-    domains = [domain for _, domain in rows if domain is not None]
-    return sums, torch.cat(domains) if domains else None
+def _weighted_sum(
+    batch: TokenBatch, config: ReweightConfig, weights: Tensor, tokens: Tensor
+) -> Tensor:
+    """Returns Σ w·l over this rank's units and its part of their tokens, with gradient.
 
-
-def _weighted_sum(own_loss_sum: Tensor, weights: Tensor, tokens: Tensor) -> Tensor:
-    """Returns Σ w_i·l_i over this rank's samples and its part of their tokens.
-
-    `own_loss_sum` is over this rank's tokens, with gradient; `tokens` are all of the sample's. All
-    arguments are `[b]`.
+    The weights and tokens are `[n]`, those of the units as a whole.
     """
-    # 0·NaN is NaN, so samples without weight are left out of the sum.
-    return (torch.where(weights > 0, own_loss_sum, 0.0) * (weights / tokens.clamp(min=1.0))).sum()
+    by_token = weights / tokens.clamp(min=1.0)
+    # 0·NaN is NaN, so units without weight are left out of the sums.
+    if config.unit == "sequence":
+        return (torch.where(weights > 0, batch.sequence_sums().loss_sum, 0.0) * by_token).sum()
+    by_token = by_token.view(len(batch.mask), -1)
+    if config.unit == "document":
+        assert batch.documents is not None
+        by_token = by_token.gather(1, batch.documents)
+    used = (by_token > 0) & (batch.mask > 0)
+    return (torch.where(used, batch.losses, 0.0) * by_token * batch.mask).sum()

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rw.data.indexed.documents import DocumentBlock
+from megatron_rw.data.indexed.scores import PROGRESS, SCORES, read_record, score_path
 from megatron_rw.errors import UserError
 from megatron_rw.platform.files import write_complete
 
-PROGRESS, SCORES = "progress.json", "scores.json"
 # By name in the file name: the type, and whether it has an entry per token or per document.
 ARRAYS = {
     "token_losses": (np.dtype("<f4"), "tokens"),
@@ -42,7 +42,8 @@ class ScoreFolder:
         return partial if partial.exists() else partial.with_suffix("")
 
     def _partial(self, dataset: str, kind: str) -> Path:
-        return self.path / f"{dataset}.{kind}.npy.partial"
+        final = score_path(self.path, dataset, kind)
+        return final.with_suffix(final.suffix + ".partial")
 
     def begin(self) -> dict[str, int] | None:
         """Prepares the folder, or finds how far an earlier run came. On one rank.
@@ -56,13 +57,13 @@ class ScoreFolder:
             OSError: It cannot be made.
         """
         datasets = self.record["datasets"]
-        finished = self._read(SCORES)
+        finished = read_record(self.path / SCORES)
         if finished is not None:
             self._compare(finished, SCORES)
             # The run may have been killed after it wrote the one and before it deleted the other.
             (self.path / PROGRESS).unlink(missing_ok=True)
             return None
-        begun = self._read(PROGRESS)
+        begun = read_record(self.path / PROGRESS)
         if begun is not None:
             if "scored" not in begun:
                 raise UserError(
@@ -142,21 +143,11 @@ class ScoreFolder:
 
     def scores(self) -> dict[str, Any]:
         """Returns the `scores.json` that `finish` has written."""
-        return dict(self._read(SCORES) or {})
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: not a JSON object; delete the folder to begin anew")
-        return content
+        return dict(read_record(self.path / SCORES) or {})
 
     def _compare(self, other: Mapping[str, Any], name: str) -> None:
+        # Earlier folders do not tell their tokenizer.
+        other = {"tokenizer": self.record.get("tokenizer"), **other}
         mine, theirs = _flat(self.record), _flat({key: other.get(key) for key in self.record})
         differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differing:

@@ -29,7 +29,7 @@ from megatron_rw.errors import UserError
 from megatron_rw.resilience.folder import CheckpointFolder
 from megatron_rw.resilience.resuming import SHAPING
 from megatron_rw.scoring.command import ScoreConfig
-from megatron_rw.training.refusals.data import data_prefixes
+from megatron_rw.training.refusals.data import data_prefixes, tokenizer_record
 
 _VERSION = 1
 _DEFINITION = (
@@ -165,6 +165,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
             "iteration": _iteration(args.load, args.ckpt_step),
         },
         "model": {name: _plain(getattr(args, name)) for name in SHAPING},
+        "tokenizer": tokenizer_record(args),
         "precision": {name: _plain(getattr(args, name)) for name in _PRECISION},
         "rows": dataclasses.asdict(plan),
         "datasets": datasets,

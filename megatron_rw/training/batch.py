@@ -17,13 +17,16 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
+from megatron.training import get_tokenizer
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
 from megatron_rw.errors import UserError
+from megatron_rw.reweighting import ReweightConfig
 from megatron_rw.training.datasets import DOMAIN_KEY, PLACE_KEY, has_mtp
+from megatron_rw.training.token_values import REFERENCE_KEY, WEIGHTS_KEY
 
 # What the dataset gives for a micro-batch, apart from domains and places.
 _MODEL_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -47,6 +50,12 @@ class Batch:
     attention_mask: Tensor | None = None  # `[b, 1, s, s]` bool.
     packed: PackedSeqParams | None = None  # Boundaries of packed sequences; `b` is 1 then.
     domain: Tensor | None = None  # `[samples]` int64, on the stage that has the loss.
+    # Of every label, on the stage that has the loss and where the settings ask for it, in the shape
+    # of the labels: the static weight of its document, fp32; the stored loss of a reference, fp32,
+    # NaN where there is none; the number of its document within its sequence, int64, from 0.
+    sample_weights: Tensor | None = None
+    reference: Tensor | None = None
+    documents: Tensor | None = None
     # As in `resilience.step_samples.Note`, on the rank that drew the micro-batch.
     places: Tensor | None = None
 
@@ -57,11 +66,17 @@ class BatchReader:
     The domain labels are broadcast only where there is more than one domain.
     """
 
-    def __init__(self, args: Namespace, num_domains: int) -> None:
+    def __init__(
+        self, args: Namespace, num_domains: int, reweight: ReweightConfig | None = None
+    ) -> None:
         self._args = args
         self._config = core_transformer_config_from_args(args)
         self._with_domains = num_domains > 1
         self._packed = args.sft or args.dataloader_inter_document_masking
+        reweight = reweight or ReweightConfig()
+        wanted = {WEIGHTS_KEY: reweight.sample_weights, REFERENCE_KEY: reweight.reference_scores}
+        self._value_keys = [key for key, given in wanted.items() if given]
+        self._with_documents = reweight.unit == "document"
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Any]], vp_stage: int | None, training: bool
@@ -82,7 +97,10 @@ class BatchReader:
         if mpu.get_tensor_model_parallel_rank() == 0:
             drawn = next(data_iterator)
             self._check_ids(drawn)
-        domain = self._share_domain(drawn, micro_batch_size, vp_stage)
+        has_loss = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+        domain = None
+        if has_loss and self._with_domains:
+            domain = self._shared(drawn.get(DOMAIN_KEY), (micro_batch_size,), torch.long)
         keys = (*_MODEL_KEYS, *_PACKING_KEYS)
         batch = get_batch_on_this_tp_rank(
             {key: _on_device(drawn.get(key)) for key in keys} if drawn else {},
@@ -100,7 +118,9 @@ class BatchReader:
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
+        values = self._label_values(drawn, batch["labels"]) if has_loss and training else {}
         batch = flatten_batch_for_packed_sequences(batch)
+        batch |= {key: value.view_as(batch["labels"]) for key, value in values.items()}
         if not (at_edge or with_mtp):
             return Batch(packed=self._packed_params(batch))
         batch = get_batch_on_this_cp_rank(
@@ -113,6 +133,7 @@ class BatchReader:
         return Batch(
             **{key: batch[key] for key in _MODEL_KEYS},
             packed=self._packed_params(batch),
+            **{key: batch[key] for key in values},
             domain=domain,
             places=drawn.get(PLACE_KEY),
         )
@@ -128,26 +149,31 @@ class BatchReader:
                 "tokenizer than --tokenizer-model"
             )
 
-    def _share_domain(
-        self, drawn: dict[str, Any], micro_batch_size: int, vp_stage: int | None
-    ) -> Tensor | None:
-        """Returns the domain labels, on all tensor-parallel ranks of the stage with the loss."""
-        if not self._with_domains or not mpu.is_pipeline_last_stage(
-            ignore_virtual=vp_stage is None, vp_stage=vp_stage
-        ):
-            return None
+    def _label_values(self, drawn: dict[str, Any], labels: Tensor) -> dict[str, Tensor]:
+        """Returns what the settings ask for of every label, by field of `Batch`. Collective."""
+        values = {
+            key: self._shared(drawn.get(key), tuple(labels.shape), torch.float)
+            for key in self._value_keys
+        }
+        if self._with_documents:
+            ends = labels == get_tokenizer().eod
+            values["documents"] = ends.cumsum(dim=1) - ends.long()
+        return values
+
+    def _shared(self, drawn: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns what tensor-parallel rank 0 has drawn, on its whole group. Collective."""
         device = torch.cuda.current_device()
-        if drawn:
-            domain = drawn[DOMAIN_KEY].to(device, non_blocking=True)
+        if drawn is not None:
+            values = drawn.to(device, non_blocking=True)
         else:
-            domain = torch.empty(micro_batch_size, dtype=torch.long, device=device)
+            values = torch.empty(shape, dtype=dtype, device=device)
         if self._args.tensor_model_parallel_size > 1:
             dist.broadcast(
-                domain,
+                values,
                 mpu.get_tensor_model_parallel_src_rank(),
                 group=mpu.get_tensor_model_parallel_group(),
             )
-        return domain
+        return values
 
     def _packed_params(self, batch: dict[str, Any]) -> PackedSeqParams | None:
         if batch["cu_seqlens"] is None:

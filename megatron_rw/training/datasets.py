@@ -24,6 +24,8 @@ from megatron.training.datasets.sft_dataset import SFTDataset
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_rw.data.indexed.domains import domain_names
+from megatron_rw.reweighting import ReweightConfig
+from megatron_rw.training.token_values import TokenValues
 
 DOMAIN_KEY = "domain"
 PLACE_KEY = "place"
@@ -51,6 +53,8 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:
         self.dataset = dataset
         self.domain_of_member = tuple(domain_of_member)
+        # Of the training dataset, where the settings ask for it.
+        self.token_values: TokenValues | None = None
         # By it the data loader chooses between the batch sizes of training and evaluation.
         self.split: Split = dataset.split if hasattr(dataset, "split") else dataset.index_split
 
@@ -64,7 +68,15 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
         of_member = getattr(self.dataset, "dataset_sample_index", None)
         within = index if of_member is None else int(of_member[index])
         place = np.array([index, member, within], dtype=np.int64)
-        return {**sample, DOMAIN_KEY: self.domain_of_member[member], PLACE_KEY: place}
+        labels = {DOMAIN_KEY: self.domain_of_member[member], PLACE_KEY: place}
+        values = (
+            self.token_values.of(self.member(member), member, within) if self.token_values else {}
+        )
+        return {**sample, **labels, **values}
+
+    def member(self, number: int) -> Any:
+        """Returns a member of the blend, a dataset without members."""
+        return self.dataset.datasets[number] if hasattr(self.dataset, "datasets") else self.dataset
 
 
 class Domains:
@@ -83,6 +95,8 @@ class Domains:
         self.train_members = list(zip(prefixes[train], by_split[train], strict=True))
         index = {name: number for number, name in enumerate(self.names)}
         self._members = [[index[name] for name in names] or [0] for names in by_split]
+        # The training data, once it is built, on ranks that draw samples.
+        self.train: DomainLabelled | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -127,7 +141,10 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def datasets_provider(
-    domains: Domains, num_samples: Sequence[int | None], vp_stage: int | None = None
+    domains: Domains,
+    config: ReweightConfig,
+    num_samples: Sequence[int | None],
+    vp_stage: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """Builds the training, validation and test dataset of this rank, for Megatron's `pretrain`.
 
@@ -150,6 +167,10 @@ def datasets_provider(
     ).build()
     print_rank_0("> finished creating GPT datasets ...")
     train, valid, test = (domains.label(built[split.value], split) for split in Split)
+    if train is not None:
+        domains.train = train
+        if config.sample_weights or config.reference_scores:
+            train.token_values = TokenValues(config, [path for path, _ in domains.train_members])
     return train, valid, test
 
 

@@ -41,7 +41,9 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         self._model_options: dict[str, Any] = {}
         budget = settings.kernels.logits_budget
         if budget is not None:
-            self._model_options["output_processor"] = FusedOutputLayer(budget)
+            self._model_options["output_processor"] = FusedOutputLayer(
+                budget, settings.wants_entropy
+            )
 
     def __call__(
         self, data_iterator: Iterator[Any], model: Any, return_schedule_plan: bool = False

@@ -19,12 +19,14 @@ from megatron_rw.training.callbacks.kernels import KernelsCallback
 from megatron_rw.training.callbacks.metrics import MetricsCallback
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.callbacks.resume import ResumeCallback
+from megatron_rw.training.callbacks.samples import SamplesCallback
 from megatron_rw.training.callbacks.stragglers import StragglerCallback
 from megatron_rw.training.datasets import Domains, datasets_provider
 from megatron_rw.training.forward_step import ForwardStep
 from megatron_rw.training.loop import TrainingLoop
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.patches import patches
+from megatron_rw.training.reference import SecondModel
 from megatron_rw.training.reporting import MetricsFile, Reporter
 from megatron_rw.training.settings import Settings
 
@@ -39,14 +41,16 @@ class Job:
         args, nonfinite = settings.megatron, settings.nonfinite
         samples = StepSamples(domains.train_members)
         state = ReweightState(settings.reweight)
-        loss = PretrainLoss(settings, state, len(domains), samples)
-
         guard = None
         callbacks: list[Callback] = [
             ProgressCallback(args, progress),
             KernelsCallback(settings),
             ResumeCallback(args),
         ]
+        second = None
+        if settings.reweight.reference_load is not None or settings.reweight.signal == "progress":
+            second = SecondModel(settings, callbacks[:1])
+        loss = PretrainLoss(settings, state, len(domains), samples, second)
         if args.check_for_nan_in_loss_and_grad:
             guard = StepGuard(nonfinite, samples, settings.megatron_decides)
             callbacks.append(NonFiniteCallback(guard))
@@ -55,6 +59,10 @@ class Job:
             callbacks.append(SpikeCallback(args, spikes))
         if settings.monitoring.log_slowest_rank:
             callbacks.append(StragglerCallback(settings.device))
+        dumped = settings.reweight.dump_samples
+        if dumped and settings.monitoring.log_dir is not None:
+            log_dir = settings.monitoring.log_dir
+            callbacks.append(SamplesCallback(dumped, log_dir, domains, loss, samples))
         callbacks.append(MetricsCallback(settings, state, loss, _reporter(settings, domains)))
 
         loop = TrainingLoop(args, callbacks)
@@ -62,11 +70,12 @@ class Job:
         if args.ckpt_format == "torch_dist" and "://" not in (args.save or "://"):
             save_guard = SaveGuard(args.save, settings.checkpoints, args.async_save, loop.saved)
             writer.end_with_this_process()
-        self.datasets_provider = functools.partial(datasets_provider, domains)
+        self.datasets_provider = functools.partial(datasets_provider, domains, settings.reweight)
         # Megatron then calls it on every rank.
         self.datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-        self.forward_step = ForwardStep(settings, BatchReader(args, len(domains)), loss, callbacks)
-        self.patches = patches(settings, loop, state, guard, save_guard)
+        read_batch = BatchReader(args, len(domains), settings.reweight)
+        self.forward_step = ForwardStep(settings, read_batch, loss, callbacks)
+        self.patches = patches(settings, loop, state, guard, save_guard, second)
 
 
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:

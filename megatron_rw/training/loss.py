@@ -10,17 +10,20 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
-from megatron_rw.integrations.cross_entropy import sums_of
+from megatron_rw.integrations.cross_entropy import entropy_of, sums_of
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.integrations.step import StepReweighting
+from megatron_rw.integrations.step import ReferencePass, StepReweighting, ending
+from megatron_rw.kernels.options import Statistic
 from megatron_rw.resilience.step_samples import StepSamples
 from megatron_rw.reweighting import (
     DomainLosses,
     SampleSums,
+    TokenBatch,
     WeightedSet,
     WeightMetrics,
     sample_sums,
 )
+from megatron_rw.reweighting.weighed_units import WeighedUnits
 from megatron_rw.training.batch import Batch
 from megatron_rw.training.settings import Settings
 
@@ -39,20 +42,33 @@ class PretrainLoss:
     """
 
     def __init__(
-        self, settings: Settings, state: ReweightState, num_domains: int, samples: StepSamples
+        self,
+        settings: Settings,
+        state: ReweightState,
+        num_domains: int,
+        samples: StepSamples,
+        reference: ReferencePass | None = None,
     ) -> None:
         args = settings.megatron
         self._args = args
         self._validates = settings.megatron_decides
+        self._config = settings.reweight
         self._samples = samples
         self._sets: list[WeightedSet] = []
+        # By micro-batch of the step, where units are documents that will be written.
+        self._documents: list[Tensor] = []
         # Of the steps that the optimizer took since the last reset.
         self.weight_metrics = WeightMetrics(num_domains)
         # Runs the training steps.
         self.reweighting: StepReweighting | None = None
         if settings.reweight.enabled:
             self.reweighting = StepReweighting(
-                settings.reweight, state, lambda: args.curr_iteration, self._sets.append
+                settings.reweight,
+                state,
+                lambda: args.curr_iteration,
+                self._sets.append,
+                reference,
+                ending(settings.reweight, args),
             )
         # Of the same steps, in a run without reweighting, and of the evaluation.
         self.train_losses = DomainLosses(num_domains)
@@ -61,6 +77,7 @@ class PretrainLoss:
     def begin_step(self) -> None:
         """Begins a step, and forgets what an earlier one has left."""
         self._sets.clear()
+        self._documents.clear()
         self._samples.begin()
 
     def end_step(self, *, taken: bool) -> None:
@@ -72,7 +89,31 @@ class PretrainLoss:
                 # For a single domain, Megatron's lm loss is enough.
                 if self.reweighting is None and note.domain is not None:
                     self.train_losses.add(*note.sums, note.domain)
-        self._sets.clear()
+
+    def extremes(self, count: int) -> tuple[WeighedUnits, WeighedUnits]:
+        """Returns this rank's units of highest and of lowest weight in the last step.
+
+        They are at most `count` each. It does not wait for the device.
+        """
+        losses, weights = [], []
+        for weighted in self._sets:
+            units, own = weighted.units, weighted.units.local
+            base = torch.ones_like(units.losses) if units.base is None else units.base
+            relative = weighted.weights * weighted.statistics[Statistic.BASE] / base
+            losses.append(torch.where(units.active, units.losses, torch.nan)[own])
+            weights.append(relative[own])
+        places = torch.arange(sum(map(len, losses)), device=losses[0].device)
+        rows, positions = places, torch.zeros_like(places)
+        if self._config.unit != "sequence":
+            length = self._args.seq_length
+            rows, positions = places // length, places % length
+            if self._documents:
+                documents = torch.cat(self._documents)
+                first = torch.full_like(documents, length)
+                positions = positions[:length].expand_as(documents)
+                positions = first.scatter_reduce(1, documents, positions, "amin").view(-1)
+        found = WeighedUnits(torch.cat(losses), torch.cat(weights), rows, positions)
+        return found.most(count, highest=True), found.most(count, highest=False)
 
     def __call__(
         self, batch: Batch, token_losses: Tensor, *, model: Any, training: bool
@@ -106,10 +147,24 @@ class PretrainLoss:
     def _weighted(
         self, reweighting: StepReweighting, batch: Batch, loss_mask: Tensor, token_losses: Tensor
     ) -> LossResult:
+        shape = self._shape(batch, training=True)
         sums = self._sums(batch, loss_mask, token_losses, training=True)
-        loss, divisor = reweighting.weigh(sums, batch.domain)
-        if reweighting.scoring:
+        signal = self._signal(reweighting, batch, token_losses)
+        loss, divisor = reweighting.weigh(
+            TokenBatch(
+                token_losses.view(shape),
+                loss_mask.view(shape),
+                sums,
+                None if signal is None else signal.view(shape),
+                None if batch.documents is None else batch.documents.view(shape),
+                None if batch.sample_weights is None else batch.sample_weights.view(shape),
+                batch.domain,
+            )
+        )
+        if reweighting.unobserved:
             return loss, divisor, {}
+        if self._config.dump_samples and batch.documents is not None:
+            self._documents.append(batch.documents.view(shape))
         self._note(batch, sums)
         # Not computed from the sums, so that it is to the last bit what a run without reweighting
         # logs.
@@ -123,9 +178,34 @@ class PretrainLoss:
         if batch.packed is None:
             # Our kernels have left the sums as an attribute of the losses.
             return sums_of(token_losses, loss_mask)
+        shape = self._shape(batch, training)
+        return sample_sums(token_losses.view(shape), loss_mask.view(shape))
+
+    def _shape(self, batch: Batch, training: bool) -> tuple[int, int]:
+        """Returns `(b, s/cp)`."""
+        assert batch.loss_mask is not None
+        if batch.packed is None:
+            return len(batch.loss_mask), -1
         # The samples of a packed micro-batch are one row of micro_batch_size·seq_length tokens.
-        samples = self._args.micro_batch_size if training else self._args.eval_micro_batch_size
-        return sample_sums(token_losses.view(samples, -1), loss_mask.view(samples, -1))
+        return self._args.micro_batch_size if training else self._args.eval_micro_batch_size, -1
+
+    def _signal(
+        self, reweighting: StepReweighting, batch: Batch, token_losses: Tensor
+    ) -> Tensor | None:
+        """Returns what weights follow, `[b, s/cp]`, NaN where it is missing; None for the loss."""
+        losses = token_losses.detach()
+        match self._config.signal:
+            case "loss":
+                return None
+            case "entropy":
+                return entropy_of(token_losses)
+            case "learnability":
+                return batch.reference
+        reference = reweighting.reference_losses()
+        if reference is None:
+            reference = batch.reference
+        assert reference is not None
+        return reference - losses if self._config.signal == "progress" else losses - reference
 
     def _note(self, batch: Batch, sums: SampleSums) -> None:
         # Context parallelism cuts a packed row without regard to its samples.

@@ -22,6 +22,7 @@ from megatron_rw.resilience import atomic_index, exit_status, safe_pickle, write
 from megatron_rw.resilience.saving import SaveGuard
 from megatron_rw.resilience.step_guard import StepGuard
 from megatron_rw.training.loop import TrainingLoop
+from megatron_rw.training.reference import SecondModel
 from megatron_rw.training.settings import Settings
 
 
@@ -36,17 +37,20 @@ def patches(
     state: ReweightState,
     guard: StepGuard | None,
     save_guard: SaveGuard | None,
+    second: SecondModel | None,
 ) -> list[Patch]:
     """Returns the other patches: what a run with these settings replaces.
 
     There is no guard of steps where Megatron does not check their numbers, and no guard of saving
     for checkpoint formats that it does not know.
     """
+    fused = settings.kernels.cross_entropy_impl == "fused"
     return [
         *_loop_patches(loop),
         *schedule.patches(),
-        *(cross_entropy.patches() if settings.kernels.cross_entropy_impl == "fused" else ()),
+        *(cross_entropy.patches(settings.wants_entropy) if fused else ()),
         *checkpoint.patches(state, settings.megatron),
+        *(second.patches() if second is not None else ()),
         *(guard.patches() if guard is not None else ()),
         *((*save_guard.patches(), *writer.patches(settings.device)) if save_guard else ()),
         *atomic_index.patches(),

@@ -83,14 +83,16 @@ class Reporter:
         named = self._by_name(losses.by_domain)
         return [(name, loss) for name, loss in named if loss is not None]
 
-    def log_line(self, report: ReweightReport, temperature: float) -> dict[str, float]:
+    def log_line(self, report: ReweightReport) -> dict[str, float]:
         """Returns what joins Megatron's log line, after its own losses."""
         values = {
             "weighted loss": report.objective,
             "ess": report.ess,
             "max weight": report.max_weight,
-            "temperature": temperature,
+            "temperature": report.temperature,
         }
+        if report.missing_signals:
+            values["missing signals"] = float(report.missing_signals)
         if report.nonfinite_samples:
             values["non-finite samples"] = float(report.nonfinite_samples)
         for name, domain in self._by_name(report.domains):
@@ -99,13 +101,13 @@ class Reporter:
             values[f"weight {name}"] = domain.weight_share
         return values
 
-    def weights_record(self, report: ReweightReport, temperature: float) -> dict[str, object]:
+    def weights_record(self, report: ReweightReport) -> dict[str, object]:
         """Returns the entry `reweight` of a line of metrics.jsonl."""
-        record = {"temperature": temperature, **dataclasses.asdict(report)}
+        record = {"temperature": report.temperature, **dataclasses.asdict(report)}
         record["domains"] = dict(zip(self.names, record["domains"], strict=True))
         return record
 
-    def weights_scalars(self, report: ReweightReport, temperature: float) -> Scalars:
+    def weights_scalars(self, report: ReweightReport) -> Scalars:
         """Returns the weights' values for TensorBoard and W&B, by tag."""
         values = {
             "weighted loss": report.objective,
@@ -113,11 +115,12 @@ class Reporter:
             "max weight": report.max_weight,
             "max weight x set size": report.relative_max_weight,
             "share of sets above 2": report.over_bound,
-            "temperature": temperature,
+            "temperature": report.temperature,
             "non-finite samples": float(report.nonfinite_samples),
             "smallest sample loss": report.sample_loss_min,
             "largest sample loss": report.sample_loss_max,
             "share of samples beyond the range": report.beyond_range,
+            "missing signals": report.missing_signals,
         }
         tagged = {f"reweight/{name}": value for name, value in values.items()}
         for name, domain in self._by_name(report.domains):
@@ -131,8 +134,8 @@ class Reporter:
 
     def samples(self, weighted: WeightedSet, count: int) -> list[dict[str, object]]:
         """Returns the first samples of a set with loss, weight and domain."""
-        samples = weighted.samples
-        columns = (samples.losses, weighted.weights, samples.domain.long())
+        units = weighted.units
+        columns = (units.losses, weighted.weights, units.domain.long())
         return [
             {"loss": loss, "weight": weight, "domain": self.names[domain]}
             for loss, weight, domain in zip(*(c[:count].tolist() for c in columns), strict=True)
@@ -143,8 +146,8 @@ class Reporter:
         writer = get_tensorboard_writer()
         if not writer:
             return
-        losses = weighted.samples.losses.float().cpu().numpy()
-        used = np.isfinite(losses) & weighted.samples.has_tokens.cpu().numpy()
+        losses = weighted.units.losses.float().cpu().numpy()
+        used = np.isfinite(losses) & weighted.units.has_tokens.cpu().numpy()
         losses, weights = losses[used], weighted.weights.float().cpu().numpy()[used]
         if losses.size == 0:
             return

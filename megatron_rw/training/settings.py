@@ -90,6 +90,11 @@ class Settings:
         return ours or self.reweight.enabled
 
     @property
+    def wants_entropy(self) -> bool:
+        """Whether weights follow the entropy of predictions, which our cross-entropy computes."""
+        return self.reweight.signal == "entropy"
+
+    @property
     def megatron_decides(self) -> bool:
         """Whether Megatron's rerun state machine judges a step that is not finite.
 

@@ -178,6 +178,39 @@ def test_a_document_is_decoded(corpus: Path, tmp_path: Path, texts: list[str], m
     assert decoded.out == tokenizer.detokenize(ids) + "\n"
 
 
+def test_samples_of_a_run_are_shown_as_text(corpus: Path, tmp_path: Path) -> None:
+    """A unit of several tokens by itself, a single token after those before it."""
+    path = tmp_path / "samples.jsonl"
+    prefix = str(corpus / "b_text_document")
+    where: dict[str, Any] = {
+        "dataset": prefix,
+        "document": 3,
+        "iteration": 7,
+        "weight": 2.5,
+        "loss": 4.125,
+    }
+    ids = json.loads(inspect(prefix, "--document", 3, "--ids", "--json").out)["ids"]
+    model = DomainsFile.load(corpus / "domains.json").tokenizer.model
+    tokenizer = load_tokenizer(sentencepiece_flags(model))
+    units = [(0, 9, "highest"), (20, 1, "lowest"), (3, 1, "lowest")]
+    lines = [where | {"offset": o, "tokens": n, "which": which} for o, n, which in units]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [json.loads(line) for line in inspect("--samples", path, "--json").out.splitlines()]
+    assert found[0]["text"] == tokenizer.detokenize(ids[:9])
+    for line, shown in zip(lines[1:], found[1:], strict=True):
+        assert shown["before"] + shown["text"] == tokenizer.detokenize(ids[: line["offset"] + 1])
+        assert len(shown["before"]) > len(shown["text"]) > 0
+    text = inspect("--samples", path).out
+    assert text.startswith(
+        f"iteration 7, highest weight 2.5, loss 4.125: {prefix} --document 3, tokens 0 to 8\n"
+        f"{found[0]['text']}\n"
+    )
+    assert f"{found[1]['before']}>>> {found[1]['text']}\n" in text
+    path.write_text('{"dataset": "x"}\n')
+    assert f"{path}:1: not a line" in inspect("--samples", path, status=2).error
+    assert "--samples alone" in inspect(prefix, "--samples", path, status=2).error
+
+
 def test_another_tokenizer_than_recorded_is_told(corpus: Path, model: str) -> None:
     content = DomainsFile.load(corpus / "domains.json")
     changed = dataclasses.replace(content.tokenizer, sha256="ab" * 32)

@@ -85,6 +85,56 @@ CONFIGS = {
     ),
 }
 
+
+def _choice(line: str) -> ReweightConfig:
+    """A configuration from a line `unit signal normalizer strategy scope` and further settings."""
+    unit, signal, normalizer, strategy, scope, *rest = line.split()
+    more: dict[str, Any] = {"temperature": 0.6} if "target_ess" not in line else {}
+    if strategy == "topk":
+        more["top_share"] = 0.6
+    if signal == "excess":
+        more["reference_scores"] = ["given"]
+    for setting in rest:
+        name, value = setting.split("=")
+        more[name] = value if name in ("range", "sample_weights") else float(value)
+    names = ("unit", "signal", "normalizer", "strategy", "scope")
+    given = dict(zip(names, (unit, signal, normalizer, strategy, scope), strict=True))
+    return ReweightConfig(**given, **more)  # type: ignore[arg-type]
+
+
+# Each pair of unit, signal, normaliser, strategy and scope with another occurs, but for those that
+# are refused (`uniform` follows no signal); further settings are spread over them.
+CHOICES = {
+    line: _choice(line)
+    for line in (
+        "token loss sample linupper microbatch",
+        "token entropy token topk global",
+        "token excess sample softmax deferred",
+        "token loss token extremes deferred range=quantile sample_weights=given",
+        "token entropy sample quadratic microbatch target_ess=0.7",
+        "token loss sample uniform global sample_weights=given",
+        "token excess token linupper global max_weight=1.3",
+        "document loss token quadratic global",
+        "document entropy sample extremes deferred",
+        "document excess token linupper microbatch target_ess=0.8",
+        "document loss sample topk microbatch sample_weights=given",
+        "document entropy token softmax global range=quantile",
+        "document excess sample quadratic deferred max_weight=1.5 moment_decay=0.25",
+        "document loss token uniform deferred",
+        "sequence entropy token softmax microbatch",
+        "sequence excess sample topk deferred",
+        "sequence loss token quadratic global max_weight=1.3 sample_weights=given",
+        "sequence entropy sample linupper deferred target_ess=0.8",
+        "sequence excess token extremes microbatch range=quantile",
+        "sequence loss token uniform microbatch",
+        "sequence entropy sample extremes global target_ess=0.9",
+        "sequence excess sample softmax global",
+        "document loss sample topk deferred",
+    )
+}
+CHOICE_LAYOUTS = ("one process", "PP2 VPP2", "CP2", "DP2 distopt", "TP2 SP CP2 per-token")
+CHOICE_LONG_LAYOUTS = ("DP2 CP2 distopt", "DP2 TP2 SP PP2 distopt overlap")
+
 # What ragged masks leave empty besides, of steps, micro-batches, samples and tokens.
 EMPTY: dict[str, Any] = {
     "empty samples": np.s_[:, :, ::3],
@@ -119,4 +169,22 @@ def steps(mask: str) -> list[list[oracle.Samples]]:
     return [
         [oracle.Samples(*parts) for parts in zip(*step, strict=True)]
         for step in zip(tokens, labels[..., :SEQUENCE].contiguous(), _mask(mask, rng), strict=True)
+    ]
+
+
+def detailed_steps() -> list[list[oracle.Samples]]:
+    """Those of a ragged mask, with documents, reference losses and static weights."""
+    rng = torch.Generator().manual_seed(5)
+    ends = torch.rand(SHAPE, generator=rng) < 0.2
+    documents = ends.cumsum(dim=-1) - ends.long()
+    reference = torch.rand(SHAPE, generator=rng) * 4 + 1
+    # Some are missing, of the first document all.
+    reference[torch.rand(SHAPE, generator=rng) < 0.1] = math.nan
+    reference[:, :, ::4][documents[:, :, ::4] == 0] = math.nan
+    # Multiples of a power of two, so that histograms of them are exact; some documents have none.
+    weights = torch.randint(0, 5, SHAPE, generator=rng).float() / 4
+    weights = weights.gather(-1, documents)
+    return [
+        [oracle.Samples(s.tokens, s.labels, s.mask, *more) for s, *more in zip(*step, strict=True)]
+        for step in zip(steps("ragged"), documents, reference, weights, strict=True)
     ]

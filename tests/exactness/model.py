@@ -22,7 +22,19 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_rw.kernels import LogitsPlan, linear_cross_entropy, linear_weighted_cross_entropy
+from megatron_rw import patching
+from megatron_rw.integrations import cross_entropy, schedule
+from megatron_rw.integrations.state import ReweightState
+from megatron_rw.integrations.step import StepReweighting
+from megatron_rw.kernels import (
+    CrossEntropy,
+    CrossEntropyOptions,
+    LogitsPlan,
+    linear_cross_entropy,
+    linear_weighted_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
+from megatron_rw.reweighting import ReweightConfig, TokenBatch
 from tests.exactness import cases, oracle
 
 # Which dimension core cuts.
@@ -47,6 +59,8 @@ class TokenNetwork(MegatronModule):
     def __init__(self, config: TransformerConfig, layout: cases.Layout, vp_stage: int) -> None:
         super().__init__(config)
         self.fused = layout.has("fused")
+        # Losses by our cross-entropy, with the entropy of the predictions.
+        self.ours = False
         stages = layout.size("PP")
         chunks = stages * layout.size("VPP")
         chunk = vp_stage * stages + parallel_state.get_pipeline_model_parallel_rank()
@@ -101,7 +115,15 @@ class TokenNetwork(MegatronModule):
             x = x + self.parts[f"down_{layer}"](functional.gelu(hidden))[0]
         if not self.post_process:
             return x
-        return self._losses(x, labels.transpose(0, 1).contiguous()).transpose(0, 1).contiguous()
+        labels = labels.transpose(0, 1).contiguous()
+        if self.ours:
+            return cross_entropy.losses_with_sums(self._ours(x, labels))
+        return self._losses(x, labels).transpose(0, 1).contiguous()
+
+    def _ours(self, x: Tensor, labels: Tensor) -> CrossEntropy:
+        output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
+        options = CrossEntropyOptions(entropy=True)
+        return vocab_parallel_cross_entropy(output(x)[0], labels, output.tp_group, options)
 
     def _losses(self, x: Tensor, labels: Tensor) -> Tensor:
         output = cast(tensor_parallel.ColumnParallelLinear, self.parts["output"])
@@ -202,7 +224,9 @@ def _micro_batches(samples: list[oracle.Samples]) -> Iterator[dict[str, Tensor]]
     start = parallel_state.get_data_parallel_rank() * rows
     for micro_batch in samples:
         own = micro_batch[slice(start, start + rows)]
-        yield {"tokens": own.tokens, "labels": own.labels, "loss_mask": own.mask}
+        batch = {"tokens": own.tokens, "labels": own.labels, "loss_mask": own.mask}
+        more = {n: getattr(own, n) for n in ("documents", "reference", "weights")}
+        yield batch | {name: value for name, value in more.items() if value is not None}
 
 
 def forward_step(
@@ -223,3 +247,45 @@ def token_mean(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[
     total = (losses.view(-1) * loss_mask.view(-1)).sum()
     tokens = loss_mask.sum().int()
     return total, tokens, {"lm loss": torch.stack([total.detach(), tokens.to(total)])}
+
+
+class WeightedForwardStep:
+    """A forward step that gives the method all that a micro-batch can have, as our program does."""
+
+    def __init__(self, config: ReweightConfig) -> None:
+        patching.apply(schedule.patches())
+        self._config = config
+        self._steps = 0
+        self._state = ReweightState(config)
+        self.reweighting = StepReweighting(config, self._state, lambda: self._steps)
+
+    def __call__(self, data: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+        batch = get_batch_on_this_cp_rank(
+            dict(next(data)),
+            is_hybrid_cp=False,
+            cp_group=parallel_state.get_context_parallel_group(),
+        )
+        return model(batch["tokens"], batch["labels"]), functools.partial(self._loss, batch)
+
+    def _loss(self, batch: dict[str, Tensor], losses: Tensor) -> tuple[Tensor, Tensor, Any]:
+        signal = None
+        if self._config.signal == "entropy":
+            signal = cross_entropy.entropy_of(losses)
+        elif self._config.signal == "excess":
+            signal = losses.detach() - batch["reference"]
+        loss, divisor = self.reweighting.weigh(
+            TokenBatch(
+                losses,
+                batch["loss_mask"],
+                signal=signal,
+                documents=batch["documents"],
+                sample_weights=batch["weights"] if self._config.sample_weights else None,
+            )
+        )
+        return loss, divisor, {}
+
+    def run_step(self, core_schedule: Any, call: dict[str, Any]) -> Any:
+        """Runs a training step; see `schedule.SteppedForward`."""
+        result = self.reweighting.run(core_schedule, call)
+        self._steps += 1
+        return result

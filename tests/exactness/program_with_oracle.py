@@ -52,7 +52,7 @@ def main() -> None:
         gradient = gradients.gradient(
             dict(network.named_parameters()),
             functools.partial(token_losses, network, batches),
-            [batch["loss_mask"] for batch in batches],
+            [oracle.Samples(*(b[k] for k in ("tokens", "labels", "loss_mask"))) for b in batches],
         )
         step = optimizer.step
 

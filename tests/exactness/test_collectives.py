@@ -70,11 +70,11 @@ def test_each_scope_sends_what_the_docs_say(name: str) -> None:
         }
         if shards > 1:
             rows = cases.SET_SIZE // layout.size("DP")
-            wanted["deferred"]["all_reduce", 8 * rows] += cases.MICRO_BATCHES
+            wanted["deferred"]["all_reduce", 12 * rows] += cases.MICRO_BATCHES
         if rank < layout.processes * (stages - 1) // stages:
             wanted = {scope: Counter() for scope in wanted}
         if stages > 1:
-            wanted["deferred"] = wanted["deferred"] + Counter({("broadcast", 24): 1})
+            wanted["deferred"] = wanted["deferred"] + Counter({("broadcast", 48): 1})
         # The scoring pass.
         wanted["global"] = wanted["global"] + found["forward"]
         for scope, expected in wanted.items():

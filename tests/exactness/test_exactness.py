@@ -39,7 +39,7 @@ def wanted() -> Wanted:
                 gradients.gradient(
                     values,
                     functools.partial(oracle.token_losses, sets=sets),
-                    [samples.mask for samples in sets],
+                    sets,
                 )
                 for sets in cases.steps(mask)
             ]

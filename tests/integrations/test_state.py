@@ -42,10 +42,10 @@ def test_state_is_saved_with_the_arguments() -> None:
     args = Namespace()
     state = ReweightState(LINUPPER)
     state.begin(3)
-    state.moments = torch.tensor([1.5, 4.25], dtype=torch.float64)
+    state.plan = torch.tensor([1.5, 4.25, 1.0, 0.0, 0.0], dtype=torch.float64)
     state.keep_in(args)
     assert args.reweight_state["first_iteration"] == 3
-    assert args.reweight_state["moments"] == [1.5, 4.25]
+    assert args.reweight_state["moments"] == [1.5, 4.25, 1.0, 0.0, 0.0]
     assert args.reweight_state["settings"]["warmup_steps"] == 10
     resumed = ReweightState(LINUPPER)
     resumed.load(args.reweight_state)
@@ -81,7 +81,7 @@ def test_deferred_run_from_a_checkpoint_without_moments_says_so() -> None:
     lines = state.resume(saved_by(ReweightConfig(strategy="linupper"), 5))
     assert lines == [
         "--reweight-scope was microbatch when the checkpoint was saved and is deferred now",
-        "the checkpoint has no range of losses: the first step weighs all alike",
+        "the checkpoint has no range of signals: the first step weighs all alike",
     ]
 
 

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from megatron_rw.kernels import CrossEntropyOptions, weigh_samples
+from megatron_rw.kernels import CrossEntropyOptions, Units, Weighting, weigh_units
 from tests.kernels import DEVICE, emulation
 from tests.kernels.operations import PLAIN, VARIANTS, inputs, run_on
 
@@ -41,8 +41,12 @@ def main() -> int:
             run_on(shifted, target, upstream, "cuda", operation, **how)
     for count in (1, 33, 5000):
         losses = torch.rand(count, device=DEVICE)
-        weigh_samples(losses, "quadratic", 0.4, mask=losses > 0.1, backend_name="cuda")
-        weigh_samples(losses, "linupper", 0.4, given_range=losses[[0, -1]], backend_name="cuda")
+        plain = Weighting(strategy="quadratic", temperature=0.4)
+        searched = Weighting(strategy="softmax", target_ess=0.9, max_weight=1.1, range="quantile")
+        plan = weigh_units(Units(losses), plain, backend_name="cuda").plan
+        units = Units(losses, losses > 0.1, losses, losses)
+        for weighting in (plain, Weighting(strategy="topk"), searched):
+            weigh_units(units, weighting, plan, backend_name="cuda")
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return 0

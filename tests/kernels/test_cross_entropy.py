@@ -303,18 +303,19 @@ def test_gradient_of_the_gradient_is_refused(operation: str, name: Any) -> None:
 def test_compiled_code_breaks_its_graph_around_it(name: Any) -> None:
     logits, target, _ = inputs()
     leaf, identity = logits.requires_grad_(), torch.eye(SHAPE[2], device=DEVICE)
+    how = kernels.Weighting(strategy="linupper", temperature=0.4)
     loss, layer, weigh = (
         functools.partial(function, backend_name=name)
         for function in (
             kernels.vocab_parallel_cross_entropy,
             kernels.linear_weighted_cross_entropy,
-            kernels.weigh_samples,
+            kernels.weigh_units,
         )
     )
     for function in (
         lambda x: loss(x / 2, target).losses * 2,
         lambda x: layer(x / 2, identity, target, logits_budget=1 << 30).losses * 2,
-        lambda x: weigh(x[0, 0] / 2, "linupper", 0.4).weights * x[0, 0],
+        lambda x: weigh(kernels.Units(x[0, 0] / 2), how).weights * x[0, 0],
     ):
         torch.compiler.reset()
         with pytest.raises(RuntimeError, match=r"torch\.compiler\.disable"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rw import kernels
-from megatron_rw.kernels import CrossEntropyOptions
+from megatron_rw.kernels import CrossEntropyOptions, Units, Weighting
 from megatron_rw.kernels.options import BackendError
 from megatron_rw.kernels.selection import check_backend, default_backend, use_backend
 from tests.kernels import DEVICE
@@ -33,10 +33,11 @@ LOSSES = torch.arange(4.0, device=DEVICE)
 GIVEN: dict[str, dict[str, Any]] = {
     "vocab_parallel_cross_entropy": {"logits": LOGITS, "target": TARGET},
     "linear_weighted_cross_entropy": {**OPERANDS, "target": TARGET, "logits_budget": 1 << 30},
-    "weigh_samples": {"losses": LOSSES, "strategy": "linupper", "temperature": 1.0},
+    "loss_weights": {"losses": LOSSES, "strategy": "linupper", "temperature": 1.0},
+    "weigh_units": {"units": Units(LOSSES), "weighting": Weighting(strategy="uniform")},
+    "Weighting": {"strategy": "topk"},
 }
-GIVEN["loss_weights"] = GIVEN["weigh_samples"]
-BOTH, WEIGHTS = list(GIVEN)[:2], list(GIVEN)[2:]
+BOTH, WEIGHTS, UNITS, SETTING = list(GIVEN)[:2], ["loss_weights"], ["weigh_units"], ["Weighting"]
 LOSS, LAYER = BOTH[:1], BOTH[1:]
 REFUSED: list[tuple[list[str], str, dict[str, Any]]] = [
     (BOTH, r"target \[s, b\]", {"target": TARGET.T}),
@@ -52,19 +53,30 @@ REFUSED: list[tuple[list[str], str, dict[str, Any]]] = [
     (LAYER, "weight is torch.bfloat16 on .* hidden torch.float32", {"weight": WEIGHT.bfloat16()}),
     (LAYER, "weight must be float32, .*float8", {"weight": WEIGHT.to(torch.float8_e5m2)}),
     (LAYER, "has no elements", {"hidden": HIDDEN[:0], "target": TARGET[:0]}),
-    (WEIGHTS, "losses must be 1-D", {"losses": LOSSES.view(2, 2)}),
+    (WEIGHTS, "signals must be 1-D", {"losses": LOSSES.view(2, 2)}),
     (WEIGHTS, "quantises the weights", {"losses": LOSSES.bfloat16()}),
     (WEIGHTS, "strategy 'best' gives no weights", {"strategy": "best"}),
-    (WEIGHTS, "mask must be bool", {"mask": LOSSES}),
-    (WEIGHTS, "mask must be bool", {"mask": LOSSES[1:] > 0}),
+    (WEIGHTS, "mask must be torch.bool", {"mask": LOSSES}),
+    (WEIGHTS, "mask must be torch.bool", {"mask": LOSSES[1:] > 0}),
     (WEIGHTS, "mask must be on .*, not on meta", {"mask": (LOSSES > 0).to("meta")}),
     (WEIGHTS, "temperature must be one number", {"temperature": LOSSES}),
-    (WEIGHTS[:1], r"given_range must be \[2\]", {"given_range": LOSSES[:1]}),
+    (UNITS, "base must be torch.float32", {"units": Units(LOSSES, base=LOSSES.double())}),
+    (UNITS, "counts must be torch.float32", {"units": Units(LOSSES, counts=LOSSES[1:])}),
+    (UNITS, r"given must be \[5\]", {"given": LOSSES[:1]}),
     *(
-        (WEIGHTS, f"{name} must be a finite number above 0", {name: value})
-        for name in ("temperature", "delta")
+        (WEIGHTS, "temperature must be a finite number above 1e-06", {"temperature": value})
+        for value in (-1.0, 0.0, 1e-300, math.nan, math.inf)
+    ),
+    *(
+        (WEIGHTS, "delta must be a finite number above 0", {"delta": value})
         for value in (-1.0, 0.0, math.nan, math.inf)
     ),
+    *(
+        (SETTING, f"{name} must be above 0 and at most 1", {name: value})
+        for name in ("top_share", "target_ess")
+        for value in (0.0, 1.01, math.nan)
+    ),
+    *((SETTING, "max_weight must be 1 or more", {"max_weight": c}) for c in (0.9, math.nan)),
 ]
 
 
@@ -85,8 +97,9 @@ def test_fp64_is_torchs_alone_and_autocast_leaves_it(operation: str) -> None:
     compare(found, *data, options=options)
     with pytest.raises(ValueError, match="float64"):
         run(*data, "cuda", operation)
+    units = Units(LOSSES.double())
     with pytest.raises(ValueError, match="float64"):
-        kernels.weigh_samples(LOSSES.double(), "linupper", 1.0, backend_name="cuda")
+        kernels.weigh_units(units, Weighting(strategy="uniform"), backend_name="cuda")
 
 
 def test_backend_is_chosen_by_call_variable_and_device(monkeypatch: pytest.MonkeyPatch) -> None:

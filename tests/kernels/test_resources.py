@@ -19,7 +19,7 @@ emulation.install({sanitizers})
 losses = torch.rand(100)
 place = losses.data_ptr()
 # Weights over the statistics, and of more samples than there are.
-arguments = (place, 0, 0, 0, place, place, 120, 1.0, 1, 1.0, 1.0)
+arguments = (place, *[0] * 5, place, place, place, 120, 1, *[1.0] * 7)
 cuda_launch.launcher(torch.device("cpu"))("weigh", (1, 1), 64, *arguments)
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from megatron_rw.data.indexed.integrity import fingerprint
 from tests.planted import Planted
 
 EASY = "easy_text_document"
@@ -80,6 +84,36 @@ def file_for_folder(place: Place) -> None:
     (place.empty / "file").touch()
 
 
+def weights(*values: float) -> Spoiler:
+    """Writes static weights of the easy dataset, 1 but for the first, for both ways to name it."""
+
+    def spoil(place: Place) -> None:
+        array = np.ones(200 if values else 199, np.float32)
+        array[: len(values)] = values
+        for name in ("weights", EASY):
+            np.save(place.empty / f"{name}.npy", array)
+
+    return spoil
+
+
+def two_of_one_name(place: Place) -> None:
+    weights(1)(place)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(place.data / f"{EASY}{suffix}", place.empty)
+
+
+def scores(tokens: int = 14303, **changes: object) -> Spoiler:
+    """Writes a folder of stored losses of the easy dataset, the array of which is too short."""
+
+    def spoil(place: Place) -> None:
+        facts = {"fingerprint": fingerprint(str(place.data / EASY)), "tokens": tokens}
+        record = {"datasets": {EASY: facts}} | changes
+        (place.empty / "scores.json").write_text(json.dumps(record))
+        np.save(place.empty / f"{EASY}.token_losses.npy", np.zeros(99, np.float32))
+
+    return spoil
+
+
 SPOILERS: dict[str, Spoiler] = {
     "tokens cut off": cut(f"{EASY}.bin", 0.5),
     "tokens of another index": lambda place: shutil.copy(
@@ -93,8 +127,19 @@ SPOILERS: dict[str, Spoiler] = {
     "incomplete domains.json": write("domains.json", b'{"version": 1}'),
     "negative count in domains.json": domains(documents=-1),
     "data altered since": reverse_data,
+    "weights in text": lambda place: (place.empty / "weights.npy").write_text("1\n1\n"),
+    "weights of fewer documents": weights(),
+    "weights below 0": weights(-1),
+    "weights that are not finite": weights(math.nan),
+    "weights of two datasets in one file": two_of_one_name,
+    "scores that are not complete": lambda place: (place.empty / "progress.json").write_text("{}"),
+    "scores of other data": scores(datasets={EASY: {"fingerprint": "0" * 16}}),
+    "scores of another tokenizer": scores(tokenizer={"type": "other", "sha256": "0" * 64}),
+    "scores of other datasets": scores(datasets={}),
+    "scores cut off": scores(),
     "incomplete, named": without_metadata(4),
     "incomplete, of another run": without_metadata(4),
+    "reference that is incomplete": without_metadata(4),
     "none complete": without_metadata(2, 4),
     "lost shard": lambda place: next(place.newest.glob("*.distcp")).unlink(),
     "tracker of what is gone": track("7"),

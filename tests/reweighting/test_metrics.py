@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_rw.reweighting import DomainLosses, WeightMetrics
+from megatron_rw.reweighting import DomainLosses, Weighting, WeightMetrics
 from tests.reweighting import oracle
 from tests.reweighting.test_reweighter import SAMPLES, micro_batch, weigh
 
@@ -27,7 +27,8 @@ def test_report_over_two_sets_is_the_sum_done_by_hand() -> None:
     for losses, mask, domain in batches:
         sample = oracle.sample_losses(losses.tolist(), mask.tolist())
         active = [loss is not None for loss in sample]
-        w = oracle.weights([loss or 0.0 for loss in sample], "linupper", 0.4, mask=active)
+        how = Weighting(strategy="linupper", temperature=0.4)
+        w = oracle.weights([loss or 0.0 for loss in sample], how, active)
         tokens, sums = mask.sum(1).tolist(), (losses * mask).sum(1).tolist()
         every.append((sample, w, tokens, sums, domain.tolist()))
 

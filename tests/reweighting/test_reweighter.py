@@ -12,7 +12,9 @@ import torch
 from megatron_rw.reweighting import (
     ReduceGroup,
     ReweightConfig,
+    TokenBatch,
     WeightedSet,
+    Weighting,
     make_reweighter,
     sample_sums,
 )
@@ -54,10 +56,12 @@ def weigh(
     ranks: ReduceGroup | None = None,
 ) -> Weighed:
     seen: list[WeightedSet] = []
-    config = ReweightConfig(strategy=strategy, temperature=0.4)
+    config = ReweightConfig(
+        strategy=strategy, temperature=0.4, top_share=1.0 if strategy == "topk" else None
+    )
     reweighter = make_reweighter(config, ranks, seen.append)
     reweighter.begin(0)
-    objective = reweighter.weigh(sample_sums(losses, mask), domain)
+    objective = reweighter.weigh(TokenBatch(losses, mask, domain=domain))
     assert reweighter.finish() is None
     return Weighed(objective, *seen)
 
@@ -69,7 +73,9 @@ def test_gradient_is_the_oracles(strategy: Any, seed: int) -> None:
     losses.requires_grad_()
     weighted = weigh(strategy, losses, mask, domain)
     weighted.local_objective.backward()
-    expected = oracle.token_gradient(losses.tolist(), mask.tolist(), strategy, 0.4)
+    expected = oracle.token_gradient(
+        losses.tolist(), mask.tolist(), Weighting(strategy=strategy, temperature=0.4)
+    )
     assert losses.grad is not None
     torch.testing.assert_close(
         losses.grad, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15
@@ -161,7 +167,7 @@ def weighted_on_rank(dp: int, cp: int) -> dict[str, Any]:
         "part": weighted.local_objective.item(),
         "objective": weighted.weighted.objective.item(),
         "weights": weighted.weights,
-        "domain": weighted.weighted.samples.domain,
+        "domain": weighted.weighted.units.domain,
     }
 
 

@@ -12,7 +12,7 @@ from megatron_rw.reweighting import (
     DeferredReweighter,
     ReweightConfig,
     Reweighter,
-    SampleSums,
+    TokenBatch,
     WeightedSet,
     WeightMetrics,
     loss_weights,
@@ -26,15 +26,15 @@ def make(scope: Any, **settings: Any) -> tuple[Reweighter, list[WeightedSet]]:
     return make_reweighter(config, observe=seen.append), seen
 
 
-def sums(*losses: float) -> SampleSums:
+def batch(*losses: float) -> TokenBatch:
     """One-token samples."""
-    values = torch.tensor(losses, dtype=torch.float64)
-    return SampleSums(values, torch.ones_like(values))
+    values = torch.tensor(losses, dtype=torch.float64)[:, None]
+    return TokenBatch(values, torch.ones_like(values))
 
 
 def deferred_step(reweighter: Reweighter, step: int, *losses: float) -> float:
     reweighter.begin(step)
-    reweighter.weigh(sums(*losses))
+    reweighter.weigh(batch(*losses))
     factor = reweighter.finish()
     assert factor is not None
     return factor.item()
@@ -54,20 +54,20 @@ def test_deferred_step_run_again_goes_by_the_same_range() -> None:
     assert isinstance(reweighter, DeferredReweighter)
     deferred_step(reweighter, 0, 1.0, 3.0)
     deferred_step(reweighter, 1, 2.0, 6.0)
-    after = reweighter.moments
+    after = reweighter.plan
     deferred_step(reweighter, 1, 2.0, 6.0)
     assert torch.equal(seen[1].weights, seen[2].weights)
-    assert torch.equal(reweighter.moments, after)
-    assert after.tolist() == [0.5 * 1 + 0.5 * 2, 0.5 * 3 + 0.5 * 6]
+    assert torch.equal(reweighter.plan, after)
+    assert after[:2].tolist() == [0.5 * 1 + 0.5 * 2, 0.5 * 3 + 0.5 * 6]
 
 
 def test_deferred_moments_pass_over_what_is_not_finite() -> None:
     reweighter, _ = make("deferred")
     assert isinstance(reweighter, DeferredReweighter)
     deferred_step(reweighter, 0, 1.0, math.nan, 3.0, math.inf)
-    assert reweighter.moments.tolist() == [1.0, 3.0]
+    assert reweighter.plan[:2].tolist() == [1.0, 3.0]
     assert deferred_step(reweighter, 1, math.nan, math.nan) == 1
-    assert reweighter.moments.tolist() == [1.0, 3.0]
+    assert reweighter.plan[:2].tolist() == [1.0, 3.0]
 
 
 def test_losses_beyond_the_range_are_clamped_and_counted() -> None:
@@ -95,7 +95,7 @@ def test_global_with_one_micro_batch_is_microbatch() -> None:
         reweighter, _ = make(scope)
         reweighter.begin(0, 1)
         assert not reweighter.scores_first
-        objectives.append(reweighter.weigh(sums(1.0, 2.0, 5.0)).item())
+        objectives.append(reweighter.weigh(batch(1.0, 2.0, 5.0)).item())
     assert objectives[0] == objectives[1]
 
 
@@ -103,13 +103,13 @@ def test_global_refuses_a_step_that_was_not_scored_whole() -> None:
     reweighter, _ = make("global")
     reweighter.begin(0, 3)
     assert reweighter.scores_first
-    reweighter.score(sums(1.0, 2.0))
+    reweighter.score(batch(1.0, 2.0))
     with pytest.raises(RuntimeError, match="1 of 3 micro-batches were scored"):
-        reweighter.weigh(sums(1.0, 2.0))
+        reweighter.weigh(batch(1.0, 2.0))
 
 
 def test_only_global_takes_scores() -> None:
     reweighter, _ = make("deferred")
     reweighter.begin(0, 2)
     with pytest.raises(RuntimeError, match="deferred needs no scores"):
-        reweighter.score(sums(1.0, 2.0))
+        reweighter.score(batch(1.0, 2.0))

@@ -86,11 +86,15 @@ def table() -> list[Patch]:
     from megatron_rw.reweighting import ReweightConfig
     from megatron_rw.training.loop import TrainingLoop
     from megatron_rw.training.patches import early_patches, patches
+    from megatron_rw.training.reference import SecondModel
     from megatron_rw.training.settings import KernelConfig, Settings
 
     args = Namespace()
     settings = Settings(
-        megatron=args, device="cpu", kernels=KernelConfig(cross_entropy_impl="fused")
+        megatron=args,
+        device="cpu",
+        kernels=KernelConfig(cross_entropy_impl="fused"),
+        reweight=ReweightConfig(strategy="linupper", signal="progress", snapshot_interval=1),
     )
     return [
         *early_patches(),
@@ -100,6 +104,7 @@ def table() -> list[Patch]:
             ReweightState(ReweightConfig()),
             StepGuard(NonFiniteConfig(), StepSamples([]), False),
             SaveGuard("folder", CheckpointConfig(), True, print),
+            SecondModel(settings, []),
         ),
         *schedule.forward_only_patches(),
     ]

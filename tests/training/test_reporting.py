@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_rw.reweighting import DomainReport, ReweightReport
+from megatron_rw.reweighting import DomainReport, ReweightReport, Weighting
 from megatron_rw.training import reporting
 from tests.program import Run, run_program
 from tests.reweighting import oracle
@@ -30,6 +30,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Run:
     directory = tmp_path_factory.mktemp("reported")
     board = ["--tensorboard-dir", str(directory / "board")]
     return run_program(directory, *data_flags, *FLAGS, *board, processes=2).check()
+
+
+HOW = Weighting(strategy="linupper", temperature=0.4)
 
 
 def test_log_line_names_everything_in_order(run: Run) -> None:
@@ -64,7 +67,7 @@ def test_logged_samples_have_the_oracles_weights(run: Run) -> None:
     for record in run.train_metrics():
         samples = record["samples"]
         assert len(samples) == SET_SIZE
-        expected = oracle.weights([s["loss"] for s in samples], "linupper", 0.4)
+        expected = oracle.weights([s["loss"] for s in samples], HOW)
         assert [s["weight"] for s in samples] == pytest.approx(expected, rel=1e-5)
         assert {s["domain"] for s in samples} == {"easy", "noise"}
 
@@ -113,9 +116,9 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
     monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
     domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
-    report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0, 0.5, 4.0, domains)
+    report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0.4, 0, None, 0.5, 4.0, domains)
     reporter = reporting.Reporter(["a", "b"])
-    reporter.write_scalars(reporter.weights_scalars(report, 0.4), 7)
+    reporter.write_scalars(reporter.weights_scalars(report), 7)
     [(values, step)] = logged
     assert step == 7
     assert values["reweight/ess"] == 0.8

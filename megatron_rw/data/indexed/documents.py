@@ -111,7 +111,13 @@ class DatasetReader:
 
     def document(self, number: int) -> NDArray[Any]:
         """Reads the tokens of one document, which is numbered from 0."""
-        first, last = self.index.bounds[number : number + 2].tolist()
+        return self._sequences(*self.index.bounds[number : number + 2].tolist())
+
+    def sequence(self, number: int) -> NDArray[Any]:
+        """Reads the tokens of one sequence, which Megatron takes for a document."""
+        return self._sequences(number, number + 1)
+
+    def _sequences(self, first: int, last: int) -> NDArray[Any]:
         count = int(self.index.lengths[first:last].sum(dtype=np.int64))
         if count == 0:
             return np.empty(0, self.dtype)

@@ -160,12 +160,14 @@ __device__ __forceinline__ float rest_of(float top) {
 
 enum Operation { kMin, kMax, kSum };
 
-__device__ __forceinline__ float joined(Operation operation, float a, float b) {
+template <typename T>
+__device__ __forceinline__ T joined(Operation operation, T a, T b) {
   if (operation == kSum) return a + b;
-  return operation == kMin ? fminf(a, b) : fmaxf(a, b);
+  return operation == kMin ? fmin(a, b) : fmax(a, b);
 }
 
-__device__ __forceinline__ float warp_reduce(Operation operation, float value) {
+template <typename T>
+__device__ __forceinline__ T warp_reduce(Operation operation, T value) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = joined(operation, value, __shfl_xor_sync(0xffffffffu, value, distance));
@@ -174,12 +176,13 @@ __device__ __forceinline__ float warp_reduce(Operation operation, float value) {
 }
 
 // What each operation makes of the values of all threads of the block, the same for each of them
-// and in every run. All threads must call it, once in a kernel with the same operations.
-template <Operation... kOperations>
-__device__ __forceinline__ void block_reduce(float (&values)[sizeof...(kOperations)]) {
+// and in every run. All threads must call it; before it is called again with the same operations
+// there must be a barrier.
+template <Operation... kOperations, typename T>
+__device__ __forceinline__ void block_reduce(T (&values)[sizeof...(kOperations)]) {
   constexpr Operation operations[] = {kOperations...};
   constexpr int count = sizeof...(kOperations);
-  __shared__ float scratch[kMostThreads / kWarp][count];
+  __shared__ T scratch[kMostThreads / kWarp][count];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int k = 0; k < count; ++k) {
@@ -191,7 +194,7 @@ __device__ __forceinline__ void block_reduce(float (&values)[sizeof...(kOperatio
   const bool used = lane < static_cast<int>(blockDim.x) / kWarp;
 #pragma unroll
   for (int k = 0; k < count; ++k) {
-    const float idle = operations[k] == kSum ? 0.0f : scratch[0][k];
+    const T idle = operations[k] == kSum ? T(0) : scratch[0][k];
     values[k] = warp_reduce(operations[k], used ? scratch[lane][k] : idle);
   }
 }

@@ -10,7 +10,7 @@ from megatron.core import mpu
 from megatron.training import get_timers, print_rank_last
 
 from megatron_rw.integrations.state import ReweightState
-from megatron_rw.reweighting import temperature_at
+from megatron_rw.reweighting import ReweightReport
 from megatron_rw.training.callbacks.base import Callback, LogEvent, Step
 from megatron_rw.training.loss import PretrainLoss
 from megatron_rw.training.reporting import Reporter
@@ -55,6 +55,7 @@ class MetricsCallback(Callback):
             # This is collective over the ranks that have the loss.
             group = mpu.get_data_parallel_group(with_context_parallel=True)
             losses = self._loss.train_losses.read(group, reset=log.ends_interval)
+        report = self._weights() if log.prints else None
         reporter = self._reporter
         if reporter is None:
             return
@@ -65,9 +66,9 @@ class MetricsCallback(Callback):
             reporter.endpoint.step(log.iteration, samples, log.skipped)
         if not log.prints:
             return
-        if losses is None:
-            self._put_weights(log, reporter)
-        elif seen := reporter.seen(losses):
+        if report is not None:
+            self._put_weights(log, reporter, report)
+        elif losses is not None and (seen := reporter.seen(losses)):
             log.record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
             log.scalars |= {f"domain lm loss/{name}": loss for name, loss in seen}
         if not log.call["is_first_iteration"]:
@@ -81,6 +82,8 @@ class MetricsCallback(Callback):
             self._write(log, self._reporter)
         if log.ends_interval:
             self._loss.weight_metrics.reset()
+            if self._loss.reweighting is not None:
+                self._loss.reweighting.gradients = None
             self._interval = _Interval()
 
     def _write(self, log: LogEvent, reporter: Reporter) -> None:
@@ -121,21 +124,32 @@ class MetricsCallback(Callback):
         if self._reporter is not None and self._reporter.endpoint is not None:
             self._reporter.endpoint.saved(iteration)
 
-    def _put_weights(self, log: LogEvent, reporter: Reporter) -> None:
-        report = self._loss.weight_metrics.read()
-        if report is None:
-            return
-        step = self._state.step(self._args.curr_iteration)
-        temperature = temperature_at(self._config, step)
-        log.record["reweight"] = reporter.weights_record(report, temperature)
-        log.scalars |= reporter.weights_scalars(report, temperature)
+    def _weights(self) -> ReweightReport | None:
+        """Returns the weights of the interval. Collective where units are not gathered."""
+        metrics, config = self._loss.weight_metrics, self._config
+        if config.unit == "sequence":
+            return None if self._reporter is None else metrics.read()
+        copies = mpu.get_context_parallel_world_size() if config.unit == "document" else 1
+        return metrics.read(mpu.get_data_parallel_group(with_context_parallel=True), copies)
+
+    def _put_weights(self, log: LogEvent, reporter: Reporter, report: ReweightReport) -> None:
+        record = reporter.weights_record(report)
+        log.scalars |= reporter.weights_scalars(report)
+        line = reporter.log_line(report)
+        assert self._loss.reweighting is not None
+        if (gradients := self._loss.reweighting.gradients) is not None:
+            found = {f"gradient {name}": value for name, value in vars(gradients).items()}
+            record |= {name.replace(" ", "_"): value for name, value in found.items()}
+            log.scalars |= {f"reweight/{name}": value for name, value in found.items()}
+            line |= found
+        log.record["reweight"] = record
         # Megatron prints its sums over the steps that were not skipped, this one included.
         totals = log.call["total_loss_dict"]
         divisor = max(1, totals.get("advanced iterations", 0) + (not log.skipped))
         for key in log.call["loss_dict"]:
             # Megatron adds its own losses after this, and they are to come first on the line.
             totals.setdefault(key, torch.zeros(1, device=torch.cuda.current_device()))
-        for name, value in reporter.log_line(report, temperature).items():
+        for name, value in line.items():
             totals[name] = torch.tensor([value * divisor])
 
 

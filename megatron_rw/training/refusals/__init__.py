@@ -23,6 +23,8 @@ from megatron_rw.training.refusals.method import (
     check_reweighting,
 )
 from megatron_rw.training.refusals.monitoring import check_monitoring
+from megatron_rw.training.refusals.reference import check_second_model
+from megatron_rw.training.refusals.token_values import check_token_values
 from megatron_rw.training.settings import Settings
 
 
@@ -51,6 +53,8 @@ def check_validated(settings: Settings) -> None:
         check_resume(args, settings.checkpoints.allow_changed_data)
         check_split(args)
         check_vocabulary(args)
+        check_token_values(args, settings.reweight)
     check_kernels(args, settings.kernels)
     check_bad_numbers(settings)
     check_reweighting(args, settings.reweight, settings.monitoring.log_dir)
+    check_second_model(args, settings.reweight)

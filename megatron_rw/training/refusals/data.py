@@ -9,8 +9,10 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from typing import Any
 
 from megatron.core.datasets.object_storage_utils import is_object_storage_path
+from megatron.core.datasets.utils import Split
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_rw.data.indexed import integrity
@@ -23,6 +25,20 @@ from megatron_rw.training.refusals.base import flag
 def data_prefixes(args: Namespace) -> list[str]:
     """Every `.bin/.idx` prefix that the arguments name, once each, in order."""
     return list(dict.fromkeys(prefix for prefix, _ in _members(args)))
+
+
+def training_prefixes(args: Namespace) -> list[str]:
+    """Every `.bin/.idx` prefix of the training blend, once each, in order."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    members = (blend_per_split or [blend] * len(Split))[Split.train.value]
+    return list(dict.fromkeys(members[0])) if members else []
+
+
+def tokenizer_record(args: Namespace) -> dict[str, Any]:
+    """Returns what tells the run's tokenizer from others; the digest is None without a file."""
+    model = args.tokenizer_model
+    there = model is not None and os.path.exists(model)
+    return {"type": args.tokenizer_type, "sha256": model_sha256(model) if there else None}
 
 
 def _members(args: Namespace) -> Iterator[tuple[str, float | None]]:
@@ -159,7 +175,7 @@ def check_vocabulary(args: Namespace) -> None:
     if _uses_no_pairs(args):
         return
     model = args.tokenizer_model
-    digest = model_sha256(model) if model is not None and os.path.exists(model) else None
+    digest = tokenizer_record(args)["sha256"]
     for dataset in look_up(_on_disk(data_prefixes(args))):
         made_by, record, prefix = dataset.tokenizer, dataset.record, dataset.prefix
         if made_by is not None and digest not in (None, made_by.sha256):

@@ -8,11 +8,13 @@ import torch
 from megatron.training.utils import print_rank_0
 
 from megatron_rw.errors import UserError
+from megatron_rw.integrations.gradients import check_comparison
 from megatron_rw.integrations.output_layer import CONFLICTS, plan_of
 from megatron_rw.integrations.step import check_scope, check_set_size
 from megatron_rw.kernels.options import BackendError
 from megatron_rw.kernels.selection import default_backend, use_backend
 from megatron_rw.reweighting import ReweightConfig
+from megatron_rw.reweighting.config import flag as method_flag
 from megatron_rw.training.refusals.base import refuse_flags
 from megatron_rw.training.settings import KernelConfig, Settings
 
@@ -67,8 +69,9 @@ def check_kernels(args: Namespace, kernels: KernelConfig) -> None:
 
 def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | None) -> None:
     """Refuses what has no loss per sample, or what a scope cannot keep exact."""
-    if config.log_samples and log_dir is None:
-        raise UserError("--reweight-log-samples writes to metrics.jsonl: add --log-dir DIR.")
+    for name, file in (("log_samples", "metrics.jsonl"), ("dump_samples", "samples.jsonl")):
+        if getattr(config, name) and log_dir is None:
+            raise UserError(f"{method_flag(name)} writes to {file}: add --log-dir DIR.")
     if not config.enabled:
         return
     refuse_flags(args, _REWEIGHTING, "drop it, or --reweight-strategy")
@@ -81,7 +84,12 @@ def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | No
             "--dataloader-inter-document-masking with context parallelism joins the samples of a "
             "micro-batch before cutting them: use --micro-batch-size 1 with --reweight-strategy."
         )
+    if config.unit == "document":
+        why = {"allow_ambiguous_pad_tokens": "may mask the token that ends a document"}
+        refuse_flags(args, why, "drop it, or --reweight-unit document")
     check_scope(config, args)
+    if config.gradient_interval:
+        check_comparison(args)
     # A batch size that ramps up starts with the smallest set.
     batch_size = int((args.rampup_batch_size or [args.global_batch_size])[0])
     replicas = args.data_parallel_size

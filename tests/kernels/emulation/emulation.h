@@ -25,6 +25,8 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+using std::fmax;
+using std::fmin;
 using std::max;
 using std::min;
 
@@ -38,7 +40,7 @@ struct alignas(16) uint4 {
 
 struct Warp {
   pthread_barrier_t barrier;
-  uint32_t words[32];
+  uint64_t words[2][32];
 };
 
 struct Block {
@@ -47,18 +49,21 @@ struct Block {
 };
 
 inline thread_local Block* block = nullptr;
+// No thread is two shuffles ahead of another of its warp: two places for the words take turns.
+inline thread_local bool turn = false;
 inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { pthread_barrier_wait(&block->barrier); }
 
-inline float __shfl_xor_sync(unsigned, float value, int distance) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  turn = !turn;
   Warp& warp = block->warps[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  memcpy(&warp.words[lane], &value, sizeof(value));
+  memcpy(&warp.words[turn][lane], &value, sizeof(value));
   pthread_barrier_wait(&warp.barrier);
-  float other;
-  memcpy(&other, &warp.words[lane ^ distance], sizeof(other));
-  pthread_barrier_wait(&warp.barrier);
+  T other;
+  memcpy(&other, &warp.words[turn][lane ^ distance], sizeof(other));
   return other;
 }
 

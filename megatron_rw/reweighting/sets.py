@@ -1,0 +1,196 @@
+"""Weights of a set of units: gathered from all ranks, or left where they are and reduced.
+
+Sequences are gathered. Their weights are those of one call of the kernel, the same on every rank.
+Documents and tokens stay on their ranks. The ranges of all ranks are reduced, and where the plan
+needs more than the range, a histogram of `BINS` bins over it; from these every rank makes the same
+plan, and a second reduction sums up the weights that follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rw.kernels.options import Plan, Statistic, Units, UnitWeights, Weighting
+from megatron_rw.kernels.torch_weights import planned_exponents
+from megatron_rw.kernels.weights import weigh_units
+from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums
+
+BINS = 4096
+
+
+@dataclass(frozen=True)
+class WeightedSet:
+    """A set and its weights.
+
+    Sequences are those of all ranks, the same on each; documents and tokens are this rank's alone.
+    The statistics are of the whole set in both cases.
+    """
+
+    units: UnitSet
+    weights: Tensor  # `[n]`, w, in the order of the units.
+    statistics: Tensor  # `[5]`, indexed by `megatron_rw.kernels.Statistic`.
+    plan: Tensor  # `[5]` of this set, indexed by `megatron_rw.kernels.Plan`.
+    temperature: Tensor  # Scalar, r.
+    tokens: Tensor  # Scalar, active tokens of the whole set.
+    # `[n]` bool, signals that were clamped because they were outside the range of the plan that was
+    # given; None if the plan is the set's own.
+    beyond: Tensor | None = None
+
+    @property
+    def objective(self) -> Tensor:
+        """Scalar, Σ w·l over the units that are here."""
+        # 0·NaN is NaN, so units without weight are left out of the sum.
+        return torch.where(self.weights > 0, self.weights * self.units.losses, 0.0).sum()
+
+    def normalised(self) -> WeightedSet:
+        """Returns the set with weights that sum to 1, or to 0 where there are none."""
+        total = self.statistics[Statistic.TOTAL]
+        divisor = total.clamp(min=torch.finfo(total.dtype).tiny)
+        return dataclasses.replace(self, weights=self.weights / divisor)
+
+
+@torch.no_grad()
+def weigh_set(
+    sums: UnitSums,
+    unit: Unit,
+    by_tokens: bool,
+    weighting: Weighting,
+    ranks: ReduceGroup,
+    given: Tensor | None = None,
+    order: torch.Generator | None = None,
+) -> WeightedSet:
+    """Weights the set that this rank's units are part of. Collective, without a host read.
+
+    One all-reduce for sequences; for documents and tokens two, of 2 numbers and of 5 for each rank,
+    and one more of at most 64 KiB where the plan needs a histogram.
+
+    Args:
+        sums: Of this rank's units; of sequences over its own tokens, of documents over all.
+        unit: What the sums are of.
+        by_tokens: As in `UnitSet.of`.
+        weighting: How weights follow from signals.
+        ranks: Whose units compete.
+        given: `[5]`, the plan of another set; the weights are not normalised then.
+        order: Deals the weights of sequences to random ones of them, the same on every rank.
+    """
+    if unit != "sequence":
+        units = UnitSet.of(sums, by_tokens, slice(0, sums.tokens.numel()))
+        found, tokens = _weigh_in_place(units, weighting, ranks, given, copies_of(unit, ranks))
+    else:
+        start = ranks.dp_rank * sums.tokens.numel()
+        local = slice(start, start + sums.tokens.numel())
+        units = UnitSet.of(sums.gathered(ranks), by_tokens, local)
+        signals = units.signals if order is None else _dealt(units, order)
+        asked = Units(signals, units.active, units.base)
+        found, tokens = weigh_units(asked, weighting, given), units.tokens.sum()
+    beyond = None
+    if given is not None:
+        low, high = given[: Plan.HIGH + 1].to(units.signals)
+        outside = (units.signals < low) | (units.signals > high)
+        beyond = outside & units.active & (low <= high)
+    plan = found.plan if given is None else given
+    temperature = plan[Plan.TEMPERATURE]
+    if weighting.target_ess is None:
+        temperature = torch.full_like(temperature, float(weighting.temperature))
+    return WeightedSet(units, *found, temperature, tokens, beyond)
+
+
+def copies_of(unit: Unit, ranks: ReduceGroup) -> int:
+    """Returns how many ranks of the group hold the same units, which are not gathered."""
+    return ranks.cp_size if unit == "document" else 1
+
+
+def _dealt(units: UnitSet, order: torch.Generator) -> Tensor:
+    """Returns the signals of the active units, dealt to random ones of them."""
+    active = units.active
+    chance = torch.rand(len(active), generator=order, device=active.device)
+    dealt, places = (
+        chance.masked_fill(~active, 2.0).argsort(),
+        (~active).long().argsort(stable=True),
+    )
+    signals = units.signals.clone()
+    signals[places] = units.signals[dealt]
+    return signals
+
+
+def _weigh_in_place(
+    units: UnitSet, weighting: Weighting, ranks: ReduceGroup, given: Tensor | None, copies: int
+) -> tuple[UnitWeights, Tensor]:
+    """Weights units that stay on their ranks, and counts the tokens of all; see `weigh_set`."""
+    signals, active = units.signals, units.active & units.signals.isfinite()
+    base = torch.ones_like(signals) if units.base is None else units.base
+    active = active & (base > 0)
+    base = base.masked_fill(~active, 0.0)
+    plan = _common_plan(signals, base, active, weighting, ranks, copies)
+    used = plan if given is None else given.to(plan)
+    exponents = planned_exponents(signals.masked_fill(~active, 0.0), weighting, used)
+    relative = exponents.exp().masked_fill(~active, 0.0)
+    weights = base * relative
+    mine = torch.stack(
+        [
+            active.sum().to(base),
+            base.sum(),
+            weights.sum(),
+            (weights * relative).sum(),
+            units.tokens.sum(),
+            relative.amax(),
+        ]
+    )
+    every = mine[None]
+    if ranks.group is not None:
+        every = mine.new_zeros(ranks.size, len(mine))
+        every[ranks.rank] = mine
+        dist.all_reduce(every, group=ranks.group)
+    count, whole, total, squares, tokens = every[:, :5].sum(dim=0) / copies
+    tiny = torch.finfo(total.dtype).tiny
+    largest = every[:, 5].amax() * whole / total.clamp(min=tiny)
+    ess = total.square() / (whole * squares).clamp(min=tiny)
+    if given is None:
+        weights = weights / total.clamp(min=tiny)
+        total = total / total.clamp(min=tiny)
+    statistics = torch.stack([count, whole, total, ess, largest])
+    return UnitWeights(weights, statistics, plan), tokens
+
+
+def _common_plan(
+    signals: Tensor,
+    base: Tensor,
+    active: Tensor,
+    weighting: Weighting,
+    ranks: ReduceGroup,
+    copies: int,
+) -> Tensor:
+    """Returns the plan of all ranks' units, `[5]`."""
+    ends = torch.stack([-signals, signals]).masked_fill(~active, -torch.inf).amax(dim=1)
+    if ranks.group is not None:
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=ranks.group)
+    low, high = -ends[0], ends[1]
+    needs_histogram = (
+        weighting.strategy == "topk"
+        or weighting.range == "quantile"
+        or weighting.target_ess is not None
+        or weighting.max_weight is not None
+    )
+    if not needs_histogram:
+        return weigh_units(Units(torch.stack([low, high])), weighting).plan
+    width = ((high - low) / (BINS - 1)).clamp(min=torch.finfo(low.dtype).tiny)
+    bins = ((signals - low) / width).nan_to_num(0.0).clamp(0, BINS - 2).long()
+    bins = bins.masked_fill(signals >= high, BINS - 1)
+    counted = torch.stack([active.double(), base.double()])
+    if signals.is_cuda:
+        # Sums of multiples of 2^-20 do not depend on the order in which a GPU adds them.
+        counted = (counted * 2**20).round() / 2**20
+    table = counted.new_zeros(2, BINS).index_add_(1, bins, counted)
+    if ranks.group is not None:
+        dist.all_reduce(table, group=ranks.group)
+    counts, mass = (table / copies).to(signals.dtype)
+    # Each edge is a little below its bin, so that rounding leaves none of its units out.
+    steps = torch.arange(BINS, dtype=low.dtype, device=low.device) - 0.01
+    edges = low + width * steps.clamp(min=0.0)
+    edges[-1] = high
+    return weigh_units(Units(edges, counts > 0, mass, counts), weighting).plan
