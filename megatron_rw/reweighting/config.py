@@ -230,11 +230,12 @@ class ReweightConfig:
             ),
             "progress": (((False, 0, True),), f"{flag('snapshot_interval')} STEPS"),
         }
-        possible, remedy = wanted.get(self.signal, (((False, 0, False),), "none of them"))
+        possible, remedy = wanted.get(self.signal, (((False, 0, False),), "no reference"))
         if sources not in possible:
             raise UserError(
-                f"{flag('signal')} {self.signal} takes {remedy}, of {flag('reference_load')}, "
-                f"{flag('reference_scores')} and {flag('snapshot_interval')}."
+                f"{flag('signal')} {self.signal} takes {remedy}, and no other of "
+                f"{flag('reference_load')}, {flag('reference_scores')} and "
+                f"{flag('snapshot_interval')}."
             )
 
     def _check_scope(self) -> None:

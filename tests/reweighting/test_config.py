@@ -60,7 +60,10 @@ ABOVE = r"--reweight-temperature .*: give a finite number above 1e-06"
         ({"strategy": "softmax", "target_ess": 0.8, "temperature": 2.0}, r"--reweight-temperature"),
         ({"strategy": "linupper", "max_weight": 0.5}, r"--reweight-max-weight 0.5: give a finite"),
         ({"strategy": "linupper", "signal": "excess"}, r"excess takes --reweight-reference-load C"),
-        ({"strategy": "linupper", "reference_load": "a"}, r"--reweight-signal loss takes none of"),
+        (
+            {"strategy": "linupper", "reference_load": "a"},
+            r"--reweight-signal loss takes no reference",
+        ),
         (
             {"strategy": "linupper", "signal": "learnability", "reference_scores": ["a"]},
             r"learnability takes --reweight-reference-scores EARLY LATE",

@@ -19,6 +19,7 @@ from megatron_rw.training.refusals.launch import check_cpu, check_shape
 from megatron_rw.training.refusals.method import (
     check_backend,
     check_bad_numbers,
+    check_choices,
     check_kernels,
     check_reweighting,
 )
@@ -55,6 +56,7 @@ def check_validated(settings: Settings) -> None:
         check_vocabulary(args)
         check_token_values(args, settings.reweight)
     check_kernels(args, settings.kernels)
+    check_choices(settings)
     check_bad_numbers(settings)
     check_reweighting(args, settings.reweight, settings.monitoring.log_dir)
     check_second_model(args, settings.reweight)

@@ -90,12 +90,35 @@ def check_reweighting(args: Namespace, config: ReweightConfig, log_dir: str | No
     check_scope(config, args)
     if config.gradient_interval:
         check_comparison(args)
+    if config.unit != "sequence":
+        return
     # A batch size that ramps up starts with the smallest set.
     batch_size = int((args.rampup_batch_size or [args.global_batch_size])[0])
     replicas = args.data_parallel_size
     warning = check_set_size(config.scope, args.micro_batch_size, replicas, batch_size)
     if warning is not None:
         print_rank_0(f"WARNING: {warning}")
+
+
+def check_choices(settings: Settings) -> None:
+    """Refuses choices of the method that lack what they act on."""
+    args, config, kernels = settings.megatron, settings.reweight, settings.kernels
+    ours = kernels.cross_entropy_impl == "fused" or kernels.logits_budget is not None
+    if settings.wants_entropy and not ours:
+        raise UserError(
+            "--reweight-signal entropy is computed by our cross-entropy: add --cross-entropy-impl "
+            "fused, or --fused-linear-cross-entropy."
+        )
+    if config.until == "decay" and args.lr_decay_style != "WSD":
+        raise UserError(
+            f"--reweight-until decay is for a rate that is constant first: add --lr-decay-style "
+            f"WSD (it is {args.lr_decay_style}), or give the iteration."
+        )
+    if config.dump_samples and config.unit != "sequence" and args.context_parallel_size > 1:
+        raise UserError(
+            f"--reweight-dump-samples with --reweight-unit {config.unit} and context parallelism "
+            "cannot tell where in a sequence a unit begins: drop one of the three."
+        )
 
 
 def check_bad_numbers(settings: Settings) -> None:
