@@ -35,7 +35,7 @@ class WeightedSet:
     weights: Tensor  # `[n]`, w, in the order of the units.
     statistics: Tensor  # `[5]`, indexed by `megatron_rw.kernels.Statistic`.
     plan: Tensor  # `[5]` of this set, indexed by `megatron_rw.kernels.Plan`.
-    temperature: Tensor  # Scalar, r.
+    temperature: Tensor | float  # r, a scalar on the device where a target ESS chooses it.
     tokens: Tensor  # Scalar, active tokens of the whole set.
     # `[n]` bool, signals that were clamped because they were outside the range of the plan that was
     # given; None if the plan is the set's own.
@@ -94,9 +94,9 @@ def weigh_set(
         outside = (units.signals < low) | (units.signals > high)
         beyond = outside & units.active & (low <= high)
     plan = found.plan if given is None else given
-    temperature = plan[Plan.TEMPERATURE]
-    if weighting.target_ess is None:
-        temperature = torch.full_like(temperature, float(weighting.temperature))
+    temperature = weighting.temperature
+    if weighting.target_ess is not None:
+        temperature = plan[Plan.TEMPERATURE]
     return WeightedSet(units, *found, temperature, tokens, beyond)
 
 
