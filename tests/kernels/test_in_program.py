@@ -33,8 +33,12 @@ def trains_alike(
         for key in ("objective", "ess", "max_weight"):
             assert math.isclose(mine["reweight"][key], other["reweight"][key], rel_tol=1e-5)
     # Another order of operations, and so not the same bits in all steps: the flag does something.
-    norms = [[record["grad_norm"] for record in records] for records in (ours, theirs)]
-    assert norms[0] != norms[1]
+    keys = ("lm_loss", "grad_norm")
+    seen = [
+        [[record[key] for key in keys] + list(record["reweight"].values()) for record in records]
+        for records in (ours, theirs)
+    ]
+    assert seen[0] != seen[1]
 
 
 def test_fused_cross_entropy_trains_as_cores(tmp_path: Path, data_flags: list[str]) -> None:
