@@ -185,7 +185,7 @@ class WeightMetrics:
         new = _Totals(
             set_sums=torch.stack(
                 [
-                    weights.new_tensor(len(sets)),
+                    weights.new_full((), len(sets)),
                     (statistics[:, Statistic.ESS] * size).sum(),
                     size.sum(),
                     largest.sum(),
@@ -272,4 +272,6 @@ class WeightMetrics:
 
 def _stacked(values: Sequence[Tensor | int], like: Tensor) -> Tensor:
     """Returns scalars as one `[k]`; a sum of nothing is the number 0."""
-    return torch.stack([torch.as_tensor(value).to(like) for value in values])
+    # Filled on the device, so that the host waits for no copy.
+    filled = [v if isinstance(v, Tensor) else like.new_full((), v) for v in values]
+    return torch.stack([value.to(like) for value in filled])
