@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,20 +37,30 @@ def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeigh
         exponents = planned_exponents(signals, weighting, given)
     relative = torch.exp(exponents).masked_fill(~active, 0.0)
     weights = base * relative
+    sums = [counts.sum(), base.sum(), weights.sum(), (weights * relative).sum()]
+    return finished(weights, sums, relative.amax(), plan, normalised=given is None)
+
+
+def finished(
+    weights: Tensor, sums: Sequence[Tensor], largest: Tensor, plan: Tensor, *, normalised: bool
+) -> UnitWeights:
+    """Weights and statistics from sums over the set.
+
+    Args:
+        weights: `[n]`, b·v, where v is the relative weight; they may be a part of the set.
+        sums: scalars, over the whole set: its units, Σ b, Σ b·v, and Σ b·v².
+        largest: scalar, the largest v of the whole set.
+        plan: `[5]`, that of the set.
+        normalised: whether the weights are to add up to 1, or to 0 where there are none.
+    """
+    count, whole, total, squares = sums
     tiny = torch.finfo(weights.dtype).tiny
-    total, whole = weights.sum(), base.sum()
-    statistics = [
-        counts.sum(),
-        whole,
-        total,
-        total.square() / (whole * (weights * relative).sum()).clamp(min=tiny),
-        relative.amax() * whole / total.clamp(min=tiny),
-    ]
-    if given is None:
-        weights = weights / total.clamp(min=tiny)
-        # A sum of weights is 1, or 0 where there are none.
-        statistics[2] = total / total.clamp(min=tiny)
-    return UnitWeights(weights, torch.stack(statistics), plan)
+    divisor = total.clamp(min=tiny)
+    ess = total.square() / (whole * squares).clamp(min=tiny)
+    largest = largest * whole / divisor
+    if normalised:
+        weights, total = weights / divisor, total / divisor
+    return UnitWeights(weights, torch.stack([count, whole, total, ess, largest]), plan)
 
 
 def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class ReweightConfig:
             self._refuse_unless_default("moment_decay", f"{flag('scope')} {self.scope}")
         if self.scope == "deferred" or self.unit != "sequence":
             lowest = weighting_at(self, self.warmup_steps).largest_score / LARGEST_EXPONENT
-            if self.temperature < lowest:
+            if self.target_ess is None and self.temperature < lowest:
                 where = f"{flag('scope')} deferred and {flag('unit')} document and token"
                 self._refuse(
                     "temperature",

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.kernels.options import Plan, Statistic, Units, UnitWeights, Weighting
-from megatron_rw.kernels.torch_weights import planned_exponents
+from megatron_rw.kernels.torch_weights import finished, planned_exponents
 from megatron_rw.kernels.weights import weigh_units
 from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums
 
@@ -66,7 +66,7 @@ def weigh_set(
 ) -> WeightedSet:
     """Weights the set that this rank's units are part of. Collective, without a host read.
 
-    One all-reduce for sequences; for documents and tokens two, of 2 numbers and of 5 for each rank,
+    One all-reduce for sequences; for documents and tokens two, of 2 numbers and of 6 for each rank,
     and one more of at most 64 KiB where the plan needs a histogram.
 
     Args:
@@ -109,10 +109,9 @@ def _dealt(units: UnitSet, order: torch.Generator) -> Tensor:
     """Returns the signals of the active units, dealt to random ones of them."""
     active = units.active
     chance = torch.rand(len(active), generator=order, device=active.device)
-    dealt, places = (
-        chance.masked_fill(~active, 2.0).argsort(),
-        (~active).long().argsort(stable=True),
-    )
+    # Both begin with the active units: in a random order, and in that of their places.
+    dealt = chance.masked_fill(~active, 2.0).argsort()
+    places = (~active).long().argsort(stable=True)
     signals = units.signals.clone()
     signals[places] = units.signals[dealt]
     return signals
@@ -146,15 +145,9 @@ def _weigh_in_place(
         every = mine.new_zeros(ranks.size, len(mine))
         every[ranks.rank] = mine
         dist.all_reduce(every, group=ranks.group)
-    count, whole, total, squares, tokens = every[:, :5].sum(dim=0) / copies
-    tiny = torch.finfo(total.dtype).tiny
-    largest = every[:, 5].amax() * whole / total.clamp(min=tiny)
-    ess = total.square() / (whole * squares).clamp(min=tiny)
-    if given is None:
-        weights = weights / total.clamp(min=tiny)
-        total = total / total.clamp(min=tiny)
-    statistics = torch.stack([count, whole, total, ess, largest])
-    return UnitWeights(weights, statistics, plan), tokens
+    *sums, tokens = every[:, :5].sum(dim=0) / copies
+    made = finished(weights, sums, every[:, 5].amax(), plan, normalised=given is None)
+    return made, tokens
 
 
 def _common_plan(
