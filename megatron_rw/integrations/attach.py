@@ -19,7 +19,7 @@ from megatron_rw.integrations import cross_entropy, groups, schedule
 from megatron_rw.integrations.gradients import GradientComparison
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import StepReweighting, check_set_size, ending
-from megatron_rw.reweighting import ReweightConfig, TokenBatch, WeightMetrics
+from megatron_rw.reweighting import ReweightConfig, TokenBatch, WeightMetrics, sample_sums
 from megatron_rw.reweighting.config import flag
 
 # Settings that need what a loss function is not given.
@@ -109,10 +109,7 @@ class AttachedForwardStep:
             from megatron_rw.integrations import checkpoint
 
             patching.apply(checkpoint.patches(self._state, args))
-        ends = ending(config, Namespace() if args is None else args)
-        if args is None and config.until is not None:
-            until = int(config.until)
-            ends = lambda: self._completed >= until  # noqa: E731
+        ends = ending(config, self._iteration, args)
         self._reweighting = StepReweighting(
             config, self._state, self._iteration, self.metrics.add, ends=ends
         )
@@ -163,7 +160,8 @@ class AttachedForwardStep:
             )
         self._check_set_once(output.shape[0])
         signal = cross_entropy.entropy_of(output) if self._config.signal == "entropy" else None
-        batch = TokenBatch(output, mask.view(output.shape), signal=signal)
+        mask = mask.view(output.shape)
+        batch = TokenBatch(output, mask, sample_sums(output, mask), signal)
         loss, divisor = self._reweighting.weigh(batch)
         if self._reweighting.unobserved:
             return loss, divisor, {}

@@ -51,7 +51,8 @@ class StepReweighting:
 
     `config.enabled` must hold. `iteration` returns the completed iterations of the run. `observe`
     is called with every weighted set, on the ranks of the last pipeline stage. `reference` runs
-    before the passes of each step. `ends` says whether weights are uniform again; see `ending`.
+    before the passes of each step whose weights follow a signal. `ends` says whether weights are
+    uniform again; see `ending`.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class StepReweighting:
         # Whether the passes leave no trace: they only score, or are the uniform ones of a
         # comparison.
         self.unobserved = False
+        # Whether the weights of the passes follow no signal.
+        self.uniform = False
         # The latest, if there was one since it was last set to None.
         self.gradients: GradientComparison | None = None
 
@@ -118,16 +121,18 @@ class StepReweighting:
         """Runs the passes of a step, and finalises its gradient."""
         reweighter.begin(step, self.num_microbatches, uniform=self._ends())
         self.unobserved = reweighter.compares
+        self.uniform = reweighter.uniform or reweighter.compares
+        reference = None if self.uniform else self._reference
         # With token counts as divisors, `weigh` needs the step's total from the start.
         counts_first = self._keeps_token_divisor and not reweighter.scores_first
         counts_first = counts_first and self.num_microbatches > 1
         self.running = True
         try:
-            if self._reference is not None or reweighter.scores_first or counts_first:
+            if reference is not None or reweighter.scores_first or counts_first:
                 data = ReplayedData(call["data_iterator"])
-                if self._reference is not None:
+                if reference is not None:
                     replayed = call | {"data_iterator": data.iterators()}
-                    self._reference_losses = self._reference.run(schedule, replayed, step)
+                    self._reference_losses = reference.run(schedule, replayed, step)
                 if counts_first:
                     reweighter.step_tokens = self._count_tokens(data)
                 if reweighter.scores_first:
@@ -228,20 +233,24 @@ class StepReweighting:
         return groups.sum_over_replicas(count) if groups.has_loss() else count
 
 
-def ending(config: ReweightConfig, args: Namespace) -> Callable[[], bool]:
+def ending(
+    config: ReweightConfig, iteration: Callable[[], int], args: Namespace | None
+) -> Callable[[], bool]:
     """Returns what says, in each step, whether --reweight-until has been reached.
 
-    `args` are Megatron's arguments, validated, which hold the iteration and the schedule.
+    `iteration` returns the completed iterations of the run. `args` are Megatron's arguments,
+    validated, which hold the schedule of the learning rate; only `decay` needs them.
     """
 
     def reached() -> bool:
         if config.until != "decay":
-            return config.until is not None and args.curr_iteration >= int(config.until)
+            return config.until is not None and iteration() >= int(config.until)
+        assert args is not None
         if args.train_samples:
             end = args.lr_decay_samples or args.train_samples
             return bool(args.consumed_train_samples >= end - args.lr_wsd_decay_samples)
         end = args.lr_decay_iters or args.train_iters
-        return bool(args.curr_iteration >= end - args.lr_wsd_decay_iters)
+        return bool(iteration() >= end - args.lr_wsd_decay_iters)
 
     return reached
 

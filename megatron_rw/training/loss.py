@@ -62,13 +62,10 @@ class PretrainLoss:
         # Runs the training steps.
         self.reweighting: StepReweighting | None = None
         if settings.reweight.enabled:
+            config, iteration = settings.reweight, lambda: args.curr_iteration
+            ends = ending(config, iteration, args)
             self.reweighting = StepReweighting(
-                settings.reweight,
-                state,
-                lambda: args.curr_iteration,
-                self._sets.append,
-                reference,
-                ending(settings.reweight, args),
+                config, state, iteration, self._sets.append, reference, ends
             )
         # Of the same steps, in a run without reweighting, and of the evaluation.
         self.train_losses = DomainLosses(num_domains)
@@ -192,7 +189,12 @@ class PretrainLoss:
     def _signal(
         self, reweighting: StepReweighting, batch: Batch, token_losses: Tensor
     ) -> Tensor | None:
-        """Returns what weights follow, `[b, s/cp]`, NaN where it is missing; None for the loss."""
+        """Returns what weights follow, `[b, s/cp]`, NaN where it is missing.
+
+        None stands for the loss, and is enough where weights follow no signal.
+        """
+        if reweighting.uniform:
+            return None
         losses = token_losses.detach()
         match self._config.signal:
             case "loss":
