@@ -201,7 +201,7 @@ def _repair_help(parser: ArgumentParser) -> None:
         if action.help:
             try:
                 formatter._expand_help(action)
-            except ValueError:
+            except (ValueError, TypeError):
                 action.help = action.help.replace("%", "%%")
 
 
