@@ -40,10 +40,14 @@ def patches(entropy: bool = False) -> list[Patch]:
     why = "Core chooses among its own implementations inside this method."
     options = CrossEntropyOptions(entropy=entropy)
 
-    def ours(module: Any, labels: Tensor, logits: Tensor) -> Tensor:
-        return _compute_language_model_loss(module, labels, logits, options)
+    def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
+        """Computes `[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits."""
+        target, mask = labels.transpose(0, 1), mask_of(labels)
+        return losses_with_sums(
+            vocab_parallel_cross_entropy(logits, target, self.tp_group, options, loss_mask=mask)
+        )
 
-    return [Patch(LanguageModule, "compute_language_model_loss", ours, why)]
+    return [Patch(LanguageModule, "compute_language_model_loss", compute_language_model_loss, why)]
 
 
 def announce_mask(labels: Tensor, loss_mask: Tensor) -> None:
@@ -82,13 +86,3 @@ def entropy_of(token_losses: Tensor) -> Tensor:
             "call: apply megatron_rw.integrations.cross_entropy.patches(entropy=True)."
         )
     return made
-
-
-def _compute_language_model_loss(
-    module: Any, labels: Tensor, logits: Tensor, options: CrossEntropyOptions
-) -> Tensor:
-    """Computes `[b, s]` losses from `[b, s]` labels and `[s, b, V/tp]` logits, as core does."""
-    target, mask = labels.transpose(0, 1), mask_of(labels)
-    return losses_with_sums(
-        vocab_parallel_cross_entropy(logits, target, module.tp_group, options, loss_mask=mask)
-    )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.cross_entropy import losses_with_sums, mask_of
+from megatron_rw.integrations.logit_scale import STRIDE, LogitScale
 from megatron_rw.kernels import (
     BudgetError,
     CrossEntropy,
@@ -46,12 +47,16 @@ class FusedOutputLayer:
         model(tokens, position_ids, mask, labels=labels, output_processor=processor)
 
     `logits_budget` are the bytes that logits may take, see `kernels.plan_logits`. With `entropy`,
-    `cross_entropy.entropy_of` has those of the predictions.
+    `cross_entropy.entropy_of` has those of the predictions. `logit_scale` is given the losses of
+    scaled logits in an evaluation.
     """
 
-    def __init__(self, logits_budget: int, entropy: bool = False) -> None:
+    def __init__(
+        self, logits_budget: int, entropy: bool = False, logit_scale: LogitScale | None = None
+    ) -> None:
         self._logits_budget = logits_budget
         self._options = CrossEntropyOptions(entropy=entropy)
+        self._logit_scale = logit_scale
 
     def __call__(
         self,
@@ -93,14 +98,28 @@ class FusedOutputLayer:
     def _losses(
         self, layer: Any, labels: Tensor, hidden: Tensor, weight: Tensor | None = None
     ) -> CrossEntropy:
+        weight = layer.weight if weight is None else weight
+        mask = mask_of(labels)
+        if self._logit_scale is not None and not layer.training and mask is not None:
+            some = hidden[::STRIDE]
+            self._logit_scale.add(
+                labels,
+                lambda scale, target: self._made(layer, some * scale, weight, target, None).losses,
+                parts=layer.tp_group.size() if layer.sequence_parallel else 1,
+            )
+        return self._made(layer, hidden, weight, labels.transpose(0, 1), mask)
+
+    def _made(
+        self, layer: Any, hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor | None
+    ) -> CrossEntropy:
         return linear_weighted_cross_entropy(
             hidden,
-            layer.weight if weight is None else weight,
-            labels.transpose(0, 1),
+            weight,
+            target,
             layer.tp_group,
             logits_budget=self._logits_budget,
             options=self._options,
-            loss_mask=mask_of(labels),
+            loss_mask=mask,
             bias=layer.bias,
             sequence_parallel=layer.sequence_parallel,
             gradient_accumulation_fusion=layer.gradient_accumulation_fusion,

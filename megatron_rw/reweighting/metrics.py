@@ -79,6 +79,7 @@ class DomainReport:
     lm_loss: float | None  # Unweighted loss, nats per token; None if no token was seen.
     weight_share: float  # Share of the weight, mean over sets.
     sample_share: float  # Share of the units.
+    weight_ratio: float | None  # Share of the weight over share of the units, if it was seen.
     # Effective sample size within the domain, as a fraction; None if the domain was not seen, and
     # for units that are not gathered.
     ess: float | None
@@ -263,6 +264,7 @@ class WeightMetrics:
                     lm_loss=loss_sum / tokens if tokens > 0 else None,
                     weight_share=weight / sets,
                     sample_share=units / max(size, 1.0),
+                    weight_ratio=weight / sets * size / units if units > 0 else None,
                     ess=domain_ess / units if units > 0 and group is None else None,
                 )
                 for loss_sum, tokens, units, weight, domain_ess in by_domain

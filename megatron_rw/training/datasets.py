@@ -47,10 +47,13 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
     """A Megatron dataset whose samples also hold their domain and their place in the data.
 
     The domains are given by member of a blend, whose samples hold a `dataset_id`. A single dataset
-    counts as one member.
+    counts as one member. Of several validation sets, places count members from `first_member`.
     """
 
-    def __init__(self, dataset: Any, domain_of_member: Sequence[int]) -> None:
+    def __init__(
+        self, dataset: Any, domain_of_member: Sequence[int], first_member: int = 0
+    ) -> None:
+        self.first_member = first_member
         self.dataset = dataset
         self.domain_of_member = tuple(domain_of_member)
         # Of the training dataset, where the settings ask for it.
@@ -67,7 +70,7 @@ class DomainLabelled(torch.utils.data.Dataset[dict[str, Any]]):
         # A blended dataset may load this index only when its first sample is read.
         of_member = getattr(self.dataset, "dataset_sample_index", None)
         within = index if of_member is None else int(of_member[index])
-        place = np.array([index, member, within], dtype=np.int64)
+        place = np.array([index, self.first_member + member, within], dtype=np.int64)
         labels = {DOMAIN_KEY: self.domain_of_member[member], PLACE_KEY: place}
         values = (
             self.token_values.of(self.member(member), member, within) if self.token_values else {}
@@ -108,8 +111,8 @@ class Domains:
         members = self._members[split.value]
         if isinstance(dataset, list):
             return [
-                None if one is None else DomainLabelled(one, [member])
-                for one, member in zip(dataset, members, strict=True)
+                None if one is None else DomainLabelled(one, [member], number)
+                for number, (one, member) in enumerate(zip(dataset, members, strict=True))
             ]
         return DomainLabelled(dataset, members)
 

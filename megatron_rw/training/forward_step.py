@@ -10,6 +10,7 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_timers
 
 from megatron_rw.integrations.cross_entropy import announce_mask
+from megatron_rw.integrations.logit_scale import LogitScale
 from megatron_rw.integrations.output_layer import FusedOutputLayer
 from megatron_rw.integrations.schedule import Schedule
 from megatron_rw.training.batch import BatchReader
@@ -33,6 +34,7 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         read_batch: BatchReader,
         loss: Loss,
         callbacks: Sequence[Callback],
+        logit_scale: LogitScale | None = None,
     ) -> None:
         self._args = settings.megatron
         self._read_batch = read_batch
@@ -42,7 +44,7 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         budget = settings.kernels.logits_budget
         if budget is not None:
             self._model_options["output_processor"] = FusedOutputLayer(
-                budget, settings.wants_entropy
+                budget, settings.wants_entropy, logit_scale
             )
 
     def __call__(
@@ -67,10 +69,9 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
         for callback in self._callbacks:
             callback.before_forward()
 
-        if batch.labels is not None and batch.loss_mask is not None and batch.packed is None:
+        if batch.labels is not None and batch.loss_mask is not None:
             # The mask travels as an attribute of the labels, because core passes no mask to its
-            # cross-entropy. A packed micro-batch is one row of several samples, which our kernels
-            # cannot sum by sample; the loss does it then.
+            # cross-entropy.
             announce_mask(batch.labels, batch.loss_mask)
         loss = functools.partial(self._loss, batch, model=model, training=model.training)
         inputs = (batch.tokens, batch.position_ids, batch.attention_mask)

@@ -74,8 +74,8 @@ class Job:
         # Megatron then calls it on every rank.
         self.datasets_provider.is_distributed = True  # type: ignore[attr-defined]
         read_batch = BatchReader(args, len(domains), settings.reweight)
-        self.forward_step = ForwardStep(settings, read_batch, loss, callbacks)
-        self.patches = patches(settings, loop, state, guard, save_guard, second)
+        self.forward_step = ForwardStep(settings, read_batch, loss, callbacks, loss.logit_scale)
+        self.patches = patches(settings, loop, state, guard, save_guard, second, loss.logit_scale)
 
 
 def _reporter(settings: Settings, domains: Domains) -> Reporter | None:

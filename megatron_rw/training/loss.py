@@ -11,6 +11,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
 from megatron_rw.integrations.cross_entropy import entropy_of, sums_of
+from megatron_rw.integrations.logit_scale import LogitScale
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.integrations.step import ReferencePass, StepReweighting, ending
 from megatron_rw.kernels.options import Statistic
@@ -25,6 +26,7 @@ from megatron_rw.reweighting import (
 )
 from megatron_rw.reweighting.weighed_units import WeighedUnits
 from megatron_rw.training.batch import Batch
+from megatron_rw.training.sample_progress import SampleProgress
 from megatron_rw.training.settings import Settings
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -70,6 +72,10 @@ class PretrainLoss:
         # Of the same steps, in a run without reweighting, and of the evaluation.
         self.train_losses = DomainLosses(num_domains)
         self.valid_losses = DomainLosses(num_domains)
+        # Of the evaluation, where they are asked for.
+        monitoring = settings.monitoring
+        self.logit_scale = LogitScale() if monitoring.log_logit_scale else None
+        self.progress = SampleProgress() if monitoring.log_validation_progress else None
 
     def begin_step(self) -> None:
         """Begins a step, and forgets what an earlier one has left."""
@@ -139,6 +145,8 @@ class PretrainLoss:
             self._note(batch, sums)
         else:
             self.valid_losses.add(*sums, batch.domain)
+            if self.progress is not None:
+                self.progress.note(sums, self._places(batch))
         return result
 
     def _weighted(
@@ -210,9 +218,12 @@ class PretrainLoss:
         return reference - losses if self._config.signal == "progress" else losses - reference
 
     def _note(self, batch: Batch, sums: SampleSums) -> None:
+        self._samples.note(sums, batch.domain, self._places(batch))
+
+    def _places(self, batch: Batch) -> Tensor | None:
         # Context parallelism cuts a packed row without regard to its samples.
         cut = batch.packed is not None and self._args.context_parallel_size > 1
-        self._samples.note(sums, batch.domain, None if cut else batch.places)
+        return None if cut else batch.places
 
     @functools.cached_property
     def _distillation(self) -> Callable[..., LossResult]:

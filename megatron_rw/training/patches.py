@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import training
 
 from megatron_rw.integrations import checkpoint, cross_entropy, schedule
+from megatron_rw.integrations.logit_scale import LogitScale
 from megatron_rw.integrations.state import ReweightState
 from megatron_rw.patching import Around, Patch
 from megatron_rw.resilience import atomic_index, exit_status, safe_pickle, writer
@@ -38,6 +39,7 @@ def patches(
     guard: StepGuard | None,
     save_guard: SaveGuard | None,
     second: SecondModel | None,
+    logit_scale: LogitScale | None,
 ) -> list[Patch]:
     """Returns the other patches: what a run with these settings replaces.
 
@@ -49,6 +51,8 @@ def patches(
         *_loop_patches(loop),
         *schedule.patches(),
         *(cross_entropy.patches(settings.wants_entropy) if fused else ()),
+        # Around the cross-entropy that is in use.
+        *(logit_scale.patches() if logit_scale is not None else ()),
         *checkpoint.patches(state, settings.megatron),
         *(second.patches() if second is not None else ()),
         *(guard.patches() if guard is not None else ()),

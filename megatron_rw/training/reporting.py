@@ -99,6 +99,8 @@ class Reporter:
             if domain.lm_loss is not None:
                 values[f"lm loss {name}"] = domain.lm_loss
             values[f"weight {name}"] = domain.weight_share
+            if domain.weight_ratio is not None:
+                values[f"weight ratio {name}"] = domain.weight_ratio
         return values
 
     def weights_record(self, report: ReweightReport) -> dict[str, object]:

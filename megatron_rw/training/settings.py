@@ -87,7 +87,7 @@ class Settings:
     def uses_kernels(self) -> bool:
         """Whether weights or losses are computed by our kernels."""
         ours = self.kernels.cross_entropy_impl == "fused" or self.kernels.fused_linear_cross_entropy
-        return ours or self.reweight.enabled
+        return ours or self.reweight.enabled or self.monitoring.log_logit_scale
 
     @property
     def wants_entropy(self) -> bool:

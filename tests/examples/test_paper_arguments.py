@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from examples.paper.estimate import FOLDER, HEADER, RECIPES, Recipe, flags_of, row
 from megatron_rw.errors import UserError
@@ -78,3 +80,18 @@ def test_device_may_stand_in_the_file(tmp_path: Path) -> None:
     file.write_text("# a comment\n--device tpu  # another\n")
     with pytest.raises(UserError, match="choose one of"):
         select_device([f"@{file}"])
+
+
+def test_mixtures_are_blends_of_megatrons() -> None:
+    paths = sorted(FOLDER.glob("*.blend"))
+    assert [path.stem for path in paths] == ["slimpajama-doge", "slimpajama-doremi"]
+    for path in paths:
+        args = dict.fromkeys(("data_path", "train_data_path", "valid_data_path", "test_data_path"))
+        files = {"data_args_path": str(path), "per_split_data_args_path": None}
+        (prefixes, weights), _ = get_blend_and_blend_per_split(Namespace(**args, **files))
+        assert sum(weights) == pytest.approx(1, abs=1e-4)
+        # The authors' code exchanges these two.
+        by_domain = dict(zip(prefixes, weights, strict=True))
+        c4, cc = (by_domain[f"PREFIX/{name}_text_document"] for name in ("c4", "common_crawl"))
+        assert c4 > cc
+        assert len(by_domain) == 7

@@ -70,6 +70,8 @@ def test_several_validation_sets_are_labelled_one_by_one() -> None:
 
     code, law = domains.label([Single(), Single()], Split.valid)
     assert (code[0]["domain"], law[0]["domain"]) == (1, 2)
+    # Their samples are not taken for each other.
+    assert [list(one[0]["place"]) for one in (code, law)] == [[0, 0, 0], [0, 1, 0]]
     assert code.split is Split.valid
 
 

@@ -79,6 +79,7 @@ def test_a_name_that_is_gone_is_an_error() -> None:
 def table() -> list[Patch]:
     """All patches that any run may apply."""
     from megatron_rw.integrations import schedule
+    from megatron_rw.integrations.logit_scale import LogitScale
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.resilience.saving import CheckpointConfig, SaveGuard
     from megatron_rw.resilience.step_guard import NonFiniteConfig, StepGuard
@@ -105,6 +106,7 @@ def table() -> list[Patch]:
             StepGuard(NonFiniteConfig(), StepSamples([]), False),
             SaveGuard("folder", CheckpointConfig(), True, print),
             SecondModel(settings, []),
+            LogitScale(),
         ),
         *schedule.forward_only_patches(),
     ]

@@ -39,8 +39,9 @@ def test_log_line_names_everything_in_order(run: Run) -> None:
     line = next(line for line in run.log_lines() if re.match(r" iteration +4/", line))
     names = [part.split(":")[0].strip() for part in line.split("|")]
     start = names.index("lm loss")
-    ours = "weighted loss|ess|max weight|temperature|lm loss easy|weight easy|lm loss noise"
-    assert names[start + 1 : start + 9] == [*ours.split("|"), "weight noise"]
+    ours = "weighted loss|ess|max weight|temperature|lm loss easy|weight easy"
+    noise = "weight ratio easy|lm loss noise|weight noise|weight ratio noise"
+    assert names[start + 1 : start + 11] == f"{ours}|{noise}".split("|")
     logged = run.train_metrics()[-1]
     assert f"| ess: {logged['reweight']['ess']:.6E} |" in line
     assert f"| temperature: {0.4:.6E} |" in line
@@ -59,7 +60,11 @@ def test_metrics_file_has_one_record_per_logged_step(run: Run) -> None:
     assert record["learning_rate"] == 0.01
     assert record["grad_norm"] > 0
     assert record["reweight"]["set_size"] == SET_SIZE
-    shares = [d["weight_share"] for d in record["reweight"]["domains"].values()]
+    domains = record["reweight"]["domains"].values()
+    for domain in domains:
+        ratio = domain["weight_share"] / domain["sample_share"]
+        assert domain["weight_ratio"] == pytest.approx(ratio, rel=1e-6)
+    shares = [d["weight_share"] for d in domains]
     assert math.fsum(shares) == pytest.approx(1, rel=1e-5)
 
 
@@ -115,7 +120,7 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[dict[str, float], int]] = []
     wandb = SimpleNamespace(log=lambda values, step: logged.append((values, step)))
     monkeypatch.setattr(reporting, "get_wandb_writer", lambda: wandb)
-    domains = [DomainReport(1.0, 0.4, 0.5, 0.9), DomainReport(None, 0.0, 0.5, None)]
+    domains = [DomainReport(1.0, 0.4, 0.5, 0.8, 0.9), DomainReport(None, 0.0, 0.5, 0.0, None)]
     report = ReweightReport(2.0, 0.8, 0.1, 1.6, 0.25, 0.1, 16.0, 0.4, 0, None, 0.5, 4.0, domains)
     reporter = reporting.Reporter(["a", "b"])
     reporter.write_scalars(reporter.weights_scalars(report), 7)
@@ -125,6 +130,7 @@ def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["reweight/share of sets above 2"] == 0.25
     assert values["reweight/share of samples beyond the range"] == 0.1
     assert values["domain weight share/a"] == 0.4
+    assert values["domain weight ratio/a"] == 0.8
     assert "domain lm loss/b" not in values
 
 

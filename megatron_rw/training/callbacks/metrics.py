@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_timers, print_rank_last
 
@@ -105,11 +107,19 @@ class MetricsCallback(Callback):
             return
         group = mpu.get_data_parallel_group(with_context_parallel=True)
         losses = self._loss.valid_losses.read(group)
+        split = "test" if "test set" in call["prefix"] else "validation"
+        found = self._diagnose(split, group)
         if self._reporter is None:
             return
-        split = "test" if "test set" in call["prefix"] else "validation"
         iteration = call["iteration"]
-        record: dict[str, object] = {"lm_loss": losses.overall}
+        record: dict[str, object] = {"lm_loss": losses.overall, **found}
+        if found:
+            values = {name.replace("_", " "): value for name, value in _flat(found).items()}
+            text = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
+            print_rank_last(f" {split} diagnostics at iteration {iteration} | {text} |")
+            if call["write_to_tensorboard"]:
+                scalars = {f"{split} diagnostics/{name}": value for name, value in values.items()}
+                self._reporter.write_scalars(scalars, iteration)
         if seen := self._reporter.seen(losses):
             record["domains"] = {name: {"lm_loss": loss} for name, loss in seen}
             text = " | ".join(f"{name}: {loss:.6E}" for name, loss in seen)
@@ -118,6 +128,18 @@ class MetricsCallback(Callback):
                 scalars = {f"domain {split} lm loss/{name}": loss for name, loss in seen}
                 self._reporter.write_scalars(scalars, iteration)
         self._reporter.write(split, iteration, record)
+
+    def _diagnose(self, split: str, group: dist.ProcessGroup) -> dict[str, Any]:
+        """Returns what the evaluation's diagnostics have found, by name. Collective."""
+        loss, found = self._loss, {}
+        if loss.logit_scale is not None and (scale := loss.logit_scale.read(group)) is not None:
+            found = dataclasses.asdict(scale)
+        if loss.progress is not None:
+            if split == "test":
+                loss.progress.forget()
+            elif (progress := loss.progress.read()) is not None:
+                found |= {f"progress_{name}": value for name, value in vars(progress).items()}
+        return found
 
     def on_saved(self, iteration: int) -> None:
         """Tells Prometheus of the checkpoint."""
@@ -151,6 +173,15 @@ class MetricsCallback(Callback):
             totals.setdefault(key, torch.zeros(1, device=torch.cuda.current_device()))
         for name, value in line.items():
             totals[name] = torch.tensor([value * divisor])
+
+
+def _flat(found: Mapping[str, Any]) -> dict[str, float]:
+    """Gives each number of a list a name of its own, counted from 1."""
+    return {
+        f"{name} {number}" if isinstance(value, list) else name: each
+        for name, value in found.items()
+        for number, each in enumerate(value if isinstance(value, list) else [value], start=1)
+    }
 
 
 def _leave_out_if_all_skipped(log: LogEvent) -> None:

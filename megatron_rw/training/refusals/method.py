@@ -38,7 +38,8 @@ def check_backend(settings: Settings) -> None:
         if not settings.uses_kernels:
             raise UserError(
                 f"--reweight-kernels {chosen} has nothing to act on: add --reweight-strategy, "
-                "--fused-linear-cross-entropy or --cross-entropy-impl fused, or drop the flag."
+                "--fused-linear-cross-entropy, --log-logit-scale or --cross-entropy-impl fused, or "
+                "drop the flag."
             )
         use_backend(chosen)
     try:
