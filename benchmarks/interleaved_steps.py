@@ -1,9 +1,9 @@
 """Training steps of several kinds, taking turns in one run of the real program.
 
-What a step does is switched from step to step, through orders that repeat none before all were
-used, so that drift of the machine and after-effects of a step hit all alike; everything else stays
-the same. On the CPU each rank keeps to one core. A step lasts from one call of Megatron's
-`train_step` to the next and so includes the logging.
+What a step does is switched from step to step, in a random order in each block of all kinds, so
+that drift of the machine and after-effects of a step hit all alike; everything else stays the same.
+On the CPU each rank keeps to one core. A step lasts from one call of Megatron's `train_step` to the
+next and so includes the logging.
 """
 
 from __future__ import annotations
@@ -32,26 +32,45 @@ SKIPPED_BLOCKS = 4
 # Of the logits of `layer`; a quarter of those of end_to_end.py.
 LAYER_BUDGET = 1 << 30
 PROGRESS_SECONDS = 5
+# What a variant sets beyond the paper, by its name. The run is given the snapshots and the static
+# weights, of which each variant takes what it names.
+CHOICES: dict[str, dict[str, Any]] = {
+    "": {},
+    "token-normalizer": {"normalizer": "token"},
+    "document": {"unit": "document"},
+    "token": {"unit": "token"},
+    "entropy": {"signal": "entropy"},
+    "softmax": {"strategy": "softmax"},
+    "topk-token": {"strategy": "topk", "top_share": 0.6, "unit": "token"},
+    "target-ess": {"target_ess": 0.8},
+    "capped-token": {"max_weight": 2.0, "range": "quantile", "unit": "token"},
+    "quantile": {"range": "quantile"},
+    "sample-weights": {"sample_weights": "given"},
+    "progress": {"signal": "progress", "snapshot_interval": 1000},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What a step does: SCOPE of reweighting, or `none`, and whose cross-entropy.
+    """What a step does: SCOPE of reweighting, or `none`, a choice, and whose cross-entropy.
 
     Attributes:
         scope: as in --reweight-scope, or `none`.
+        choice: of `CHOICES`.
         cross_entropy: `core`, `fused` (ours), `torch` (torch's own, without tensor parallelism) or
             `layer` (ours, in one operation with the output layer).
     """
 
     scope: str
+    choice: str
     cross_entropy: str
 
     @staticmethod
     def named(name: str) -> Variant:
-        """`SCOPE`, with core's, or `SCOPE+CROSS_ENTROPY`."""
-        scope, _, cross_entropy = name.partition("+")
-        return Variant(scope, cross_entropy or "core")
+        """`SCOPE[:CHOICE]`, with core's, or `SCOPE[:CHOICE]+CROSS_ENTROPY`."""
+        setting, _, cross_entropy = name.partition("+")
+        scope, _, choice = setting.partition(":")
+        return Variant(scope, choice, cross_entropy or "core")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +110,14 @@ class Job:
 
 
 def variant(step: int, variants: tuple[str, ...]) -> str:
-    """What a step does: blocks of all variants, in all orders in turn."""
-    orders = _orders(variants)
+    """What a step does: blocks of all variants, each in an order of its own."""
     block, position = divmod(step, len(variants))
-    return orders[block % len(orders)][position]
+    return _order(block, variants)[position]
 
 
 @functools.cache
-def _orders(variants: tuple[str, ...]) -> list[tuple[str, ...]]:
-    orders = list(itertools.permutations(variants))
-    # In no order of their own, for a run that does not get through them.
-    random.Random(0).shuffle(orders)
-    return orders
+def _order(block: int, variants: tuple[str, ...]) -> list[str]:
+    return random.Random(block).sample(variants, len(variants))
 
 
 def torch_loss(module: Any, labels: Any, logits: Any) -> Any:
@@ -133,38 +148,58 @@ def worker() -> None:
     from megatron_rw.integrations.output_layer import FusedOutputLayer
     from megatron_rw.integrations.state import ReweightState
     from megatron_rw.integrations.step import StepReweighting
+    from megatron_rw.reweighting import ReweightConfig, WeightMetrics
     from megatron_rw.training import forward_step, loss
     from megatron_rw.training.settings import Settings
+    from megatron_rw.training.token_values import WEIGHTS_KEY, TokenValues
 
     losses = {"core": LanguageModule.compute_language_model_loss, "torch": torch_loss}
-    by_scope: dict[str, StepReweighting | None] = {"none": None}
+    # By variant.
+    steps: dict[str, StepReweighting] = {}
+    metrics: dict[str, Any] = {}
     switched: list[loss.PretrainLoss] = []
     original_init = loss.PretrainLoss.__init__
 
     def init(self: loss.PretrainLoss, settings: Settings, *rest: Any) -> None:
         original_init(self, settings, *rest)
         switched.append(self)
-        args, config = settings.megatron, settings.reweight
-        for scope in {Variant.named(name).scope for name in job.variants} - {"none"}:
-            scoped = dataclasses.replace(config, scope=cast(Any, scope))
-            by_scope[scope] = StepReweighting(
-                scoped,
-                ReweightState(scoped),
+        args, base = settings.megatron, settings.reweight
+        for name in job.variants:
+            chosen = Variant.named(name)
+            metrics[name] = WeightMetrics(self.weight_metrics.num_domains)
+            if chosen.scope == "none":
+                continue
+            plain = {"signal": "loss", "snapshot_interval": None, "sample_weights": None}
+            set_ = plain | CHOICES[chosen.choice] | {"scope": chosen.scope}
+            config = dataclasses.replace(base, **cast(Any, set_))
+            steps[name] = StepReweighting(
+                config,
+                ReweightState(config),
                 lambda: int(args.curr_iteration),
-                self.weight_metrics.add,
+                self._sets.append,
+                rest[-1] if config.signal == "progress" else None,
             )
 
     loss.PretrainLoss.__init__ = init  # type: ignore[method-assign, assignment]
     # What the forward step gives to the model besides a batch.
     model_options: dict[str, Any] = {}
     original_forward_init = forward_step.ForwardStep.__init__
+    readers: list[Any] = []
 
-    def forward_init(self: forward_step.ForwardStep, *args: Any) -> None:
-        original_forward_init(self, *args)
+    def forward_init(self: forward_step.ForwardStep, settings: Any, reader: Any, *a: Any) -> None:
+        original_forward_init(self, settings, reader, *a)
         self._model_options = model_options
+        readers.append(reader)
 
     forward_step.ForwardStep.__init__ = forward_init  # type: ignore[method-assign, assignment]
     fused_layer = FusedOutputLayer(LAYER_BUDGET)
+    # The data loader reads a step's samples within it (--num-workers 0), with these or without.
+    original_values = TokenValues.of
+
+    def values(self: TokenValues, *sample: Any) -> Any:
+        return original_values(self, *sample) if readers[0]._value_keys else {}
+
+    TokenValues.of = values  # type: ignore[method-assign, assignment]
 
     on_gpu = job.device == "cuda"
     starts: list[float] = []
@@ -174,14 +209,20 @@ def worker() -> None:
     # Under its signature: the program asks for arguments by name.
     @functools.wraps(original_step)
     def timed_step(*args: Any, **kwargs: Any) -> Any:
-        chosen = Variant.named(variant(len(starts), job.variants))
-        [pretrain_loss] = switched
-        pretrain_loss.reweighting = by_scope[chosen.scope]
+        name = variant(len(starts), job.variants)
+        chosen = Variant.named(name)
+        [pretrain_loss], [reader] = switched, readers
+        pretrain_loss.reweighting = steps.get(name)
+        pretrain_loss.weight_metrics = metrics[name]
+        config = steps[name]._config if name in steps else ReweightConfig()
+        pretrain_loss._config = config
+        reader._with_documents = config.unit == "document"
+        reader._value_keys = [WEIGHTS_KEY] if config.sample_weights else []
         LanguageModule.compute_language_model_loss = losses.get(
             chosen.cross_entropy, losses["core"]
         )
         if chosen.cross_entropy == "fused":
-            [ours] = cross_entropy.patches()
+            [ours] = cross_entropy.patches(entropy=config.signal == "entropy")
             LanguageModule.compute_language_model_loss = ours.new
         model_options.clear()
         if chosen.cross_entropy == "layer":
