@@ -101,6 +101,9 @@ class ReweightConfig:
     """Control experiments. permute: deal the same weights to random samples of the set, which costs
     the same effective sample size. random-drop: let topk keep a random share."""
 
+    control_seed: int = 0
+    """Seed of the random numbers of --reweight-control, beside the step."""
+
     delta: float = 1.0
     """Half-width of the interval [-delta, delta] that the signals of a set are scaled to."""
 
@@ -158,7 +161,8 @@ class ReweightConfig:
             self._refuse("delta", "give a finite number above 0")
         if not (math.isfinite(self.temperature) and self.temperature > LEAST_TEMPERATURE):
             self._refuse("temperature", f"give a finite number above {LEAST_TEMPERATURE:g}")
-        for name in ("warmup_steps", "log_samples", "gradient_interval", "dump_samples"):
+        counts = ("warmup_steps", "log_samples", "gradient_interval", "dump_samples")
+        for name in (*counts, "control_seed"):
             if getattr(self, name) < 0:
                 self._refuse(name, "give 0 or more")
         for name in ("top_share", "target_ess"):
@@ -205,6 +209,8 @@ class ReweightConfig:
         if self.strategy == "uniform":
             for name in ("signal", "control", "until"):
                 self._refuse_unless_default(name, f"{flag('strategy')} uniform")
+        if self.control == "none":
+            self._refuse_unless_default("control_seed", f"{flag('control')} none")
         if self.control == "random-drop":
             if self.strategy != "topk":
                 self._refuse("control", f"it drops what {flag('strategy')} topk would: add that")

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import override
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -119,8 +120,9 @@ class Reweighter(abc.ABC):
 
     def _chance(self, device: torch.device, rank: int) -> torch.Generator:
         """Returns random numbers of this step's next micro-batch, the same when it is repeated."""
-        seed = (self._step << 32) + (self._drawn << 16) + rank
-        return torch.Generator(device).manual_seed(seed)
+        # Mixed, because generators of the CPU take 32 bits of a seed only.
+        seed = np.random.SeedSequence([self.config.control_seed, self._step, self._drawn, rank])
+        return torch.Generator(device).manual_seed(int(seed.generate_state(1)[0]))
 
     def _weigh_set(self, sums: UnitSums) -> WeightedSet:
         """Weights the set that this rank's units are part of. Collective."""

@@ -189,8 +189,12 @@ def announce(settings: Settings, domain_names: Sequence[str]) -> None:
         print_rank_0(f"> cross-entropy: {kernels.cross_entropy_impl}; kernels: {backend}")
     values = "off (--reweight-strategy none)"
     if config.enabled:
-        chosen = dataclasses.asdict(config).items()
-        values = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen)
+        always = ("strategy", "delta", "temperature", "scope")
+        values = ", ".join(
+            f"{field.name.replace('_', ' ')} {getattr(config, field.name)}"
+            for field in dataclasses.fields(config)
+            if field.name in always or getattr(config, field.name) != field.default
+        )
     print_rank_0(f"> sample reweighting: {values}")
 
 

@@ -22,7 +22,7 @@ from megatron_rw.reweighting import (
 
 def make(scope: Any, **settings: Any) -> tuple[Reweighter, list[WeightedSet]]:
     seen: list[WeightedSet] = []
-    config = ReweightConfig(strategy="linupper", scope=scope, **settings)
+    config = ReweightConfig(**{"strategy": "linupper", "scope": scope, **settings})
     return make_reweighter(config, observe=seen.append), seen
 
 
@@ -113,3 +113,20 @@ def test_only_global_takes_scores() -> None:
     reweighter.begin(0, 2)
     with pytest.raises(RuntimeError, match="deferred needs no scores"):
         reweighter.score(batch(1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "control", [{"control": "permute"}, {"control": "random-drop", "top_share": 0.5}]
+)
+def test_chance_follows_seed_and_step(control: dict[str, Any]) -> None:
+    """A step that is run again has the same chance."""
+
+    def weights(seed: int, step: int) -> tuple[float, ...]:
+        strategy = "topk" if "top_share" in control else "softmax"
+        reweighter, seen = make("microbatch", strategy=strategy, control_seed=seed, **control)
+        reweighter.begin(step)
+        reweighter.weigh(batch(*(float(number) for number in range(16))))
+        return tuple(seen[0].weights.tolist())
+
+    assert weights(3, 5) == weights(3, 5)
+    assert len({weights(seed, step) for seed in (0, 1) for step in range(5)}) == 10

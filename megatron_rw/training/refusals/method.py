@@ -115,10 +115,11 @@ def check_choices(settings: Settings) -> None:
             f"--reweight-until decay is for a rate that is constant first: add --lr-decay-style "
             f"WSD (it is {args.lr_decay_style}), or give the iteration."
         )
-    if config.dump_samples and config.unit != "sequence" and args.context_parallel_size > 1:
+    cut = config.unit != "sequence" or args.dataloader_inter_document_masking
+    if config.dump_samples and cut and args.context_parallel_size > 1:
         raise UserError(
-            f"--reweight-dump-samples with --reweight-unit {config.unit} and context parallelism "
-            "cannot tell where in a sequence a unit begins: drop one of the three."
+            "--reweight-dump-samples and context parallelism cannot tell where a unit is from with "
+            "--reweight-unit document and token and --dataloader-inter-document-masking: drop one."
         )
 
 

@@ -95,7 +95,7 @@ def _check_scores(args: Namespace, folder: Path, prefixes: Sequence[str]) -> Non
         name = os.path.basename(prefix)
         # Data in object storage has no fingerprint.
         here = args.data_fingerprints.get(os.path.abspath(prefix))
-        facts = record["datasets"].get(name)
+        facts = record.get("datasets", {}).get(name)
         if facts is None:
             raise UserError(f"{where}: has no losses of {name}: {_AGAIN}.")
         if facts["fingerprint"] != here:
