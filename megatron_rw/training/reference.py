@@ -40,8 +40,10 @@ from megatron_rw.training.settings import Settings
 
 # Arguments that say how a model is computed and not what, beside Megatron's ModelParallelConfig.
 _HOW = re.compile(
-    "backend|cp_comm_type|cuda_graph|dispatcher|distribute_saved|flash|fp4|fp8|fusion|_impl$|"
-    "offload|persist|precision|recompute|use_transformer_engine_op_fuser"
+    "backend|batch_invariant|clone_scatter|cp_comm_type|cuda_graph|deepep|dispatcher|"
+    "distribute_saved|flash|fp4|fp8|fused|fusion|grouped|hybridep|_impl$|inference|kitchen|"
+    "mem_eff|memory_efficient|ncclep|offload|overlap|persist|precision|recompute|stash|"
+    "symmetric_ar|use_te_|use_transformer_engine_op_fuser"
 )
 # Its layers are spread evenly over the stages, and it predicts one token.
 _EVENLY: dict[str, Any] = {
