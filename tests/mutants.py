@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,7 +274,12 @@ MUTANTS = {
         choice("one process"),
         DEFERRED,
         "begin",
-        result(lambda _, self, *a, **k: setattr(self, "_used", self._used * 1.01)),
+        result(moved),
+    ),
+    "controls: the same chance in every step": Mutant(
+        "tests/reweighting/test_scopes.py::test_chance_follows_seed_and_step",
+        *("reweighting.scopes:Reweighter", "_chance"),
+        lambda chance: lambda self, *a: chance(SimpleNamespace(**vars(self) | {"_step": 0}), *a),
     ),
     "cross-entropy: sums of the samples without their mask": Mutant(
         "tests/kernels/test_cross_entropy.py"
