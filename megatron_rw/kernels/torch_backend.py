@@ -44,15 +44,18 @@ class TorchBackend:
             if options.label_smoothing:
                 rows.append(z.sum(dim=-1))
             if options.entropy:
-                rows.append(torch.special.entr(p).sum(dim=-1))
+                # It may overwrite what was read, which was needed until here.
+                below = torch.sub(z, rows[0].unsqueeze(-1), out=scratch.space(z, 0))
+                # 0·(−inf) is NaN, and e^(−200) of nothing is nothing.
+                rows.append(torch.linalg.vecdot(p, below.clamp_(min=-200.0)))
             found.append(rows)
         table = torch.stack([torch.cat(row) for row in zip(*found, strict=True)])
         # A row of −inf has no softmax.
         total = table[SUM_EXP].masked_fill_(table[MAX] == -torch.inf, 0.0)
         table[TARGET].masked_fill_(~here.flatten(), 0.0)
         if options.entropy:
-            # Of the shard's own p, H = log S − Σ exp(z − m)·(z − m)/S with S = Σ exp(z − m).
-            table[-1] = torch.where(total > 0, total * (torch.log(total) - table[-1]), 0.0)
+            # Σ exp(z − m)·(z − m), of the shard's own probabilities exp(z − m)/total.
+            table[-1] = torch.where(total > 0, total * table[-1], 0.0)
         return table.view(options.rows, *target.shape)
 
     def combine(

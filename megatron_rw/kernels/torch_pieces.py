@@ -66,9 +66,9 @@ class Scratch:
             return piece
         return cap(self._single[0][: len(piece)].copy_(piece), options)
 
-    def space(self, z: Tensor) -> Tensor:
-        """As large as `z`."""
-        return self._single[1][: len(z)]
+    def space(self, z: Tensor, number: int = 1) -> Tensor:
+        """As large as `z`; number 0 is what `read` returns, where that is a copy."""
+        return self._single[number][: len(z)]
 
 
 def cut_pieces(logits: Tensor, *others: Tensor) -> list[list[Tensor]]:

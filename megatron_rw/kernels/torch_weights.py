@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,8 +17,8 @@ from megatron_rw.kernels.options import (
     Weighting,
 )
 
-# A search tries this many places at once, so often; 16^-12 of the interval is beyond fp64.
-_PLACES, _ROUNDS = 15, 12
+# A search tries this many places at once, so often; 4^-26 of the interval is fp64's precision.
+_PLACES, _ROUNDS = 3, 26
 
 
 def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeights:
@@ -209,14 +210,17 @@ def _temperature_for(target: float, gaps: Tensor, base: Tensor) -> Tensor:
 
 def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
     """The largest l ≤ 0 with e^l·Σb ≤ c·Σ b·min(w, e^l), w = exp(exponent)."""
-    lowest, whole = exponents.amin(), base.sum()
-
-    def fits(above: Tensor) -> Tensor:
-        cap = lowest + above
-        relative = torch.exp(torch.minimum(exponents, cap[:, None]) - cap[:, None])
-        return whole <= most * (relative @ base)
-
-    return lowest + _largest(fits, -lowest)
+    ordered, order = exponents.sort(descending=True)
+    base = base[order]
+    capped = base.cumsum(0)
+    # Logarithms of Σ b·w of each unit and those after it.
+    rest = (ordered + base.log()).flip(0).logcumsumexp(0).flip(0)
+    after = torch.cat([rest[1:], rest.new_full((1,), -torch.inf)])
+    # With the level of a unit; true of the lowest. The sum is that of equal weights.
+    fits = most * (capped + torch.exp(after - ordered)) >= capped[-1]
+    first = fits.long().argmax(keepdim=True)
+    level = math.log(most) + rest[first] - torch.log(capped[-1] - most * capped[first - 1])
+    return torch.where(first > 0, level, 0.0).squeeze(0)
 
 
 def _largest(holds: Callable[[Tensor], Tensor], end: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ def _common_plan(
     if signals.is_cuda:
         # Sums of multiples of 2^-20 do not depend on the order in which a GPU adds them.
         counted = (counted * 2**20).round() / 2**20
-    table = counted.new_zeros(2, BINS).index_add_(1, bins, counted)
+    table = counted.new_zeros(2, BINS).scatter_add_(1, bins.expand(2, -1), counted)
     if ranks.group is not None:
         dist.all_reduce(table, group=ranks.group)
     counts, mass = (table / copies).to(signals.dtype)
