@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +24,25 @@ COUNTED = (
     "all_gather_into_tensor",
     "reduce_scatter_tensor",
 )
+
+# A set's collectives, without those of `over_shards`: bytes of each, from those of all its
+# sequences or from the ranks.
+ENDS, HISTOGRAM = 8, 2 * 4096 * 8
+CHOICES: dict[str, Callable[[int, int], list[int]]] = {
+    "sequence excess token extremes microbatch range=quantile": lambda n, ranks: [20 * n],
+    "sequence loss token quadratic global max_weight=1.3 sample_weights=given": (
+        lambda n, ranks: [16 * n]
+    ),
+    "token loss sample linupper microbatch": lambda n, ranks: [ENDS, 24 * ranks],
+    "token excess token linupper global max_weight=1.3": (
+        lambda n, ranks: [ENDS, HISTOGRAM, 24 * ranks]
+    ),
+    "token excess sample softmax deferred": lambda n, ranks: [ENDS, 24 * ranks],
+    "document loss sample topk microbatch sample_weights=given": (
+        lambda n, ranks: [ENDS, HISTOGRAM, 24 * ranks]
+    ),
+    "document loss token uniform deferred": lambda n, ranks: [ENDS, 24 * ranks],
+}
 
 
 def counted(traffic: Traffic, name: str, original: Any) -> Any:
@@ -46,11 +66,32 @@ def traffic_by_scope(layout: cases.Layout) -> dict[str, Traffic]:
             forward_step = attach(forward_step, cases.CONFIGS[scope])
         first, second, _ = cases.steps("ragged")
         model.run_step(forward_step, chunks, first)
-        traffic = found[scope] = Counter()
-        with pytest.MonkeyPatch.context() as patch:
-            for name in COUNTED:
-                patch.setattr(dist, name, counted(traffic, name, getattr(dist, name)))
-            model.run_step(forward_step, chunks, second, forward_only=scope == "forward")
+        found[scope] = traffic_of(forward_step, chunks, second, forward_only=scope == "forward")
+    return found
+
+
+def traffic_of(forward_step: Any, chunks: Any, step: Any, forward_only: bool = False) -> Traffic:
+    """Collectives of one step on this rank."""
+    traffic: Traffic = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COUNTED:
+            patch.setattr(dist, name, counted(traffic, name, getattr(dist, name)))
+        model.run_step(forward_step, chunks, step, forward_only=forward_only)
+    return traffic
+
+
+def traffic_by_choice(layout: cases.Layout) -> dict[str, Traffic]:
+    """As `traffic_by_scope`, of every line of `CHOICES`."""
+    chunks = model.build(layout, torch.float32)
+    first, second, _ = cases.detailed_steps()
+    found = {
+        name: traffic_of(model.forward_step, chunks, second, forward_only=name == "forward")
+        for name in ("none", "forward")
+    }
+    for name in CHOICES:
+        forward_step = model.WeightedForwardStep(cases.CHOICES[name])
+        model.run_step(forward_step, chunks, first)
+        found[name] = traffic_of(forward_step, chunks, second)
     return found
 
 
@@ -79,3 +120,24 @@ def test_each_scope_sends_what_the_docs_say(name: str) -> None:
         wanted["global"] = wanted["global"] + found["forward"]
         for scope, expected in wanted.items():
             assert found[scope] == found["none"] + expected, f"rank {rank}, {scope}"
+
+
+@pytest.mark.parametrize("name", ["DP2", "DP2 CP2 distopt"])
+def test_each_choice_sends_what_the_docs_say(name: str) -> None:
+    layout = cases.Layout(name)
+    shards, sets = layout.size("CP"), cases.MICRO_BATCHES
+    rows = cases.SET_SIZE // layout.size("DP")
+    for found in run_ranks(layout.processes, traffic_by_choice, layout, **layout.sizes):
+        for choice, bytes_of_set in CHOICES.items():
+            config, expected = cases.CHOICES[choice], Counter(found["none"])
+            sequences = cases.SET_SIZE
+            if config.scope == "global":
+                sequences *= sets
+                expected += found["forward"]
+            for size in bytes_of_set(sequences, layout.processes):
+                expected["all_reduce", size] += sets if config.scope == "microbatch" else 1
+            if config.unit == "document" and shards > 1:
+                # Three or four sums for each place that a document can have.
+                sums = 4 if config.sample_weights else 3
+                expected["all_reduce", 4 * sums * rows * cases.SEQUENCE] += sets
+            assert found[choice] == expected, choice
