@@ -33,7 +33,8 @@ def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeigh
     counts = (ones if units.counts is None else units.counts).masked_fill(~active, 0.0)
     # A unit beside the set has a signal of its own that must reach no sum.
     signals = units.signals.masked_fill(~active, 0.0)
-    plan, exponents = _plan(signals, base, counts, active, weighting)
+    for_others = given is not None
+    plan, exponents = _plan(signals, base, counts, active, weighting, for_others=for_others)
     if given is not None:
         exponents = planned_exponents(signals, weighting, given)
     relative = torch.exp(exponents).masked_fill(~active, 0.0)
@@ -94,9 +95,18 @@ def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Te
 
 
 def _plan(
-    signals: Tensor, base: Tensor, counts: Tensor, active: Tensor, weighting: Weighting
+    signals: Tensor,
+    base: Tensor,
+    counts: Tensor,
+    active: Tensor,
+    weighting: Weighting,
+    *,
+    for_others: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The plan of a set, and the exponents that it gives its units, the best one's 0."""
+    """The plan of a set, and the exponents that it gives its units, the best one's 0.
+
+    Exponents of others, by `planned_exponents`, have a lowest temperature.
+    """
     low = signals.masked_fill(~active, torch.inf).amin()
     high = signals.masked_fill(~active, -torch.inf).amax()
     if weighting.range == "quantile":
@@ -114,6 +124,8 @@ def _plan(
     gaps = torch.where(active, best - scores, 0.0)
     if weighting.target_ess is not None:
         temperature = _temperature_for(weighting.target_ess, gaps.double(), base.double()).to(gaps)
+    elif for_others and weighting.strategy == "softmax":
+        temperature = torch.maximum(temperature, (high - low) / LARGEST_EXPONENT)
     exponents = -gaps / temperature
     if weighting.max_weight is not None:
         cap = _cap_for(weighting.max_weight, exponents.double(), base.double()).to(gaps)

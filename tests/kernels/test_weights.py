@@ -47,7 +47,7 @@ def check(result: UnitWeights, units: Units, how: Weighting, plan: Tensor | None
     own: Any = oracle.EMPTY_PLAN
     if members:
         only, _, bases, numbers = zip(*members, strict=True)
-        own = oracle.plan(only, how, bases, numbers)
+        own = oracle.plan(only, how, bases, numbers, for_others=plan is not None)
     assert result.weights.dtype == torch.float32
     assert not result.weights[~torch.tensor(inside, device=DEVICE)].any()
     for found, exactly in zip(result, (wanted, statistics, own), strict=True):
@@ -153,6 +153,13 @@ def test_sums_over_many_units_keep_their_digits(name: Any) -> None:
     found = weigh_units(units, Weighting(strategy="uniform"), backend_name=name).statistics
     wanted = torch.tensor([65536, units.base[0].item() * 65536, 1, 1, 1], device=DEVICE)  # type: ignore[index]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+
+
+def test_the_cap_of_a_plan_goes_by_the_temperature_that_planned_weights_have(name: Any) -> None:
+    units, given = Units(spread_losses(300)), torch.tensor([0.0, 5.0, 1.0, 0.0, -1.0])
+    how = Weighting(strategy="softmax", temperature=0.05, max_weight=2.0)
+    for plan in (given.to(DEVICE), None):
+        check(weigh_units(units, how, plan, backend_name=name), units, how, plan)
 
 
 @pytest.mark.parametrize("most", [None, 1.0])

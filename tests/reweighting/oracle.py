@@ -69,7 +69,11 @@ def ess(relative: Sequence[float], base: Sequence[float]) -> float:
 
 
 def plan(
-    signals: Sequence[float], how: Weighting, base: Sequence[float], counts: Sequence[float]
+    signals: Sequence[float],
+    how: Weighting,
+    base: Sequence[float],
+    counts: Sequence[float],
+    for_others: bool = True,
 ) -> Plan:
     """What a set gives another, or itself; all signals are of the set, and there is one."""
     low, high, r = min(signals), max(signals), float(how.temperature)
@@ -81,6 +85,8 @@ def plan(
         return low, high, r, -smallest_with_share(down, counts, how.top_share), 0.0
     scores = [scored(signal, low, high, how) for signal in signals]
     best, spread = max(scores), max(scores) - min(scores)
+    if for_others and how.strategy == "softmax":
+        r = max(r, (high - low) / LARGEST_EXPONENT)
     if (target := how.target_ess) is not None and spread:
 
         def reaches(sharpness: float) -> bool:
@@ -136,7 +142,7 @@ def weights(
         return [0.0] * len(signals)
     bases = [b for b, used in zip(base, inside, strict=True) if used]
     numbers = [c for c, used in zip(counts, inside, strict=True) if used]
-    used_plan = low, high, r, _, level = plan(members, how, bases, numbers)
+    used_plan = low, high, r, _, level = plan(members, how, bases, numbers, False)
     if how.strategy == "topk":
         relative = [planned(s, how, used_plan) for s in members]
     else:
