@@ -1,7 +1,5 @@
 """Command lines of the tools, made from dataclasses by tyro."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os
@@ -38,8 +36,7 @@ _PLAIN = (
     ),
 )
 
-# A flag's help text is indented by this much in tyro's errors.
-_HELP_INDENT = 8
+_HELP_INDENT = 8  # A flag's help text is indented by this much in tyro's errors.
 
 
 def parse[Config](config: type[Config], argv: Sequence[str] | None, description: str) -> Config:

@@ -1,17 +1,13 @@
 """How an error ends a program: a user's mistake in one line, a bug with its traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 
 USER_ERROR_STATUS = 2
-# What a shell reports of a process that Ctrl-C ended.
-INTERRUPTED_STATUS = 130
-# What a shell reports of a process that wrote to a closed pipe.
-BROKEN_PIPE_STATUS = 141
+INTERRUPTED_STATUS = 130  # What a shell reports of a process that Ctrl-C ended.
+BROKEN_PIPE_STATUS = 141  # What a shell reports of a process that wrote to a closed pipe.
 
 
 class UserError(Exception):

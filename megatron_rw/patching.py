@@ -5,8 +5,6 @@ a `Patch`: what is replaced, by what, and why. `apply` installs a table and `und
 The program's table is `training/patches.py`, the CPU's is `platform/cpu.py`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

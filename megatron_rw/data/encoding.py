@@ -1,7 +1,5 @@
 """From the documents of a chunk to a part: parsed, tokenized, grouped by domain."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -41,10 +39,8 @@ class Encoder:
     """Turns the chunks of tasks into parts, which the store takes.
 
     `dtype` is that of a token id in the parts, and `ending` [0 or 1] the token ids that end every
-    document.
-
-    Raises:
-        UserError: If the tokenizer lacks an end-of-document token that is asked for.
+    document. Raises a `UserError` if the tokenizer lacks an end-of-document token that is asked
+    for.
     """
 
     def __init__(
@@ -73,8 +69,7 @@ class Encoder:
     def __call__(self, task: Task) -> TaskResult:
         """Does a task; every chunk's part is complete before the next chunk is begun.
 
-        Raises:
-            UserError: If the source is damaged.
+        Raises a `UserError` if the source is damaged.
         """
         records = text_bytes = rejects = 0
         for chunk in read(task, self.reading):

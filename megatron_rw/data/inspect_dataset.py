@@ -4,8 +4,6 @@ It reads the index of each dataset, and with `--check` every token as well. The 
 when something is wrong with the data, and 2 when the command line is wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -23,7 +21,6 @@ from megatron_rw.data.indexed.domains import FILE_NAME, InputDataset, listed_dat
 from megatron_rw.data.indexed.inspection import Report, inspect
 from megatron_rw.data.indexed.pair import bin_path, idx_path, is_dataset
 from megatron_rw.data.tokenizers.decoding import DecodingFlags, decode, find
-from megatron_rw.data.tokenizers.tokenizer import Tokenizer
 from megatron_rw.errors import UserError, reported
 from megatron_rw.platform.pictures import check_picture, draw_histograms
 
@@ -184,8 +181,6 @@ def _print_found(datasets: Sequence[InputDataset], config: InspectConfig, text: 
 
 
 def _print_samples(path: Path, config: InspectConfig) -> None:
-    # By dataset: a large tokenizer takes seconds to load.
-    tokenizers: dict[str, Tokenizer] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
             sample = json.loads(line)
@@ -200,9 +195,7 @@ def _print_samples(path: Path, config: InspectConfig) -> None:
             raise UserError(f"{path}:{number}: not a line that training has written") from error
         with DatasetReader(dataset.prefix) as reader:
             ids = reader.sequence(sample["document"])
-        if sample["dataset"] not in tokenizers:
-            tokenizers[sample["dataset"]] = config.load(dataset.tokenizer)
-        tokenizer = tokenizers[sample["dataset"]]
+        tokenizer = config.load(dataset.tokenizer)
         # A token alone says little, and pieces decoded by themselves lose their spaces.
         begin = max(0, first - _CONTEXT_TOKENS) if sample["tokens"] == 1 else first
         before, text = (decode(tokenizer, ids[begin:stop]) for stop in (first, end))

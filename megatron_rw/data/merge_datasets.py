@@ -1,12 +1,8 @@
-"""Joins Megatron datasets by copying their bytes and writing new indices.
+"""Joins Megatron datasets by copying their bytes and writing new indices, in bounded memory.
 
-It joins either single datasets into one, as Megatron's own tool does, or directories of
-preprocess_data, such as those of a job array, domain by domain. Documents keep the order of the
-inputs, so that shards joined in their order are what one run would have written. Memory does not
-grow with the number of documents.
+Documents keep the order of the inputs, so that shards joined in their order are what one run would
+have written.
 """
-
-from __future__ import annotations
 
 import os
 import tempfile

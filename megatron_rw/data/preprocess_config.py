@@ -1,7 +1,5 @@
 """The settings of preprocess_data, each of which is a flag."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path

@@ -1,16 +1,9 @@
 """Turns text into Megatron datasets, one per domain.
 
-`--output-dir` gets `<domain>_text_document.bin/.idx` for each domain, `domains.json` (see
-`domains`), `blend.txt` for Megatron's `--data-args-path`, and `rejects.jsonl` with the lines that
-are no documents, if there are any. They appear under their names only when all of them are
-complete, `domains.json` last. Documents keep the order of the inputs whatever the number of
-workers, so the bytes are the same for any.
-
 Workers read, tokenize and write a part of the output for each chunk of the input; in the end the
-parts are joined. An interrupted call continues from its parts when it is repeated.
+parts are joined. docs/data.md says what is written. Documents keep the order of the inputs, and
+files get their names when all are complete, `domains.json` last.
 """
-
-from __future__ import annotations
 
 import shutil
 import time
@@ -92,8 +85,7 @@ def _run(config: PreprocessConfig) -> None:
 def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
     """Refuses at the start what would be refused after all is tokenized, and tells the domains.
 
-    Returns:
-        The directory of each key's datasets, absolute; they need not exist.
+    Returns the directory of each key's datasets, absolute; they need not exist.
     """
     remove_leftovers(config.output_dir.absolute())
     # Datasets that an interrupted call has published may be replaced: they are this call's, or

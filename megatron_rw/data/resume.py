@@ -1,7 +1,5 @@
 """Unfinished work that an interrupted call leaves behind for the same call to go on with."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -13,7 +11,7 @@ from typing import Any, TextIO
 
 from megatron_rw.data.progress import say
 from megatron_rw.errors import UserError
-from megatron_rw.platform.files import write_complete
+from megatron_rw.platform.files import write_json
 
 FOLDER = ".preprocess_data"
 _DOOMED = f"{FOLDER}-done"
@@ -26,10 +24,8 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
 
     `settings` is everything that decides what is in it, by the flag's name; with `restart`, what
     was made with other settings is dropped. The folder stays if the body raises or the process
-    dies, and is removed otherwise.
-
-    Raises:
-        UserError: If another process works there, or what is there was made with other settings.
+    dies, and is removed otherwise. Raises a `UserError` if another process works there, or what is
+    there was made with other settings.
     """
     settings = json.loads(json.dumps(settings))  # lists, as in the file, not tuples
     folder = output_dir / FOLDER
@@ -42,7 +38,7 @@ def work_folder(output_dir: Path, settings: Mapping[str, Any], restart: bool) ->
                 raise _other_settings(output_dir, settings, held)
             _remove(folder)
             folder.mkdir()
-        write_complete(folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+        write_json(folder / _SETTINGS, settings)
         yield folder
         _remove(folder)
         (output_dir / f"{FOLDER}.lock").unlink()
@@ -76,8 +72,7 @@ def _remove(folder: Path) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Removes what a call left behind that was killed while it removed its work.
 
-    Raises:
-        UserError: If that call is not dead and removes it now.
+    Raises a `UserError` if that call is not dead and removes it now.
     """
     if (doomed := output_dir / _DOOMED).is_dir():
         with (path := output_dir / f"{FOLDER}.lock").open("w") as lock:

@@ -5,8 +5,6 @@ the same set, whatever their domain, and neither the order of the documents nor 
 Memory does not grow with the number of documents.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

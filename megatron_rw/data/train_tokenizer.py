@@ -5,8 +5,6 @@ The same inputs and flags give the same bytes. `--max-bytes` bounds the memory a
 token ids are fixed.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

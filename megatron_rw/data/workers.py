@@ -1,7 +1,5 @@
 """Worker processes, which end when their parent does, and the number of cores for them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -35,10 +33,8 @@ def run_unordered[Task, Result](
 
     Only a few tasks more than there are workers are taken at a time. Tasks and results must be
     picklable; the function need not, since workers inherit it. With one worker, no process is
-    started.
-
-    Raises:
-        UserError: If a worker process was killed. What the function raises is passed on.
+    started. Raises a `UserError` if a worker process was killed. What the function raises is passed
+    on.
     """
     if workers == 1:
         for task in tasks:

@@ -1,7 +1,5 @@
 """Saves the reweighting state in the checkpoints of `megatron.training`."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any

@@ -11,8 +11,6 @@ sums by sample with the losses. Both therefore travel as attributes on tensors:
    core's cross-entropy was in use, which sets no attribute.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule

@@ -1,7 +1,5 @@
 """Compares the gradient of a weighted step with that of the same step under uniform weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

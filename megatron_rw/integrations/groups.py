@@ -1,7 +1,5 @@
 """Core's process groups as the method needs them, and the losses that a model adds itself."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any

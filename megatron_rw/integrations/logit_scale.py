@@ -7,8 +7,6 @@ loss make them; below 1, they are too sure. Nine factors are tried on every nint
 costs about one more pass over the logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

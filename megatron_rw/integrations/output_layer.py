@@ -5,8 +5,6 @@ computing logits and a loss itself. The heads of multi-token prediction still co
 because core counts how many of their predictions are correct.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

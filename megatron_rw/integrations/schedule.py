@@ -6,8 +6,6 @@ training loop that asks `get_forward_backward_func` for one gets a wrapped one. 
 only on a training step whose forward step function is a `SteppedForward`.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable, Iterator

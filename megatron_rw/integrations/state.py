@@ -1,7 +1,5 @@
 """The reweighting state in a checkpoint, whose format and parallel layout do not matter."""
 
-from __future__ import annotations
-
 import dataclasses
 from argparse import Namespace
 from typing import Any

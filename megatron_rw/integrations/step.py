@@ -1,7 +1,5 @@
 """Runs training steps with reweighting, within Megatron core's schedules."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -11,8 +11,6 @@ token (4 more each with label smoothing and with the entropy) over the tensor-pa
 the shards. Backward reads the logits again and by default overwrites them with their gradient.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

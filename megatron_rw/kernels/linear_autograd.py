@@ -1,7 +1,5 @@
 """Forward and backward pass of the fused output layer; see `linear_cross_entropy`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -9,8 +9,6 @@ dX instead of V·H of dW. Where all logits fit, a linear layer and `vocab_parall
 take 6·N·H·V.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

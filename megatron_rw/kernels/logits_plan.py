@@ -1,7 +1,5 @@
 """How much of a fused output layer's logits exists at a time."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

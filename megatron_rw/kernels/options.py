@@ -1,7 +1,5 @@
 """What the kernels are asked for and what they return, and the protocol of their backends."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import IntEnum

@@ -1,7 +1,5 @@
 """Matrix products that add to a result of more bits than their operands have."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Which implementation of the kernels runs."""
 
-from __future__ import annotations
-
 import functools
 import os
 from typing import Literal, cast, get_args

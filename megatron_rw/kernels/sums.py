@@ -1,7 +1,5 @@
 """What the losses of a sample's tokens come down to."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

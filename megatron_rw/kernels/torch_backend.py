@@ -1,7 +1,5 @@
 """The reference backend: plain torch, a few rows at a time, without an fp32 copy of the logits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

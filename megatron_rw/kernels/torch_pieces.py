@@ -1,7 +1,5 @@
 """Helpers of the torch backend: logits a few rows at a time, targets, rows of zeros."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The weighting in plain torch, the reference; see `weights.weigh_units`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

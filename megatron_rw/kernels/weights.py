@@ -11,8 +11,6 @@ outside the mask, or whose signal is not finite, has weight exactly 0 and touche
 weight. No gradient flows through the result and the host never waits for the device.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

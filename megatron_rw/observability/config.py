@@ -1,7 +1,5 @@
 """The settings of a run's metrics."""
 
-from __future__ import annotations
-
 import importlib.util
 import socket
 from dataclasses import dataclass

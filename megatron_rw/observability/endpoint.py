@@ -4,8 +4,6 @@ The training thread leaves what it logs with the `Endpoint`, which costs it an a
 somebody asks, a thread of the server turns it into text. Nothing is read from the device for that.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time
@@ -42,8 +40,7 @@ _MEANINGS = {
     "reweight_nonfinite_samples": "Samples left out since their loss is not finite.",
 }
 
-# The label values and the value of each sample.
-_Samples = Sequence[tuple[Sequence[str], float]]
+_Samples = Sequence[tuple[Sequence[str], float]]  # The label values and the value of each sample.
 
 
 class Endpoint:

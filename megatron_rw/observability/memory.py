@@ -1,7 +1,5 @@
 """Explains an out-of-memory error of a device."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -4,8 +4,6 @@ Megatron assumes CUDA by name, so the choice is made before Megatron is imported
 nothing of this package changes anything after `select_device`.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import shlex

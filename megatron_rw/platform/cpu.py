@@ -7,21 +7,19 @@ generator" becomes that of torch's CPU generator, because here dropout draws fro
 Nothing here is imported on a GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os
 import resource
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from megatron_rw.patching import Patch, apply
+from megatron_rw.patching import Around, Patch, apply
 from megatron_rw.platform.quiet import silence
 
 # Megatron flags, by destination, whose CUDA defaults cannot work here. They replace the parser's
@@ -110,7 +108,7 @@ class _Done:
 
     wait_stream = wait_event = synchronize = record = wait
 
-    def record_event(self, event: _Done | None = None) -> _Done:
+    def record_event(self, event: "_Done | None" = None) -> "_Done":
         return event or _Done()
 
     def query(self) -> bool:
@@ -118,11 +116,6 @@ class _Done:
 
     def elapsed_time(self, end: object) -> float:
         return 0.0
-
-
-@contextlib.contextmanager
-def _stream_context(stream: object) -> Iterator[None]:
-    yield
 
 
 def _resident_bytes(*_: object) -> int:
@@ -141,12 +134,11 @@ def _cuda_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def _iterate_without_drawing(loader: DataLoader[Any]) -> Any:
+def _without_drawing(proceed: Callable[[], Any], call: dict[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
-        return _loader_iter(loader)
+        return proceed()
 
 
-_loader_iter = DataLoader.__iter__
 _tensor_type = torch.Tensor.type
 
 
@@ -185,14 +177,14 @@ def _torch_patches() -> list[Patch]:
         Patch(cuda, "Event", _Done, "distributed/, async_utils.py"),
         Patch(cuda, "current_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
         Patch(cuda, "default_stream", lambda *a: _Done(), "param_and_grad_buffer.py"),
-        Patch(cuda, "stream", _stream_context, "param_and_grad_buffer.py"),
+        Patch(cuda, "stream", contextlib.nullcontext, "param_and_grad_buffer.py"),
         Patch(cuda, "is_current_stream_capturing", lambda: False, "cuda_graphs.py"),
         Patch(cuda, "get_rng_state", lambda *a, **k: torch.get_rng_state(), "checkpointing.py"),
         Patch(cuda, "set_rng_state", lambda s, *a, **k: torch.set_rng_state(s), "checkpointing.py"),
         Patch(cuda, "manual_seed", torch.manual_seed, "tensor_parallel/random.py"),
         # Megatron restores random states before it starts the data loaders, each of which draws a
         # seed from the CPU generator. Dropout draws from another one only on a GPU.
-        Patch(DataLoader, "__iter__", _iterate_without_drawing, "load_checkpoint"),
+        Patch(DataLoader, "__iter__", Around(_without_drawing), "load_checkpoint"),
         Patch(cuda, "get_device_properties", lambda *a: properties, "common_utils.py"),
         Patch(cuda, "get_device_capability", lambda *a: (0, 0), "arguments.py"),
         Patch(cuda, "memory_stats", lambda *a: defaultdict(int), "report_memory"),

@@ -1,7 +1,5 @@
 """AdamW for the CPU platform, with the state layout of apex's FusedAdam."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,10 +1,11 @@
 """Writes files that are complete whenever they exist under their name."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextmanager
@@ -30,3 +31,8 @@ def write_complete(path: Path, text: str) -> None:
     """Writes a text such that the file is complete whenever it exists, and is on the disk then."""
     with complete_file(path) as file:
         file.write(text.encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as JSON, as `write_complete` does."""
+    write_complete(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,7 +1,5 @@
 """How the processes find each other: torchrun's variables, srun's, or a single process."""
 
-from __future__ import annotations
-
 import os
 import socket
 import warnings

@@ -1,7 +1,5 @@
 """Pictures of histograms; needs matplotlib, which is optional."""
 
-from __future__ import annotations
-
 import importlib.util
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,11 +10,7 @@ from megatron_rw.platform.files import complete_file
 
 
 def check_picture(path: Path) -> None:
-    """Checks that the file of a --picture can be drawn.
-
-    Raises:
-        UserError: If it cannot. This host alone may lack the package or the directory.
-    """
+    """Checks that the file of a --picture can be drawn on this host; a `UserError` if not."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(
             "--picture needs a package that is not installed on "

@@ -1,7 +1,5 @@
 """Silences the messages of libraries that a user can do nothing about, and no others."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import warnings

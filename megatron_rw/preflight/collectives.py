@@ -5,8 +5,6 @@ The speeds are those of Megatron's own GPU sniff test, which a job runs with
 between pairs.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 from datetime import timedelta
@@ -29,11 +27,9 @@ def try_collectives(
     """Forms a group of all ranks and tries it. Collective over all ranks.
 
     A watchdog ends the process, with the names of the ranks that keep the others waiting, if the
-    group stands still for most of `messages.wait_s`.
-
-    Returns:
-        Why collectives do not work, None if they do; and, on rank 0 of GPUs, the lines of the sniff
-        test, of which those that begin with "OUTLIER" name a rank far from the median.
+    group stands still for most of `messages.wait_s`. Returns why collectives do not work, None if
+    they do; and, on rank 0 of GPUs, the lines of the sniff test, of which those that begin with
+    "OUTLIER" name a rank far from the median.
     """
     progress = watchdog.Progress()
     progress.then("preflight, forming a group of all ranks")

@@ -21,8 +21,6 @@ a network.
 All flags of pretrain_gpt_rw.py are flags here too (pretrain_gpt_rw.py --help); its own are:
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -93,9 +91,10 @@ def main() -> None:
 
 def _print_estimate(settings: PreflightConfig, flags: list[str], gpus: int) -> int:
     from megatron_rw.observability.memory import remedies
+    from megatron_rw.platform.files import write_json
     from megatron_rw.preflight.estimate import estimate, planned_arguments
     from megatron_rw.preflight.facts import GIB
-    from megatron_rw.preflight.rank import PROBLEMS, write_json
+    from megatron_rw.preflight.rank import PROBLEMS
 
     args = planned_arguments(flags, gpus)
     needed = estimate(args)

@@ -5,8 +5,6 @@
 result (`limits`), with the direction in which it errs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import io
@@ -94,8 +92,7 @@ def planned_arguments(flags: Sequence[str], gpus: int) -> Namespace:
 def estimate(args: Namespace) -> Estimate | None:
     """Asks Megatron's formulas about validated arguments; Megatron's globals have to be set.
 
-    Returns:
-        None for a hybrid model, which Megatron has no formula for.
+    Returns None for a hybrid model, which Megatron has no formula for.
     """
     if is_hybrid_model(args):
         return None

@@ -1,7 +1,5 @@
 """What a rank finds out by looking at its own machine."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os
@@ -74,10 +72,8 @@ def try_to_save(save: str | None) -> tuple[int | None, str | None]:
     """Writes a small file where the job will save, and deletes it.
 
     A folder that is not there yet is not created: the job does that, with rights that it needs in
-    the nearest folder above, which is tried instead. Object storage is not tried.
-
-    Returns:
-        Bytes free there, and what the operating system says against writing.
+    the nearest folder above, which is tried instead. Object storage is not tried. Returns the bytes
+    free there, and what the operating system says against writing.
     """
     if save is None or "://" in save:
         return None, None

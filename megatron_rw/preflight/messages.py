@@ -4,8 +4,6 @@ They go through a `TCPStore`, before there is any process group: when a rank doe
 torch cannot say which one. Messages are JSON values under keys.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

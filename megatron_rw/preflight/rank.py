@@ -1,14 +1,10 @@
 """The checks of a preflight in their order: on every rank, and on rank 0, which judges."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import os
 import socket
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +13,7 @@ from torch.distributed import DistError
 from megatron_rw.errors import USER_ERROR_STATUS, UserError, print_error
 from megatron_rw.observability.memory import remedies
 from megatron_rw.platform import Device
-from megatron_rw.platform.files import write_complete
+from megatron_rw.platform.files import write_json
 from megatron_rw.preflight import report
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.command import PreflightConfig
@@ -37,8 +33,7 @@ _LAST_WAIT_S = 10.0
 def look(settings: PreflightConfig, flags: Sequence[str], device: Device) -> int:
     """Makes all checks of a job with these flags, on every rank.
 
-    Returns:
-        The exit status, the same on all ranks that see the end.
+    Returns the exit status, the same on all ranks that see the end.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cuda":
@@ -141,8 +136,3 @@ def _print_results(
         findings = [dataclasses.asdict(result) for result in results]
         write_json(settings.json, {"status": status, "findings": findings} | record)
     return status
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a report, whole or not at all."""
-    write_complete(path, json.dumps(value, indent=2) + "\n")

@@ -3,8 +3,6 @@
 Everything here is a function of what the ranks sent: `facts` are those of all ranks in their order.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +15,8 @@ if TYPE_CHECKING:
     from megatron_rw.preflight.estimate import Estimate
 
 Level = Literal["ok", "warning", "problem"]
-# Share of a GPU's memory above which an estimate is called close.
-CLOSE = 0.9
-# Hosts in the table; --json has all.
-MAX_HOSTS = 32
+CLOSE = 0.9  # Share of a GPU's memory above which an estimate is called close.
+MAX_HOSTS = 32  # Hosts in the table; --json has all.
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def check_collectives(
 
 
 def check_saving(
-    facts: Sequence[Facts], save: str | None, needed: Estimate | None, wanted: int
+    facts: Sequence[Facts], save: str | None, needed: "Estimate | None", wanted: int
 ) -> list[CheckResult]:
     """Tells whether --save can be written to, and has room for `wanted` checkpoints."""
     if save is None:
@@ -111,7 +107,7 @@ def check_saving(
     ]
 
 
-def check_memory(facts: Sequence[Facts], needed: Estimate | None, remedies: str) -> CheckResult:
+def check_memory(facts: Sequence[Facts], needed: "Estimate | None", remedies: str) -> CheckResult:
     """Tells whether the job fits the GPUs by Megatron's formulas, and advises what to change."""
     gpus = [one for one in facts if one.device_memory is not None]
     if needed is None:

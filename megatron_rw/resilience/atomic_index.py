@@ -6,8 +6,6 @@ fail, and one of a dataset that was made again under the same path would be used
 wrong.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -5,8 +5,6 @@ job. Processes that load data or write checkpoints would end, and the rank could
 therefore started with the signals blocked on which a run saves and ends.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -6,8 +6,6 @@ folder's tracker. A run that is killed in between leaves a checkpoint without th
 an empty tracker, since Megatron does not rename that into place.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

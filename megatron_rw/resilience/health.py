@@ -2,18 +2,9 @@
 
     python -m megatron_rw.resilience.health
 
-A container engine sees by itself that a process ends. What it cannot see is a run that exists and
-stands still: in a collective, or in a file system that hangs. A run therefore touches the file
-that the environment variable MEGATRON_RW_HEARTBEAT names, as the images do, once it starts and
-before its micro-batches, and removes it when it ends. The check is unhealthy, exit status 1, when
-the file has not been touched for MEGATRON_RW_HEALTH_SECONDS (1800). That must be longer than a
-start or the writing of a checkpoint takes. Without the file, or without the process that it names,
-there is no run, and the check is healthy.
-
-It imports neither torch nor Megatron and touches no GPU: it runs every minute beside the training.
+docs/cluster.md says what it finds and how it is set up. It imports neither torch nor Megatron and
+touches no GPU: it runs every minute beside the training.
 """
-
-from __future__ import annotations
 
 import atexit
 import contextlib
@@ -24,8 +15,7 @@ from pathlib import Path
 
 PATH_VARIABLE = "MEGATRON_RW_HEARTBEAT"
 LIMIT_VARIABLE = "MEGATRON_RW_HEALTH_SECONDS"
-# Seconds between two touches at least.
-EVERY_S = 5.0
+EVERY_S = 5.0  # Seconds between two touches at least.
 
 
 class Heartbeat:

@@ -7,8 +7,6 @@ or into --iteration; or a checkpoint itself. It starts no processes of torch, ne
 nothing that a checkpoint holds. The exit status is 1 if the checkpoint is incomplete or damaged.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

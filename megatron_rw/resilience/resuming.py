@@ -1,7 +1,5 @@
 """Chooses the checkpoint that a run begins with, and refuses one that does not fit, early."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ that torch unpickles without restrictions, and objects among the tensors that it
 `weights_only=False`. Both would run code that somebody put into a checkpoint.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

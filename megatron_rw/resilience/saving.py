@@ -1,12 +1,9 @@
 """Saves checkpoints so that a failure leaves the older ones intact and all ranks in step.
 
 Megatron's own saving is wrapped. A checkpoint that is written over is marked incomplete first. The
-tracker is renamed into place. When a rank cannot write, all ranks learn of it, what was written of
-the checkpoint is deleted, and the run stops or goes on as `--on-save-error` says. `--keep-last` and
-`--keep-every` delete old checkpoints.
+tracker is renamed into place. When a rank cannot write, all ranks learn of it, and what was written
+of the checkpoint is deleted.
 """
-
-from __future__ import annotations
 
 import contextlib
 import io
@@ -32,8 +29,7 @@ from megatron_rw.platform.files import write_complete
 from megatron_rw.resilience import writer
 from megatron_rw.resilience.folder import TRACKER, CheckpointFolder, superfluous
 
-# Exit status of a run that stops because it cannot save.
-_CANNOT_SAVE = 1
+_CANNOT_SAVE = 1  # Exit status of a run that stops because it cannot save.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ print the number. Here the losses stay on the device until the logging interval 
 thing that is added to a step is an all-reduce of 12 bytes per sample, of the ranks with the loss.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -23,8 +21,7 @@ from megatron_rw.integrations import groups
 from megatron_rw.resilience.step_samples import Note, StepSamples, gather
 from megatron_rw.reweighting import SampleSums, UnitSet, UnitSums
 
-# Decay of the running mean over steps, in which about the last fifty count.
-_DECAY = 0.98
+_DECAY = 0.98  # Decay of the running mean over steps, in which about the last fifty count.
 # How many samples of a rank's step are written, those with the largest loss first. In a run that
 # diverges every sample would be one.
 _MOST = 16

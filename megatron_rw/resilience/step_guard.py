@@ -10,8 +10,6 @@ loss scaler. Parameters, moments and learning rate stay as they are, the step's 
 consumed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -79,8 +77,7 @@ class StepGuard:
     def __init__(self, config: NonFiniteConfig, samples: StepSamples, explains_only: bool) -> None:
         self._config = config
         self._samples = samples
-        # Megatron judges bad steps then.
-        self._explains_only = explains_only
+        self._explains_only = explains_only  # Megatron judges bad steps then.
         self._model: list[Any] = []
         self._norm: Any = None
         self._depth = 0

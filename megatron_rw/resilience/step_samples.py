@@ -4,8 +4,6 @@ Losses stay on the device and places on the host. Noting a micro-batch therefore
 and a sample is named only once something is wrong with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +50,7 @@ class StepSamples:
     def __init__(self, members: Sequence[tuple[str, str]]) -> None:
         # Path and domain of every member of the training blend; none for mock data.
         self._members = members
-        # By micro-batch; empty on ranks without the loss.
-        self.notes: list[Note] = []
+        self.notes: list[Note] = []  # By micro-batch; empty on ranks without the loss.
 
     def begin(self) -> None:
         """Forgets the notes; call it when a pass over a step's micro-batches begins."""

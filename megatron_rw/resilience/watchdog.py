@@ -1,16 +1,11 @@
 """Ends a run that hangs in a collective, and names the rank that the others wait for.
 
-A rank that died, lost its network or is stuck leaves the others waiting in a collective until
-`--distributed-timeout-minutes` is over, and then with an error that does not name it. Here every
-rank notes how far it is, and a thread sends that to the job's store every few seconds, as a sign of
-life. Rank 0's thread reads the signs of all ranks. When rank 0 has made no progress for most of the
-timeout, the run ends with a line that names the ranks that have sent no sign for long, or else
-those that are behind.
-
-Training itself only assigns an attribute.
+Torch would let the others wait until `--distributed-timeout-minutes` is over, and name no rank.
+Here every rank notes how far it is, which only assigns an attribute, and a thread sends that to the
+job's store every few seconds, as a sign of life. When rank 0 has made no progress for most of the
+timeout, its thread ends the run with a line that names the ranks that have sent no sign for long,
+or else those that are behind.
 """
-
-from __future__ import annotations
 
 import faulthandler
 import json
@@ -29,14 +24,10 @@ from torch.distributed import distributed_c10d
 
 from megatron_rw.errors import print_error
 
-# EX_IOERR of <sysexits.h>: the status of a run that the watchdog ends.
-EXIT_STATUS = 74
-# The longest time between two signs of life of a rank.
-BEAT_SECONDS = 5.0
-# A rank that has sent no sign of life for so many of these times counts as gone.
-_SILENT_BEATS = 5
-# Fraction of the timeout without progress that counts as a hang.
-STALL_FRACTION = 0.75
+EXIT_STATUS = 74  # EX_IOERR of <sysexits.h>: the status of a run that the watchdog ends.
+BEAT_SECONDS = 5.0  # The longest time between two signs of life of a rank.
+_SILENT_BEATS = 5  # A rank that has sent no sign of life for so many of these times counts as gone.
+STALL_FRACTION = 0.75  # Fraction of the timeout without progress that counts as a hang.
 
 
 @dataclass(frozen=True, order=True)

@@ -3,8 +3,6 @@
 Megatron starts one for each rank with --use-persistent-ckpt-worker.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import select
@@ -28,8 +26,7 @@ from megatron_rw.platform import Device
 
 _original_loop = PersistentAsyncCaller.async_loop
 
-# Poll interval while all ranks wait for their writers.
-_POLL_SECONDS = 0.05
+_POLL_SECONDS = 0.05  # Poll interval while all ranks wait for their writers.
 
 
 def patches(device: Device) -> list[Patch]:

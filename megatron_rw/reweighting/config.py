@@ -1,7 +1,5 @@
 """The settings of the method, from which its flags, their help and their checks are made."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ over M micro-batches and the data- and context-parallel ranks. It equals the gra
 micro-batch in the scope `microbatch`, a single set otherwise.
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 from collections.abc import Callable

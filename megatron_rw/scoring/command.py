@@ -29,8 +29,6 @@ It was run on the CPU over gloo; not on GPUs yet. pretrain_gpt_rw.py --help list
 flags; scoring's own are:
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

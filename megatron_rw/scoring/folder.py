@@ -5,10 +5,7 @@ many documents of each dataset are on the disk; the arrays end in `.partial`. Wh
 arrays get their names, `scores.json` is written, and `progress.json` goes.
 """
 
-from __future__ import annotations
-
 import itertools
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_rw.data.indexed.documents import DocumentBlock
 from megatron_rw.data.indexed.scores import PROGRESS, SCORES, read_record, score_path
 from megatron_rw.errors import UserError
-from megatron_rw.platform.files import write_complete
+from megatron_rw.platform.files import write_json
 
 # By name in the file name: the type, and whether it has an entry per token or per document.
 ARRAYS = {
@@ -48,13 +45,9 @@ class ScoreFolder:
     def begin(self) -> dict[str, int] | None:
         """Prepares the folder, or finds how far an earlier run came. On one rank.
 
-        Returns:
-            How many documents of each dataset are scored; None when all are, and the arrays have
-            their names.
-
-        Raises:
-            UserError: The folder is of another run, or lacks what it should have.
-            OSError: It cannot be made.
+        Returns how many documents of each dataset are scored; None when all are, and the arrays
+        have their names. Raises a `UserError` if the folder is of another run, or lacks what
+        it should have.
         """
         datasets = self.record["datasets"]
         finished = read_record(self.path / SCORES)
@@ -95,15 +88,9 @@ class ScoreFolder:
     ) -> None:
         """Writes a block's losses and the means of its documents, onto the disk.
 
-        Args:
-            dataset: Name of the block's dataset.
-            block: Documents of the dataset.
-            losses: Losses of the block's tokens, [tokens]. The first of each document means nothing
-                and is overwritten.
-            scored: How many documents of each dataset are scored, those of the block included.
-
-        Raises:
-            UserError: The disk is full, or the folder cannot be written to.
+        `losses` are those of the block's tokens, [tokens]; the first of each document means nothing
+        and is overwritten. `scored` has how many documents of each dataset are scored, those of the
+        block included. A full disk, or one that cannot be written to, is a `UserError`.
         """
         means, tokens = document_means(block.lengths, losses)
         starts = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
@@ -130,13 +117,13 @@ class ScoreFolder:
             ) from error
 
     def _note(self, scored: Mapping[str, int]) -> None:
-        write_complete(self.path / PROGRESS, _text({"job": self.record, "scored": scored}))
+        write_json(self.path / PROGRESS, {"job": self.record, "scored": scored})
 
     def finish(self, found: Mapping[str, Any]) -> None:
         """Gives the arrays their names, and writes `scores.json` with what else was found."""
         for dataset, kind in itertools.product(self.record["datasets"], ARRAYS):
             self.array(dataset, kind).replace(self._partial(dataset, kind).with_suffix(""))
-        write_complete(self.path / SCORES, _text({**self.record, **found}))
+        write_json(self.path / SCORES, {**self.record, **found})
         # With what runs have left that died while writing it.
         for path in self.path.glob(f"{PROGRESS}*"):
             path.unlink()
@@ -178,10 +165,6 @@ def document_means(
     means = np.full(len(tokens), np.nan)
     np.divide(sums, tokens, out=means, where=tokens > 0)
     return means.astype(np.float32), tokens.astype(np.int32)
-
-
-def _text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """A run of scoring: the model built and loaded, block after block scored and written."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from argparse import Namespace

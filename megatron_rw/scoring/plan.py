@@ -9,15 +9,13 @@ attention of Megatron takes as it is; rows of several lengths cost less than pad
 with all of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from argparse import Namespace
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +39,7 @@ _PRECISION = (
     *("bf16", "fp16", "fp8", "fp4", "transformer_impl", "attention_backend"),
     *("tensor_model_parallel_size", "fused_linear_cross_entropy", "logits_budget_mib"),
 )
-# Shorter rows than this are not worth a shape of their own.
-SHORTEST_ROW = 64
+SHORTEST_ROW = 64  # Shorter rows than this are not worth a shape of their own.
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,9 @@ class MicroBatch:
     # included. A row that makes none is padding.
     rows: NDArray[np.int64]
 
-    def empty(self) -> MicroBatch:
+    def empty(self) -> Self:
         """Returns one of the same shape, all padding."""
-        return MicroBatch(self.length, np.zeros_like(self.rows))
+        return dataclasses.replace(self, rows=np.zeros_like(self.rows))
 
 
 @dataclass(frozen=True)
@@ -133,9 +130,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
     """Returns all that decides the scores, as `scores.json` has it: equal runs have equal records.
 
     It is called on the rank that looked at the data, with arguments that have `data_fingerprints`.
-
-    Raises:
-        UserError: Two datasets have the same file name, or one cannot be read.
+    Raises a `UserError` if two datasets have the same file name, or one cannot be read.
     """
     prefixes = [os.path.abspath(prefix) for prefix in data_prefixes(args)]
     datasets: dict[str, dict[str, Any]] = {}

@@ -1,7 +1,5 @@
 """The model over the rows of a block: token losses, gathered on the rank that writes."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from argparse import Namespace
@@ -47,12 +45,8 @@ class Scorer:
     def score(self, dataset: DatasetReader, block: DocumentBlock) -> NDArray[np.float32] | None:
         """Scores a block of a dataset, with each sequence by itself. Collective over all ranks.
 
-        Returns:
-            On the rank that writes (`writes`) the loss of each of the block's tokens in nats, 0
-            where there is none; None elsewhere.
-
-        Raises:
-            UserError: A token id is beyond the model's vocabulary.
+        Returns, on the rank that writes (`writes`), the loss of each of the block's tokens in nats,
+        0 where there is none; None elsewhere. A token id beyond the vocabulary is a `UserError`.
         """
         tokens = int(block.lengths.sum(dtype=np.int64))
         # Each rank reads only what it scores.
@@ -144,9 +138,8 @@ def to_samples(
 ) -> dict[str, Tensor]:
     """Returns a micro-batch of a block's token ids as the data loader would give it.
 
-    Returns:
-        `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
-        the rows themselves, [rows, 3] int64, in the place of the samples' places.
+    It has `tokens`, `labels`, `position_ids` int64 and `loss_mask` fp32, each [rows, length]; and
+    the rows themselves, [rows, 3] int64, in the place of the samples' places.
     """
     shape = (len(batch.rows), batch.length)
     tokens, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

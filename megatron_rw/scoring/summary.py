@@ -1,7 +1,5 @@
 """The losses of documents by domain: figures, a table, a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Megatron's command line with our flags added, and its refusals in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -1,7 +1,5 @@
 """Reads a micro-batch: broadcast over tensor parallelism, and cut over context parallelism."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Megatron's GPT datasets, each sample labelled with its domain."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

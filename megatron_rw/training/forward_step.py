@@ -1,7 +1,5 @@
 """The forward step that Megatron's schedules call for every micro-batch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What a run consists of beside Megatron: its loss, its callbacks and its patches."""
 
-from __future__ import annotations
-
 import functools
 import socket
 

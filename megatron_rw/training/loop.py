@@ -1,7 +1,5 @@
 """Calls the callbacks, from functions around those of Megatron's training loop."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The loss function that Megatron's schedules call on the last pipeline stage."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ its logs in `arguments.py`. A test compares the signatures of the originals with
 release that the entries were written for.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

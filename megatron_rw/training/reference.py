@@ -4,8 +4,6 @@ For the signal `excess` it is the model of another run's checkpoint, of a shape 
 `progress` it is this run's own model as it was some steps ago.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -1,7 +1,5 @@
 """Writes metrics to metrics.jsonl, Prometheus, TensorBoard and W&B."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -52,7 +50,7 @@ class Reporter:
 
     names: Sequence[str]
     file: MetricsFile | None = None
-    endpoint: Endpoint | None = None
+    endpoint: "Endpoint | None" = None
 
     def write(self, kind: str, iteration: int, record: Mapping[str, object]) -> None:
         """Writes a line of metrics.jsonl of type `train`, `validation` or `test`.

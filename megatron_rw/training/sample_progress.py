@@ -1,7 +1,5 @@
 """Where in the losses a model learns: what validation samples lost since they were last seen."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

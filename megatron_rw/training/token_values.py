@@ -4,8 +4,6 @@ A sample of core's `GPTDataset` is a stretch of tokens over consecutive document
 it has shuffled them to. What it takes for documents are the sequences of the `.idx`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -15,8 +15,8 @@ from PIL import Image
 from megatron_rw.data import inspect_dataset
 from megatron_rw.data.indexed import documents as blocks
 from megatron_rw.data.indexed.domains import DomainRecord, DomainsFile, TokenizerRecord
+from megatron_rw.data.indexed.inspection import Lengths
 from megatron_rw.data.indexed.integrity import fingerprint
-from megatron_rw.data.indexed.lengths import Lengths
 from megatron_rw.data.tokenizers import decoding
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
 from tests.data.conftest import make_texts

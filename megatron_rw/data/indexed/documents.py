@@ -1,7 +1,5 @@
 """The documents of a `.bin/.idx` pair, read a bounded block at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,8 +35,7 @@ class DocumentBlock:
 class DatasetReader:
     """Reads a whole dataset in the order of its documents; a context manager.
 
-    Raises:
-        UserError: If it is missing or damaged.
+    Raises a `UserError` if it is missing or damaged.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -64,11 +61,9 @@ class DatasetReader:
     def blocks(self, tokens: int | None = None) -> Iterator[DocumentBlock]:
         """Yields all documents, some 16 MB of tokens at a time.
 
-        With `tokens` a block has at most so many, unless it is a single document.
-
-        Raises:
-            UserError: If the tables of the index contradict each other, or documents do not follow
-                one another in the `.bin`; the message names the first such document.
+        With `tokens` a block has at most so many, unless it is a single document. Raises a
+        `UserError` if the tables of the index contradict each other, or documents do not follow one
+        another in the `.bin`; the message names the first such document.
         """
         total, end = len(self.index.lengths), 0
         limit = tokens or _BYTES // self.dtype.itemsize

@@ -13,6 +13,7 @@ A directory may lack it; then the file names of its datasets name the domains.
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_rw.errors import UserError
-from megatron_rw.platform.files import write_complete
+from megatron_rw.platform.files import write_json
 
 FILE_NAME = "domains.json"
 VERSION = 1
@@ -65,8 +66,7 @@ class DomainsFile:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads a `domains.json`.
 
-        Raises:
-            UserError: If it is malformed; the message names the file and the field.
+        Raises a `UserError` if it is malformed; the message names the file and the field.
         """
         try:
             content = json.loads(Path(path).read_text("utf-8"))
@@ -98,7 +98,7 @@ class DomainsFile:
             "tokenizer": asdict(self.tokenizer),
             "domains": {name: asdict(record) for name, record in self.domains.items()},
         }
-        write_complete(Path(path), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(Path(path), content)
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ def look_up(prefixes: Iterable[str | Path]) -> list[InputDataset]:
     """Looks datasets up in the `domains.json` beside them, each of which is read once.
 
     A dataset that no `domains.json` lists is of the domain that its file name says, without a
-    trailing `_text_document` or `_document`.
-
-    Raises:
-        UserError: If a `domains.json` is malformed.
+    trailing `_text_document` or `_document`. Raises a `UserError` if a `domains.json` is malformed.
     """
     files: dict[Path, DomainsFile | None] = {}
     found = []
@@ -134,22 +131,15 @@ def look_up(prefixes: Iterable[str | Path]) -> list[InputDataset]:
             domain = file.names[prefix.name]
             found.append(InputDataset(prefix, domain, file.domains[domain], file.tokenizer))
         else:
-            found.append(InputDataset(prefix, _domain_of(prefix.name), None, None))
+            domain = re.sub("(?<=.)(_text)?_document$", "", prefix.name)
+            found.append(InputDataset(prefix, domain, None, None))
     return found
-
-
-def _domain_of(name: str) -> str:
-    for suffix in ("_text_document", "_document"):
-        if name.endswith(suffix) and name != suffix:
-            return name.removesuffix(suffix)
-    return name
 
 
 def domain_names(prefixes: Iterable[str]) -> list[str]:
     """Returns the domain of each dataset; datasets with the same name are of the same domain.
 
-    Raises:
-        UserError: If a `domains.json` is malformed.
+    Raises a `UserError` if a `domains.json` is malformed.
     """
     return [dataset.domain for dataset in look_up(prefixes)]
 
@@ -157,8 +147,7 @@ def domain_names(prefixes: Iterable[str]) -> list[str]:
 def listed_datasets(directory: Path, flag: str) -> list[InputDataset]:
     """Returns the datasets that the `domains.json` of a directory lists.
 
-    Raises:
-        UserError: If it has no such file, or a malformed one; the message names the flag.
+    Raises a `UserError` if it has no such file, or a malformed one; the message names the flag.
     """
     path = directory / FILE_NAME
     if not path.is_file():
@@ -169,18 +158,14 @@ def listed_datasets(directory: Path, flag: str) -> list[InputDataset]:
     content = DomainsFile.load(path)
     if not content.domains:
         raise UserError(f"{path}: lists no domains; give a directory that has some")
-    return [
-        InputDataset(directory / record.prefix, name, record, content.tokenizer)
-        for name, record in content.domains.items()
-    ]
+    return look_up(directory / record.prefix for record in content.domains.values())
 
 
 def check_one_tokenizer(datasets: Sequence[InputDataset]) -> None:
     """Checks that one tokenizer made all datasets for which the tokenizer is known.
 
-    Raises:
-        UserError: If two tokenizers differ in more than the path of their model, which differs for
-            shards that were made on several machines.
+    Raises a `UserError` if two tokenizers differ in more than the path of their model, which
+    differs for shards that were made on several machines.
     """
     known = [(dataset.prefix, dataset.tokenizer) for dataset in datasets if dataset.tokenizer]
     for prefix, tokenizer in known[1:]:

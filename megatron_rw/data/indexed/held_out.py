@@ -5,8 +5,6 @@ So a fraction of the documents is those with hashes in that fraction of the rang
 documents is those with the smallest hashes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,15 +49,9 @@ class HeldOut:
 def choose(hashes: Mapping[str, Path], valid: Share, test: Share) -> HeldOut:
     """Chooses what to hold out.
 
-    What is held out of one domain is held out of all, so that no copy of it is trained on.
-
-    Args:
-        hashes: Domain to a file of its documents' hashes, uint64 each.
-        valid: How much to hold out for validation.
-        test: How much to hold out for test.
-
-    Raises:
-        UserError: If a domain would have no document left to train on, or none in a set.
+    What is held out of one domain is held out of all, so that no copy of it is trained on. `hashes`
+    maps a domain to a file of its documents' hashes, uint64 each. Raises a `UserError` if a domain
+    would have no document left to train on, or none in a set.
     """
     held_out = HeldOut(below=int(valid.fraction * 2**64), last=int(test.fraction * 2**64))
     if valid.documents:

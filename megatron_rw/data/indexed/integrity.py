@@ -1,7 +1,5 @@
 """Quick checks of a `.bin/.idx` pair: whether it is whole, its token ids, and its fingerprint."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence
@@ -22,11 +20,8 @@ SCAN_BYTES = 64 << 20
 def check_pair(prefix: str) -> int:
     """Checks that index and tokens are whole and belong together. Reads some 60 bytes.
 
-    Returns:
-        The number of sequences, which are the documents unless those are split.
-
-    Raises:
-        UserError: If they are not.
+    Returns the number of sequences, which are the documents unless those are split. Raises a
+    `UserError` if they are not.
     """
     index, tokens = Index.open(prefix), bin_path(prefix)
     if len(index.lengths) == 0:
@@ -43,12 +38,9 @@ def check_pair(prefix: str) -> int:
 
 
 def largest_token_id(prefix: str | Path, scan_bytes: int = SCAN_BYTES) -> int:
-    """Returns the largest token id in the first `scan_bytes` of a dataset's tokens.
+    """Returns the largest token id in the first `scan_bytes` of a dataset's tokens, -1 of none.
 
     For a larger file that is a lower bound; each batch is checked again when it is drawn.
-
-    Returns:
-        The id, -1 for a dataset without tokens.
     """
     dtype, path = Index.open(prefix).dtype, bin_path(prefix)
     count = min(os.path.getsize(path), scan_bytes) // dtype.itemsize
@@ -56,13 +48,10 @@ def largest_token_id(prefix: str | Path, scan_bytes: int = SCAN_BYTES) -> int:
 
 
 def fingerprint(prefix: str) -> str:
-    """Returns a digest of both files that does not read them whole.
+    """Returns a digest of both files, 16 hexadecimal digits, that does not read them whole.
 
     It covers their sizes and blocks spread evenly over them. So it notices other data, a corpus
     that was tokenized again or another order, but not a few altered tokens in a large file.
-
-    Returns:
-        16 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for path in (idx_path(prefix), bin_path(prefix)):

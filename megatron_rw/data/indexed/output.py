@@ -1,7 +1,5 @@
 """A directory of finished datasets: one per domain, `domains.json` and `blend.txt`."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Collection, Mapping
@@ -19,9 +17,8 @@ BLEND_FILE = "blend.txt"
 def check_output_dir(output_dir: Path, overwrite: bool) -> Path:
     """Returns the absolute path of a directory for datasets, which need not exist.
 
-    Raises:
-        UserError: If it holds datasets that may not be replaced, or their `domains.json` is
-            malformed.
+    Raises a `UserError` if it holds datasets that may not be replaced, or their `domains.json` is
+    malformed.
     """
     absolute = output_dir.absolute()
     if any(character.isspace() for character in str(absolute)):
@@ -79,11 +76,7 @@ def _listed_files(manifest: Path) -> set[str]:
 
 
 def check_space(directory: Path, size: int) -> None:
-    """Checks that the disk of an existing directory has room for that many bytes.
-
-    Raises:
-        UserError: If it has not.
-    """
+    """Checks that the disk of an existing directory has room for so much; a `UserError` if not."""
     free = shutil.disk_usage(directory).free
     if size > free:
         raise UserError(
@@ -123,10 +116,8 @@ def blend_weights(
     A temperature of 1 draws every token (or document) equally often, a higher one draws more often
     from small domains, and an infinite one from all domains alike. Weights that are given are above
     0 and of any sum; the temperature and what is counted are then ignored. The weights returned are
-    above 0 and of sum 1, in the order of `records`.
-
-    Raises:
-        UserError: If the given weights are not those of the domains, or a weight would be 0.
+    above 0 and of sum 1, in the order of `records`. Raises a `UserError` if the given weights are
+    not those of the domains, or a weight would be 0.
     """
     if given:
         check_weights(records, given)
@@ -149,11 +140,7 @@ def blend_weights(
 
 
 def check_weights(names: Collection[str], given: Mapping[str, float]) -> None:
-    """Checks that every domain is given a weight, and nothing else.
-
-    Raises:
-        UserError: If not.
-    """
+    """Checks that every domain is given a weight, and nothing else; a `UserError` if not."""
     if set(given) != set(names):
         raise UserError(
             f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "

@@ -11,8 +11,6 @@ Core's `IndexedDatasetBuilder` keeps Python lists with an entry per sequence unt
 writer here writes the same bytes, and its memory does not grow with the number of documents.
 """
 
-from __future__ import annotations
-
 import os
 import struct
 from contextlib import ExitStack
@@ -78,11 +76,7 @@ class Index:
 
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
-        """Maps the index of a dataset.
-
-        Raises:
-            UserError: If it is missing, no index, or not whole.
-        """
+        """Maps the index of a dataset; a `UserError` if it is missing, no index, or not whole."""
         path = idx_path(prefix)
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a dataset's path without .bin and .idx")
@@ -160,8 +154,7 @@ class PairWriter:
     def copy_tokens(self, source: BinaryIO, offset: int, size: int) -> None:
         """Appends `size` bytes of a file of the same dtype, from `offset`, to the `.bin`.
 
-        Raises:
-            UserError: If the file ends before.
+        Raises a `UserError` if the file ends before.
         """
         self._bin.flush()
         copy_bytes(source, offset, size, self._bin)
@@ -169,9 +162,8 @@ class PairWriter:
     def add_documents(self, lengths: NDArray[Any], sequences: NDArray[Any] | None = None) -> None:
         """Appends documents, whose tokens are or will be in the `.bin`, to the index.
 
-        Args:
-            lengths: [sequences], tokens of each sequence.
-            sequences: [documents], sequences of each document; None if each has one.
+        `lengths` [sequences] are the tokens of each sequence, and `sequences` [documents] the
+        sequences of each document; None if each has one.
         """
         lengths = np.asarray(lengths, np.int32)
         counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences)
@@ -185,8 +177,7 @@ class PairWriter:
     def finalize(self) -> DomainRecord:
         """Writes the index, puts both files onto the disk, and returns the dataset's record.
 
-        Raises:
-            RuntimeError: If the tokens written are not those of the documents added.
+        Raises a `RuntimeError` if the tokens written are not those of the documents added.
         """
         self._bin.flush()
         written = os.fstat(self._bin.fileno()).st_size
@@ -227,8 +218,7 @@ class PairWriter:
 def copy_bytes(source: BinaryIO, offset: int, size: int, target: BinaryIO) -> None:
     """Appends a piece of one file to another inside the kernel; the target must be flushed.
 
-    Raises:
-        UserError: If the source ends before.
+    Raises a `UserError` if the source ends before.
     """
     while size:
         copied = os.sendfile(target.fileno(), source.fileno(), offset, size)

@@ -8,8 +8,6 @@ Nothing is forced onto the disk here, since that would cost more than a power fa
 interrupted call left behind is compared with its checksums before it is used.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import operator
@@ -154,8 +152,7 @@ class Store:
 class Rejects:
     """Lines that were left out."""
 
-    # Kind to number of lines.
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # Kind to number of lines.
     # Kind to the first of its lines: file, line from the start of the file, and reason.
     first: dict[str, tuple[str, int, str]] = field(default_factory=dict)
 
@@ -168,8 +165,7 @@ class Joined:
     records: list[dict[str, DomainRecord]]
     # Domain to UTF-8 bytes of the first key's text.
     text_bytes: Counter[str] = field(default_factory=Counter)
-    # Documents that were left out as copies.
-    duplicates: int = 0
+    duplicates: int = 0  # Documents that were left out as copies.
 
 
 def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicate: bool) -> Joined:

@@ -1,7 +1,5 @@
 """The files of a folder that `tools/score_dataset.py` has written, once it is complete."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,7 @@ def score_path(folder: Path, dataset: str, kind: str) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Returns the object of a JSON file, or None if there is no file.
-
-    Raises:
-        UserError: It holds something else.
-    """
+    """Returns the object of a JSON file, None if there is none; a `UserError` if it is another."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:

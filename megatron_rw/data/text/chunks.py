@@ -6,17 +6,13 @@ that parts made by any number of workers, in any order, before or after an inter
 same.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from megatron_rw.data.text.records import BYTE_ORDER_MARK, LineReader, Raw, seek_line
-from megatron_rw.data.text.sources import (
-    Source,
-)
+from megatron_rw.data.text.sources import Source
 from megatron_rw.data.text.streams import (
     STANDARD_INPUT,
     damage,
@@ -36,13 +32,10 @@ _END = object()
 class Reading:
     """How documents are read; the same for every source."""
 
-    # About how many bytes of text make a chunk.
-    chunk_bytes: int
+    chunk_bytes: int  # About how many bytes of text make a chunk.
     max_line_bytes: int
-    # The fields that are read, the text first.
-    columns: tuple[str, ...]
-    # Whether a .txt file is one document, rather than each of its lines.
-    whole_files: bool
+    columns: tuple[str, ...]  # The fields that are read, the text first.
+    whole_files: bool  # Whether a .txt file is one document, rather than each of its lines.
 
     def by_lines(self, source: Source) -> bool:
         """Tells whether each line of the source is a document."""
@@ -114,9 +107,7 @@ def tasks(
     lines, chunk by chunk. Sources that can be entered anywhere fill the gaps at the end.
 
     `finished` gives the numbers of a source's chunks that are there already, or None for all.
-
-    Raises:
-        UserError: If a source is damaged, or Parquet lacks a column.
+    Raises a `UserError` if a source is damaged, or Parquet lacks a column.
     """
     share = sum(source.size for source in sources) / (4 * workers)
 
@@ -200,8 +191,7 @@ def _row_groups(source: Source, reading: Reading) -> Iterator[Task]:
 def read(task: Task, reading: Reading) -> Iterator[Chunk]:
     """Yields the chunks of a task, those that are finished already included.
 
-    Raises:
-        UserError: If the file is damaged; the message names the place.
+    Raises a `UserError` if the file is damaged; the message names the place.
     """
     source = task.source
     chunk = Chunk(task.number, lines=task.line_count, last=task.last)

@@ -6,8 +6,6 @@ file, and each file is sorted on its own. What stays in memory is a byte per doc
 10^9) and a bounded piece of one file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

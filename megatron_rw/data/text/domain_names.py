@@ -1,7 +1,5 @@
 """Names of domains: taken from the path of a file, and checked for use in file names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from math import inf, nan
@@ -36,11 +34,9 @@ def domain_of_file(name: str, folder: str, by: DomainBy) -> str:
     else is left.
 
     It looks at the one name alone, so that each task of a job array, and a call that is repeated
-    with more files, gives a file the same domain. A number is a shard's if it follows a word such
-    as `part` (which is then removed as well), if `of` and the number of shards follow, if the name
-    is nothing else, or if it has three digits or more and a `-` or `_` before it. Dates are not
-    removed, as those of `2023` and `news-20230131`, and neither are short numbers without such a
-    word, as those of `cc-2019-35`, `wiki-2` and `v2`.
+    with more files, gives a file the same domain. A number is a shard's if a word such as `part` is
+    before it, if `of` and the number of shards follow, if the name is nothing else, or if it has
+    three digits or more and is no date: not those of `news-20230131`, `cc-2019-35` and `wiki-2`.
     """
     if by == "directory":
         return folder
@@ -61,10 +57,7 @@ def check_numbered(names: Collection[str]) -> None:
     """Refuses domains of which one has the name of another and a number.
 
     They are probably one corpus, some of whose shard numbers look like years or have one or two
-    digits.
-
-    Raises:
-        UserError: If there are such names.
+    digits. Raises a `UserError` if there are such names.
     """
     for name in names:
         found = _NUMBER.search(name)
@@ -78,11 +71,7 @@ def check_numbered(names: Collection[str]) -> None:
 
 
 def safe_domain(name: str) -> str:
-    """Returns a domain's name if it can be part of a file name.
-
-    Raises:
-        BadRecordError: If it cannot.
-    """
+    """Returns a domain's name if it can be part of a file name; a `BadRecordError` if not."""
     if not _USABLE.fullmatch(name):
         raise BadRecordError(
             "unusable domain",
@@ -95,8 +84,7 @@ def safe_domain(name: str) -> str:
 def check_domain(name: str, origin: str) -> str:
     """Returns the name of a domain that was not read from a document, if it is usable.
 
-    Raises:
-        UserError: If it cannot be part of a file name; the message begins with `origin`.
+    Raises a `UserError` if it cannot be part of a file name; the message begins with `origin`.
     """
     try:
         return safe_domain(name)

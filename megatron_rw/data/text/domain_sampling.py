@@ -3,14 +3,7 @@
 Every passage of a text draws a rank at random, from a fixed seed, and of each domain those of the
 lowest ranks are kept. So a sample is always a fair one of what has been read so far, nobody needs
 to know beforehand how much will come, and the same passages in the same order give the same sample.
-
-Inputs that are too large to be read whole are read in part. Of files that can be entered anywhere,
-evenly spaced chunks are read. Files that can only be read from their start, such as compressed
-ones, are read to their end, but only evenly spaced ones of them. The choice follows from names and
-sizes alone.
 """
-
-from __future__ import annotations
 
 import heapq
 import math
@@ -44,14 +37,8 @@ class DomainSampler:
     """Reads files, in part if they are large, and keeps a sample of their text by domain.
 
     Bad lines are left out, if they are few. `bad` is their number, and `first_bad` says where the
-    first of them is and what is wrong with it.
-
-    Args:
-        inputs: The flags that name the domains.
-        json_key: The field that holds the text.
-        weights: Weights of domains; `{}` gives all the same, None is in proportion to size.
-        limit: Size of the sample in UTF-8 bytes.
-        max_bad_fraction: Share of the lines that may be bad.
+    first of them is and what is wrong with it. `limit` is the size of the sample in UTF-8 bytes;
+    `weights` of `{}` give all domains the same, and None is in proportion to size.
     """
 
     def __init__(
@@ -78,8 +65,7 @@ class DomainSampler:
     def plan(self, sources: Sequence[Source]) -> list[Task]:
         """Chooses what to read of the inputs for a sample.
 
-        Raises:
-            UserError: If sources name the domains and one has no weight, or some weight no source.
+        Raises a `UserError` if sources name the domains and one has no weight, or a weight none.
         """
         weights = self._weights
         if self._inputs.domain_key or weights is None:
@@ -103,11 +89,10 @@ class DomainSampler:
             for task in plan(group, self.reading, READ_PER_KEPT * budget)
         ]
 
-    def draw(self, chosen: Sequence[Task], cut: Callable[[str], Iterator[str]]) -> TextSample:
+    def draw(self, chosen: Sequence[Task], cut: Callable[[str], Iterator[str]]) -> "TextSample":
         """Reads what `plan` chose and keeps a sample; `cut` cuts a text into the sample's lines.
 
-        Raises:
-            UserError: If too many lines are bad, a domain has no weight or a weight no domain.
+        Raises a `UserError` if too many lines are bad, a domain has no weight or a weight none.
         """
         weights, sample = self._weights, TextSample(self._limit, self._weights)
         found = set()
@@ -127,8 +112,7 @@ class DomainSampler:
     def documents(self, task: Task) -> Iterator[tuple[str, str]]:
         """Yields the domain and the text of every document of a task.
 
-        Raises:
-            UserError: If the file is damaged, or too many lines so far are bad.
+        Raises a `UserError` if the file is damaged, or too many lines so far are bad.
         """
         source, key = task.source, self._inputs.domain_key
         of_source = "" if key else source.domain(self._inputs.domain_by)
@@ -177,13 +161,12 @@ def _check_domains(weights: Mapping[str, float], found: Collection[str]) -> None
 
 
 def plan(sources: Sequence[Source], reading: Reading, max_bytes: int) -> list[Task]:
-    """Chooses what to read of some sources.
+    """Chooses what to read of some sources, by their names and sizes alone.
 
-    The tasks are in the order of the sources, and together about `max_bytes` of uncompressed text.
-    Where there are compressed files, at least one of them is read.
-
-    Raises:
-        UserError: If a Parquet file is damaged or lacks a column.
+    The tasks are in the order of the sources, and together about `max_bytes` of uncompressed text:
+    evenly spaced chunks of files that can be entered anywhere, and evenly spaced ones of the
+    others, such as compressed files, of which at least one is read, to its end. Raises a
+    `UserError` if a Parquet file is damaged or lacks a column.
     """
     pieces = [task for source in sources for task in _pieces(source, reading)]
     share = max_bytes / max(1, sum(source.text_bytes for source in sources))

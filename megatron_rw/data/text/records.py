@@ -1,7 +1,5 @@
 """From a line to the fields of a document, or to the reason why it is no document."""
 
-from __future__ import annotations
-
 import json
 import reprlib
 from collections.abc import Iterator
@@ -31,10 +29,8 @@ class Raw:
 
     # The number of the line, the row of Parquet or the element of JSON, from 1 in each chunk.
     line: int
-    # A line without its end, or the fields themselves.
-    content: bytes | dict[str, Any]
-    # 0, or the bytes of a line that is too long, of which `content` is then the start.
-    size: int
+    content: bytes | dict[str, Any]  # A line without its end, or the fields themselves.
+    size: int  # 0, or the bytes of a line that is too long, of which `content` is then the start.
 
     def excerpt(self) -> str:
         """Returns how it begins, for a message."""
@@ -116,10 +112,8 @@ def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
     """Returns the fields of a document.
 
     `limit` are the most bytes that a line may have, for the message. `text_key` is the field that
-    plain text becomes; None if the line is JSON.
-
-    Raises:
-        BadRecordError: If it is too long, not UTF-8, or no JSON object.
+    plain text becomes; None if the line is JSON. Raises a `BadRecordError` if it is too long, not
+    UTF-8, or no JSON object.
     """
     if isinstance(raw.content, dict):
         return raw.content
@@ -147,8 +141,7 @@ def parse(raw: Raw, limit: int, text_key: str | None = None) -> dict[str, Any]:
 def text_field(record: dict[str, Any], flag: str, key: str) -> str:
     """Returns the text that a document holds under the key that a flag chose.
 
-    Raises:
-        BadRecordError: If it is missing, not a string, empty, or holds what is not text.
+    Raises a `BadRecordError` if it is missing, not a string, empty, or holds what is not text.
     """
     if key not in record:
         raise BadRecordError(

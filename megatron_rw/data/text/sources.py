@@ -1,7 +1,5 @@
 """Which files a tool reads: from paths, directories, patterns, URLs and standard input."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os
@@ -37,14 +35,11 @@ READS = ".jsonl, .json, .txt (each also with .gz or .zst) and .parquet"
 class Source:
     """A file of documents."""
 
-    # A local path, a URL, or `-`.
-    path: str
+    path: str  # A local path, a URL, or `-`.
     format: Format
     compression: Compression | None
-    # Bytes as stored; 0 for standard input.
-    size: int
-    # Changes when the content does: the time of change, or a store's own mark.
-    version: str
+    size: int  # Bytes as stored; 0 for standard input.
+    version: str  # Changes when the content does: the time of change, or a store's own mark.
 
     @property
     def name(self) -> str:
@@ -100,8 +95,7 @@ class InputFlags:
     def domain_of(self, source: Source) -> str:
         """Returns the domain of a source's documents where no field holds it.
 
-        Raises:
-            UserError: If its name cannot be part of a file name.
+        Raises a `UserError` if its name cannot be part of a file name.
         """
         remedy = "give --domain-by or --domain, or rename it"
         return check_domain(source.domain(self.domain_by), f"{source.path}: {remedy}")
@@ -113,10 +107,8 @@ def find_sources(inputs: Sequence[str], flag: str = "--input") -> list[Source]:
     They are paths of files, of directories (searched through, hidden files left out), patterns with
     `*`, `?` or `[`, URLs of fsspec (`s3://...`) of any of these, or `-` for JSON lines on standard
     input. The files come in the order given; those of a directory or a pattern sorted by path.
-
-    Raises:
-        UserError: If nothing is found for one of them, a file's format is not read, or a file is
-            named twice.
+    Raises a `UserError` if nothing is found for one of them, a file's format is not read, or a file
+    is named twice.
     """
     found = [source for name in inputs for source in _find(name, flag)]
     for path, count in Counter(source.path for source in found).items():
@@ -130,10 +122,8 @@ def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
 
     `sources` are all inputs, the same in every task of a job array, and `flag` says which share to
     take, as `--shard` has it; None takes all. There is at least one source in each shard, and the
-    shards' bytes are as even as whole files allow.
-
-    Raises:
-        UserError: If there are fewer files than shards, or standard input is among them.
+    shards' bytes are as even as whole files allow. Raises a `UserError` if there are fewer files
+    than shards, or standard input is among them.
     """
     if flag is None:
         return list(sources)
@@ -152,8 +142,7 @@ def shard_of(sources: Sequence[Source], flag: str | None) -> list[Source]:
 def parse_shard(flag: str) -> tuple[int, int]:
     """Returns the number of a shard, from 0, and the number of shards, as `--shard 0/8` says them.
 
-    Raises:
-        UserError: If the flag is not of that form, or the shard's number is not below the other.
+    Any other form, or a shard's number that is not below the other, is a `UserError`.
     """
     index, _, count = flag.partition("/")
     if not index.isdecimal() or not count.isdecimal():
@@ -251,7 +240,7 @@ def _find_remote(url: str, flag: str) -> list[Source]:
         return [_remote(system, path, flag) for path in paths]
 
 
-def _remote(system: AbstractFileSystem, path: str, flag: str) -> Source:
+def _remote(system: "AbstractFileSystem", path: str, flag: str) -> Source:
     info = system.info(path)
     marks = (info.get(mark) for mark in ("ETag", "etag", "mtime", "LastModified", "updated"))
     version = next((str(mark) for mark in marks if mark is not None), "")

@@ -3,8 +3,6 @@
 What goes wrong while such a file is read is an error that names the file, whichever library reads.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 import sys
@@ -31,9 +29,8 @@ _BLOCK_BYTES = 4 << 20
 def open_stream(path: str, compression: Compression | None) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yields the uncompressed bytes, and the stored ones, whose position tells the progress.
 
-    Raises:
-        UserError: If the file is cut off or damaged, where it is read.
-        OSError: If it cannot be opened or read.
+    Raises a `UserError` if the file is cut off or damaged, where it is read. Raises an `OSError` if
+    it cannot be opened or read.
     """
     with _open_stored(path) as stored:
         if compression is None:
@@ -66,11 +63,7 @@ def package_of(path: str, name: str, or_else: str = "") -> Iterator[None]:
 
 
 def parquet_file(path: str, stream: BinaryIO) -> Any:
-    """Opens a Parquet file.
-
-    Raises:
-        UserError: If it is none, or the package is missing.
-    """
+    """Opens a Parquet file; a `UserError` if it is none, or the package is missing."""
     with package_of(path, "pyarrow"):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -80,11 +73,10 @@ def parquet_file(path: str, stream: BinaryIO) -> Any:
         raise damage(path, "parquet data", error) from error
 
 
-def file_system(url: str, flag: str) -> tuple[AbstractFileSystem, str]:
+def file_system(url: str, flag: str) -> tuple["AbstractFileSystem", str]:
     """Returns the file system of a URL, and the path there.
 
-    Raises:
-        UserError: If the file system's package is missing, or none is known for the URL.
+    Raises a `UserError` if the file system's package is missing, or none is known for the URL.
     """
     from fsspec.core import url_to_fs  # takes a tenth of a second, and most inputs are local
 

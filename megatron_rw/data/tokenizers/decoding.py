@@ -1,7 +1,5 @@
 """From token ids back to text, with the tokenizer that made them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -41,10 +39,8 @@ class DecodingFlags(TokenizerOptions):
     def load(self, record: TokenizerRecord | None) -> Tokenizer:
         """Loads the tokenizer that the flags name, or else the one that made the dataset.
 
-        Warns on standard error if it is not the one that made the dataset.
-
-        Raises:
-            UserError: If no tokenizer is named, or its model is not there.
+        Warns on standard error if it is not the one that made the dataset. Raises a `UserError` if
+        no tokenizer is named, or its model is not there.
         """
         if not self.is_named(record):
             raise UserError(
@@ -61,7 +57,7 @@ class DecodingFlags(TokenizerOptions):
         return _load(TokenizerFlags(**settings), record)
 
 
-@cache  # the domains of a directory have one tokenizer
+@cache  # the domains of a directory have one tokenizer, and a large one takes seconds to load
 def _load(flags: TokenizerFlags, record: TokenizerRecord | None) -> Tokenizer:
     tokenizer = load_tokenizer(flags)
     if record is not None and (digest := model_sha256(flags.tokenizer_model)) != record.sha256:
@@ -76,8 +72,7 @@ def _load(flags: TokenizerFlags, record: TokenizerRecord | None) -> Tokenizer:
 def decode(tokenizer: Tokenizer, ids: NDArray[Any]) -> str:
     """Returns the text of token ids, [tokens].
 
-    Raises:
-        UserError: If an id is beyond the tokenizer's vocabulary.
+    Raises a `UserError` if an id is beyond the tokenizer's vocabulary.
     """
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
         raise UserError(
@@ -90,11 +85,9 @@ def decode(tokenizer: Tokenizer, ids: NDArray[Any]) -> str:
 def find(reader: DatasetReader, text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
     """Finds the documents of a dataset that contain a text.
 
-    Every document is decoded, since other words around a text can change its tokens.
-
-    Yields:
-        The number of the document, how often it contains the text, and the first occurrence with
-        up to 40 characters on either side.
+    Every document is decoded, since other words around a text can change its tokens. Yields the
+    number of the document, how often it contains the text, and the first occurrence with up to 40
+    characters on either side.
     """
     for block in reader.blocks():
         ids = reader.read(block)

@@ -57,14 +57,9 @@ def huggingface_tokenizer(
     """Returns a tokenizer over a `tokenizers.Tokenizer`.
 
     Texts are cut into words or segments where that is safe (see `known_word_pattern`). Other
-    tokenizers are given every text whole, which takes 90 to 170 bytes of memory per character.
-
-    Args:
-        tokenizer: The Rust tokenizer; its truncation and padding are switched off.
-        eod: The id that ends a document.
-        include_special_tokens: Whether to add the special tokens around a text, such as `<s>`,
-            that the tokenizer's post-processor adds.
-        segment_characters: The least length of a segment.
+    tokenizers are given every text whole, which takes 90 to 170 bytes of memory per character. The
+    tokenizer's truncation and padding are switched off; `include_special_tokens` says whether to
+    add the special tokens around a text, such as `<s>`, that its post-processor adds.
     """
     # A process per core tokenizes already; the library reads this at every call.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -126,8 +121,7 @@ def _special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 def load_huggingface(flags: TokenizerFlags) -> LibraryTokenizer:
     """Loads the tokenizer of a directory.
 
-    Raises:
-        UserError: If it is a file, or needs a package that is not installed.
+    Raises a `UserError` if it is a file, or needs a package that is not installed.
     """
     directory = Path(str(flags.tokenizer_model))
     if directory.is_file():
@@ -150,8 +144,7 @@ def load_huggingface(flags: TokenizerFlags) -> LibraryTokenizer:
 def _load_plain(directory: Path, flags: TokenizerFlags) -> tuple[Any, int | None]:
     """Returns the tokenizer of a tokenizer.json, and the id that ends a document.
 
-    Raises:
-        UserError: If `transformers` could load another tokenizer from the directory.
+    Raises a `UserError` if `transformers` could load another tokenizer from the directory.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -200,8 +193,9 @@ def known_word_pattern(definition: dict[str, Any]) -> str | None:
         return None
     if model.get("type") != "BPE" or model.get("dropout") or words is None:
         return None
-    if any(map(_reaches_over_white_space, definition["added_tokens"])):
-        return None
+    for token in definition["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"])):
+            return None
     *first, last = words["pretokenizers"] if words["type"] == "Sequence" else [words]
     # Digits only cuts words further.
     first = [step for step in first if step["type"] != "Digits"]
@@ -213,7 +207,3 @@ def known_word_pattern(definition: dict[str, Any]) -> str | None:
         return None
     pattern: str | None = first[0]["pattern"].get("Regex")
     return pattern if cuts_between_words(pattern) else None
-
-
-def _reaches_over_white_space(token: dict[str, Any]) -> bool:
-    return token["lstrip"] or token["rstrip"] or any(map(str.isspace, token["content"]))

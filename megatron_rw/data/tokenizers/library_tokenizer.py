@@ -47,10 +47,8 @@ class LibraryTokenizer:
 def build_core_tokenizer(flags: TokenizerFlags) -> Any:
     """Returns what the training program builds from the same flags, a `MegatronTokenizerText`.
 
-    The import takes seconds, as it imports torch.
-
-    Raises:
-        UserError: If the model cannot be loaded.
+    The import takes seconds, as it imports torch. Raises a `UserError` if the model cannot be
+    loaded.
     """
     silence("cpu")
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -78,9 +76,8 @@ def build_core_tokenizer(flags: TokenizerFlags) -> Any:
 def library_errors(flags: TokenizerFlags) -> Iterator[None]:
     """Reports a model that a library cannot load as the user's mistake.
 
-    Raises:
-        UserError: If the body, a call of the library, raises any exception; each library has its
-            own.
+    Raises a `UserError` if the body, a call of the library, raises any exception; each library has
+    its own.
     """
     try:
         yield
@@ -92,11 +89,7 @@ def library_errors(flags: TokenizerFlags) -> Iterator[None]:
 
 
 def whole_text_tokenizer(core: Any) -> LibraryTokenizer:
-    """Returns a tokenizer that encodes one whole text after the other with Megatron's own class.
-
-    Args:
-        core: A `MegatronTokenizerText`.
-    """
+    """Returns a tokenizer that encodes whole texts with Megatron's `MegatronTokenizerText`."""
     dtype = optimal_dtype(core.vocab_size)
 
     def encode(texts: list[str]) -> list[NDArray[Any]]:
@@ -109,19 +102,14 @@ def whole_text_tokenizer(core: Any) -> LibraryTokenizer:
 def load_core_tiktoken(flags: TokenizerFlags) -> LibraryTokenizer:
     """Loads core's kind of tiktoken vocabulary, whose own encoding of a whole text is fast.
 
-    Raises:
-        UserError: If tiktoken is not installed, or the vocabulary cannot be loaded.
+    Raises a `UserError` if tiktoken is not installed, or the vocabulary cannot be loaded.
     """
     require_package("tiktoken", f"--tokenizer-type {flags.tokenizer_type}")
     return whole_text_tokenizer(build_core_tokenizer(flags))
 
 
 def require_package(name: str, needed_for: str) -> None:
-    """Checks that an optional package is installed.
-
-    Raises:
-        UserError: If it is not.
-    """
+    """Checks that an optional package is installed; a `UserError` if not."""
     if importlib.util.find_spec(name) is None:
         raise UserError(
             f"{needed_for} needs a package that is not installed; run: pip install {name}"

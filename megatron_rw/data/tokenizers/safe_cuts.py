@@ -22,8 +22,7 @@ NextCut = Callable[[str, int], int]
 
 # Slightly faster than other sizes from 300 to 16,000, for SentencePiece and Hugging Face together.
 SEGMENT_CHARACTERS = 1000
-# Segments that are encoded at a time, to bound the memory of the libraries.
-_GROUP = 100
+_GROUP = 100  # Segments that are encoded at a time, to bound the memory of the libraries.
 
 # How byte-level tokenizers find words, before any token is looked for; GPT-2's is built into the
 # `tokenizers` library. None looks back, and none matches white space with something on both sides.

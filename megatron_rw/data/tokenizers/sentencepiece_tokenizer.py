@@ -26,10 +26,8 @@ def load_sentencepiece(
     """Loads a SentencePiece model, which encodes as core's class does without `legacy`.
 
     Texts are cut where `safe_cuts_of` allows it. A model for which it allows nothing is given every
-    text whole, which takes about 45 bytes of memory per character.
-
-    Raises:
-        UserError: If the model cannot be loaded, or has special tokens beside its own.
+    text whole, which takes about 45 bytes of memory per character. Raises a `UserError` if the
+    model cannot be loaded, or has special tokens beside its own.
     """
     from sentencepiece import SentencePieceProcessor
 

@@ -1,21 +1,15 @@
 """Trains a SentencePiece model.
 
-The model keeps every character: no Unicode normalisation, no folding of white space, no dummy
-prefix, and bytes for characters outside the vocabulary, so that code decodes to itself. The one
-exception is U+2581, SentencePiece's own mark for the space: it decodes to a space.
+The model keeps every character, so that code decodes to itself: no normalisation, no folding of
+white space, no dummy prefix, and bytes for characters outside the vocabulary. The one exception is
+U+2581, SentencePiece's own mark for the space: it decodes to a space. Control characters are byte
+tokens, since the model is trained line by line and SentencePiece reserves the tab.
 
-Newlines, tabs and other control characters are byte tokens and never part of a longer piece, since
-the model is trained line by line and SentencePiece reserves the tab.
-
-Token ids: 0 `<unk>`, 1 `<s>`, 2 `</s>` (Megatron's end of document), 3 `<pad>`, then the special
-tokens of the user, the 256 bytes and the learnt pieces. Padding has its own id because core's
-GPTDataset masks the loss of every label that equals it; with the id of the end of document, the
-model would never learn to end a document.
-
-These four are control symbols: no text encodes to them. The special tokens of the user are what
-SentencePiece calls user-defined symbols: each is one id wherever it occurs in a text, and never
-part of a longer piece. Megatron needs that for the marks of a chat template, since it tokenizes the
-text of the filled template.
+Token ids: 0 `<unk>`, 1 `<s>`, 2 `</s>` (Megatron's end of document), 3 `<pad>`, to which no text
+encodes; then the special tokens of the user, each one id wherever it occurs in a text, as Megatron
+needs it of the marks of a chat template; the 256 bytes; and the learnt pieces. Padding has its own
+id because core's GPTDataset masks the loss of every label that equals it: with the id of the end of
+document, the model would never learn to end a document.
 """
 
 import io
@@ -30,8 +24,7 @@ from megatron_rw.errors import UserError
 
 UNK_ID, BOS_ID, EOD_ID, PAD_ID = range(4)
 CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>", "<pad>")
-# The control symbols and the bytes.
-FIXED_TOKENS = len(CONTROL_SYMBOLS) + 256
+FIXED_TOKENS = len(CONTROL_SYMBOLS) + 256  # The control symbols and the bytes.
 
 # Characters that no piece may hold: line ends and other control characters, which would break the
 # .vocab file; the tab and U+2585, for which SentencePiece drops a whole line; U+2581, its own mark.
@@ -45,11 +38,7 @@ _LARGE_BYTES = 1 << 30
 
 
 def check_special_tokens(tokens: Sequence[str]) -> None:
-    """Checks that each of `--special-tokens` can be one id in any text.
-
-    Raises:
-        UserError: For the first one that cannot.
-    """
+    """Checks that each of `--special-tokens` can be one id in any text; a `UserError` if not."""
     for index, token in enumerate(tokens):
         problem = None
         if not token:
@@ -90,10 +79,8 @@ class VocabularyFlags:
 def train(lines: Iterator[str], text_bytes: int, flags: VocabularyFlags) -> bytes:
     """Trains a model and returns the bytes of its `.model` file.
 
-    The lines are those of `sentences`, and together have about `text_bytes` bytes of UTF-8.
-
-    Raises:
-        UserError: If the text does not make such a vocabulary.
+    The lines are those of `sentences`, and together have about `text_bytes` bytes of UTF-8. Raises
+    a `UserError` if the text does not make such a vocabulary.
     """
     import sentencepiece
 

@@ -36,11 +36,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Returns the ids of each text, `[tokens]` of `optimal_dtype(vocab_size)`.
 
-        An array is empty if its text has no token.
-
-        Raises:
-            ValueError: If the library cannot encode one of them, such as ten million spaces in a
-                row, for which its regular expressions need too many steps.
+        An array is empty if its text has no token. Raises a `ValueError` if the library cannot
+        encode one of them, such as ten million spaces in a row, for which its regular expressions
+        need too many steps.
         """
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -83,8 +81,7 @@ _LOADERS: dict[str, Callable[[TokenizerFlags], "Tokenizer"]] = {
 def load_tokenizer(flags: TokenizerFlags) -> Tokenizer:
     """Loads the tokenizer that Megatron's `build_tokenizer` gives for the same flags.
 
-    Raises:
-        UserError: If the model is not there or cannot be loaded.
+    Raises a `UserError` if the model is not there or cannot be loaded.
     """
     if flags.tokenizer_type == BYTE_LEVEL:
         return ByteLevelTokenizer()

@@ -43,11 +43,7 @@ class TokenizerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFlags(TokenizerOptions):
-    """The flags that choose a tokenizer.
-
-    Raises:
-        UserError: If they do not go together.
-    """
+    """The flags that choose a tokenizer; a `UserError` if they do not go together."""
 
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """The kind of tokenizer. ByteLevelTokenizer gives the UTF-8 bytes; train on them with

@@ -23,13 +23,11 @@ from megatron_rw.data.tokenizers.safe_cuts import GPT2_WORDS, LATER_WORDS, CutTe
 # Words in each of the two halves of the cache, and characters of the longest word that is kept:
 # about 16 MB of English.
 _CACHED_WORDS, _LONGEST_WORD = 1 << 16, 64
-# Characters of a text whose words are listed at a time.
-_BLOCK_CHARACTERS = 1 << 16
+_BLOCK_CHARACTERS = 1 << 16  # Characters of a text whose words are listed at a time.
 # Where words are slower than segments, because few words recur, segments are used for so many
 # batches that the occasional batch in words costs at most a twentieth of the time.
 _BATCHES_PER_LOSS, _MOST_BATCHES = 20, 200
-# The time that a batch takes is measured from this many characters on.
-_LEAST_MEASURED = 1 << 14
+_LEAST_MEASURED = 1 << 14  # The time that a batch takes is measured from this many characters on.
 
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _DIGIT = r"\d"
@@ -38,10 +36,7 @@ _DIGIT = r"\d"
 class CachedWordEncoder:
     """Encodes texts word by word while that is faster than in segments.
 
-    Args:
-        words: Matches any text, word by word.
-        encode_word: Returns the ids of one word.
-        segments: The encoder in segments. Words end wherever it may cut a text.
+    `words` matches any text, word by word, and words end wherever `segments` may cut a text.
     """
 
     def __init__(
@@ -123,12 +118,8 @@ class _WordCache(dict[str, bytes]):
 def sentencepiece_words(pieces: Sequence[str], space: str) -> re.Pattern[str] | None:
     """Returns an expression for the words of a byte-pair encoding with bytes for rare characters.
 
-    Args:
-        pieces: The pieces that text can become, with a space in place of the model's own mark.
-        space: The model's own mark for a space, which it takes for a space in texts as well.
-
-    Returns:
-        The expression; None if a piece has a space inside.
+    `space` is the model's own mark for a space, which it takes for a space in texts as well, and
+    for which `pieces` have a space. Returns None if a piece has a space inside.
     """
 
     def words(stuck: set[str]) -> re.Pattern[str]:
@@ -149,10 +140,8 @@ def byte_level_words(pattern: str | None, added: Iterable[str]) -> re.Pattern[st
     The classes hold ASCII characters only, so that the version of Unicode does not matter. The
     apostrophe is in none of them, as `'s` is a word. In the patterns that came after GPT-2's, a
     mark before a letter may belong to its word, and line ends belong to what is before them unless
-    a slash follows. The tokenizer looks for its added tokens before it looks for words.
-
-    Returns:
-        The expression; None if `pattern` is not known, or an added token has white space in it.
+    a slash follows. The tokenizer looks for its added tokens before it looks for words. Returns
+    None if `pattern` is not known, or an added token has white space in it.
     """
     if pattern != GPT2_WORDS and pattern not in LATER_WORDS:
         return None

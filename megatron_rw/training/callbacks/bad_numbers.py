@@ -1,7 +1,5 @@
 """Handles losses and gradients that are not finite, and losses far above the mean."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 from megatron_rw.resilience.spikes import SpikeLog

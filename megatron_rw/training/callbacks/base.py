@@ -1,7 +1,5 @@
 """The points of the training loop at which a callback is called, in the order of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,16 +3,14 @@
 A rank that ended by itself would leave the others waiting until the launcher notices.
 """
 
-from __future__ import annotations
-
 import socket
 
 import torch
-import torch.distributed as dist
 
 from megatron_rw.errors import UserError, reported
 from megatron_rw.kernels.options import BackendError
 from megatron_rw.kernels.selection import check_backend
+from megatron_rw.resilience.step_samples import gather
 from megatron_rw.training.callbacks.base import Callback
 from megatron_rw.training.settings import Settings
 
@@ -30,11 +28,7 @@ class KernelsCallback(Callback):
 
 
 def compile_here(settings: Settings) -> None:
-    """Compiles the kernels for this rank's device, if the run uses any.
-
-    Raises:
-        UserError: They cannot run on this rank.
-    """
+    """Compiles the kernels that the run uses for this rank's device; a `UserError` if it fails."""
     if not settings.uses_kernels:
         return
     on_gpu = settings.device == "cuda"
@@ -49,17 +43,15 @@ def compile_here(settings: Settings) -> None:
 def compile_on_all_ranks(settings: Settings) -> None:
     """Compiles the kernels on every rank. Collective over all ranks.
 
-    Raises:
-        UserError: On all ranks alike, with the first rank that cannot run the kernels and its host.
-            Where no rank can, it names none.
+    Raises a `UserError` on all ranks alike, with the first rank that cannot run them and its host.
+    Where no rank can, it names none.
     """
     problem: tuple[str, str] | None = None
     try:
         compile_here(settings)
     except UserError as error:
         problem = (socket.gethostname(), str(error))
-    found: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
+    found = gather(problem)
     problems = [(rank, *one) for rank, one in enumerate(found) if one is not None]
     if problems:
         rank, host, text = problems[0]

@@ -1,7 +1,5 @@
 """The weights, the losses by domain and the speed of each logging interval."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

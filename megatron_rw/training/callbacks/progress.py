@@ -1,7 +1,5 @@
 """Notes how far this rank is, for the watchdog, error messages and a container's health check."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 from megatron_rw.resilience.health import Heartbeat

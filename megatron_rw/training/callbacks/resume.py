@@ -1,7 +1,5 @@
 """Records the data in checkpoints, and fits a run to the iteration that it begins with."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import torch.distributed as dist

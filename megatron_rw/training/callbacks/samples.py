@@ -1,7 +1,5 @@
 """Which data weighs most and least."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

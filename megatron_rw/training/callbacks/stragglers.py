@@ -1,16 +1,13 @@
 """The slowest rank of each logging interval (`--log-slowest-rank`).
 
-A slow GPU, a busy host or a slow disk holds up every rank, since all ranks wait for each other in
-each step. The step time therefore does not tell which rank is slow. The time of the forward passes
-does, with the reading of their micro-batches: it holds no pipeline sends, no reduction of gradients
-and no collectives of the loss. It does hold tensor- and expert-parallel collectives: the ranks of
-such a group are slow together, and any of them may be named.
+All ranks wait for the slowest in each step, so the step time does not tell which one it is. The
+time of the forward passes does, with the reading of their micro-batches: it holds no pipeline
+sends, no reduction of gradients and no collectives of the loss. It does hold tensor- and
+expert-parallel collectives: the ranks of such a group are slow together, and any may be named.
 
 Megatron's `--log-straggler` is for CUDA alone, names no host, needs nvidia-ml-py and opens port
 65535 of rank 0 to everybody.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import socket
@@ -26,6 +23,7 @@ from megatron.training import print_rank_last
 from torch import Tensor
 
 from megatron_rw.platform import Device
+from megatron_rw.resilience.step_samples import gather
 from megatron_rw.training.callbacks.base import Callback, LogEvent
 
 
@@ -79,8 +77,7 @@ class StragglerCallback(Callback):
         )
         self._passes = []
         if self._hosts is None:
-            self._hosts = [""] * dist.get_world_size()
-            dist.all_gather_object(self._hosts, socket.gethostname())
+            self._hosts = gather(socket.gethostname())
         stage = mpu.get_pipeline_model_parallel_rank()
         mine = torch.tensor([[stage, seconds]], device=torch.cuda.current_device()).double()
         table = mine.new_empty(dist.get_world_size(), 2)
@@ -100,14 +97,8 @@ class StragglerCallback(Callback):
 def slowest(table: Tensor, hosts: list[str]) -> SlowestRank | None:
     """Returns the rank that is furthest above the median of its pipeline stage.
 
-    The ranks of a stage have the same work.
-
-    Args:
-        table: Pipeline stage and seconds of each rank, `[ranks, 2]`.
-        hosts: Name of each rank's host.
-
-    Returns:
-        The rank; None if no rank has run a forward pass.
+    `table` has the pipeline stage and seconds of each rank, `[ranks, 2]`. The ranks of a stage have
+    the same work. Returns None if no rank has run a forward pass.
     """
     rows = table.tolist()
     medians = {

@@ -1,7 +1,5 @@
 """The form of a refusal of flags: a table of what cannot be, and why."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Mapping
 

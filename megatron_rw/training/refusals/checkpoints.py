@@ -1,7 +1,5 @@
 """Refusals of where and how a run writes, before it has something to lose."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from argparse import Namespace

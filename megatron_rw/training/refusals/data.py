@@ -3,8 +3,6 @@
 All checks run on one rank.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from argparse import Namespace

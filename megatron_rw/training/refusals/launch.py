@@ -1,7 +1,5 @@
 """Refusals of a model's shape, the number of processes, and what the CPU cannot do."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 from megatron_rw.errors import UserError

@@ -1,7 +1,5 @@
 """Refusals of the method's settings (kernels, scopes, sets) and of those for bad numbers."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import torch

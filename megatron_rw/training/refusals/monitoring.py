@@ -1,7 +1,5 @@
 """Refusals of flags for metrics, profiles and snapshots, before any long work."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 

@@ -1,7 +1,5 @@
 """Refusals of a second model: no checkpoint, another vocabulary, a layout it cannot have."""
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from typing import Any

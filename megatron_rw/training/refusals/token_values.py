@@ -3,8 +3,6 @@
 All checks run on one rank.
 """
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Sequence
