@@ -67,7 +67,7 @@ def weigh_set(
     """Weights the set that this rank's units are part of. Collective, without a host read.
 
     One all-reduce for sequences; for documents and tokens two, of 2 numbers and of 6 for each rank,
-    and one more of at most 64 KiB where the plan needs a histogram.
+    and one more of 64 KiB where the plan needs a histogram.
 
     Args:
         sums: Of this rank's units; of sequences over its own tokens, of documents over all.
