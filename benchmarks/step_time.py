@@ -36,7 +36,7 @@ VARIANTS = {
 CROSS_ENTROPIES = ("none", "none+torch", "none+fused", "none+layer")
 BLOCKS = 240
 # Of all choices, which are many.
-CHOICE_BLOCKS = 80
+CHOICE_BLOCKS = 60
 # The batch is the quick start's own.
 PROCESSES, BATCH_SIZE = 2, 32
 
