@@ -122,8 +122,11 @@ def _plan(
     gaps = torch.where(active, best - scores, 0.0)
     if weighting.target_ess is not None:
         temperature = _temperature_for(weighting.target_ess, gaps.double(), base.double()).to(gaps)
-    elif for_others and weighting.strategy == "softmax":
-        temperature = torch.maximum(temperature, (high - low) / LARGEST_EXPONENT)
+    if for_others and (weighting.strategy == "softmax" or weighting.target_ess is not None):
+        # From the largest score that there can be, which no unit of this set need have.
+        top = high if weighting.strategy == "softmax" else weighting.largest_score
+        lowest = (top - best + gaps.amax()) / LARGEST_EXPONENT
+        temperature = torch.where(active.any(), torch.maximum(temperature, lowest), temperature)
     exponents = -gaps / temperature
     if weighting.max_weight is not None:
         cap = _cap_for(weighting.max_weight, exponents.double(), base.double()).to(gaps)

@@ -162,6 +162,17 @@ def test_the_cap_of_a_plan_goes_by_the_temperature_that_planned_weights_have(nam
         check(weigh_units(units, how, plan, backend_name=name), units, how, plan)
 
 
+def test_a_target_for_another_set_leaves_weights_that_can_be_told_from_0(name: Any) -> None:
+    # None is in the middle of the range, where quadratic scores are largest.
+    units = Units(torch.tensor([0.0, -0.125, -9.375], device=DEVICE))
+    how = Weighting(strategy="quadratic", target_ess=0.3)
+    none = torch.zeros(5, device=DEVICE)
+    plan = weigh_units(units, how, none, backend_name=name).plan
+    found = weigh_units(units, how, plan, backend_name=name)
+    check(found, units, how, plan)
+    assert (found.weights > 1e-9).all()
+
+
 @pytest.mark.parametrize("most", [None, 1.0])
 def test_sharp_temperature_neither_overflows_nor_underflows(most: Any, name: Any) -> None:
     units = Units(torch.arange(4.0, device=DEVICE))

@@ -85,8 +85,6 @@ def plan(
         return low, high, r, -smallest_with_share(down, counts, how.top_share), 0.0
     scores = [scored(signal, low, high, how) for signal in signals]
     best, spread = max(scores), max(scores) - min(scores)
-    if for_others and how.strategy == "softmax":
-        r = max(r, (high - low) / LARGEST_EXPONENT)
     if (target := how.target_ess) is not None and spread:
 
         def reaches(sharpness: float) -> bool:
@@ -97,6 +95,8 @@ def plan(
     elif how.target_ess is not None:
         r = 1.0
     level, top = 0.0, high if how.strategy == "softmax" else how.largest_score
+    if for_others and (how.strategy == "softmax" or how.target_ess is not None):
+        r = max(r, (top - min(scores)) / LARGEST_EXPONENT)
     if (most := how.max_weight) is not None:
 
         def fits(above: float) -> bool:

@@ -163,9 +163,10 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
     });
     r = spread > 0.0 ? static_cast<float>(spread / fmax(sharpness, 1e-9)) : 1.0f;
   }
-  if (given != nullptr && !chosen && score.strategy == kSoftmax) {
-    // A plan is for weights that have this lowest temperature.
-    r = fmaxf(r, (score.high - score.low) / static_cast<float>(kLargestExponent));
+  if (given != nullptr && any && (chosen || score.strategy == kSoftmax)) {
+    // A plan is for weights that count from the largest score, which no unit here need have.
+    const double lowest = (score.top(largest_score) - best + spread) / kLargestExponent;
+    r = fmaxf(r, static_cast<float>(lowest));
   }
   float cap = 0.0f, level = 0.0f;
   if (max_weight < kInfinity && any && score.strategy != kTopK) {
