@@ -103,7 +103,8 @@ def _plan(
 ) -> tuple[Tensor, Tensor]:
     """The plan of a set, and the exponents that it gives its units, the best one's 0.
 
-    Exponents of others, by `planned_exponents`, have a lowest temperature.
+    With `for_others` the plan is for other units, whose exponents come from `planned_exponents`; a
+    temperature must not be so low that all of these underflow.
     """
     low = signals.masked_fill(~active, torch.inf).amin()
     high = signals.masked_fill(~active, -torch.inf).amax()
@@ -123,7 +124,7 @@ def _plan(
     if weighting.target_ess is not None:
         temperature = _temperature_for(weighting.target_ess, gaps.double(), base.double()).to(gaps)
     if for_others and (weighting.strategy == "softmax" or weighting.target_ess is not None):
-        # From the largest score that there can be, which no unit of this set need have.
+        # Those exponents count from the largest score that is possible, which may be above `best`.
         top = high if weighting.strategy == "softmax" else weighting.largest_score
         lowest = (top - best + gaps.amax()) / LARGEST_EXPONENT
         temperature = torch.where(active.any(), torch.maximum(temperature, lowest), temperature)
@@ -226,10 +227,11 @@ def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
     ordered, order = exponents.sort(descending=True)
     base = base[order]
     capped = base.cumsum(0)
-    # Logarithms of Σ b·w of each unit and those after it.
+    # For each unit, the logarithm of Σ b·w over it and those after it.
     rest = (ordered + base.log()).flip(0).logcumsumexp(0).flip(0)
     after = torch.cat([rest[1:], rest.new_full((1,), -torch.inf)])
-    # With the level of a unit; true of the lowest. The sum is that of equal weights.
+    # Whether no weight is above c times its share when those before and at a unit are cut to its
+    # own. It is true at the last unit, where all weights are in proportion to b.
     fits = most * (capped + torch.exp(after - ordered)) >= capped[-1]
     first = fits.long().argmax(keepdim=True)
     level = math.log(most) + rest[first] - torch.log(capped[-1] - most * capped[first - 1])

@@ -100,7 +100,7 @@ class ReweightConfig:
     the same effective sample size. random-drop: let topk keep a random share."""
 
     control_seed: int = 0
-    """Seed of the random numbers of --reweight-control, beside the step."""
+    """Seed of the random numbers of --reweight-control. Each step draws others."""
 
     delta: float = 1.0
     """Half-width of the interval [-delta, delta] that the signals of a set are scaled to."""

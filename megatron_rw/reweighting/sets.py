@@ -186,6 +186,6 @@ def _common_plan(
     steps = torch.arange(BINS, dtype=low.dtype, device=low.device) - 0.01
     edges = low + width * steps.clamp(min=0.0)
     edges[-1] = high
-    # By a plan of others, because this one is for units that are not here.
     histogram = Units(edges, counts > 0, mass, counts)
+    # With a plan given, whichever it is, the one that is returned is made for other units.
     return weigh_units(histogram, weighting, ends.new_zeros(len(Plan))).plan

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kWeighThreads, 1)
     r = spread > 0.0 ? static_cast<float>(spread / fmax(sharpness, 1e-9)) : 1.0f;
   }
   if (given != nullptr && any && (chosen || score.strategy == kSoftmax)) {
-    // A plan is for weights that count from the largest score, which no unit here need have.
+    // The plan is for exponents that count from the largest possible score, maybe above `best`.
     const double lowest = (score.top(largest_score) - best + spread) / kLargestExponent;
     r = fmaxf(r, static_cast<float>(lowest));
   }
