@@ -43,11 +43,15 @@ CHOICES: dict[str, dict[str, Any]] = {
     "softmax": {"strategy": "softmax"},
     "topk-token": {"strategy": "topk", "top_share": 0.6, "unit": "token"},
     "target-ess": {"target_ess": 0.8},
+    "target-ess-token": {"target_ess": 0.8, "unit": "token"},
     "capped-token": {"max_weight": 2.0, "range": "quantile", "unit": "token"},
     "quantile": {"range": "quantile"},
     "sample-weights": {"sample_weights": "given"},
     "progress": {"signal": "progress", "snapshot_interval": 1000},
 }
+# Choices of `none`: so many all-reduces of 16 numbers between forward and backward pass, whose cost
+# is what any code pays that does as many.
+ALL_REDUCES = {"1-all-reduce": 1, "2-all-reduces": 2, "3-all-reduces": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Variant:
 
     Attributes:
         scope: as in --reweight-scope, or `none`.
-        choice: of `CHOICES`.
+        choice: of `CHOICES`, or of `ALL_REDUCES` if the scope is `none`.
         cross_entropy: `core`, `fused` (ours), `torch` (torch's own, without tensor parallelism) or
             `layer` (ours, in one operation with the output layer).
     """
@@ -141,6 +145,7 @@ def worker() -> None:
 
     select_device(["--device", job.device])
     import torch
+    import torch.distributed as dist
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.training import training
 
@@ -181,6 +186,15 @@ def worker() -> None:
             )
 
     loss.PretrainLoss.__init__ = init  # type: ignore[method-assign, assignment]
+    all_reduces = 0
+    original_loss = loss.PretrainLoss.__call__
+
+    def after_all_reduces(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(all_reduces):
+            dist.all_reduce(torch.zeros(16))
+        return original_loss(*args, **kwargs)
+
+    loss.PretrainLoss.__call__ = after_all_reduces  # type: ignore[method-assign]
     # What the forward step gives to the model besides a batch.
     model_options: dict[str, Any] = {}
     original_forward_init = forward_step.ForwardStep.__init__
@@ -209,11 +223,13 @@ def worker() -> None:
     # Under its signature: the program asks for arguments by name.
     @functools.wraps(original_step)
     def timed_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal all_reduces
         name = variant(len(starts), job.variants)
         chosen = Variant.named(name)
         [pretrain_loss], [reader] = switched, readers
         pretrain_loss.reweighting = steps.get(name)
         pretrain_loss.weight_metrics = metrics[name]
+        all_reduces = ALL_REDUCES.get(chosen.choice, 0)
         config = steps[name]._config if name in steps else ReweightConfig()
         pretrain_loss._config = config
         reader._with_documents = config.unit == "document"

@@ -4,8 +4,9 @@ Runs the real program on the quick start's model and data (`make quickstart` fir
 own batch, one micro-batch a rank, and once with that batch cut into two. With one, the scope
 `global` is `microbatch` and left out. Then, without reweighting, with core's cross-entropy,
 torch's, ours, and ours in one operation with the output layer. Last, with each choice beyond the
-paper, in the scopes `microbatch` and `deferred`. Prints the median over blocks of
-steps of a step's time over that of another, and a 95 % bootstrap interval, and writes both as JSON.
+paper, in the scopes `microbatch` and `deferred`, and without reweighting but with bare all-reduces
+between forward and backward pass. Prints the median over blocks of steps of a step's time over that
+of another, and a 95 % bootstrap interval, and writes both as JSON.
 
     make bench-step-time
 """
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from benchmarks.interleaved_steps import CHOICES, SKIPPED_BLOCKS, Job, run, summarise
+from benchmarks.interleaved_steps import ALL_REDUCES, CHOICES, SKIPPED_BLOCKS, Job, run, summarise
 from benchmarks.kernels.record import about, device_name
 
 # By micro-batches a rank.
@@ -36,7 +37,7 @@ VARIANTS = {
 CROSS_ENTROPIES = ("none", "none+torch", "none+fused", "none+layer")
 BLOCKS = 240
 # Of all choices, which are many.
-CHOICE_BLOCKS = 60
+CHOICE_BLOCKS = 100
 # The batch is the quick start's own.
 PROCESSES, BATCH_SIZE = 2, 32
 
@@ -44,7 +45,8 @@ PROCESSES, BATCH_SIZE = 2, 32
 def choices_in(scope: str) -> tuple[str, ...]:
     """Variants of all choices; our cross-entropy computes the entropy."""
     named = (f"{scope}:{name}" + "+fused" * (name == "entropy") for name in CHOICES if name)
-    return ("none", scope, *named)
+    bare = [f"none:{name}" for name in ALL_REDUCES] if scope == "microbatch" else []
+    return ("none", scope, *named, *bare)
 
 
 def choice_flags(folder: Path) -> list[str]:

@@ -248,7 +248,11 @@ MUTANTS = {
     "each rank goes by the range of its own tokens": Mutant(
         choice("DP2 distopt"),
         *("reweighting.sets", "_common_plan"),
-        lambda plan: lambda s, b, a, w, ranks, c: plan(s, b, a, w, type(ranks)(), c),
+        lambda plan: (
+            lambda s, b, a, _, *rest: plan(
+                s, b, a, (s[a] * s.new_tensor([[-1], [1]])).amax(dim=1), *rest
+            )
+        ),
     ),
     "softmax: deferred without its lowest temperature": Mutant(
         choice("one process"), "kernels.torch_weights", "LARGEST_EXPONENT", instead(1e9)
@@ -256,7 +260,7 @@ MUTANTS = {
     "topk: the threshold itself is dropped": Mutant(
         choice("one process"),
         *("kernels.torch_weights", "smallest_with_share"),
-        result(lambda found, *_: found - 1e-3),
+        result(lambda found, *_: [each - 1e-3 for each in found]),
     ),
     "cap: another level": Mutant(
         choice("one process"),

@@ -1,7 +1,7 @@
 """The weighting in plain torch, the reference; see `weights.weigh_units`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,22 +15,18 @@ from megatron_rw.kernels.options import (
     Weighting,
 )
 
-# A search tries this many places at once, so often; 4^-26 of the interval is fp64's precision.
-_PLACES, _ROUNDS = 3, 26
+# A search tries this many places at once, so often by the dtype of the signals: what it finds is
+# off by at most 4^-rounds of the interval, which is less than their precision.
+_PLACES = 3
+_ROUNDS = {torch.float32: 15, torch.float64: 26}
 
 
 def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeights:
     """See `Backend.weigh`."""
-    active = units.signals.isfinite()
-    if units.mask is not None:
-        active = active & units.mask
-    ones = torch.ones_like(units.signals)
-    base = ones if units.base is None else units.base
-    active = active & (base > 0)
-    base = base.masked_fill(~active, 0.0)
-    counts = (ones if units.counts is None else units.counts).masked_fill(~active, 0.0)
-    # A unit beside the set has a signal of its own that must reach no sum.
-    signals = units.signals.masked_fill(~active, 0.0)
+    signals, base, active = competing(units)
+    counts = active.to(base)
+    if units.counts is not None:
+        counts = units.counts.masked_fill(~active, 0.0)
     for_others = given is not None
     plan, exponents = _plan(signals, base, counts, active, weighting, for_others=for_others)
     if given is not None:
@@ -39,6 +35,17 @@ def weigh(units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeigh
     weights = base * relative
     sums = [counts.sum(), base.sum(), weights.sum(), (weights * relative).sum()]
     return finished(weights, sums, relative.amax(), plan, normalised=given is None)
+
+
+def competing(units: Units) -> tuple[Tensor, Tensor, Tensor]:
+    """Signals, b, and which units are in the set; `[n]` each, 0 for those that are not in it."""
+    active = units.signals.isfinite()
+    if units.mask is not None:
+        active = active & units.mask
+    base = torch.ones_like(units.signals) if units.base is None else units.base
+    active = active & (base > 0)
+    # A unit beside the set has a signal of its own that must reach no sum.
+    return units.signals.masked_fill(~active, 0.0), base.masked_fill(~active, 0.0), active
 
 
 def finished(
@@ -61,6 +68,12 @@ def finished(
     if normalised:
         weights, total = weights / divisor, total / divisor
     return UnitWeights(weights, torch.stack([count, whole, total, ess, largest]), plan)
+
+
+def planned(units: Units, weighting: Weighting, plan: Tensor) -> Tensor:
+    """See `weights.planned_weights`."""
+    signals, base, _ = competing(units)
+    return base * planned_exponents(signals, weighting, plan).exp()
 
 
 def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Tensor:
@@ -109,20 +122,21 @@ def _plan(
     low = signals.masked_fill(~active, torch.inf).amin()
     high = signals.masked_fill(~active, -torch.inf).amax()
     if weighting.range == "quantile":
-        low = smallest_with_share(signals, counts, active, RANGE_QUANTILE)
-        upper = smallest_with_share(signals, counts, active, 1 - RANGE_QUANTILE)
+        shares = (RANGE_QUANTILE, 1 - RANGE_QUANTILE)
+        low, upper = smallest_with_share(signals, counts, active, *shares)
         high = torch.where(active.any(), upper, -torch.inf)
     temperature = _scalar(weighting.temperature, signals)
     threshold, level = signals.new_zeros(2)
     if weighting.strategy == "topk":
-        threshold = -smallest_with_share(-signals, counts, active, weighting.top_share)
+        [least] = smallest_with_share(-signals, counts, active, weighting.top_share)
+        threshold = -least
         plan = torch.stack([low, high, temperature, threshold, level])
         return plan, planned_exponents(signals, weighting, plan)
     scores = _scores(signals, low, high, weighting)
     best = torch.where(active, scores, -torch.inf).amax()
     gaps = torch.where(active, best - scores, 0.0)
     if weighting.target_ess is not None:
-        temperature = _temperature_for(weighting.target_ess, gaps.double(), base.double()).to(gaps)
+        temperature = _temperature_for(weighting.target_ess, gaps, base).to(gaps)
     if for_others and (weighting.strategy == "softmax" or weighting.target_ess is not None):
         # Those exponents count from the largest score that is possible, which may be above `best`.
         top = high if weighting.strategy == "softmax" else weighting.largest_score
@@ -193,24 +207,31 @@ def strategy_scores(normalised: Tensor, weighting: Weighting) -> Tensor:
             return torch.zeros_like(normalised)
 
 
-def smallest_with_share(signals: Tensor, counts: Tensor, active: Tensor, share: float) -> Tensor:
-    """The smallest signal with at least this share of the units at or below it; +inf of none.
+def smallest_with_share(
+    signals: Tensor, counts: Tensor, active: Tensor, *shares: float
+) -> list[Tensor]:
+    """For each share the smallest signal with at least that share of the units at or below it.
 
     Args:
         signals: `[n]` float.
         counts: `[n]`, how many units each stands for, 0 for those that are not active.
         active: `[n]` bool.
-        share: above 0, at most 1.
+        shares: above 0, at most 1.
+
+    Returns:
+        Scalars, +inf if no unit is active.
     """
     ordered, order = signals.masked_fill(~active, torch.inf).sort()
     below = counts.double()[order].cumsum(0)
     # What a product such as 0.7·10 is too large by must not ask for one more unit.
-    place = torch.searchsorted(below, share * below[-1:] - 1e-6)
-    return ordered[place.clamp(max=len(ordered) - 1)].squeeze(0)
+    wanted = torch.stack([share * below[-1] - 1e-6 for share in shares])
+    places = torch.searchsorted(below, wanted)
+    return list(ordered[places.clamp(max=len(ordered) - 1)])
 
 
 def _temperature_for(target: float, gaps: Tensor, base: Tensor) -> Tensor:
     """The lowest temperature with (Σ b·w)² ≥ f·Σb·Σ b·w², w = exp(−gap/r); 1 where all tie."""
+    rounds, gaps, base = _ROUNDS[gaps.dtype], gaps.double(), base.double()
     spread, whole = gaps.amax(), base.sum()
     shares = gaps / spread.masked_fill(spread == 0, 1.0)
 
@@ -218,8 +239,15 @@ def _temperature_for(target: float, gaps: Tensor, base: Tensor) -> Tensor:
         relative = torch.exp(-sharpness[:, None] * shares)
         return (relative @ base).square() >= target * whole * (relative.square() @ base)
 
-    sharpness = _largest(effective, torch.full_like(spread, LARGEST_EXPONENT))
-    return torch.where(spread > 0, spread / sharpness.clamp(min=1e-9), 1.0)
+    # The largest sharpness of which it is true; it is true from 0 up to there.
+    end = width = torch.full_like(spread, LARGEST_EXPONENT)
+    places = torch.arange(1, _PLACES + 1, dtype=end.dtype, device=end.device) / (_PLACES + 1)
+    found = torch.zeros_like(end)
+    for _ in range(rounds):
+        found = found + width * effective(found + width * places).sum() / (_PLACES + 1)
+        width = width / (_PLACES + 1)
+    found = torch.where(effective(end[None])[0], end, found)
+    return torch.where(spread > 0, spread / found.clamp(min=1e-9), 1.0)
 
 
 def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
@@ -236,21 +264,6 @@ def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
     first = fits.long().argmax(keepdim=True)
     level = math.log(most) + rest[first] - torch.log(capped[-1] - most * capped[first - 1])
     return torch.where(first > 0, level, 0.0).squeeze(0)
-
-
-def _largest(holds: Callable[[Tensor], Tensor], end: Tensor) -> Tensor:
-    """The largest x in [0, end] of which `holds` is true; it is true from 0 up to there.
-
-    Args:
-        holds: maps `[k]` to `[k]` bool.
-        end: scalar.
-    """
-    places = torch.arange(1, _PLACES + 1, dtype=end.dtype, device=end.device) / (_PLACES + 1)
-    found, width = torch.zeros_like(end), end
-    for _ in range(_ROUNDS):
-        found = found + width * holds(found + width * places).sum() / (_PLACES + 1)
-        width = width / (_PLACES + 1)
-    return torch.where(holds(end[None])[0], end, found)
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:

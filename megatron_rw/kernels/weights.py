@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_rw.kernels import torch_weights
 from megatron_rw.kernels.options import (
     Plan,
     Statistic,
@@ -64,6 +65,16 @@ def weigh_units(
         return UnitWeights(signals.clone(), signals.new_zeros(len(Statistic)), plan)
     name = backend_name or default_backend(signals.device, signals.dtype)
     return backend(name).weigh(units, weighting, given)
+
+
+@torch.no_grad()
+@torch.compiler.disable
+def planned_weights(units: Units, weighting: Weighting, plan: Tensor) -> Tensor:
+    """Weights by the plan of another set alone, `[n]`; see `weigh_units`."""
+    if default_backend(units.signals.device, units.signals.dtype) == "cuda":
+        # One kernel, though it makes a plan of these units too.
+        return weigh_units(units, weighting, plan).weights
+    return torch_weights.planned(units, weighting, plan.to(units.signals))
 
 
 def _check(units: Units, given: Tensor | None) -> None:

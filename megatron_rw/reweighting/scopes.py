@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_rw.kernels.options import Plan, Statistic, Units, Weighting
-from megatron_rw.kernels.weights import weigh_units
+from megatron_rw.kernels.weights import planned_weights
 from megatron_rw.reweighting.config import ReweightConfig, weighting_at, without_strategy
 from megatron_rw.reweighting.sets import WeightedSet, weigh_set
 from megatron_rw.reweighting.units import ReduceGroup, TokenBatch, UnitSet, UnitSums
@@ -148,7 +148,8 @@ def make_reweighter(
 class MicrobatchReweighter(Reweighter):
     """The set is a micro-batch across the data-parallel group, as in the authors' code.
 
-    There is one collective per micro-batch, or two where units are not gathered.
+    There is one collective per micro-batch; where units are not gathered, two, or three with a
+    histogram.
     """
 
     @override
@@ -163,8 +164,8 @@ class MicrobatchReweighter(Reweighter):
 class GlobalReweighter(MicrobatchReweighter):
     """The set is all units of the step, scored by a forward pass before the first backward pass.
 
-    There is one collective per step, or two where units are not gathered. A step of one micro-batch
-    needs no pass for scores.
+    There is one collective per step; where units are not gathered, two, or three with a histogram.
+    A step of one micro-batch needs no pass for scores.
     """
 
     @override
@@ -207,8 +208,9 @@ class DeferredReweighter(Reweighter):
     With that plan, a unit's weight ŵ depends on its own signal only, up to the normaliser of the
     set, which `finish` returns as a factor: over ranks and micro-batches, the objective is
     Σ ŵ·l / C before that factor, C/Σ ŵ, where C is about the number of units. There is one
-    collective per step, or two where units are not gathered, and, with context parallelism, one per
-    micro-batch in the context-parallel group, unless the units are tokens.
+    collective per step, two where a plan of units that are not gathered takes a histogram, and,
+    with context parallelism, one per micro-batch in the context-parallel group, unless the units
+    are tokens.
 
     Before the first step there is no plan, and all weights are those without a strategy. A step
     without an active unit has gradient 0 and does not change the plan.
@@ -236,7 +238,7 @@ class DeferredReweighter(Reweighter):
         self._rows.append(sums)
         units = UnitSet.of(sums, self.config.by_tokens, slice(0, sums.tokens.numel()))
         asked = Units(units.signals, units.active, units.base)
-        weights = weigh_units(asked, self._weighting(), self._used).weights
+        weights = planned_weights(asked, self._weighting(), self._used)
         # About Σ ŵ, so that gradients are about as large as without weights until `finish`.
         scale = len(sums.tokens) * self.ranks.dp_size
         if self.config.by_tokens or self.config.unit == "token":
@@ -292,4 +294,4 @@ def _weighted_sum(
         assert batch.documents is not None
         by_token = by_token.gather(1, batch.documents)
     used = (by_token > 0) & (batch.mask > 0)
-    return (torch.where(used, batch.losses, 0.0) * by_token * batch.mask).sum()
+    return (torch.where(used, batch.losses, 0.0) * (by_token * batch.mask)).sum()

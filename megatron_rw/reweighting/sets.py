@@ -3,7 +3,8 @@
 Sequences are gathered. Their weights are those of one call of the kernel, the same on every rank.
 Documents and tokens stay on their ranks. The ranges of all ranks are reduced, and where the plan
 needs more than the range, a histogram of `BINS` bins over it; from these every rank makes the same
-plan, and a second reduction sums up the weights that follow from it.
+plan, and another reduction sums up the weights that follow from it. By a plan that is given the
+weights are known before the range is, and both are reduced at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.kernels.options import Plan, Statistic, Units, UnitWeights, Weighting
-from megatron_rw.kernels.torch_weights import finished, planned_exponents
+from megatron_rw.kernels.torch_weights import competing, finished, planned_exponents
 from megatron_rw.kernels.weights import weigh_units
 from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums
 
@@ -66,8 +67,8 @@ def weigh_set(
 ) -> WeightedSet:
     """Weights the set that this rank's units are part of. Collective, without a host read.
 
-    One all-reduce for sequences; for documents and tokens two, of 2 numbers and of 6 for each rank,
-    and one more of 64 KiB where the plan needs a histogram.
+    One all-reduce for sequences. For documents and tokens one of 2 numbers, unless a plan is given,
+    one of 64 KiB where the set's own plan needs a histogram, and one of 8 numbers for each rank.
 
     Args:
         sums: Of this rank's units; of sequences over its own tokens, of documents over all.
@@ -121,47 +122,45 @@ def _weigh_in_place(
     units: UnitSet, weighting: Weighting, ranks: ReduceGroup, given: Tensor | None, copies: int
 ) -> tuple[UnitWeights, Tensor]:
     """Weights units that stay on their ranks, and counts the tokens of all; see `weigh_set`."""
-    signals, active = units.signals, units.active & units.signals.isfinite()
-    base = torch.ones_like(signals) if units.base is None else units.base
-    active = active & (base > 0)
-    base = base.masked_fill(~active, 0.0)
-    plan = _common_plan(signals, base, active, weighting, ranks, copies)
-    used = plan if given is None else given.to(plan)
-    exponents = planned_exponents(signals.masked_fill(~active, 0.0), weighting, used)
+    signals, base, active = competing(Units(units.signals, units.active, units.base))
+    ends = torch.stack([-signals, signals]).masked_fill(~active, -torch.inf).amax(dim=1)
+
+    def plan_for(ends: Tensor) -> Tensor:
+        return _common_plan(signals, base, active, ends, weighting, ranks, copies)
+
+    if given is None:
+        if ranks.group is not None:
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=ranks.group)
+        used = plan = plan_for(ends)
+    else:
+        used = given.to(signals)
+    exponents = planned_exponents(signals, weighting, used)
     relative = exponents.exp().masked_fill(~active, 0.0)
     weights = base * relative
-    mine = torch.stack(
-        [
-            active.sum().to(base),
-            base.sum(),
-            weights.sum(),
-            (weights * relative).sum(),
-            units.tokens.sum(),
-            relative.amax(),
-        ]
-    )
+    own = [active.sum(), base.sum(), weights.sum(), (weights * relative).sum(), units.tokens.sum()]
+    mine = torch.stack([*(each.to(base) for each in own), relative.amax(), *ends])
     every = mine[None]
     if ranks.group is not None:
         every = mine.new_zeros(ranks.size, len(mine))
         every[ranks.rank] = mine
         dist.all_reduce(every, group=ranks.group)
     *sums, tokens = every[:, :5].sum(dim=0) / copies
-    made = finished(weights, sums, every[:, 5].amax(), plan, normalised=given is None)
-    return made, tokens
+    largest, *all_ends = every[:, 5:].amax(dim=0)
+    if given is not None:
+        plan = plan_for(torch.stack(all_ends))
+    return finished(weights, sums, largest, plan, normalised=given is None), tokens
 
 
 def _common_plan(
     signals: Tensor,
     base: Tensor,
     active: Tensor,
+    ends: Tensor,
     weighting: Weighting,
     ranks: ReduceGroup,
     copies: int,
 ) -> Tensor:
-    """Returns the plan of all ranks' units, `[5]`."""
-    ends = torch.stack([-signals, signals]).masked_fill(~active, -torch.inf).amax(dim=1)
-    if ranks.group is not None:
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=ranks.group)
+    """Returns the plan of all ranks' units, `[5]`, from −smallest and largest signal of all."""
     low, high = -ends[0], ends[1]
     needs_histogram = (
         weighting.strategy == "topk"

@@ -33,15 +33,15 @@ CHOICES: dict[str, Callable[[int, int], list[int]]] = {
     "sequence loss token quadratic global max_weight=1.3 sample_weights=given": (
         lambda n, ranks: [16 * n]
     ),
-    "token loss sample linupper microbatch": lambda n, ranks: [ENDS, 24 * ranks],
+    "token loss sample linupper microbatch": lambda n, ranks: [ENDS, 32 * ranks],
     "token excess token linupper global max_weight=1.3": (
-        lambda n, ranks: [ENDS, HISTOGRAM, 24 * ranks]
+        lambda n, ranks: [ENDS, HISTOGRAM, 32 * ranks]
     ),
-    "token excess sample softmax deferred": lambda n, ranks: [ENDS, 24 * ranks],
+    "token excess sample softmax deferred": lambda n, ranks: [32 * ranks],
     "document loss sample topk microbatch sample_weights=given": (
-        lambda n, ranks: [ENDS, HISTOGRAM, 24 * ranks]
+        lambda n, ranks: [ENDS, HISTOGRAM, 32 * ranks]
     ),
-    "document loss token uniform deferred": lambda n, ranks: [ENDS, 24 * ranks],
+    "document loss token uniform deferred": lambda n, ranks: [32 * ranks],
 }
 
 
