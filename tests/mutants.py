@@ -98,7 +98,7 @@ def attached(make: Any) -> Any:
         made = make.__func__(batch, unit, ranks)
         return dataclasses.replace(made, loss_sum=batch.sequence_sums().loss_sum)
 
-    for name in ("weigh_units", "weigh_set"):
+    for name in ("weigh_units", "begin_set"):
         for module in ("reweighting.sets", "reweighting.scopes"):
             with contextlib.suppress(KeyError):
                 Mutant("", module, name, lambda function: function.__wrapped__).plant()
@@ -109,10 +109,11 @@ def alone(gather: Any) -> Any:
     return lambda self, ranks: gather(self, dataclasses.replace(ranks, group=None))
 
 
-def first_rows(found: Any, *_: Any) -> Any:
+def first_rows(end: Any, *_: Any) -> Any:
+    found = end()
     own = found.units.local.stop - found.units.local.start
     units = dataclasses.replace(found.units, local=slice(0, own))
-    return dataclasses.replace(found, units=units)
+    return lambda: dataclasses.replace(found, units=units)
 
 
 def spreading(batch: Any, config: Any, weights: Any, tokens: Any) -> Any:
@@ -156,7 +157,7 @@ ONE = cell("one process")
 
 MUTANTS = {
     "weights taken by local rank, as if every node were the first": Mutant(
-        cell("DP2"), "reweighting.scopes", "weigh_set", result(first_rows)
+        cell("DP2"), "reweighting.scopes", "begin_set", result(first_rows)
     ),
     "each rank weighs its own samples alone": Mutant(
         cell("DP2"), "reweighting.units:UnitSums", "gathered", alone

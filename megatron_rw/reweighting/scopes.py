@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_rw.kernels.options import Plan, Statistic, Units, Weighting
 from megatron_rw.kernels.weights import planned_weights
 from megatron_rw.reweighting.config import ReweightConfig, weighting_at, without_strategy
-from megatron_rw.reweighting.sets import WeightedSet, weigh_set
+from megatron_rw.reweighting.sets import WeightedSet, begin_set
 from megatron_rw.reweighting.units import ReduceGroup, TokenBatch, UnitSet, UnitSums
 
 Observer = Callable[[WeightedSet], None]
@@ -131,9 +131,9 @@ class Reweighter(abc.ABC):
         if config.control == "permute":
             order = self._chance(sums.tokens.device, 0)
         weighting = self._weighting()
-        weighted = weigh_set(
+        weighted = begin_set(
             sums, config.unit, config.by_tokens, weighting, self.ranks, None, order
-        )
+        )()
         self._observe(weighted)
         return weighted
 
@@ -228,6 +228,7 @@ class DeferredReweighter(Reweighter):
             self._used = self.plan
             self._seen_step = step
         self._rows: list[UnitSums] = []
+        self._set: Callable[[], WeightedSet] | None = None
         self._scale = 0
 
     @override
@@ -244,21 +245,31 @@ class DeferredReweighter(Reweighter):
         if self.config.by_tokens or self.config.unit == "token":
             scale = batch.mask.numel() * self.ranks.size
         self._scale += scale
+        if len(self._rows) == self._num_microbatches:
+            # It goes on during the backward pass.
+            self._set = self._begin_set()
         return _weighted_sum(batch, self.config, weights, units.tokens) / scale
 
-    @override
-    @torch.no_grad()
-    def finish(self) -> Tensor:
+    def _begin_set(self) -> Callable[[], WeightedSet]:
         config, sums = self.config, _joined(self._rows)
         if config.unit == "sequence" and self.ranks.cp_rank > 0:
             # `weigh` has summed over context parallelism; only one rank may add the sums.
             sums = sums.with_table(torch.zeros_like(sums.table()))
         weighting, plan = self._weighting(), self._used
-        weighted = weigh_set(sums, config.unit, config.by_tokens, weighting, self.ranks, plan)
+        return begin_set(sums, config.unit, config.by_tokens, weighting, self.ranks, plan)
+
+    @override
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        if self._set is None or len(self._rows) != self._num_microbatches:
+            raise RuntimeError(
+                f"{len(self._rows)} of {self._num_microbatches} micro-batches were weighed"
+            )
+        weighted = self._set()
         self._observe(weighted.normalised())
         seen, used = weighted.plan.double(), self._used.to(weighted.plan.device)
         kept = torch.where(used[Plan.LOW].isfinite(), used, seen)
-        updated = seen + config.moment_decay * (kept - seen)
+        updated = seen + self.config.moment_decay * (kept - seen)
         if not self.compares:
             self.plan = torch.where(seen[Plan.LOW].isfinite(), updated, used)
         total = weighted.statistics[Statistic.TOTAL]

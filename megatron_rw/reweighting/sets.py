@@ -10,6 +10,7 @@ weights are known before the range is, and both are reduced at once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from megatron_rw.kernels.options import Plan, Statistic, Units, UnitWeights, Weighting
 from megatron_rw.kernels.torch_weights import competing, finished, planned_exponents
 from megatron_rw.kernels.weights import weigh_units
-from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums
+from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums, start_sum
 
 BINS = 4096
 
@@ -56,7 +57,7 @@ class WeightedSet:
 
 
 @torch.no_grad()
-def weigh_set(
+def begin_set(
     sums: UnitSums,
     unit: Unit,
     by_tokens: bool,
@@ -64,8 +65,11 @@ def weigh_set(
     ranks: ReduceGroup,
     given: Tensor | None = None,
     order: torch.Generator | None = None,
-) -> WeightedSet:
-    """Weights the set that this rank's units are part of. Collective, without a host read.
+) -> Callable[[], WeightedSet]:
+    """Begins to weight the set that this rank's units are part of; returns what ends it.
+
+    Both are collective and without a host read. With a plan given, nothing waits for the first
+    all-reduce before the end.
 
     One all-reduce for sequences. For documents and tokens one of 2 numbers, unless a plan is given,
     one of 64 KiB where the set's own plan needs a histogram, and one of 8 numbers for each rank.
@@ -80,15 +84,26 @@ def weigh_set(
         order: Deals the weights of sequences to random ones of them, the same on every rank.
     """
     if unit != "sequence":
-        units = UnitSet.of(sums, by_tokens, slice(0, sums.tokens.numel()))
-        found, tokens = _weigh_in_place(units, weighting, ranks, given, copies_of(unit, ranks))
-    else:
-        start = ranks.dp_rank * sums.tokens.numel()
-        local = slice(start, start + sums.tokens.numel())
-        units = UnitSet.of(sums.gathered(ranks), by_tokens, local)
+        here = UnitSet.of(sums, by_tokens, slice(0, sums.tokens.numel()))
+        weighed = _begin_in_place(here, weighting, ranks, given, copies_of(unit, ranks))
+        return lambda: _set_of(here, *weighed(), weighting, given)
+    start = ranks.dp_rank * sums.tokens.numel()
+    local = slice(start, start + sums.tokens.numel())
+    gathered = sums.gathered(ranks)
+
+    def end() -> WeightedSet:
+        units = UnitSet.of(gathered(), by_tokens, local)
         signals = units.signals if order is None else _dealt(units, order)
         asked = Units(signals, units.active, units.base)
-        found, tokens = weigh_units(asked, weighting, given), units.tokens.sum()
+        found = weigh_units(asked, weighting, given)
+        return _set_of(units, found, units.tokens.sum(), weighting, given)
+
+    return end
+
+
+def _set_of(
+    units: UnitSet, found: UnitWeights, tokens: Tensor, weighting: Weighting, given: Tensor | None
+) -> WeightedSet:
     beyond = None
     if given is not None:
         low, high = given[: Plan.HIGH + 1].to(units.signals)
@@ -118,10 +133,10 @@ def _dealt(units: UnitSet, order: torch.Generator) -> Tensor:
     return signals
 
 
-def _weigh_in_place(
+def _begin_in_place(
     units: UnitSet, weighting: Weighting, ranks: ReduceGroup, given: Tensor | None, copies: int
-) -> tuple[UnitWeights, Tensor]:
-    """Weights units that stay on their ranks, and counts the tokens of all; see `weigh_set`."""
+) -> Callable[[], tuple[UnitWeights, Tensor]]:
+    """Weights units that stay on their ranks, and counts the tokens of all; see `begin_set`."""
     signals, base, active = competing(Units(units.signals, units.active, units.base))
     ends = torch.stack([-signals, signals]).masked_fill(~active, -torch.inf).amax(dim=1)
 
@@ -143,12 +158,15 @@ def _weigh_in_place(
     if ranks.group is not None:
         every = mine.new_zeros(ranks.size, len(mine))
         every[ranks.rank] = mine
-        dist.all_reduce(every, group=ranks.group)
-    *sums, tokens = every[:, :5].sum(dim=0) / copies
-    largest, *all_ends = every[:, 5:].amax(dim=0)
-    if given is not None:
-        plan = plan_for(torch.stack(all_ends))
-    return finished(weights, sums, largest, plan, normalised=given is None), tokens
+    wait = start_sum(every, ranks)
+
+    def end() -> tuple[UnitWeights, Tensor]:
+        *sums, tokens = wait()[:, :5].sum(dim=0) / copies
+        largest, *all_ends = every[:, 5:].amax(dim=0)
+        made = plan if given is None else plan_for(torch.stack(all_ends))
+        return finished(weights, sums, largest, made, normalised=given is None), tokens
+
+    return end
 
 
 def _common_plan(

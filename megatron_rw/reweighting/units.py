@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,23 @@ class ReduceGroup:
     def rank(self) -> int:
         """This rank's number, below `size`."""
         return self.dp_rank * self.cp_size + self.cp_rank
+
+
+def start_sum(table: Tensor, ranks: ReduceGroup) -> Callable[[], Tensor]:
+    """Starts to add up a table over the ranks, in place; returns what waits for it and returns it.
+
+    Collective, unless `ranks.group` is None. On a GPU its stream waits, and not the host.
+    """
+    work = None
+    if ranks.group is not None:
+        work = dist.all_reduce(table, group=ranks.group, async_op=True)
+
+    def wait() -> Tensor:
+        if work is not None:
+            work.wait()
+        return table
+
+    return wait
 
 
 @dataclass(frozen=True)
@@ -110,11 +128,11 @@ class UnitSums:
         names = [name for name, row in vars(self).items() if row is not None]
         return UnitSums(**dict(zip(names, table.unbind(), strict=True)))
 
-    def gathered(self, ranks: ReduceGroup) -> UnitSums:
-        """Returns those of all data-parallel ranks, each over all context-parallel ranks.
+    def gathered(self, ranks: ReduceGroup) -> Callable[[], UnitSums]:
+        """Starts to gather those of all data-parallel ranks, each over all context-parallel ranks.
 
-        Collective: one all-reduce of 4·k·dp·n bytes for k sums in fp32, or nothing if `ranks.group`
-        is None. The ranks' units, as many on each, are in the order of their data-parallel index.
+        Collective: one all-reduce of 4·k·dp·n bytes for k sums in fp32, see `start_sum`. The ranks'
+        units, as many on each, are in the order of their data-parallel index.
         """
         table = self.table()
         if ranks.dp_size > 1:
@@ -122,9 +140,8 @@ class UnitSums:
             table = rows.new_zeros(len(rows), ranks.dp_size, rows.shape[1])
             table[:, ranks.dp_rank] = rows
             table = table.view(len(rows), -1)
-        if ranks.group is not None:
-            dist.all_reduce(table, group=ranks.group)
-        return self.with_table(table)
+        wait = start_sum(table, ranks)
+        return lambda: self.with_table(wait())
 
     def over_shards(self, ranks: ReduceGroup) -> UnitSums:
         """Returns this rank's units over all context-parallel ranks. Collective over these."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_rw.reweighting import (
     DeferredReweighter,
+    ReduceGroup,
     ReweightConfig,
     Reweighter,
     TokenBatch,
@@ -106,6 +108,38 @@ def test_global_refuses_a_step_that_was_not_scored_whole() -> None:
     reweighter.score(batch(1.0, 2.0))
     with pytest.raises(RuntimeError, match="1 of 3 micro-batches were scored"):
         reweighter.weigh(batch(1.0, 2.0))
+
+
+@pytest.mark.parametrize("weighed", [1, 3])
+def test_deferred_refuses_another_number_of_micro_batches(weighed: int) -> None:
+    reweighter, _ = make("deferred")
+    reweighter.begin(0, 2)
+    for _ in range(weighed):
+        reweighter.weigh(batch(1.0, 2.0))
+    with pytest.raises(RuntimeError, match=f"{weighed} of 2 micro-batches were weighed"):
+        reweighter.finish()
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_deferred_sums_up_during_the_backward_pass(
+    unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def all_reduce(tensor: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+        calls.append("started" if async_op else "waited for at once")
+        return SimpleNamespace(wait=lambda: calls.append("waited for"))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    config = ReweightConfig(strategy="linupper", scope="deferred", unit=cast(Any, unit))
+    reweighter = make_reweighter(config, ReduceGroup(group=cast(Any, "one rank")))
+    reweighter.begin(0, 2)
+    reweighter.weigh(batch(1.0, 2.0))
+    assert not calls
+    reweighter.weigh(batch(3.0, 4.0))
+    assert calls == ["started"]
+    reweighter.finish()
+    assert calls == ["started", "waited for"]
 
 
 def test_only_global_takes_scores() -> None:

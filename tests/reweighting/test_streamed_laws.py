@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.kernels import Statistic, Units, Weighting, weigh_units
-from megatron_rw.reweighting.sets import WeightedSet, weigh_set
+from megatron_rw.reweighting.sets import WeightedSet, begin_set
 from megatron_rw.reweighting.units import ReduceGroup, UnitSums
 from tests.reweighting import oracle
 from tests.reweighting.test_weights import a_delta, a_share
@@ -70,7 +70,7 @@ def weigh(
         signal_tokens=known,
         weight_sum=static * tokens,
     )
-    return weigh_set(sums, kind, by_tokens, how, ReduceGroup())
+    return begin_set(sums, kind, by_tokens, how, ReduceGroup())()
 
 
 def base_of(units: list[tuple[float, int, float]], by_tokens: bool) -> list[float]:

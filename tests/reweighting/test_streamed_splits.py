@@ -86,13 +86,16 @@ def test_missing_is_0_and_masked_is_absent(rows: Any, config: Any, lost: Any, st
     assert weigh(config, every).tolist() == close(torch.cat([wanted, 0 * wanted]))
 
 
-def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
-    """Over a group whose two ranks are threads."""
+def all_reduce(
+    tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Any:
+    """Over a group whose two ranks are threads; it has ended when it returns."""
     group.sent.append(tensor.clone())
     group.barrier.wait()
     both = torch.stack(group.sent[-2:])
     group.barrier.wait()
     tensor.copy_(both.amax(0) if op == dist.ReduceOp.MAX else both.sum(0))
+    return SimpleNamespace(wait=lambda: None) if async_op else None
 
 
 @given(some_rows, a_config, st.sampled_from(["micro-batches", "DP2", "CP2"]))
