@@ -28,7 +28,6 @@ from megatron_rw.reweighting import (
     TokenBatch,
     WeightedSet,
     WeightMetrics,
-    effective_sample_size,
     loss_weights,
     make_reweighter,
 )
@@ -98,7 +97,7 @@ def draw_strategies() -> Figure:
         for strategy in STRATEGIES:
             weights = loss_weights(losses, strategy, temperature)
             relative = SAMPLES * weights
-            ess = effective_sample_size(weights) / SAMPLES
+            ess = 1 / (SAMPLES * weights.square().sum())
             print(f"{strategy:12}{temperature:5}{relative.max():11.2f}{ess:9.2f}")
             panel.plot(losses, relative, ".-", ms=3, lw=1, label=strategy)
         finish_panel(panel, f"temperature {temperature}")

@@ -70,12 +70,6 @@ def finished(
     return UnitWeights(weights, torch.stack([count, whole, total, ess, largest]), plan)
 
 
-def planned(units: Units, weighting: Weighting, plan: Tensor) -> Tensor:
-    """See `weights.planned_weights`."""
-    signals, base, _ = competing(units)
-    return base * planned_exponents(signals, weighting, plan).exp()
-
-
 def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Tensor:
     """Logarithms of relative weights that each depend on their own signal alone.
 
@@ -264,16 +258,3 @@ def _cap_for(most: float, exponents: Tensor, base: Tensor) -> Tensor:
     first = fits.long().argmax(keepdim=True)
     level = math.log(most) + rest[first] - torch.log(capped[-1] - most * capped[first - 1])
     return torch.where(first > 0, level, 0.0).squeeze(0)
-
-
-def effective_sample_size(weights: Tensor) -> Tensor:
-    """`1/Σ w²`: how many equally weighted samples carry as much as these.
-
-    Args:
-        weights: `[…, n]`, normalised to sum to 1 along the last dimension.
-
-    Returns:
-        `[…]`, between 1 and n; 0 for an empty set.
-    """
-    total = weights.square().sum(dim=-1)
-    return torch.where(total > 0, 1.0 / total, 0.0)

@@ -16,7 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_rw.kernels import torch_weights
 from megatron_rw.kernels.options import (
     Plan,
     Statistic,
@@ -26,6 +25,7 @@ from megatron_rw.kernels.options import (
     WeightStrategy,
 )
 from megatron_rw.kernels.selection import BackendName, backend, default_backend
+from megatron_rw.kernels.torch_weights import competing, planned_exponents
 
 
 @torch.no_grad()
@@ -74,7 +74,8 @@ def planned_weights(units: Units, weighting: Weighting, plan: Tensor) -> Tensor:
     if default_backend(units.signals.device, units.signals.dtype) == "cuda":
         # One kernel, though it makes a plan of these units too.
         return weigh_units(units, weighting, plan).weights
-    return torch_weights.planned(units, weighting, plan.to(units.signals))
+    signals, base, _ = competing(units)
+    return base * planned_exponents(signals, weighting, plan.to(signals)).exp()
 
 
 def _check(units: Units, given: Tensor | None) -> None:

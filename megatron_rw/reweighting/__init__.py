@@ -7,7 +7,6 @@ can use it by itself.
 from megatron_rw.errors import UserError as ConfigError
 from megatron_rw.kernels.options import Units, UnitWeights, Weighting
 from megatron_rw.kernels.sums import SampleSums, sample_sums
-from megatron_rw.kernels.torch_weights import effective_sample_size
 from megatron_rw.kernels.weights import loss_weights, weigh_units
 from megatron_rw.reweighting.config import ReweightConfig, weighting_at
 from megatron_rw.reweighting.metrics import (
@@ -46,7 +45,6 @@ __all__ = [
     "WeightMetrics",
     "WeightedSet",
     "Weighting",
-    "effective_sample_size",
     "loss_weights",
     "make_reweighter",
     "sample_sums",
