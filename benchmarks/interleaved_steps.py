@@ -41,7 +41,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "token": {"unit": "token"},
     "entropy": {"signal": "entropy"},
     "softmax": {"strategy": "softmax"},
-    "topk-token": {"strategy": "topk", "top_share": 0.6, "unit": "token"},
+    "topk-token": {"strategy": "topk", "top_share": 0.6, "unit": "token", "temperature": 1.0},
     "target-ess": {"target_ess": 0.8},
     "target-ess-token": {"target_ess": 0.8, "unit": "token"},
     "capped-token": {"max_weight": 2.0, "range": "quantile", "unit": "token"},

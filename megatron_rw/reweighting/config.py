@@ -89,10 +89,10 @@ class ReweightConfig:
     range: SignalRange = "minmax"
     """What is scaled to [-delta, delta]. minmax: all signals of the set. quantile: those between
     the quantiles 0.05 and 0.95, with the others clamped, so that a single one cannot stretch the
-    range."""
+    range. With --reweight-strategy softmax they are clamped and not scaled."""
 
     until: str | None = None
-    """Weight uniformly again from this iteration of the run on, or, with decay, while the learning
+    """Weight uniformly again after this iteration of the run, or, with decay, while the learning
     rate decays (--lr-decay-style WSD)."""
 
     control: Control = "none"
@@ -204,9 +204,13 @@ class ReweightConfig:
                 self._refuse_unless_default(name, f"{flag('strategy')} {self.strategy}")
         if self.target_ess is not None:
             self._refuse_unless_default("temperature", flag("target_ess"))
-        if self.strategy == "uniform":
-            for name in ("signal", "control", "until"):
-                self._refuse_unless_default(name, f"{flag('strategy')} uniform")
+        idle = {
+            "uniform": ("signal", "control", "until"),
+            "topk": ("temperature", "delta"),
+            "softmax": ("delta",),
+        }
+        for name in idle.get(self.strategy, ()):
+            self._refuse_unless_default(name, f"{flag('strategy')} {self.strategy}")
         if self.control == "none":
             self._refuse_unless_default("control_seed", f"{flag('control')} none")
         if self.control == "random-drop":
@@ -234,6 +238,8 @@ class ReweightConfig:
             ),
             "progress": (((False, 0, True),), f"{flag('snapshot_interval')} STEPS"),
         }
+        if scores == 2 and len(set(self.reference_scores or [])) == 1:
+            self._refuse("reference_scores", "the early and the late proxy are the same folder")
         possible, remedy = wanted.get(self.signal, (((False, 0, False),), "no reference"))
         if sources not in possible:
             raise UserError(

@@ -91,7 +91,7 @@ def _choice(line: str) -> ReweightConfig:
     unit, signal, normalizer, strategy, scope, *rest = line.split()
     more: dict[str, Any] = {"temperature": 0.6} if "target_ess" not in line else {}
     if strategy == "topk":
-        more["top_share"] = 0.6
+        more = {"top_share": 0.6}
     if signal == "excess":
         more["reference_scores"] = ["given"]
     for setting in rest:

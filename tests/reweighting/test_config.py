@@ -56,6 +56,16 @@ ABOVE = r"--reweight-temperature .*: give a finite number above 1e-06"
         ({"strategy": "linupper", "top_share": 0.5}, r"need each other"),
         ({"strategy": "topk", "top_share": 0.0}, r"--reweight-top-share 0.0: give a fraction"),
         ({"strategy": "topk", "top_share": 0.5, "target_ess": 0.9}, r"nothing beside .* topk"),
+        ({"strategy": "topk", "top_share": 0.5, "temperature": 0.4}, r"nothing beside .* topk"),
+        ({"strategy": "softmax", "delta": 2.0}, r"nothing beside --reweight-strategy softmax"),
+        (
+            {
+                "strategy": "linupper",
+                "signal": "learnability",
+                "reference_scores": ["a", "a"],
+            },
+            r"the early and the late proxy are the same folder",
+        ),
         ({"strategy": "uniform", "signal": "entropy"}, r"--reweight-signal entropy: it does noth"),
         ({"strategy": "softmax", "target_ess": 0.8, "temperature": 2.0}, r"--reweight-temperature"),
         ({"strategy": "linupper", "max_weight": 0.5}, r"--reweight-max-weight 0.5: give a finite"),

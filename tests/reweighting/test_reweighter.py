@@ -56,9 +56,8 @@ def weigh(
     ranks: ReduceGroup | None = None,
 ) -> Weighed:
     seen: list[WeightedSet] = []
-    config = ReweightConfig(
-        strategy=strategy, temperature=0.4, top_share=1.0 if strategy == "topk" else None
-    )
+    setting: dict[str, Any] = {"top_share": 1.0} if strategy == "topk" else {"temperature": 0.4}
+    config = ReweightConfig(strategy=strategy, **setting)
     reweighter = make_reweighter(config, ranks, seen.append)
     reweighter.begin(0)
     objective = reweighter.weigh(TokenBatch(losses, mask, domain=domain))

@@ -24,7 +24,9 @@ a_token = st.tuples(integers(0, 9), integers(-9, 9), flags, st.sampled_from([0, 
 some_rows: Any = st.lists(st.lists(a_token, min_size=4, max_size=4), min_size=2, max_size=6)
 a_share, a_temperature = st.floats(0.05, 1.0), st.floats(0.2, 100.0)
 a_ranged_config = st.builds(
-    ReweightConfig,
+    lambda delta, **rest: ReweightConfig(
+        delta=1.0 if "softmax" in rest.values() else delta, **rest
+    ),
     strategy=st.sampled_from(["linupper", "quadratic", "extremes", "softmax"]),
     unit=st.sampled_from(["token", "document"]),
     normalizer=st.sampled_from(["sample", "token"]),
@@ -35,7 +37,9 @@ a_config = st.builds(
     lambda config, more: dataclasses.replace(config, **more),
     a_ranged_config,
     st.sampled_from([{}, {"strategy": "uniform"}, {"range": "quantile"}])
-    | a_share.map(lambda share: {"strategy": "topk", "top_share": share})
+    | a_share.map(
+        lambda share: {"strategy": "topk", "top_share": share, "temperature": 1.0, "delta": 1.0}
+    )
     | a_share.map(lambda share: {"target_ess": share, "temperature": 1.0})
     | st.floats(1.0, 5.0).map(lambda most: {"max_weight": most}),
 )
