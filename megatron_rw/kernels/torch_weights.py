@@ -10,6 +10,7 @@ from megatron_rw.kernels.options import (
     COLLAPSED_RANGE,
     LARGEST_EXPONENT,
     RANGE_QUANTILE,
+    Plan,
     Units,
     UnitWeights,
     Weighting,
@@ -84,19 +85,26 @@ def planned_exponents(signals: Tensor, weighting: Weighting, plan: Tensor) -> Te
     Returns:
         `[…]`, at most 0.
     """
-    low, high, temperature, threshold, level = plan
+    low, high, _, threshold, level = plan
     if weighting.strategy == "topk":
         kept = signals >= threshold
         return torch.zeros_like(signals).masked_fill(~kept & (low <= high), -torch.inf)
     top: float | Tensor = weighting.largest_score
     if weighting.strategy == "softmax":
         top = high
-    if weighting.target_ess is None:
-        temperature = _scalar(weighting.temperature, plan)
-        if weighting.strategy == "softmax":
-            temperature = torch.maximum(temperature, (high - low) / LARGEST_EXPONENT)
+    temperature = planned_temperature(weighting, plan)
     exponents = (_scores(signals, low, high, weighting) - top) / temperature
     return torch.where(low <= high, torch.minimum(exponents, level), 0.0)
+
+
+def planned_temperature(weighting: Weighting, plan: Tensor) -> Tensor:
+    """The temperature of `planned_exponents`, a scalar; that of `softmax` has a lower limit."""
+    if weighting.target_ess is not None:
+        return plan[Plan.TEMPERATURE]
+    temperature = _scalar(weighting.temperature, plan)
+    if weighting.strategy != "softmax":
+        return temperature
+    return torch.maximum(temperature, (plan[Plan.HIGH] - plan[Plan.LOW]) / LARGEST_EXPONENT)
 
 
 def _plan(

@@ -251,6 +251,12 @@ class ReweightConfig:
     def _check_scope(self) -> None:
         if self.scope != "deferred":
             self._refuse_unless_default("moment_decay", f"{flag('scope')} {self.scope}")
+        if (self.scope, self.strategy, self.signal) == ("deferred", "topk", "progress"):
+            self._refuse(
+                "scope",
+                "progress is 0 in a step that takes a snapshot, which topk would leave nothing of "
+                f"by the earlier threshold: use another {flag('scope')} or {flag('strategy')}",
+            )
         if self.scope == "deferred" or self.unit != "sequence":
             lowest = weighting_at(self, self.warmup_steps).largest_score / LARGEST_EXPONENT
             if self.target_ess is None and self.temperature < lowest:

@@ -179,6 +179,7 @@ class WeightMetrics:
 
         has_tokens = tokens > 0
         used = has_tokens & torch.isfinite(losses)
+        competes = used & (base > 0)
         size, largest = statistics[:, Statistic.COUNT], statistics[:, Statistic.LARGEST]
         losses = torch.where(used, losses, 0.0)
         unit_sums = [(weights * losses).sum(), (has_tokens & ~used).sum(), beyond, missing]
@@ -196,8 +197,8 @@ class WeightMetrics:
             unit_sums=torch.cat([_stacked(unit_sums, weights), by_domain.view(-1)]),
             peaks=torch.stack(
                 [
-                    torch.where(used, -losses, -torch.inf).amax(),
-                    torch.where(used, losses, -torch.inf).amax(),
+                    torch.where(competes, -losses, -torch.inf).amax(),
+                    torch.where(competes, losses, -torch.inf).amax(),
                     weights.amax(),
                 ]
             ),
@@ -217,7 +218,8 @@ class WeightMetrics:
         counted = torch.where(used, tokens, 0.0)
         base = torch.where(used, base, 0.0)
         squares = torch.where(base > 0, weights.square() / base, 0.0)
-        rows = torch.stack([losses * counted, counted, used.float(), weights, base, squares], dim=1)
+        units = (base > 0).float()
+        rows = torch.stack([losses * counted, counted, units, weights, base, squares], dim=1)
         by_set = _sum_by_domain(rows, domain, self.num_domains)
         units, weight, whole, squared = by_set[:, 2:].unbind(dim=1)
         # The effective sample size is defined for one set, so it is computed before sets are added.

@@ -101,6 +101,15 @@ class Reweighter(abc.ABC):
 
     def _sums(self, batch: TokenBatch) -> UnitSums:
         """Adds up the units of the next micro-batch of the step."""
+        config = self.config
+        needed = {
+            "documents": config.unit == "document",
+            "signal": config.signal != "loss" and not (self.uniform or self.compares),
+            "sample_weights": config.sample_weights is not None,
+        }
+        for name, needs in needed.items():
+            if needs and getattr(batch, name) is None:
+                raise ValueError(f"the configuration needs the {name} of a TokenBatch")
         sums = UnitSums.of(batch, self.config.unit, self.ranks)
         if self.config.control == "random-drop":
             chance = torch.rand(
@@ -194,7 +203,8 @@ class GlobalReweighter(MicrobatchReweighter):
                 "before the first backward pass"
             )
         count = self._scored[self._weighed].tokens.numel()
-        start = self._known.units.local.start + self._weighed * count
+        start = self._known.units.local.start
+        start += sum(each.tokens.numel() for each in self._scored[: self._weighed])
         own = slice(start, start + count)
         self._weighed += 1
         weights, tokens = self._known.weights[own], self._known.units.tokens[own]
@@ -239,23 +249,33 @@ class DeferredReweighter(Reweighter):
         self._rows.append(sums)
         units = UnitSet.of(sums, self.config.by_tokens, slice(0, sums.tokens.numel()))
         asked = Units(units.signals, units.active, units.base)
-        weights = planned_weights(asked, self._weighting(), self._used)
-        # About Σ ŵ, so that gradients are about as large as without weights until `finish`.
-        scale = len(sums.tokens) * self.ranks.dp_size
-        if self.config.by_tokens or self.config.unit == "token":
-            scale = batch.mask.numel() * self.ranks.size
-        self._scale += scale
+        weights = planned_weights(asked, self._weighting(), self._given())
+        if len(self._rows) == 1:
+            # About Σ ŵ, so that gradients are about as large as without weights until `finish`.
+            self._scale = len(sums.tokens) * self.ranks.dp_size
+            if self.config.by_tokens or self.config.unit == "token":
+                self._scale = batch.mask.numel() * self.ranks.size
         if len(self._rows) == self._num_microbatches:
             # It goes on during the backward pass.
             self._set = self._begin_set()
-        return _weighted_sum(batch, self.config, weights, units.tokens) / scale
+        return _weighted_sum(batch, self.config, weights, units.tokens) / self._scale
+
+    def _given(self) -> Tensor:
+        """Returns the plan that weights follow."""
+        weighting = self._weighting()
+        if weighting.strategy != "topk" or weighting.top_share < 1.0:
+            return self._used
+        # A share of 1 keeps whatever comes.
+        plan = self._used.clone()
+        plan[Plan.THRESHOLD] = -torch.inf
+        return plan
 
     def _begin_set(self) -> Callable[[], WeightedSet]:
         config, sums = self.config, _joined(self._rows)
         if config.unit == "sequence" and self.ranks.cp_rank > 0:
             # `weigh` has summed over context parallelism; only one rank may add the sums.
             sums = sums.with_table(torch.zeros_like(sums.table()))
-        weighting, plan = self._weighting(), self._used
+        weighting, plan = self._weighting(), self._given()
         return begin_set(sums, config.unit, config.by_tokens, weighting, self.ranks, plan)
 
     @override
@@ -270,11 +290,17 @@ class DeferredReweighter(Reweighter):
         seen, used = weighted.plan.double(), self._used.to(weighted.plan.device)
         kept = torch.where(used[Plan.LOW].isfinite(), used, seen)
         updated = seen + self.config.moment_decay * (kept - seen)
+        if self.config.target_ess is not None:
+            # The mean of 1/r: r is nearly without bound where the target is 1, as in a warm-up.
+            sharpness = 1 / seen[Plan.TEMPERATURE]
+            sharpness += self.config.moment_decay * (1 / kept[Plan.TEMPERATURE] - sharpness)
+            updated[Plan.TEMPERATURE] = 1 / sharpness
         if not self.compares:
             self.plan = torch.where(seen[Plan.LOW].isfinite(), updated, used)
         total = weighted.statistics[Statistic.TOTAL]
         tiny = torch.finfo(total.dtype).tiny
-        return torch.where(total > 0, self._scale / total.clamp(min=tiny), 1.0)
+        scale = self._scale * self._num_microbatches
+        return torch.where(total > 0, scale / total.clamp(min=tiny), 1.0)
 
 
 _BY_SCOPE = {

@@ -18,7 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rw.kernels.options import Plan, Statistic, Units, UnitWeights, Weighting
-from megatron_rw.kernels.torch_weights import competing, finished, planned_exponents
+from megatron_rw.kernels.torch_weights import (
+    competing,
+    finished,
+    planned_exponents,
+    planned_temperature,
+)
 from megatron_rw.kernels.weights import weigh_units
 from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums, start_sum
 
@@ -37,7 +42,7 @@ class WeightedSet:
     weights: Tensor  # `[n]`, w, in the order of the units.
     statistics: Tensor  # `[5]`, indexed by `megatron_rw.kernels.Statistic`.
     plan: Tensor  # `[5]` of this set, indexed by `megatron_rw.kernels.Plan`.
-    temperature: Tensor | float  # r, a scalar on the device where a target ESS chooses it.
+    temperature: Tensor | float  # r as it was used, on the device where the set decides it.
     tokens: Tensor  # Scalar, active tokens of the whole set.
     # `[n]` bool, signals that were clamped because they were outside the range of the plan that was
     # given; None if the plan is the set's own.
@@ -86,7 +91,7 @@ def begin_set(
     if unit != "sequence":
         here = UnitSet.of(sums, by_tokens, slice(0, sums.tokens.numel()))
         weighed = _begin_in_place(here, weighting, ranks, given, copies_of(unit, ranks))
-        return lambda: _set_of(here, *weighed(), weighting, given)
+        return lambda: _set_of(here, *weighed(), weighting, given, in_place=True)
     start = ranks.dp_rank * sums.tokens.numel()
     local = slice(start, start + sums.tokens.numel())
     gathered = sums.gathered(ranks)
@@ -96,13 +101,19 @@ def begin_set(
         signals = units.signals if order is None else _dealt(units, order)
         asked = Units(signals, units.active, units.base)
         found = weigh_units(asked, weighting, given)
-        return _set_of(units, found, units.tokens.sum(), weighting, given)
+        return _set_of(units, found, units.tokens.sum(), weighting, given, in_place=False)
 
     return end
 
 
 def _set_of(
-    units: UnitSet, found: UnitWeights, tokens: Tensor, weighting: Weighting, given: Tensor | None
+    units: UnitSet,
+    found: UnitWeights,
+    tokens: Tensor,
+    weighting: Weighting,
+    given: Tensor | None,
+    *,
+    in_place: bool,
 ) -> WeightedSet:
     beyond = None
     if given is not None:
@@ -111,8 +122,8 @@ def _set_of(
         beyond = outside & units.active & (low <= high)
     plan = found.plan if given is None else given
     temperature = weighting.temperature
-    if weighting.target_ess is not None:
-        temperature = plan[Plan.TEMPERATURE]
+    if in_place or given is not None or weighting.target_ess is not None:
+        temperature = planned_temperature(weighting, plan)
     return WeightedSet(units, *found, temperature, tokens, beyond)
 
 
@@ -122,8 +133,8 @@ def copies_of(unit: Unit, ranks: ReduceGroup) -> int:
 
 
 def _dealt(units: UnitSet, order: torch.Generator) -> Tensor:
-    """Returns the signals of the active units, dealt to random ones of them."""
-    active = units.active
+    """Returns the signals of the units in the set, dealt to random ones of them."""
+    active = units.active if units.base is None else units.active & (units.base > 0)
     chance = torch.rand(len(active), generator=order, device=active.device)
     # Both begin with the active units: in a random order, and in that of their places.
     dealt = chance.masked_fill(~active, 2.0).argsort()

@@ -57,6 +57,16 @@ ABOVE = r"--reweight-temperature .*: give a finite number above 1e-06"
         ({"strategy": "topk", "top_share": 0.0}, r"--reweight-top-share 0.0: give a fraction"),
         ({"strategy": "topk", "top_share": 0.5, "target_ess": 0.9}, r"nothing beside .* topk"),
         ({"strategy": "topk", "top_share": 0.5, "temperature": 0.4}, r"nothing beside .* topk"),
+        (
+            {
+                "strategy": "topk",
+                "top_share": 0.5,
+                "scope": "deferred",
+                "signal": "progress",
+                "snapshot_interval": 9,
+            },
+            r"--reweight-scope deferred: progress is 0",
+        ),
         ({"strategy": "softmax", "delta": 2.0}, r"nothing beside --reweight-strategy softmax"),
         (
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from megatron_rw.kernels import Statistic
 from megatron_rw.reweighting import (
     DeferredReweighter,
     ReduceGroup,
@@ -164,3 +166,92 @@ def test_chance_follows_seed_and_step(control: dict[str, Any]) -> None:
 
     assert weights(3, 5) == weights(3, 5)
     assert len({weights(seed, step) for seed in (0, 1) for step in range(5)}) == 10
+
+
+def test_deferred_with_a_share_of_1_keeps_all() -> None:
+    """Also where all losses are below those of the step before, as a share of 1 in a warm-up."""
+    reweighter, seen = make("deferred", strategy="topk", top_share=0.5, warmup_steps=2)
+    deferred_step(reweighter, 0, 8.0, 9.0)
+    deferred_step(reweighter, 1, 4.0, 5.0)
+    assert seen[1].weights.tolist() == [0.5, 0.5]
+
+
+def test_deferred_target_takes_hold_soon_after_a_warm_up() -> None:
+    reweighter, seen = make("deferred", target_ess=0.8, warmup_steps=3, moment_decay=0.9)
+    for step in range(40):
+        deferred_step(reweighter, step, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert seen[2].statistics[Statistic.ESS] == pytest.approx(1.0)
+    assert seen[-1].statistics[Statistic.ESS] == pytest.approx(0.8, abs=0.01)
+
+
+def test_deferred_takes_micro_batches_of_different_lengths() -> None:
+    reweighter, _ = make("deferred", unit="token")
+    reweighter.begin(0, 2)
+    rows = [torch.rand(1, length, dtype=torch.float64, requires_grad=True) for length in (2, 8)]
+    objectives = [reweighter.weigh(TokenBatch(row, torch.ones_like(row))) for row in rows]
+    factor = reweighter.finish()
+    assert factor is not None
+    (sum(objectives) * factor / 2).backward()
+    torch.testing.assert_close(
+        torch.cat([torch.as_tensor(row.grad) for row in rows], dim=1),
+        torch.full((1, 10), 0.1, dtype=torch.float64),
+    )
+
+
+def test_global_takes_micro_batches_of_different_sizes() -> None:
+    reweighter, _ = make("global", strategy="uniform")
+    parts = [batch(1.0), batch(2.0, 3.0, 4.0)]
+    reweighter.begin(0, 2)
+    for part in parts:
+        reweighter.score(part)
+    assert sum(reweighter.weigh(part).item() / 2 for part in parts) == pytest.approx(2.5)
+
+
+def test_softmax_over_tokens_says_the_temperature_that_it_uses() -> None:
+    reweighter, seen = make("microbatch", strategy="softmax", temperature=0.01, unit="token")
+    reweighter.begin(0)
+    reweighter.weigh(batch(1.0, 2.0, 5.0))
+    [used] = seen
+    assert float(used.temperature) == pytest.approx(4 / 20)
+    wanted = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).div(4 / 20).softmax(0)
+    torch.testing.assert_close(used.weights, wanted)
+
+
+def test_what_is_not_in_the_set_is_neither_dealt_nor_counted() -> None:
+    config: dict[str, Any] = {"sample_weights": "given", "control": "permute"}
+    samples = dataclasses.replace(
+        batch(1.0, 2.0, 3.0, 100.0),
+        sample_weights=torch.tensor([1.0, 1.0, 1.0, 0.0])[:, None],
+    )
+    for step in range(8):
+        reweighter, seen = make("microbatch", **config)
+        reweighter.begin(step)
+        reweighter.weigh(samples)
+        wanted = loss_weights(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), "linupper", 1.0)
+        assert seen[0].weights.sort().values.tolist() == pytest.approx([0, *wanted.tolist()])
+        assert seen[0].weights[3] == 0
+    metrics = WeightMetrics(1)
+    metrics.add(seen[0])
+    report = metrics.read()
+    assert report is not None
+    assert (report.set_size, report.sample_loss_max) == (3, 3)
+    [domain] = report.domains
+    assert (domain.sample_share, domain.weight_ratio) == pytest.approx((1, 1))
+    assert domain.lm_loss == pytest.approx(26.5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "missing"),
+    [
+        ({"unit": "document"}, "documents"),
+        ({"signal": "entropy"}, "signal"),
+        ({"sample_weights": "given"}, "sample_weights"),
+    ],
+)
+def test_a_batch_without_what_is_weighted_by_is_refused(
+    setting: dict[str, Any], missing: str
+) -> None:
+    reweighter, _ = make("microbatch", **setting)
+    reweighter.begin(0)
+    with pytest.raises(ValueError, match=f"needs the {missing} of a TokenBatch"):
+        reweighter.weigh(batch(1.0, 2.0))
