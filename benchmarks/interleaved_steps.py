@@ -49,8 +49,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "sample-weights": {"sample_weights": "given"},
     "progress": {"signal": "progress", "snapshot_interval": 1000},
 }
-# Choices of `none`: so many all-reduces of 16 numbers between forward and backward pass, whose cost
-# is what any code pays that does as many.
+# Choices of `none`: steps with this many all-reduces of 16 numbers between the forward and the
+# backward pass. They show what waiting for the other ranks costs by itself.
 ALL_REDUCES = {"1-all-reduce": 1, "2-all-reduces": 2, "3-all-reduces": 3}
 
 

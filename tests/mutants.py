@@ -160,7 +160,7 @@ MUTANTS = {
         cell("DP2"), "reweighting.scopes", "begin_set", result(first_rows)
     ),
     "each rank weighs its own samples alone": Mutant(
-        cell("DP2"), "reweighting.units:UnitSums", "gathered", alone
+        cell("DP2"), "reweighting.units:UnitSums", "begin_gather", alone
     ),
     "mean over data-parallel ranks for a sum": Mutant(
         cell("DP2"), "reweighting.units:ReduceGroup", "size", instead(lambda self: self.cp_size)

@@ -16,8 +16,8 @@ from megatron_rw.kernels.options import (
     Weighting,
 )
 
-# A search tries this many places at once, so often by the dtype of the signals: what it finds is
-# off by at most 4^-rounds of the interval, which is less than their precision.
+# A search tries this many places in each round. By the dtype of the signals it takes so many rounds
+# that what it finds is off by less than their precision: at most 4^-rounds of the interval.
 _PLACES = 3
 _ROUNDS = {torch.float32: 15, torch.float64: 26}
 
@@ -139,9 +139,10 @@ def _plan(
     gaps = torch.where(active, best - scores, 0.0)
     if weighting.target_ess is not None:
         temperature = _temperature_for(weighting.target_ess, gaps, base).to(gaps)
+    # The largest score that is possible, which may be above `best`.
+    top = high if weighting.strategy == "softmax" else weighting.largest_score
     if for_others and (weighting.strategy == "softmax" or weighting.target_ess is not None):
-        # Those exponents count from the largest score that is possible, which may be above `best`.
-        top = high if weighting.strategy == "softmax" else weighting.largest_score
+        # Those exponents count from `top`.
         lowest = (top - best + gaps.amax()) / LARGEST_EXPONENT
         temperature = torch.where(active.any(), torch.maximum(temperature, lowest), temperature)
     exponents = -gaps / temperature
@@ -149,7 +150,6 @@ def _plan(
         cap = _cap_for(weighting.max_weight, exponents.double(), base.double()).to(gaps)
         # Of the best unit 0 again: a cap far down would leave no weight that fp32 can hold.
         exponents = torch.minimum(exponents, cap) - cap
-        top = high if weighting.strategy == "softmax" else weighting.largest_score
         level = torch.where(active.any(), cap - (top - best) / temperature, 0.0)
     return torch.stack([low, high, temperature, threshold, level]), exponents
 

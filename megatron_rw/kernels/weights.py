@@ -70,7 +70,7 @@ def weigh_units(
 @torch.no_grad()
 @torch.compiler.disable
 def planned_weights(units: Units, weighting: Weighting, plan: Tensor) -> Tensor:
-    """Weights by the plan of another set alone, `[n]`; see `weigh_units`."""
+    """Weights that `weigh_units` gives with a plan, without statistics: `[n]`, not normalised."""
     if default_backend(units.signals.device, units.signals.dtype) == "cuda":
         # One kernel, though it makes a plan of these units too.
         return weigh_units(units, weighting, plan).weights

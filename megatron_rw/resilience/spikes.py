@@ -59,7 +59,7 @@ class SpikeLog:
         ranks = groups.data_parallel_ranks()
         start = ranks.dp_rank * len(sums.tokens)
         own = slice(start, start + len(sums.tokens))
-        gathered = UnitSums(*sums, domain=torch.zeros_like(sums.tokens)).gathered(ranks)()
+        gathered = UnitSums(*sums, domain=torch.zeros_like(sums.tokens)).begin_gather(ranks)()
         every = UnitSet.of(gathered, by_tokens=False, local=own)
         used = every.has_tokens
         mean = torch.where(used, every.losses, 0.0).sum() / used.sum().clamp(min=1)

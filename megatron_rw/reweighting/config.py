@@ -254,8 +254,8 @@ class ReweightConfig:
         if (self.scope, self.strategy, self.signal) == ("deferred", "topk", "progress"):
             self._refuse(
                 "scope",
-                "progress is 0 in a step that takes a snapshot, which topk would leave nothing of "
-                f"by the earlier threshold: use another {flag('scope')} or {flag('strategy')}",
+                "progress is 0 in a step that takes a snapshot, and topk would drop every unit by "
+                f"the earlier threshold: use another {flag('scope')} or {flag('strategy')}",
             )
         if self.scope == "deferred" or self.unit != "sequence":
             lowest = weighting_at(self, self.warmup_steps).largest_score / LARGEST_EXPONENT

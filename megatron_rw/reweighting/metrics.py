@@ -218,8 +218,8 @@ class WeightMetrics:
         counted = torch.where(used, tokens, 0.0)
         base = torch.where(used, base, 0.0)
         squares = torch.where(base > 0, weights.square() / base, 0.0)
-        units = (base > 0).float()
-        rows = torch.stack([losses * counted, counted, units, weights, base, squares], dim=1)
+        competes = (base > 0).float()
+        rows = torch.stack([losses * counted, counted, competes, weights, base, squares], dim=1)
         by_set = _sum_by_domain(rows, domain, self.num_domains)
         units, weight, whole, squared = by_set[:, 2:].unbind(dim=1)
         # The effective sample size is defined for one set, so it is computed before sets are added.

@@ -157,8 +157,8 @@ def make_reweighter(
 class MicrobatchReweighter(Reweighter):
     """The set is a micro-batch across the data-parallel group, as in the authors' code.
 
-    There is one collective per micro-batch; where units are not gathered, two, or three with a
-    histogram.
+    There is one collective per micro-batch. Where units are not gathered there are two, or three
+    with a histogram.
     """
 
     @override
@@ -173,8 +173,8 @@ class MicrobatchReweighter(Reweighter):
 class GlobalReweighter(MicrobatchReweighter):
     """The set is all units of the step, scored by a forward pass before the first backward pass.
 
-    There is one collective per step; where units are not gathered, two, or three with a histogram.
-    A step of one micro-batch needs no pass for scores.
+    There is one collective per step. Where units are not gathered there are two, or three with a
+    histogram. A step of one micro-batch needs no pass for scores.
     """
 
     @override
@@ -191,6 +191,7 @@ class GlobalReweighter(MicrobatchReweighter):
         self._scored.append(self._sums(batch))
         if len(self._scored) == self._num_microbatches:
             self._known = self._weigh_set(_joined(self._scored))
+            self._start = self._known.units.local.start
             self.step_tokens = self._known.tokens
 
     @override
@@ -203,10 +204,9 @@ class GlobalReweighter(MicrobatchReweighter):
                 "before the first backward pass"
             )
         count = self._scored[self._weighed].tokens.numel()
-        start = self._known.units.local.start
-        start += sum(each.tokens.numel() for each in self._scored[: self._weighed])
-        own = slice(start, start + count)
+        own = slice(self._start, self._start + count)
         self._weighed += 1
+        self._start += count
         weights, tokens = self._known.weights[own], self._known.units.tokens[own]
         # Megatron takes the mean over micro-batches, but the objective is a sum over them.
         return self._num_microbatches * _weighted_sum(batch, self.config, weights, tokens)
@@ -218,9 +218,9 @@ class DeferredReweighter(Reweighter):
     With that plan, a unit's weight ŵ depends on its own signal only, up to the normaliser of the
     set, which `finish` returns as a factor: over ranks and micro-batches, the objective is
     Σ ŵ·l / C before that factor, C/Σ ŵ, where C is about the number of units. There is one
-    collective per step, two where a plan of units that are not gathered takes a histogram, and,
-    with context parallelism, one per micro-batch in the context-parallel group, unless the units
-    are tokens.
+    collective per step, which runs during the last backward pass. Where units are not gathered, a
+    histogram is a second one. With context parallelism there is also one per micro-batch in the
+    context-parallel group, unless the units are tokens.
 
     Before the first step there is no plan, and all weights are those without a strategy. A step
     without an active unit has gradient 0 and does not change the plan.
@@ -249,23 +249,23 @@ class DeferredReweighter(Reweighter):
         self._rows.append(sums)
         units = UnitSet.of(sums, self.config.by_tokens, slice(0, sums.tokens.numel()))
         asked = Units(units.signals, units.active, units.base)
-        weights = planned_weights(asked, self._weighting(), self._given())
+        weighting = self._weighting()
+        weights = planned_weights(asked, weighting, self._given(weighting))
         if len(self._rows) == 1:
             # About Σ ŵ, so that gradients are about as large as without weights until `finish`.
             self._scale = len(sums.tokens) * self.ranks.dp_size
             if self.config.by_tokens or self.config.unit == "token":
                 self._scale = batch.mask.numel() * self.ranks.size
         if len(self._rows) == self._num_microbatches:
-            # It goes on during the backward pass.
+            # The reduction goes on during the backward pass.
             self._set = self._begin_set()
         return _weighted_sum(batch, self.config, weights, units.tokens) / self._scale
 
-    def _given(self) -> Tensor:
-        """Returns the plan that weights follow."""
-        weighting = self._weighting()
+    def _given(self, weighting: Weighting) -> Tensor:
+        """Returns the plan that the step's weights follow."""
         if weighting.strategy != "topk" or weighting.top_share < 1.0:
             return self._used
-        # A share of 1 keeps whatever comes.
+        # A share of 1 keeps every unit, also those below the earlier threshold.
         plan = self._used.clone()
         plan[Plan.THRESHOLD] = -torch.inf
         return plan
@@ -275,7 +275,8 @@ class DeferredReweighter(Reweighter):
         if config.unit == "sequence" and self.ranks.cp_rank > 0:
             # `weigh` has summed over context parallelism; only one rank may add the sums.
             sums = sums.with_table(torch.zeros_like(sums.table()))
-        weighting, plan = self._weighting(), self._given()
+        weighting = self._weighting()
+        plan = self._given(weighting)
         return begin_set(sums, config.unit, config.by_tokens, weighting, self.ranks, plan)
 
     @override
@@ -291,7 +292,7 @@ class DeferredReweighter(Reweighter):
         kept = torch.where(used[Plan.LOW].isfinite(), used, seen)
         updated = seen + self.config.moment_decay * (kept - seen)
         if self.config.target_ess is not None:
-            # The mean of 1/r: r is nearly without bound where the target is 1, as in a warm-up.
+            # The mean is of 1/r: with a target of 1, as in a warm-up, r has nearly no bound.
             sharpness = 1 / seen[Plan.TEMPERATURE]
             sharpness += self.config.moment_decay * (1 / kept[Plan.TEMPERATURE] - sharpness)
             updated[Plan.TEMPERATURE] = 1 / sharpness

@@ -3,8 +3,8 @@
 Sequences are gathered. Their weights are those of one call of the kernel, the same on every rank.
 Documents and tokens stay on their ranks. The ranges of all ranks are reduced, and where the plan
 needs more than the range, a histogram of `BINS` bins over it; from these every rank makes the same
-plan, and another reduction sums up the weights that follow from it. By a plan that is given the
-weights are known before the range is, and both are reduced at once.
+plan, and another reduction sums up the weights that follow from it. With a given plan the weights
+do not depend on the range, and both are reduced at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_rw.kernels.torch_weights import (
     planned_temperature,
 )
 from megatron_rw.kernels.weights import weigh_units
-from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums, start_sum
+from megatron_rw.reweighting.units import ReduceGroup, Unit, UnitSet, UnitSums, begin_sum
 
 BINS = 4096
 
@@ -71,13 +71,15 @@ def begin_set(
     given: Tensor | None = None,
     order: torch.Generator | None = None,
 ) -> Callable[[], WeightedSet]:
-    """Begins to weight the set that this rank's units are part of; returns what ends it.
+    """Begins to weight the set that this rank's units are part of.
 
-    Both are collective and without a host read. With a plan given, nothing waits for the first
-    all-reduce before the end.
+    It returns a function that ends this and returns the set. Both calls are collective, and the
+    host waits for the device in neither. If the units are sequences, or a plan is given, only the
+    second call waits for other ranks.
 
-    One all-reduce for sequences. For documents and tokens one of 2 numbers, unless a plan is given,
-    one of 64 KiB where the set's own plan needs a histogram, and one of 8 numbers for each rank.
+    Sequences take one all-reduce. Documents and tokens take one of 2 numbers, unless a plan is
+    given, one of 64 KiB where the set's own plan needs a histogram, and one of 8 numbers for each
+    rank.
 
     Args:
         sums: Of this rank's units; of sequences over its own tokens, of documents over all.
@@ -94,7 +96,7 @@ def begin_set(
         return lambda: _set_of(here, *weighed(), weighting, given, in_place=True)
     start = ranks.dp_rank * sums.tokens.numel()
     local = slice(start, start + sums.tokens.numel())
-    gathered = sums.gathered(ranks)
+    gathered = sums.begin_gather(ranks)
 
     def end() -> WeightedSet:
         units = UnitSet.of(gathered(), by_tokens, local)
@@ -147,7 +149,10 @@ def _dealt(units: UnitSet, order: torch.Generator) -> Tensor:
 def _begin_in_place(
     units: UnitSet, weighting: Weighting, ranks: ReduceGroup, given: Tensor | None, copies: int
 ) -> Callable[[], tuple[UnitWeights, Tensor]]:
-    """Weights units that stay on their ranks, and counts the tokens of all; see `begin_set`."""
+    """Begins to weight units that stay on their ranks, and to count the tokens of all ranks.
+
+    See `begin_set`.
+    """
     signals, base, active = competing(Units(units.signals, units.active, units.base))
     ends = torch.stack([-signals, signals]).masked_fill(~active, -torch.inf).amax(dim=1)
 
@@ -169,7 +174,7 @@ def _begin_in_place(
     if ranks.group is not None:
         every = mine.new_zeros(ranks.size, len(mine))
         every[ranks.rank] = mine
-    wait = start_sum(every, ranks)
+    wait = begin_sum(every, ranks)
 
     def end() -> tuple[UnitWeights, Tensor]:
         *sums, tokens = wait()[:, :5].sum(dim=0) / copies
@@ -189,7 +194,7 @@ def _common_plan(
     ranks: ReduceGroup,
     copies: int,
 ) -> Tensor:
-    """Returns the plan of all ranks' units, `[5]`, from −smallest and largest signal of all."""
+    """Returns the plan of all ranks' units, `[5]`; `ends` are −smallest and largest signal."""
     low, high = -ends[0], ends[1]
     needs_histogram = (
         weighting.strategy == "topk"

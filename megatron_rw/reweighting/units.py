@@ -41,10 +41,11 @@ class ReduceGroup:
         return self.dp_rank * self.cp_size + self.cp_rank
 
 
-def start_sum(table: Tensor, ranks: ReduceGroup) -> Callable[[], Tensor]:
-    """Starts to add up a table over the ranks, in place; returns what waits for it and returns it.
+def begin_sum(table: Tensor, ranks: ReduceGroup) -> Callable[[], Tensor]:
+    """Begins to add up a table over the ranks, in place.
 
-    Collective, unless `ranks.group` is None. On a GPU its stream waits, and not the host.
+    It returns a function that waits for the sum and returns the table; on a GPU the stream waits,
+    not the host. Collective, unless `ranks.group` is None.
     """
     work = None
     if ranks.group is not None:
@@ -128,11 +129,12 @@ class UnitSums:
         names = [name for name, row in vars(self).items() if row is not None]
         return UnitSums(**dict(zip(names, table.unbind(), strict=True)))
 
-    def gathered(self, ranks: ReduceGroup) -> Callable[[], UnitSums]:
-        """Starts to gather those of all data-parallel ranks, each over all context-parallel ranks.
+    def begin_gather(self, ranks: ReduceGroup) -> Callable[[], UnitSums]:
+        """Begins to gather those of all data-parallel ranks, each over all context-parallel ranks.
 
-        Collective: one all-reduce of 4·k·dp·n bytes for k sums in fp32, see `start_sum`. The ranks'
-        units, as many on each, are in the order of their data-parallel index.
+        It returns a function that waits for them and returns them. Collective: one all-reduce of
+        4·k·dp·n bytes for k sums in fp32. The ranks' units, as many on each, are in the order of
+        their data-parallel index.
         """
         table = self.table()
         if ranks.dp_size > 1:
@@ -140,7 +142,7 @@ class UnitSums:
             table = rows.new_zeros(len(rows), ranks.dp_size, rows.shape[1])
             table[:, ranks.dp_rank] = rows
             table = table.view(len(rows), -1)
-        wait = start_sum(table, ranks)
+        wait = begin_sum(table, ranks)
         return lambda: self.with_table(wait())
 
     def over_shards(self, ranks: ReduceGroup) -> UnitSums:
