@@ -1,0 +1,194 @@
+"""A run as its folder tells it: validation losses, arguments, and the weights of training."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_rw.errors import UserError
+
+LOSS, WORST, NOISE = "loss", "worst domain", "noise"
+OF_DOMAIN = "loss of "
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a validation or an evaluation has measured; losses are unweighted, in nats per token."""
+
+    iteration: int
+    values: Mapping[str, float]
+    domains: Mapping[str, float]
+
+    def measures(self, noise_domains: str) -> dict[str, float]:
+        """Returns all measures by name, of which `LOSS` is the one that decides.
+
+        It is the mean over the clean domains, those whose name the glob `noise_domains` does not
+        match, and with a single domain, or none that is clean, `lm_loss`.
+        """
+        noise = [v for name, v in self.domains.items() if fnmatchcase(name, noise_domains)]
+        clean = [v for name, v in self.domains.items() if not fnmatchcase(name, noise_domains)]
+        if len(self.domains) < 2 or not clean:
+            return {LOSS: self.values["lm_loss"], **self.values}
+        found = {LOSS: fmean(clean), WORST: max(clean)}
+        if noise:
+            found[NOISE] = fmean(noise)
+        by_domain = {OF_DOMAIN + name: loss for name, loss in self.domains.items()}
+        return {**found, **by_domain, **self.values}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of training.
+
+    `arguments` is None for a run of a program that did not write them. `begin` is the iteration
+    that training began after, `ess` the effective sample size and `weight_ratios` the domains'
+    share of the weight over that of the samples, means over the logged steps with reweighting.
+    """
+
+    folder: Path
+    arguments: Mapping[str, Any] | None
+    begin: int
+    validations: tuple[Record, ...]
+    evaluation: Record | None
+    ess: float | None
+    weight_ratios: Mapping[str, float]
+
+    @property
+    def trunk(self) -> str | None:
+        """The checkpoint that the run branched off, or None: its own one is where it resumed."""
+        arguments = self.arguments or {}
+        own = os.path.normpath(arguments.get("save") or "")
+        # Megatron takes the latter where the folder of the former is still empty.
+        for name, step in (("load", "ckpt_step"), ("pretrained_checkpoint", None)):
+            path = arguments.get(name)
+            if path and os.path.normpath(path) != own:
+                at = arguments.get(step) if step else None
+                return os.path.normpath(path) + (f"@{at}" if at is not None else "")
+        return None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch, or 1 if the arguments do not tell."""
+        arguments = self.arguments or {}
+        size = (arguments.get("global_batch_size") or 1) * (arguments.get("seq_length") or 1)
+        return int(size)
+
+    def final(self, evaluated: bool) -> Record:
+        """Returns the evaluation, or the last validation."""
+        return self.evaluation if evaluated and self.evaluation else self.validations[-1]
+
+
+def load_run(folder: Path) -> Run:
+    """Reads a run; raises a `UserError` that names the file, or its line, that is wrong."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no metrics.jsonl; give the --log-dir of a run")
+    lines = _lines(path)
+    train = {line["iteration"]: line for _, line in lines if line["type"] == "train"}
+    # The later of two lines of an iteration counts.
+    validations = {
+        line["iteration"]: _record(where, line)
+        for where, line in lines
+        if line["type"] == "validation"
+    }
+    if not validations:
+        raise UserError(f"{path}: has no validation; train with --eval-interval and --eval-iters")
+    evaluations = [
+        _record(where, line)
+        for where, line in _lines(folder / "evaluation.jsonl")
+        if line["type"] == "evaluation"
+    ]
+    ess, ratios = _weights(path, list(train.values()))
+    return Run(
+        folder=folder,
+        arguments=_arguments(folder / "arguments.json"),
+        begin=min(train, default=1) - 1,
+        validations=tuple(validations[iteration] for iteration in sorted(validations)),
+        evaluation=evaluations[-1] if evaluations else None,
+        ess=ess,
+        weight_ratios=ratios,
+    )
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the records of a file and where each stands; none if there is no file.
+
+    A last line that is cut, as a run leaves it that is killed, is dropped.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines) and not content.endswith(b"\n"):
+                break
+            raise UserError(f"{where}: not JSON; restore the file, or leave the run out") from error
+        if not (
+            isinstance(record, dict)
+            and isinstance(record.get("type"), str)
+            and type(record.get("iteration")) is int
+        ):
+            raise UserError(f"{where}: not a record of training: it has no type and iteration")
+        found.append((where, record))
+    return found
+
+
+def _record(where: str, line: Mapping[str, Any]) -> Record:
+    values = {
+        name: float(value)
+        for name, value in line.items()
+        if name not in ("iteration", "time") and _is_finite(value)
+    }
+    try:
+        domains = {name: found["lm_loss"] for name, found in line.get("domains", {}).items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: 'domains' is not as training writes it") from error
+    for name, loss in {"lm_loss": line.get("lm_loss"), **domains}.items():
+        if not _is_finite(loss):
+            raise UserError(
+                f"{where}: the loss {name} is no finite number; a run that has diverged is a "
+                "result of its own: report it, and leave its folder out"
+            )
+    return Record(line["iteration"], values, domains)
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _weights(
+    path: Path, train: Sequence[Mapping[str, Any]]
+) -> tuple[float | None, dict[str, float]]:
+    try:
+        reports = [line["reweight"] for line in train if line.get("reweight")]
+        sizes = [report["ess"] for report in reports if report.get("ess") is not None]
+        by_domain: dict[str, list[float]] = {}
+        for report in reports:
+            for name, found in report.get("domains", {}).items():
+                if found.get("weight_ratio") is not None:
+                    by_domain.setdefault(name, []).append(found["weight_ratio"])
+        ratios = {name: fmean(values) for name, values in sorted(by_domain.items())}
+        return fmean(sizes) if sizes else None, ratios
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: 'reweight' is not as training writes it") from error
+
+
+def _arguments(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        arguments = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON; restore the file, or leave the run out") from error
+    if not isinstance(arguments, dict):
+        raise UserError(f"{path}: not an object of arguments; restore it, or leave the run out")
+    return arguments
