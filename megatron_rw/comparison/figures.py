@@ -1,7 +1,9 @@
 """Pictures of a comparison."""
 
 import io
+import itertools
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +54,9 @@ def forest(comparison: Comparison, title: str) -> Figure:
     margin = comparison.margin
     axes.axvspan(-margin, margin, color="#dbeafe", zorder=0, label=f"margin, ±{margin:g}")
     axes.axvline(0, color="black", linewidth=0.8)
-    label: str | None = f"chance: {comparison.chance_pairs} pairs of {comparison.baseline}"
+    label: str | None = (
+        f"95 % by chance, from {comparison.chance.pairs} pairs of {comparison.baseline}"
+    )
     for row, arm in enumerate(arms):
         loss, colour = arm.summary.loss, _COLOURS.get(arm.verdict, _GREY)
         if arm.band is not None:
@@ -68,9 +72,11 @@ def forest(comparison: Comparison, title: str) -> Figure:
             va="center",
             color=colour,
         )
-    axes.set_yticks(range(len(arms)), [_shortened(arm.name) for arm in arms])
+    axes.set_yticks(range(len(arms)), [_wrapped(arm.name) for arm in arms])
     axes.set_ylim(-0.7, len(arms) - 0.3)
-    axes.set_xlabel(f"validation loss minus that of {comparison.baseline}, nats per token")
+    axes.set_xlabel(
+        f"validation loss minus that of {comparison.baseline}, nats per token (left is better)"
+    )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -89,8 +95,10 @@ def heat(values: Mapping[str, Mapping[str, float]], centre: float, digits: int) 
             shown = signed(value, digits) if centre == 0 else f"{value:.{digits}f}"
             if value == value:
                 axes.text(x, y, shown, ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(columns)), [_shortened(name) for name in columns], rotation=20)
-    axes.set_yticks(range(len(values)), [_shortened(name) for name in values])
+    axes.set_xticks(
+        range(len(columns)), [_wrapped(name) for name in columns], rotation=20, ha="right"
+    )
+    axes.set_yticks(range(len(values)), [_wrapped(name) for name in values])
     return figure
 
 
@@ -99,13 +107,14 @@ def curves(comparison: Comparison) -> Figure:
     """Draws, for each arm, the difference of the curves with its interval."""
     rows = math.ceil(len(comparison.arms) / _PANELS)
     figure = Figure(figsize=(9, 0.8 + 2.1 * rows), layout="constrained")
-    panels = figure.subplots(rows, _PANELS, sharex=True, sharey=True, squeeze=False).flat
-    for axes, arm in zip(panels, comparison.arms, strict=False):
-        _curve(axes, arm)
-    for axes in list(panels)[len(comparison.arms) :]:
-        axes.set_axis_off()
-    figure.supxlabel("tokens" if comparison.in_tokens else "steps")
-    figure.supylabel("difference, nats per token")
+    panels = figure.subplots(rows, _PANELS, sharex=True, sharey=True, squeeze=False)
+    for axes, arm in itertools.zip_longest(panels.flat, comparison.arms):
+        if arm is None:
+            axes.set_axis_off()
+        else:
+            _curve(axes, arm)
+    figure.supxlabel("tokens" if comparison.in_tokens else "steps", fontsize=11)
+    figure.supylabel("difference, nats per token", fontsize=11)
     return figure
 
 
@@ -118,7 +127,7 @@ def _curve(axes: Axes, arm: ArmResult) -> None:
     if bounds:
         tokens, low, high = map(list, zip(*bounds, strict=True))
         axes.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_title(_shortened(arm.name), fontsize=11)
+    axes.set_title(_wrapped(arm.name), fontsize=10)
 
 
 def _figure(height: float, title: str = "") -> tuple[Figure, Axes]:
@@ -128,5 +137,5 @@ def _figure(height: float, title: str = "") -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= 34 else f"{name[:33]}…"
+def _wrapped(name: str) -> str:
+    return textwrap.fill(name, 30, max_lines=3)

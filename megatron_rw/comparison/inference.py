@@ -91,17 +91,19 @@ def rule(margin: float, family: int) -> str:
     )
 
 
-def smallest_found(sd: float, n: int, family: int) -> float:
-    """Returns the smallest true difference that n pairs find with the probability `POWER`.
+def smallest_found(found: Estimate, family: int) -> float | None:
+    """Returns the smallest true difference that as many pairs find with the probability `POWER`.
 
     The test is two-sided at the level of Holm's first step in a family of this size, which is the
     power of an arm that stands alone in being different.
     """
-    freedom = n - 1
+    if found.sd is None:
+        return None
+    freedom = found.n - 1
     critical = float(t.ppf(1 - LEVEL / family / 2, freedom))
 
     def lacking(shift: float) -> float:
         # The other tail adds nothing here, and its numbers underflow.
         return float(nct.sf(critical, freedom, shift)) - POWER
 
-    return float(brentq(lacking, 0.0, 3 * critical + 10) * sd / math.sqrt(n))
+    return float(brentq(lacking, 0.0, 3 * critical + 10) * found.sd / math.sqrt(found.n))

@@ -8,15 +8,15 @@ from megatron_rw.comparison.results import Comparison
 from megatron_rw.comparison.runs import OF_DOMAIN
 
 _CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1000px; margin: 2rem auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1100px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .outcome { font-size: 1.15rem; border-left: 4px solid #1d4ed8; padding-left: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 0.3rem 0.7rem; border-bottom: 1px solid #e5e7eb;
+th, td { text-align: right; padding: 0.3rem 0.5rem; border-bottom: 1px solid #e5e7eb;
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
 svg { width: 100%; height: auto; }
 .warning { color: #92400e; }
 """

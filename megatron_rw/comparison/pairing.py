@@ -14,22 +14,15 @@ from megatron_rw.errors import UserError
 
 Arms = Mapping[str, Sequence[Run]]
 
-# Where a run writes, when it ends and what it prints; and what the pairs or arms are made of.
+# Where a run writes, when it ends and what it prints; and what pairs and arms are made of.
 _APART = ("reweight_", "save", "log", "tensorboard_", "wandb_", "exit_", "timing_", "load")
-_APART_NAMES = {"data_cache_path", "rank", "local_rank", "pretrained_checkpoint", "ckpt_step"}
+_APART_NAMES = "data_cache_path rank local_rank pretrained_checkpoint ckpt_step".split()
 _IDLE: tuple[object, ...] = (None, False, "", [])
 # Unless these agree, losses are not in the same unit or not of the same text.
 _ESSENTIAL = (
-    "domains",
-    "final iteration",
-    "tokenizer_type",
-    "tokenizer_model",
-    "vocab_file",
-    "merge_file",
-    "valid_data_path",
-    "per_split_data_args_path",
-    "seq_length",
-)
+    "domains|final iteration|seq_length|tokenizer_type|tokenizer_model|vocab_file|merge_file|"
+    "valid_data_path|per_split_data_args_path"
+).split("|")
 
 
 @dataclass(frozen=True)
@@ -135,7 +128,7 @@ def _by_key(name: str, runs: Sequence[Run], by: PairBy) -> dict[tuple[str, int],
     keyed: dict[tuple[str, int], Run] = {}
     for run in runs:
         arguments = _known_arguments(run, "give --pair-by order")
-        key = (run.trunk or "", int(arguments.get("seed", 0)))
+        key = (run.trunk or "", arguments.get("seed") or 0)
         if key in keyed:
             raise UserError(
                 f"{run.folder}: arm {name} has the trunk {key[0] or '(none)'} with seed {key[1]} "

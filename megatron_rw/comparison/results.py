@@ -1,10 +1,10 @@
 """The comparison of arms with a baseline: differences of paired runs, and what follows of them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import fmean
-from typing import get_args
+from typing import Final, get_args
 
 from megatron_rw.comparison.inference import (
     Verdict,
@@ -18,13 +18,14 @@ from megatron_rw.comparison.measuring import PairResult, Summary, means, measure
 from megatron_rw.comparison.pairing import Arms, Pair, differing, pair_runs
 from megatron_rw.comparison.settings import Settings
 
+_INCOMPARABLE: Final = "not comparable"
+
 
 @dataclass(frozen=True)
 class ArmResult:
     """What can be said of an arm.
 
-    `p_value` is Holm's. `band` is what half the interval of a mean of as many differences between
-    runs of the baseline would be, None without such runs.
+    `p_value` is Holm's. `band` is that of `Chance` for as many differences, None without such runs.
     """
 
     name: str
@@ -32,7 +33,6 @@ class ArmResult:
     p_value: float | None
     smallest_found: float | None
     band: float | None
-    warnings: tuple[str, ...]
     summary: Summary
 
     @property
@@ -43,21 +43,33 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """How far baseline runs of the same trunk and another seed are from each other.
+
+    `sd` is the standard deviation around 0 of the differences of so many pairs, in nats.
+    """
+
+    pairs: int
+    sd: float | None
+
+    def band(self, n: int) -> float | None:
+        """Half the interval that a mean of n such differences has."""
+        return None if self.sd is None else half_width(self.sd, n, self.pairs)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The arms beside the baseline, in the order given, and the baseline's own means.
 
-    `unit` is what is replicated, trunks, seeds or pairs. `chance_sd` is the standard deviation
-    around 0 of the differences of `chance_pairs` pairs of baseline runs that differ in the seed
-    alone, in nats. `in_tokens` is False if the runs do not tell their tokens: curves then count
-    steps.
+    `unit` is what is replicated: a trunk, a seed or a pair. `in_tokens` is False if the runs do not
+    tell their tokens; curves then count steps.
     """
 
     baseline: str
     baseline_values: Mapping[str, float]
     arms: tuple[ArmResult, ...]
     unit: str
-    chance_sd: float | None
-    chance_pairs: int
+    chance: Chance
     in_tokens: bool
     margin: float
     rule: str
@@ -95,59 +107,73 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
     `UserError` if runs cannot be paired.
     """
     pairing = pair_runs(arms, settings.baseline, settings.pair_by)
-    every = [*(pair for pairs in pairing.pairs.values() for pair in pairs), *pairing.chance]
-    runs = {run.folder: run for pair in every for run in (pair.baseline, pair.run)}
+    pairs = [pair for found in pairing.pairs.values() for pair in found]
+    runs = {run.folder: run for p in (*pairs, *pairing.chance) for run in (p.baseline, p.run)}
     having = sum(run.evaluation is not None for run in runs.values())
     evaluated = having == len(runs)
+    warnings = list(pairing.warnings)
+    if having and not evaluated:
+        warnings.append(
+            f"{having} of {len(runs)} runs have an evaluation; the last validations are compared"
+        )
 
     def measured(pairs: Sequence[Pair]) -> list[PairResult]:
         return [measure(pair, settings.noise_domains, evaluated) for pair in pairs]
 
-    summaries = {name: summarize(measured(pairs)) for name, pairs in pairing.pairs.items()}
-    adjusted = holm([summary.loss.p_value for summary in summaries.values()])
-    chance = [pair.difference() for pair in measured(pairing.chance)]
-    chance_sd = math.sqrt(fmean(d * d for d in chance)) if chance else None
-    results = []
-    for (name, summary), p_value in zip(summaries.items(), adjusted, strict=True):
-        wrong, warnings = _warnings(pairing.pairs[name], evaluated)
-        sd, n = summary.loss.sd, summary.loss.n
-        arm = ArmResult(
-            name=name,
-            verdict="not comparable" if wrong else decide(summary.loss, p_value, settings.margin),
-            p_value=None if wrong else p_value,
-            smallest_found=None if sd is None else smallest_found(sd, n, len(summaries)),
-            band=None if chance_sd is None else half_width(chance_sd, n, len(chance)),
-            warnings=warnings,
-            summary=summary,
-        )
-        results.append(arm)
+    summaries = {name: summarize(measured(found)) for name, found in pairing.pairs.items()}
+    wrong = set()
+    for name, found in pairing.pairs.items():
+        unlike = [differing(pair, evaluated) for pair in found]
+        wrong |= {name for _, essential in unlike if essential}
+        texts = [f"{_INCOMPARABLE}: {text}" for _, essential in unlike for text in essential]
+        texts += [f"differs in more than the arm: {text}" for other, _ in unlike for text in other]
+        warnings += [f"{name}: {text}" for text in dict.fromkeys(texts)]
+    like = []
+    for pair in pairing.chance:
+        if essential := differing(pair, evaluated)[1]:
+            warnings.append(f"{pair.run.folder}: left out of chance: {', '.join(essential)}")
+        else:
+            like.append(pair)
+    chance = _chance(measured(like))
     bases = {pair.baseline: pair.baseline_measures for s in summaries.values() for pair in s.pairs}
-    trunks = any(pair.baseline.trunk for pair in every)
-    mixed = f"{having} of {len(runs)} runs have an evaluation; the last validations are compared"
+    trunks = any(pair.baseline.trunk for pair in pairs)
     return Comparison(
         baseline=settings.baseline,
         baseline_values=means(bases.values()),
-        arms=tuple(results),
+        arms=_judge(summaries, wrong, chance, settings.margin),
         unit="pair" if settings.pair_by == "order" else "trunk" if trunks else "seed",
-        chance_sd=chance_sd,
-        chance_pairs=len(chance),
+        chance=chance,
         in_tokens=all(run.tokens_per_step > 1 for run in runs.values()),
         margin=settings.margin,
-        rule=rule(settings.margin, len(results)),
-        warnings=(
-            *pairing.warnings,
-            *((mixed,) if 0 < having < len(runs) else ()),
-            *(f"{arm.name}: {text}" for arm in results for text in arm.warnings),
-        ),
+        rule=rule(settings.margin, len(summaries)),
+        warnings=tuple(warnings),
     )
 
 
-def _warnings(pairs: Sequence[Pair], evaluated: bool) -> tuple[bool, tuple[str, ...]]:
-    """Returns whether losses of pairs cannot be compared, and what differs, each thing once."""
-    found = [differing(pair, evaluated) for pair in pairs]
-    wrong = [f"not comparable: {text}" for _, texts in found for text in texts]
-    others = [f"differs in more than the arm: {text}" for texts, _ in found for text in texts]
-    return bool(wrong), tuple(dict.fromkeys(wrong + others))
+def _chance(pairs: Sequence[PairResult]) -> Chance:
+    squares = [pair.difference() ** 2 for pair in pairs]
+    return Chance(len(squares), math.sqrt(fmean(squares)) if squares else None)
+
+
+def _judge(
+    summaries: Mapping[str, Summary],
+    wrong: Set[str],
+    chance: Chance,
+    margin: float,
+) -> tuple[ArmResult, ...]:
+    """Returns the verdict on each arm, by one family of tests; `wrong` are not comparable."""
+    tests = [None if name in wrong else s.loss.p_value for name, s in summaries.items()]
+    return tuple(
+        ArmResult(
+            name=name,
+            verdict=_INCOMPARABLE if name in wrong else decide(summary.loss, p_value, margin),
+            p_value=p_value,
+            smallest_found=smallest_found(summary.loss, len(summaries)),
+            band=chance.band(summary.loss.n),
+            summary=summary,
+        )
+        for (name, summary), p_value in zip(summaries.items(), holm(tests), strict=True)
+    )
 
 
 def _count(number: int, what: str) -> str:

@@ -14,6 +14,11 @@ from megatron_rw.errors import UserError
 
 LOSS, WORST, NOISE = "loss", "worst domain", "noise"
 OF_DOMAIN = "loss of "
+# The arguments that are more than compared.
+_READ = {
+    **dict.fromkeys(("load", "save", "pretrained_checkpoint"), str),
+    **dict.fromkeys(("seed", "global_batch_size", "seq_length"), int),
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,7 @@ class Run:
     def tokens_per_step(self) -> int:
         """Tokens of a global batch, or 1 if the arguments do not tell."""
         arguments = self.arguments or {}
-        size = (arguments.get("global_batch_size") or 1) * (arguments.get("seq_length") or 1)
-        return int(size)
+        return (arguments.get("global_batch_size") or 1) * (arguments.get("seq_length") or 1)
 
     def final(self, evaluated: bool) -> Record:
         """Returns the evaluation, or the last validation."""
@@ -191,4 +195,7 @@ def _arguments(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not JSON; restore the file, or leave the run out") from error
     if not isinstance(arguments, dict):
         raise UserError(f"{path}: not an object of arguments; restore it, or leave the run out")
+    for name, kind in _READ.items():
+        if not isinstance(arguments.get(name), kind | None):
+            raise UserError(f"{path}: {name} {arguments[name]}: not as training writes it")
     return arguments

@@ -91,7 +91,7 @@ def mean(found: Estimate | None) -> str:
 def _tokens(found: Summary) -> str:
     if found.tokens_to_baseline is not None:
         return f"{found.tokens_to_baseline:.2f}"
-    return f"{found.reached} of {len(found.pairs)} reach"
+    return f"{found.reached} of {len(found.pairs)}"
 
 
 def _number(value: float | None) -> str:

@@ -88,3 +88,15 @@ def write_study(folder: Path, effects: Mapping[str, float], trunks: int = 5) -> 
                 load=f"trunk{trunk}/ckpt",
             )
     return folder
+
+
+def edit_arguments(folder: Path, changed: Mapping[str, Any]) -> None:
+    """Changes arguments of a run."""
+    path = folder / "arguments.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def edit_lines(folder: Path, old: str, new: str) -> None:
+    """Replaces a text in all of a run's metrics."""
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace(old, new))
