@@ -152,7 +152,7 @@ def _record(where: str, line: Mapping[str, Any]) -> Record:
         if name not in ("iteration", "time") and _is_finite(value)
     }
     try:
-        domains = {name: found["lm_loss"] for name, found in line.get("domains", {}).items()}
+        domains = {name: found["lm_loss"] for name, found in (line.get("domains") or {}).items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{where}: 'domains' is not as training writes it") from error
     for name, loss in {"lm_loss": line.get("lm_loss"), **domains}.items():
@@ -177,7 +177,7 @@ def _weights(
         sizes = [report["ess"] for report in reports if report.get("ess") is not None]
         by_domain: dict[str, list[float]] = {}
         for report in reports:
-            for name, found in report.get("domains", {}).items():
+            for name, found in (report.get("domains") or {}).items():
                 if found.get("weight_ratio") is not None:
                     by_domain.setdefault(name, []).append(found["weight_ratio"])
         ratios = {name: fmean(values) for name, values in sorted(by_domain.items())}

@@ -1,6 +1,7 @@
 """The command: mistakes in one line each, and the files that it writes."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -214,11 +215,15 @@ def test_the_page_needs_nothing_and_escapes_everything(study: str) -> None:
 
 
 def test_the_same_runs_give_the_same_bytes(study: str) -> None:
-    names = [f"report.v1.{kind}" for kind in ("html", "png", "json")]
+    code = "import sys; from megatron_rw.comparison.command import main; main(sys.argv[1:])"
     written = []
-    for _ in range(2):
-        command(study)
-        written.append([Path(name).read_bytes() for name in names])
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-c", code, *shlex.split(study)], env=environment, check=True
+        )
+        written.append([path.read_bytes() for path in sorted(Path().glob("report.v1.*"))])
+    assert len(written[0]) == 3
     assert written[0] == written[1]
 
 
