@@ -46,12 +46,15 @@ class Pairing:
 def load_arms(paths: Sequence[str]) -> dict[str, list[Run]]:
     """Reads the runs of arguments of the form `NAME=GLOB` or `GLOB`, by arm.
 
-    Runs of the latter form are grouped by their `--reweight-*` arguments.
+    A = behind a / belongs to the path. Runs of the latter form are grouped by their `--reweight-*`
+    arguments.
     """
     arms: dict[str, dict[Path, Run]] = {}
     for given in paths:
-        name, sign, pattern = ("", "", given) if os.path.isdir(given) else given.rpartition("=")
-        if sign and not name:
+        name, sign, pattern = given.partition("=")
+        if not sign or "/" in name or os.path.isdir(given):
+            name, pattern = "", given
+        elif not name:
             raise UserError(f"{given}: the arm has no name; give NAME=GLOB")
         folders = [Path(path) for path in sorted(glob.glob(pattern)) if os.path.isdir(path)]
         if not folders:

@@ -50,6 +50,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_lines(folder, '"type": "validation"', '"ty'),
         "runs/b/metrics.jsonl:3: not JSON; restore the file, or leave the run out",
     ),
+    "cut in the middle and at the end": (
+        _replace("metrics.jsonl", b'{"type": "validation", "iter\n{"type": "valid'),
+        "runs/b/metrics.jsonl:1: not JSON; restore the file, or leave the run out",
+    ),
     "binary": (
         _replace("metrics.jsonl", b"\xff\xfe\0\n" * 3),
         "runs/b/metrics.jsonl:1: not JSON; restore the file, or leave the run out",

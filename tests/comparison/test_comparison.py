@@ -35,8 +35,8 @@ def test_pairs_and_the_band_of_chance_by_hand() -> None:
     for trunk, level in (("t0", 0.0), ("t1", 0.5)):
         run(f"none {trunk}", level, 7, trunk)
         run(f"b {trunk}", level + (0.01 if trunk == "t0" else 0.03), 7, trunk)
-    for seed, above in ((8, 0.003), (9, -0.004)):
-        run(f"none t0 {seed}", above, seed, "t0")
+    for seed, above in ((5, 0.003), (9, -0.004)):
+        run(f"none chance {seed}", above, seed, "t0")
     run("b alone", 9.0, 7, "t2")
     found = compared(*BOTH)
     (arm,) = found.arms
@@ -159,6 +159,13 @@ def test_arms_are_named_by_their_settings() -> None:
     run("runs/x", 0.0, reweight_temperature=0.4)
     run("runs/y", 0.0)
     assert list(load_arms(["runs/*"])) == ["none", "linupper, temperature 0.4", "linupper"]
+
+
+def test_folders_may_have_an_equals_sign() -> None:
+    run("runs/lr=1/none", 0.0)
+    run("lr=2", 0.0)
+    given = ["a=runs/lr=1/none", "runs/lr=*/none", "lr=2"]
+    assert list(load_arms(given)) == ["a", "none", "linupper"]
 
 
 @pytest.mark.parametrize(
