@@ -89,12 +89,15 @@ def heat(values: Mapping[str, Mapping[str, float]], centre: float, digits: int) 
     reach = max((abs(v - centre) for row in table for v in row if v == v), default=0.0) or 1.0
     figure, axes = _figure(1.0 + 0.38 * len(values))
     axes.imshow(table, cmap="RdBu_r", vmin=centre - reach, vmax=centre + reach, aspect="auto")
+    size = min(11.0, 100 / max(1, len(columns)))
     for y, row in enumerate(table):
         for x, value in enumerate(row):
             dark = abs(value - centre) > 0.6 * reach
             shown = signed(value, digits) if centre == 0 else f"{value:.{digits}f}"
             if value == value:
-                axes.text(x, y, shown, ha="center", va="center", color="w" if dark else "k")
+                axes.text(
+                    x, y, shown, ha="center", va="center", color="w" if dark else "k", fontsize=size
+                )
     axes.set_xticks(
         range(len(columns)), [_wrapped(name) for name in columns], rotation=20, ha="right"
     )

@@ -82,7 +82,7 @@ class Comparison:
         parts = []
         for verdict in get_args(Verdict):
             arms = [arm for arm in self.arms if arm.verdict == verdict]
-            listed = ", ".join(f"{arm.name} {signed(arm.summary.loss.mean, 3)}" for arm in arms)
+            listed = "; ".join(f"{arm.name} {signed(arm.summary.loss.mean, 3)}" for arm in arms)
             names = f" ({listed})" if verdict in ("better", "worse") else ""
             one, several = ("has", "have") if "each" in verdict else ("is", "are")
             if arms:

@@ -114,6 +114,15 @@ def test_tokens_until_the_baselines_end_is_reached() -> None:
     assert list(b.summary.curve) == [1600, 3200, 4800]  # steps of 2 samples of 8 tokens
 
 
+def test_tokens_are_a_mean_only_if_all_pairs_get_there() -> None:
+    for seed, above in ((1, -0.05), (2, 0.05)):
+        run(f"none {seed}", 0.0, seed)
+        run(f"b {seed}", above, seed)
+    summary = compared(*BOTH).arms[0].summary
+    assert (summary.tokens_to_baseline, summary.reached) == (None, 1)
+    assert summary.pairs[0].tokens_to_baseline == pytest.approx(250 / 300)
+
+
 def test_what_is_measured() -> None:
     losses = {"code": 3.0, "prose": 5.0, "noise-a": 7.0, "noise-b": 9.0}
     write_run(Path("none"), {10: losses}, extra={"copy_loss": 0.25, "progress": None, "ok": True})
