@@ -29,7 +29,7 @@
 
 # What pyproject.toml needs, but for torch, and what the quick start draws with; the versions are in
 # constraints.txt. Named here, so that a change of the code does not install everything again.
-ARG DEPENDENCIES="megatron-core numpy sentencepiece tensorboard psutil tyro cuda-core cuda-bindings prometheus-client matplotlib"
+ARG DEPENDENCIES="megatron-core numpy sentencepiece tensorboard psutil tyro cuda-core cuda-bindings prometheus-client matplotlib scipy"
 
 # ------------------------------------------------------------------------------------------ cpu
 FROM debian:trixie-20260918-slim AS cpu

@@ -82,12 +82,12 @@ def rule(margin: float, family: int) -> str:
     """Returns the rule in words."""
     return (
         "The verdict is on the mean unweighted validation loss of the clean domains alone, from "
-        "the differences of paired runs. "
-        f"Equivalent: the 95 % t interval of their mean lies within ±{margin:g} nats. Otherwise "
-        f"better or worse: the two-sided p of the paired t test, by Holm's method over {family} "
-        f"arms, is below {LEVEL:g}. Otherwise undecided. One pair tells nothing. Found from: the "
-        f"smallest difference that the test, at {LEVEL:g}/{family}, finds with probability "
-        f"{POWER:g} in as many pairs of this standard deviation."
+        f"the differences of paired runs; one pair tells nothing. Equivalent: the {1 - LEVEL:.0%} "
+        f"t interval of their mean lies within ±{margin:g} nats. Otherwise better or worse: the "
+        f"two-sided p of the paired t test, by Holm's method in a family of {family}, is below "
+        f"{LEVEL:g}. Otherwise undecided. Found from: the smallest true difference that the test, "
+        f"at {LEVEL:g}/{family}, finds with probability {POWER:g} in as many pairs of this "
+        "standard deviation."
     )
 
 

@@ -15,7 +15,7 @@ from megatron_rw.comparison.inference import (
     smallest_found,
 )
 from megatron_rw.comparison.measuring import PairResult, Summary, means, measure, summarize
-from megatron_rw.comparison.pairing import Arms, Pair, differing, pair_runs
+from megatron_rw.comparison.pairing import Arms, Pair, Pairing, differing, pair_runs
 from megatron_rw.comparison.settings import Settings
 
 _INCOMPARABLE: Final = "not comparable"
@@ -121,19 +121,7 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
         return [measure(pair, settings.noise_domains, evaluated) for pair in pairs]
 
     summaries = {name: summarize(measured(found)) for name, found in pairing.pairs.items()}
-    wrong = set()
-    for name, found in pairing.pairs.items():
-        unlike = [differing(pair, evaluated) for pair in found]
-        wrong |= {name for _, essential in unlike if essential}
-        texts = [f"{_INCOMPARABLE}: {text}" for _, essential in unlike for text in essential]
-        texts += [f"differs in more than the arm: {text}" for other, _ in unlike for text in other]
-        warnings += [f"{name}: {text}" for text in dict.fromkeys(texts)]
-    like = []
-    for pair in pairing.chance:
-        if essential := differing(pair, evaluated)[1]:
-            warnings.append(f"{pair.run.folder}: left out of chance: {', '.join(essential)}")
-        else:
-            like.append(pair)
+    wrong, like, unlike = _checked(pairing, evaluated)
     chance = _chance(measured(like))
     bases = {pair.baseline: pair.baseline_measures for s in summaries.values() for pair in s.pairs}
     trunks = any(pair.baseline.trunk for pair in pairs)
@@ -146,8 +134,25 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
         in_tokens=all(run.tokens_per_step > 1 for run in runs.values()),
         margin=settings.margin,
         rule=rule(settings.margin, len(summaries)),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *unlike),
     )
+
+
+def _checked(pairing: Pairing, evaluated: bool) -> tuple[set[str], list[Pair], list[str]]:
+    """Returns the arms that are not comparable, the pairs that tell of chance, and warnings."""
+    wrong, like, warnings = set(), [], []
+    for name, pairs in pairing.pairs.items():
+        unlike = [differing(pair, evaluated) for pair in pairs]
+        wrong |= {name for _, essential in unlike if essential}
+        texts = [f"{_INCOMPARABLE}: {text}" for _, essential in unlike for text in essential]
+        texts += [f"differs in more than the arm: {text}" for other, _ in unlike for text in other]
+        warnings += [f"{name}: {text}" for text in dict.fromkeys(texts)]
+    for pair in pairing.chance:
+        if essential := differing(pair, evaluated)[1]:
+            warnings.append(f"{pair.run.folder}: left out of chance: {', '.join(essential)}")
+        else:
+            like.append(pair)
+    return wrong, like, warnings
 
 
 def _chance(pairs: Sequence[PairResult]) -> Chance:
