@@ -200,6 +200,23 @@ def test_another_argument_is_told(name: str, value: object, comparable: bool) ->
     assert (found.arms[0].verdict != "not comparable") == comparable
 
 
+@pytest.mark.parametrize("own_validation", [True, False])
+def test_training_data_that_is_split_is_validation_data(own_validation: bool) -> None:
+    valid = ["valid"] if own_validation else None
+    for seed in (1, 2):
+        run(f"none {seed}", 0.0, seed, valid_data_path=valid, data_path=["a"])
+        run(f"b {seed}", 0.0, seed, valid_data_path=valid, data_path=["c"])
+    assert (compared(*BOTH).arms[0].verdict != "not comparable") == own_validation
+
+
+def test_another_trunk_is_told_of_pairs_by_order() -> None:
+    run("none", 0.0, 1, "t")
+    run("b", 0.0, 1, "u")
+    assert compared(*BOTH, pair_by="order").warnings == (
+        "b: differs in more than the arm: trunk u instead of t",
+    )
+
+
 def test_what_a_run_writes_elsewhere_is_no_difference() -> None:
     for seed in (1, 2):
         run(f"none {seed}", 0.0, seed)
