@@ -7,16 +7,14 @@ depends on has changed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+
+from examples.stages import Stage, StageError, execute, python, run_stages
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,83 +34,21 @@ REWEIGHTING = (
 RUNS: dict[str, list[str]] = {"none": ["--reweight-strategy", "none"], "linupper": REWEIGHTING}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the quick start.
-
-    Attributes:
-        name: also the name of its record of what it was made from.
-        output: a file or folder that exists once it is done.
-        depends: files whose content it depends on.
-        after: the stages that it builds on.
-        settings: whatever else its output depends on.
-        run: does the work.
-    """
-
-    name: str
-    output: Path
-    run: Callable[[], None]
-    depends: Sequence[Path] = ()
-    after: Sequence[Stage] = ()
-    settings: Sequence[object] = field(default=())
-
-    def fingerprint(self) -> str:
-        """Digest of all that the output depends on."""
-        digest = hashlib.sha256(json.dumps([sys.version, *map(str, self.settings)]).encode())
-        for path in self.depends:
-            digest.update(path.read_bytes())
-        for stage in self.after:
-            digest.update(stage.fingerprint().encode())
-        return digest.hexdigest()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not current, and print the report."""
     parser = argparse.ArgumentParser(description="Corpus, tokenizer, two runs and a report.")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "quickstart", metavar="DIR")
     args = parser.parse_args(argv)
     out = args.output_dir.resolve()
-    (out / ".stages").mkdir(parents=True, exist_ok=True)
-
     started = time.monotonic()
-    stages = build_stages(out)
-    for number, stage in enumerate(stages, start=1):
-        try:
-            run_stage(stage, f"{number}/{len(stages)}", out / ".stages")
-        except subprocess.CalledProcessError as error:
-            print(
-                f"error: stage '{stage.name}' failed with status {error.returncode}; see above",
-                file=sys.stderr,
-            )
-            return 1
+    try:
+        run_stages(build_stages(out), out)
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print((out / "report.txt").read_text())
     print(f"picture: {out / 'report.png'}   all stages: {time.monotonic() - started:.0f} s")
     return 0
-
-
-def run_stage(stage: Stage, position: str, records: Path) -> None:
-    """Run a stage unless it is current, and record what it was made from.
-
-    Args:
-        stage: the stage.
-        position: for its line on the terminal.
-        records: folder of the records.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; the record is gone, so that it runs again.
-    """
-    title = f"[{position}] {stage.name}"
-    record = records / stage.name.replace(" ", "-")
-    fingerprint = stage.fingerprint()
-    if stage.output.exists() and record.exists() and record.read_text() == fingerprint:
-        print(f"{title}: current, skipped", flush=True)
-        return
-    print(f"{title} ...", flush=True)
-    record.unlink(missing_ok=True)
-    begun = time.monotonic()
-    stage.run()
-    record.write_text(fingerprint)
-    print(f"{title}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
 def build_stages(out: Path) -> list[Stage]:
@@ -124,14 +60,14 @@ def build_stages(out: Path) -> list[Stage]:
     make_corpus = Stage(
         "corpus",
         corpus / "valid",
-        lambda: _python(HERE / "build_corpus.py", "--output-dir", corpus, *CORPUS),
+        lambda: python(HERE / "build_corpus.py", "--output-dir", corpus, *CORPUS),
         depends=[HERE / "build_corpus.py"],
         settings=CORPUS,
     )
     train_tokenizer = Stage(
         "tokenizer",
         tokenizer / "bpe.model",
-        lambda: _python(
+        lambda: python(
             ROOT / "tools" / "train_tokenizer.py",
             "--vocab-size", VOCAB_SIZE,
             "--output-prefix", tokenizer / "bpe", "--overwrite",
@@ -145,7 +81,7 @@ def build_stages(out: Path) -> list[Stage]:
         Stage(
             f"tokenize {split}",
             data / split / "domains.json",
-            lambda split=split: _python(  # type: ignore[misc]
+            lambda split=split: python(  # type: ignore[misc]
                 ROOT / "tools" / "preprocess_data.py",
                 "--tokenizer-model", tokenizer / "bpe.model",
                 "--append-eod", "--overwrite",
@@ -172,7 +108,7 @@ def build_stages(out: Path) -> list[Stage]:
     report = Stage(
         "report",
         out / "report.png",
-        lambda: _python(
+        lambda: python(
             HERE / "report.py",
             "--baseline", out / "runs" / "none",
             "--reweighted", out / "runs" / "linupper",
@@ -230,35 +166,9 @@ def pretrain(out: Path, name: str) -> None:
         *RUNS[name],
     ]
     (run / "command.txt").write_text(" ".join(command) + "\n")
-    # One thread a process: the two share two cores.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with (
-        (run / "train.log").open("w") as log,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        ) as process,
-    ):
-        assert process.stdout is not None
-        progress = Progress()
-        for line in process.stdout:
-            log.write(line)
-            progress.show(line)
-        progress.end()
-    if process.returncode:
-        print(first_error(run / "train.log"), f"full output: {run / 'train.log'}",
-              sep="\n", file=sys.stderr)  # fmt: skip
-        raise subprocess.CalledProcessError(process.returncode, command)
-
-
-def first_error(log: Path, lines: int = 40) -> str:
-    """The part of a log that explains its failure, rather than the launcher's summary of it."""
-    text = log.read_text().splitlines()
-    for number, line in enumerate(text):
-        if line.startswith("error: "):
-            return line
-        if "Traceback (most recent call last)" in line:
-            return "\n".join(text[number : number + lines])
-    return "\n".join(text[-lines:])
+    progress = Progress()
+    execute(command, run / "train.log", progress.show)
+    progress.end()
 
 
 class Progress:
@@ -293,10 +203,6 @@ class Progress:
         """Leave the line."""
         if sys.stdout.isatty():
             print()
-
-
-def _python(script: Path, *args: object) -> None:
-    subprocess.run([sys.executable, str(script), *map(str, args)], check=True)
 
 
 if __name__ == "__main__":

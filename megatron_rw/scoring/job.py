@@ -72,7 +72,7 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
     folder = ScoreFolder(path, record)
     if done is not None:
         _warn_of_small_blocks(plan, args.data_parallel_size)
-        _score(Scorer(job, _load(args), plan, progress), folder, done, progress)
+        _score(Scorer(job, load_model(args), plan, progress), folder, done, progress)
     if writes():
         if done is not None:
             say("score_dataset", "all blocks are there; counting")
@@ -111,7 +111,7 @@ def _warn_of_small_blocks(plan: Plan, ranks: int) -> None:
         )
 
 
-def _load(args: Namespace) -> list[Any]:
+def load_model(args: Namespace) -> list[Any]:
     """Builds the model's chunks of this rank, without an optimizer, and loads the checkpoint."""
     patching.apply(safe_pickle.patches())
     safe_pickle.load_weights_only()

@@ -81,7 +81,10 @@ def _reporter(settings: Settings, domains: Domains) -> Reporter | None:
     args, monitoring = settings.megatron, settings.monitoring
     if args.rank != args.world_size - 1:
         return None
-    file = None if monitoring.log_dir is None else MetricsFile(monitoring.log_dir)
+    file = None
+    if monitoring.log_dir is not None:
+        file = MetricsFile(monitoring.log_dir)
+        file.write_arguments(vars(args))
     endpoint = None
     if monitoring.prometheus_port is not None:
         # It imports `prometheus_client`, which is optional.

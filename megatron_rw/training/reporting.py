@@ -32,6 +32,12 @@ class MetricsFile:
         os.makedirs(log_dir, exist_ok=True)
         self._file = open(os.path.join(log_dir, "metrics.jsonl"), "a")  # noqa: SIM115
 
+    def write_arguments(self, arguments: Mapping[str, object]) -> None:
+        """Writes `arguments.json` beside it: what the run, or its latest part, was started with."""
+        path = os.path.join(os.path.dirname(self._file.name), "arguments.json")
+        with open(path, "w") as file:
+            json.dump(arguments, file, indent=1, sort_keys=True, default=str)
+
     def write(self, record: Mapping[str, object]) -> None:
         """Appends a record of plain numbers; what is not finite becomes null."""
         # JSON has no number that is not finite; Python writes and reads a constant for each.
