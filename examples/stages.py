@@ -22,8 +22,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-# A stage that takes longer says so while it runs, unless it prints lines of its own.
-_MINUTES_LEFT_FROM = 120.0
+# Seconds; less is not worth saying.
+_LEAST_LEFT = 120.0
 
 
 class StageError(Exception):
@@ -41,7 +41,7 @@ class Stage:
         depends: files whose content it depends on.
         after: the stages that it builds on.
         settings: whatever else its output depends on.
-        cost: how long it takes beside the others, in any unit.
+        cost: how long it takes beside the others, in any unit; 1 is next to nothing.
     """
 
     name: str
@@ -133,11 +133,14 @@ class _Board:
         begun = time.monotonic()
         stage.run()
         record.write_text(stage.fingerprint)
-        self._spent += (seconds := time.monotonic() - begun)
-        self._worked += stage.cost
+        seconds = time.monotonic() - begun
+        if stage.cost > 1:  # The others are not of the kind that takes the time.
+            self._spent += seconds
+            self._worked += stage.cost
         self._finished.add(stage.name)
-        left = self._spent / self._worked * sum(s.cost for s in self.waiting) / self._jobs
-        about = f", about {left / 60:.0f} min left" if left > _MINUTES_LEFT_FROM else ""
+        left = self._spent / max(self._worked, 1) * sum(s.cost for s in self.waiting) / self._jobs
+        told = stage.cost > 1 and left > _LEAST_LEFT
+        about = f", about {left / 60:.0f} min left" if told else ""
         print(f"{self._title(stage)}: {seconds:.0f} s{about}", flush=True)
 
     def done(self, stage: Stage, future: Future[None]) -> None:
@@ -237,4 +240,4 @@ def python(script: Path, *args: object) -> None:
 
 def interrupted_by_sigterm() -> None:
     """Lets SIGTERM end this process as Ctrl-C does, its commands included."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -192,8 +192,8 @@ SIZES = {
     ),
     # Two CPU cores.
     "cpu": Size(
-        model=f"{LLAMA} --num-layers 2 --hidden-size 96 --ffn-hidden-size 256 "
-        "--num-attention-heads 4 --seq-length 128 --lr-warmup-iters 20",
+        model=f"{LLAMA} --num-layers 2 --hidden-size 64 --ffn-hidden-size 176 "
+        "--num-attention-heads 2 --seq-length 128 --lr-warmup-iters 20",
         batch=32,
         rate=3e-3,
         trunks=5,
