@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print((out / "report.txt").read_text())
+    print((out / "comparison.txt").read_text())
     print(f"picture: {out / 'report.png'}   all stages: {time.monotonic() - started:.0f} s")
     return 0
 
@@ -112,12 +112,26 @@ def build_stages(out: Path) -> list[Stage]:
             HERE / "report.py",
             "--baseline", out / "runs" / "none",
             "--reweighted", out / "runs" / "linupper",
-            "--output", out / "report",
+            "--output", out / "report.png",
         ),
         depends=[HERE / "report.py"],
         after=trained,
     )  # fmt: skip
-    return [make_corpus, train_tokenizer, *tokenize, *trained, report]
+    compare = Stage(
+        "comparison",
+        out / "comparison.html",
+        lambda: execute(
+            [
+                *[sys.executable, ROOT / "tools" / "compare_runs.py"],
+                *[f"{name}={out / 'runs' / name}" for name in RUNS],
+                *["--output", out / "comparison", "--title", "The quick start"],
+            ],
+            out / "comparison.txt",
+        ),
+        depends=sorted((ROOT / "megatron_rw" / "comparison").glob("*.py")),
+        after=trained,
+    )
+    return [make_corpus, train_tokenizer, *tokenize, *trained, compare, report]
 
 
 def blend(folder: Path) -> list[str]:

@@ -42,13 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the study, or go on with it.")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="default: one is built")
-    parser.add_argument("--corpus-flags", default="", help="for the corpus that is built")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, help="runs at a time, in place of the size's")
     args = parser.parse_args(argv)
     interrupted_by_sigterm()
     size, out = SIZES[args.size], args.output_dir.resolve()
-    plan = Plan(size, out, args.corpus, shlex.split(args.corpus_flags))
+    plan = Plan(size, out, args.corpus)
     try:
         run_stages(plan.stages(), out, args.jobs or size.jobs)
     except StageError as error:
@@ -70,7 +69,6 @@ class Plan:
     size: Size
     out: Path
     corpus: Path | None
-    corpus_flags: Sequence[str] = ()
 
     def stages(self) -> list[Stage]:
         """All stages, each behind those that it builds on."""
@@ -102,7 +100,8 @@ class Plan:
             if given is None:
                 given = out / "source"
                 builder = ROOT / "examples" / "quickstart" / "build_corpus.py"
-                python(builder, "--output-dir", given, *self.corpus_flags)
+                most_built = ("--max-bytes-per-domain", size.built_bytes)
+                python(builder, "--output-dir", given, *most_built)
             most = [] if size.train_bytes is None else ["--train-bytes", size.train_bytes]
             shutil.rmtree(corpus, ignore_errors=True)
             python(HERE / "corpus.py", "--corpus", given, "--output-dir", corpus, *most)
@@ -120,7 +119,7 @@ class Plan:
             corpus / "valid",
             make_corpus,
             depends=[HERE / "corpus.py"],
-            settings=[self.corpus, self.corpus_flags, size.train_bytes],
+            settings=[self.corpus, size.built_bytes, size.train_bytes],
         )
         second = Stage(
             "tokenizer",
@@ -225,7 +224,7 @@ class Plan:
             "late": reference / "late",
             "quarter": size.batch // 4,
             "until": size.steps - size.branch_steps // 4,
-            "interval": max(1, size.branch_steps // 10),
+            "interval": max(2, size.branch_steps // 10),
         }
         blend = None
         if arm.shares_of is not None:

@@ -131,6 +131,7 @@ class Size:
         noise: the shares of noise, in percent.
         arms: names of the arms that are run; all of them if empty.
         train_bytes: text a domain that is tokenized for training; all of it if None.
+        built_bytes: text a domain of the corpus that is built where none is given.
         eval_rows: rows a domain of the final evaluation, of a sequence each.
         eval_items: continuation choices a clean domain.
         eval_iters: batches of each evaluation during training, for the curves.
@@ -148,6 +149,7 @@ class Size:
     noise: tuple[int, ...] = EVERYWHERE
     arms: tuple[str, ...] = ()
     train_bytes: int | None = None
+    built_bytes: int = 2_000_000
     eval_rows: int = 256
     eval_items: int = 100
     eval_iters: int = 8
@@ -186,6 +188,7 @@ SIZES = {
             *("none", "none, order 2", "linupper 0.4", "static blend, linupper's shares"),
             "top tokens by excess (Rho-1)",
         ),
+        built_bytes=150_000,
         eval_rows=16,
         eval_items=4,
         eval_iters=1,

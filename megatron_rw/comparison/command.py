@@ -68,6 +68,8 @@ def _run(config: CompareConfig) -> None:
 
     comparison = compare(load_arms(config.runs), config)
     print(f"{comparison.headline}\n\n{tables.text(tables.overview(comparison))}\n")
+    if len(domains := tables.by_domain(comparison)) > 2:
+        print(f"{tables.text(domains)}\n")
     print(comparison.rule)
     for warning in comparison.warnings:
         print(f"warning: {warning}")

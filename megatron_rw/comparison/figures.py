@@ -116,7 +116,7 @@ def curves(comparison: Comparison) -> Figure:
             axes.set_axis_off()
         else:
             _curve(axes, arm)
-    figure.supxlabel("tokens" if comparison.in_tokens else "steps", fontsize=11)
+    figure.supxlabel("tokens", fontsize=11)
     figure.supylabel("difference, nats per token", fontsize=11)
     return figure
 

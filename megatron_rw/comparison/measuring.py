@@ -14,8 +14,7 @@ class PairResult:
     """A pair's final measures, and the differences of its curves of `LOSS` by tokens.
 
     `tokens_to_baseline` is the share of the baseline's tokens at which the run's curve reaches the
-    end of the baseline's, or None if it does not. Tokens count from the runs' beginning; they are
-    steps if the runs do not tell their batch.
+    end of the baseline's, or None if it does not. Tokens count from the runs' beginning.
     """
 
     unit: str
@@ -119,7 +118,7 @@ def _final(run: Run, noise_domains: str, evaluated: bool) -> dict[str, float]:
 
 
 def _curve(run: Run, noise_domains: str) -> dict[int, float]:
-    """Returns the loss of each validation by the tokens, or steps, that led to it."""
+    """Returns the loss of each validation by the tokens that led to it."""
     return {
         (record.iteration - run.begin) * run.tokens_per_step: record.measures(noise_domains)[LOSS]
         for record in run.validations

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rw.comparison.runs import Run, load_run
-from megatron_rw.comparison.settings import PairBy
 from megatron_rw.errors import UserError
 
 Arms = Mapping[str, Sequence[Run]]
@@ -17,6 +16,7 @@ Arms = Mapping[str, Sequence[Run]]
 # Where a run writes, when it ends and what it prints; and what pairs and arms are made of.
 _APART = ("reweight_", "save", "log", "tensorboard_", "wandb_", "exit_", "timing_", "load")
 _APART_NAMES = "data_cache_path rank local_rank pretrained_checkpoint ckpt_step".split()
+_LONGEST = 120  # Characters; blends of data are told by their name alone.
 _IDLE: tuple[object, ...] = (None, False, "", [])
 # Unless these agree, losses are not in the same unit or not of the same text.
 _ESSENTIAL = (
@@ -69,27 +69,18 @@ def _arm_name(run: Run) -> str:
     """Returns the strategy and the settings of the method that are not at their default."""
     from megatron_rw.reweighting.config import ReweightConfig  # imports torch
 
-    arguments = _known_arguments(run, "name its arm, NAME=GLOB, and give --pair-by order")
     changed = [
-        (field.name.replace("_", " "), arguments[f"reweight_{field.name}"])
+        (field.name.replace("_", " "), run.arguments[f"reweight_{field.name}"])
         for field in dataclasses.fields(ReweightConfig)
         if field.name != "strategy"
-        and arguments.get(f"reweight_{field.name}", field.default) != field.default
+        and run.arguments.get(f"reweight_{field.name}", field.default) != field.default
     ]
-    strategy = str(arguments.get("reweight_strategy", "none"))
+    strategy = str(run.arguments.get("reweight_strategy", "none"))
     return ", ".join([strategy, *(f"{name} {value}" for name, value in changed)])
 
 
-def _known_arguments(run: Run, remedy: str) -> Mapping[str, Any]:
-    if run.arguments is None:
-        raise UserError(
-            f"{run.folder}: has no arguments.json, so an older program made the run; {remedy}"
-        )
-    return run.arguments
-
-
-def pair_runs(arms: Arms, baseline: str, by: PairBy) -> Pairing:
-    """Pairs every run with the baseline's of the same trunk and seed, or the same place in order.
+def pair_runs(arms: Arms, baseline: str) -> Pairing:
+    """Pairs every run with the baseline's of the same trunk and seed.
 
     Baseline runs of a trunk with another seed, which no arm uses, are compared with the trunk's
     run of the lowest seed that the arms use.
@@ -98,7 +89,7 @@ def pair_runs(arms: Arms, baseline: str, by: PairBy) -> Pairing:
         raise UserError(f"--baseline {baseline}: no such arm; there are {', '.join(sorted(arms))}")
     if len(arms) == 1:
         raise UserError(f"there is no arm beside the baseline {baseline}; give its runs as well")
-    keyed = {name: _by_key(name, runs, by) for name, runs in arms.items()}
+    keyed = {name: _by_key(name, runs) for name, runs in arms.items()}
     bases = keyed.pop(baseline)
     pairs: dict[str, tuple[Pair, ...]] = {}
     alone: list[Run] = []
@@ -107,8 +98,7 @@ def pair_runs(arms: Arms, baseline: str, by: PairBy) -> Pairing:
         common = sorted(key for key in runs if key in bases)
         if not common:
             raise UserError(
-                f"{name}: no run has a partner in {baseline} with the same trunk and seed; see "
-                "--pair-by"
+                f"{name}: no run has a partner in {baseline} of its trunk and seed; run it"
             )
         pairs[name] = tuple(Pair(_unit(key), bases[key], runs[key]) for key in common)
     used = sorted(key for key in bases if any(key in runs for runs in keyed.values()))
@@ -123,15 +113,11 @@ def pair_runs(arms: Arms, baseline: str, by: PairBy) -> Pairing:
     return Pairing(pairs, tuple(chance), warnings)
 
 
-def _by_key(name: str, runs: Sequence[Run], by: PairBy) -> dict[tuple[str, int], Run]:
+def _by_key(name: str, runs: Sequence[Run]) -> dict[tuple[str, int], Run]:
     """Returns the runs by trunk, which is empty without one, and seed."""
-    if by == "order":
-        ordered = sorted(runs, key=lambda run: run.folder)
-        return {(f"pair {number}", 0): run for number, run in enumerate(ordered, start=1)}
     keyed: dict[tuple[str, int], Run] = {}
     for run in runs:
-        arguments = _known_arguments(run, "give --pair-by order")
-        key = (run.trunk or "", arguments.get("seed") or 0)
+        key = (run.trunk or "", run.arguments.get("seed") or 0)
         if key in keyed:
             raise UserError(
                 f"{run.folder}: arm {name} has the trunk {key[0] or '(none)'} with seed {key[1]} "
@@ -159,14 +145,15 @@ def differing(pair: Pair, evaluated: bool) -> tuple[list[str], list[str]]:
         value, expected = ours.get(name), theirs.get(name)
         if value != expected and not (value in _IDLE and expected in _IDLE):
             found = wrong if name in essential else other
-            found.append(f"{name} {value} instead of {expected}")
+            both = f"{name} {value} instead of {expected}"
+            found.append(both if len(both) <= _LONGEST else f"another {name}")
     return other, wrong
 
 
 def _compared(run: Run, evaluated: bool) -> dict[str, Any]:
     arguments = {
         name: value
-        for name, value in (run.arguments or {}).items()
+        for name, value in run.arguments.items()
         if not name.startswith(_APART) and name not in _APART_NAMES
     }
     final = run.final(evaluated)

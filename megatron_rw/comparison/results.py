@@ -61,8 +61,7 @@ class Chance:
 class Comparison:
     """The arms beside the baseline, in the order given, and the baseline's own means.
 
-    `unit` is what is replicated: a trunk, a seed or a pair. `in_tokens` is False if the runs do not
-    tell their tokens; curves then count steps.
+    `unit` is what is replicated: a trunk or a seed.
     """
 
     baseline: str
@@ -70,7 +69,6 @@ class Comparison:
     arms: tuple[ArmResult, ...]
     unit: str
     chance: Chance
-    in_tokens: bool
     margin: float
     rule: str
     warnings: tuple[str, ...]
@@ -106,7 +104,7 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
     otherwise. Differences of several seeds of a trunk are averaged first, see `summarize`. Raises a
     `UserError` if runs cannot be paired.
     """
-    pairing = pair_runs(arms, settings.baseline, settings.pair_by)
+    pairing = pair_runs(arms, settings.baseline)
     pairs = [pair for found in pairing.pairs.values() for pair in found]
     runs = {run.folder: run for p in (*pairs, *pairing.chance) for run in (p.baseline, p.run)}
     having = sum(run.evaluation is not None for run in runs.values())
@@ -129,9 +127,8 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
         baseline=settings.baseline,
         baseline_values=means(bases.values()),
         arms=_judge(summaries, wrong, chance, settings.margin),
-        unit="pair" if settings.pair_by == "order" else "trunk" if trunks else "seed",
+        unit="trunk" if trunks else "seed",
         chance=chance,
-        in_tokens=all(run.tokens_per_step > 1 for run in runs.values()),
         margin=settings.margin,
         rule=rule(settings.margin, len(summaries)),
         warnings=(*warnings, *unlike),

@@ -16,7 +16,7 @@ LOSS, WORST, NOISE = "loss", "worst domain", "noise"
 OF_DOMAIN = "loss of "
 # The arguments that are more than compared.
 _READ = {
-    **dict.fromkeys(("load", "save", "pretrained_checkpoint"), str),
+    **dict.fromkeys(("load", "save", "pretrained_checkpoint"), str | None),
     **dict.fromkeys(("seed", "global_batch_size", "seq_length"), int),
 }
 
@@ -50,13 +50,13 @@ class Record:
 class Run:
     """A run of training.
 
-    `arguments` is None for a run of a program that did not write them. `begin` is the iteration
+    `begin` is the iteration
     that training began after, `ess` the effective sample size and `weight_ratios` the domains'
     share of the weight over that of the samples, means over the logged steps with reweighting.
     """
 
     folder: Path
-    arguments: Mapping[str, Any] | None
+    arguments: Mapping[str, Any]
     begin: int
     validations: tuple[Record, ...]
     evaluation: Record | None
@@ -66,7 +66,7 @@ class Run:
     @property
     def trunk(self) -> str | None:
         """The checkpoint that the run branched off, or None: its own one is where it resumed."""
-        arguments = self.arguments or {}
+        arguments = self.arguments
         own = os.path.normpath(arguments.get("save") or "")
         # Megatron takes the latter where the folder of the former is still empty.
         for name, step in (("load", "ckpt_step"), ("pretrained_checkpoint", None)):
@@ -78,9 +78,8 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a global batch, or 1 if the arguments do not tell."""
-        arguments = self.arguments or {}
-        return (arguments.get("global_batch_size") or 1) * (arguments.get("seq_length") or 1)
+        """Tokens of a global batch."""
+        return int(self.arguments["global_batch_size"] * self.arguments["seq_length"])
 
     def final(self, evaluated: bool) -> Record:
         """Returns the evaluation, or the last validation."""
@@ -186,9 +185,9 @@ def _weights(
         raise UserError(f"{path}: 'reweight' is not as training writes it") from error
 
 
-def _arguments(path: Path) -> dict[str, Any] | None:
+def _arguments(path: Path) -> dict[str, Any]:
     if not path.exists():
-        return None
+        raise UserError(f"{path}: no such file; an older program made the run: leave it out")
     try:
         arguments = json.loads(path.read_bytes())
     except ValueError as error:
@@ -196,6 +195,6 @@ def _arguments(path: Path) -> dict[str, Any] | None:
     if not isinstance(arguments, dict):
         raise UserError(f"{path}: not an object of arguments; restore it, or leave the run out")
     for name, kind in _READ.items():
-        if not isinstance(arguments.get(name), kind | None):
-            raise UserError(f"{path}: {name} {arguments[name]}: not as training writes it")
+        if not isinstance(arguments.get(name), kind):
+            raise UserError(f"{path}: {name} {arguments.get(name)}: not as training writes it")
     return arguments

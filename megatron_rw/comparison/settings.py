@@ -2,11 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_rw.command_line import require
-
-PairBy = Literal["seed", "order"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +19,6 @@ class Settings:
 
     noise_domains: str = "noise*"
     """Glob of the domains that cannot be learnt. The verdict is on the mean loss of the others."""
-
-    pair_by: PairBy = "seed"
-    """seed: an arm's run is compared with the baseline's run of the same trunk, the checkpoint in
-    --load, and the same --seed. order: with the one at the same place in the order of paths, for
-    runs of an older program, which have no arguments.json."""
 
     def __post_init__(self) -> None:
         holds = self.margin > 0 and math.isfinite(self.margin)

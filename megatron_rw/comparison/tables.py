@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from megatron_rw.comparison.inference import Estimate
 from megatron_rw.comparison.measuring import Summary
 from megatron_rw.comparison.results import ArmResult, Comparison, signed
-from megatron_rw.comparison.runs import LOSS, NOISE, WORST
+from megatron_rw.comparison.runs import LOSS, NOISE, OF_DOMAIN, WORST
 
 Table = list[list[str]]
 
@@ -36,6 +36,23 @@ def overview(comparison: Comparison) -> Table:
         )
     used = [any(row[i] for row in rows[1:]) for i in range(len(rows[0]))]
     return [[cell for cell, there in zip(row, used, strict=True) if there] for row in rows]
+
+
+def by_domain(comparison: Comparison) -> Table:
+    """Returns the baseline's loss of each domain, the arms' differences, and their weights.
+
+    A weight is the domain's share of the weight over its share of the samples.
+    """
+    base = comparison.baseline_values
+    names = [name.removeprefix(OF_DOMAIN) for name in base if name.startswith(OF_DOMAIN)]
+    rows = [["by domain", *names]]
+    rows.append([comparison.baseline, *(_number(base[OF_DOMAIN + name]) for name in names)])
+    for arm in comparison.arms:
+        found, weights = arm.summary.differences, arm.summary.weight_ratios
+        rows.append([arm.name, *(mean(found.get(OF_DOMAIN + name)) for name in names)])
+        if weights:
+            rows.append(["  its weights", *(_number(weights.get(name)) for name in names)])
+    return rows
 
 
 def all_measures(comparison: Comparison) -> Table:

@@ -32,8 +32,7 @@ MISTAKES = {
     f"{GIVEN} --output gone/x": "--output gone/x: there is no directory gone; make it",
     f"{GIVEN} b=runs/same": "runs/same: arm b has the trunk (none) with seed 1 already, in runs/b; "
     "give one of the two",
-    "none=runs/none c=runs/seed2": "c: no run has a partner in none with the same trunk and seed; "
-    "see --pair-by",
+    "none=runs/none c=runs/seed2": "c: no run has a partner in none of its trunk and seed; run it",
 }
 
 
@@ -94,7 +93,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no arguments": (
         lambda folder: (folder / "arguments.json").unlink(),
-        "runs/b: has no arguments.json, so an older program made the run; give --pair-by order",
+        "runs/b/arguments.json: no such file; an older program made the run: leave it out",
     ),
     "argument list": (
         _replace("arguments.json", b"[]"),
@@ -154,15 +153,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, packages in ((GIVEN, "scipy"), (f"{GIVEN} --output x", "scipy matplotlib")):
         text = f"a comparison needs what is not installed; run: pip install {packages}"
         assert command(flags, status=2).err == f"error: {text}\n"
-
-
-def test_runs_of_an_older_program_are_paired_by_order() -> None:
-    for folder in Path("runs").iterdir():
-        (folder / "arguments.json").unlink()
-    assert command(f"{GIVEN} --pair-by order").out.startswith("Of 1 arm against none over 1 pair,")
-    plain = command("runs/* --pair-by order", status=2).err
-    assert "runs/b: has no arguments.json" in plain
-    assert "name its arm, NAME=GLOB, and give --pair-by order" in plain
 
 
 def test_it_starts_without_torch_and_megatron() -> None:

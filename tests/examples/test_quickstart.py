@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,19 +33,19 @@ def test_runs_then_skips_then_redoes_what_changed(
     assert run.main(arguments) == 0
     first = capfd.readouterr().out
     names = ["corpus", "tokenizer", "tokenize train", "tokenize valid",
-             "pretrain none", "pretrain linupper", "report"]  # fmt: skip
+             "pretrain none", "pretrain linupper", "comparison", "report"]  # fmt: skip
     assert stages_of(first) == dict.fromkeys(names, False)
     assert "step 6/6, lm loss" in first
     assert (tmp_path / "report.png").stat().st_size > 20_000
-    text = (tmp_path / "report.txt").read_text()
-    assert text.splitlines()[0].split() == [
-        "validation", "loss", "none", "linupper", "change", "samples", "weight",
-    ]  # fmt: skip
-    assert {line.split()[0] for line in text.splitlines()[2:-2]} >= {"code", "noise", "prose"}
+    text = (tmp_path / "comparison.txt").read_text()
+    assert text.startswith("Of 1 arm against none over 1 seed, 1 has one run each: cannot tell.")
+    by_domain = next(line for line in text.splitlines() if line.startswith("by domain"))
+    assert {"code", "noise", "prose"} < set(by_domain.split())
+    assert "differs in more" not in text
 
     # Both runs saw the same batches from the same initialisation.
-    runs = [report.Run.load(tmp_path / "runs" / name, name) for name in ("none", "linupper")]
-    assert runs[0].train[0]["lm_loss"] == runs[1].train[0]["lm_loss"]
+    runs = [report.records(tmp_path / "runs" / name) for name in ("none", "linupper")]
+    assert runs[0]["train"][1]["lm_loss"] == runs[1]["train"][1]["lm_loss"]
 
     # What has lost its output is made again, and nothing else.
     (tmp_path / "report.png").unlink()
@@ -71,23 +70,7 @@ def test_blend_gives_the_noise_a_tenth(tmp_path: Path) -> None:
     assert words[3] == str(tmp_path / "noise_text_document")
 
 
-def write_metrics(folder: Path, *records: tuple[str, dict[str, Any]]) -> None:
-    lines = [json.dumps({"type": kind, "iteration": 1, **fields}) for kind, fields in records]
-    (folder / "metrics.jsonl").write_text("\n".join(lines))
-
-
 def test_report_takes_the_later_of_two_records(tmp_path: Path) -> None:
-    validation = {"lm_loss": 3.0, "domains": {"a": {"lm_loss": 3.0}}}
-    train = [("train", {"lm_loss": loss}) for loss in (5.0, 4.0)]
-    write_metrics(tmp_path, *train, ("validation", validation))
-    loaded = report.Run.load(tmp_path, "x")
-    assert loaded.curve(loaded.train, "lm_loss") == ([1], [4.0])
-    assert loaded.curve(loaded.train, "reweight", "ess") == ([], [])
-
-
-def test_report_without_metrics_or_validation_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no such file; train with --log-dir"):
-        report.Run.load(tmp_path, "x")
-    write_metrics(tmp_path, ("train", {"lm_loss": 5.0}))
-    with pytest.raises(SystemExit, match="no validation; train with --eval-interval"):
-        report.Run.load(tmp_path, "x")
+    lines = [{"type": "train", "iteration": 1, "lm_loss": loss} for loss in (5.0, 4.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert report.records(tmp_path)["train"][1]["lm_loss"] == 4.0

@@ -143,3 +143,16 @@ def test_turning_reweighting_on_starts_its_warmup_and_says_so(
         "--reweight-strategy was extremes when the checkpoint was saved and is none now"
         in (off.output[0])
     )
+
+
+@pytest.mark.parametrize(
+    "extra", ["", DISTRIBUTED, pytest.param(" ".join(EXPERTS), marks=pytest.mark.long)]
+)
+def test_a_run_goes_on_at_another_rate(extra: str, tmp_path: Path, data_flags: list[str]) -> None:
+    flags = [*data_flags, *RESHARD, *extra.split(), "--lr", "1e-3", "--min-lr", "1e-3"]
+    train(tmp_path, flags, 1).check()
+    changed = "--lr 5e-4 --min-lr 5e-4 --train-iters 8 --override-opt_param-scheduler".split()
+    load = ["--load", str(tmp_path / "checkpoints")]
+    resumed = train(tmp_path, [*flags, *changed, *load], 1).check()
+    rates = {r["iteration"]: r["learning_rate"] for r in resumed.train_metrics()}
+    assert [rates[step] for step in (6, 7, 8)] == pytest.approx([1e-3, 5e-4, 5e-4])
