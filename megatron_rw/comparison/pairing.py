@@ -145,9 +145,13 @@ def differing(pair: Pair, evaluated: bool) -> tuple[list[str], list[str]]:
         value, expected = ours.get(name), theirs.get(name)
         if value != expected and not (value in _IDLE and expected in _IDLE):
             found = wrong if name in essential else other
-            both = f"{name} {value} instead of {expected}"
+            both = f"{name} {_said(value)} instead of {_said(expected)}"
             found.append(both if len(both) <= _LONGEST else f"another {name}")
     return other, wrong
+
+
+def _said(value: Any) -> Any:
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def _compared(run: Run, evaluated: bool) -> dict[str, Any]:

@@ -141,9 +141,12 @@ def _checked(pairing: Pairing, evaluated: bool) -> tuple[set[str], list[Pair], l
     for name, pairs in pairing.pairs.items():
         unlike = [differing(pair, evaluated) for pair in pairs]
         wrong |= {name for _, essential in unlike if essential}
-        texts = [f"{_INCOMPARABLE}: {text}" for _, essential in unlike for text in essential]
-        texts += [f"differs in more than the arm: {text}" for other, _ in unlike for text in other]
-        warnings += [f"{name}: {text}" for text in dict.fromkeys(texts)]
+        for kind, texts in (
+            (_INCOMPARABLE, [text for _, essential in unlike for text in essential]),
+            ("differs in more than the arm", [text for other, _ in unlike for text in other]),
+        ):
+            if texts:
+                warnings.append(f"{name}: {kind}: {'; '.join(dict.fromkeys(texts))}")
     for pair in pairing.chance:
         if essential := differing(pair, evaluated)[1]:
             warnings.append(f"{pair.run.folder}: left out of chance: {', '.join(essential)}")
