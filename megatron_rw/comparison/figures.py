@@ -55,7 +55,8 @@ def forest(comparison: Comparison, title: str) -> Figure:
     axes.axvspan(-margin, margin, color="#dbeafe", zorder=0, label=f"margin, ±{margin:g}")
     axes.axvline(0, color="black", linewidth=0.8)
     label: str | None = (
-        f"95 % by chance, from {comparison.chance.pairs} pairs of {comparison.baseline}"
+        f"95 % by another order of the data, {comparison.chance.pairs} pairs of "
+        f"{comparison.baseline}"
     )
     for row, arm in enumerate(arms):
         loss, colour = arm.summary.loss, _COLOURS.get(arm.verdict, _GREY)

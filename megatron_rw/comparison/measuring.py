@@ -14,7 +14,8 @@ class PairResult:
     """A pair's final measures, and the differences of its curves of `LOSS` by tokens.
 
     `tokens_to_baseline` is the share of the baseline's tokens at which the run's curve reaches the
-    end of the baseline's, or None if it does not. Tokens count from the runs' beginning.
+    end of the baseline's, or None if it does not. It needs evaluations: the rise and fall of
+    validations is also that of their text. Tokens count from the runs' beginning.
     """
 
     unit: str
@@ -55,14 +56,15 @@ class Summary:
 
 def measure(pair: Pair, noise_domains: str, evaluated: bool) -> PairResult:
     """Measures a pair, by the runs' evaluations or their last validations."""
-    ours, theirs = _curve(pair.run, noise_domains), _curve(pair.baseline, noise_domains)
+    ours, theirs = (_curve(run, noise_domains, evaluated) for run in (pair.run, pair.baseline))
+    shares = _share_to_reach(ours, *list(theirs.items())[-1]) if evaluated else None
     return PairResult(
         unit=pair.unit,
         run=str(pair.run.folder),
         baseline=str(pair.baseline.folder),
         measures=_final(pair.run, noise_domains, evaluated),
         baseline_measures=_final(pair.baseline, noise_domains, evaluated),
-        tokens_to_baseline=_share_to_reach(ours, *list(theirs.items())[-1]),
+        tokens_to_baseline=shares,
         weight_ratios=pair.run.weight_ratios,
         curve={at: loss - theirs[at] for at, loss in ours.items() if at in theirs},
     )
@@ -114,14 +116,14 @@ def _by_unit(pairs: Sequence[PairResult], values: Sequence[float]) -> Estimate:
 
 def _final(run: Run, noise_domains: str, evaluated: bool) -> dict[str, float]:
     size = {} if run.ess is None else {"ess": run.ess}
-    return {**run.final(evaluated).measures(noise_domains), **size}
+    return {**run.records(evaluated)[-1].measures(noise_domains), **size}
 
 
-def _curve(run: Run, noise_domains: str) -> dict[int, float]:
-    """Returns the loss of each validation by the tokens that led to it."""
+def _curve(run: Run, noise_domains: str, evaluated: bool) -> dict[int, float]:
+    """Returns the loss of each record by the tokens that led to it."""
     return {
         (record.iteration - run.begin) * run.tokens_per_step: record.measures(noise_domains)[LOSS]
-        for record in run.validations
+        for record in run.records(evaluated)
     }
 
 

@@ -160,6 +160,6 @@ def _compared(run: Run, evaluated: bool) -> dict[str, Any]:
         for name, value in run.arguments.items()
         if not name.startswith(_APART) and name not in _APART_NAMES
     }
-    final = run.final(evaluated)
+    final = run.records(evaluated)[-1]
     measured = {"final iteration": final.iteration, "domains": ", ".join(sorted(final.domains))}
     return {**arguments, "trunk": run.trunk, **measured}

@@ -17,6 +17,7 @@ from megatron_rw.comparison.inference import (
 from megatron_rw.comparison.measuring import PairResult, Summary, means, measure, summarize
 from megatron_rw.comparison.pairing import Arms, Pair, Pairing, differing, pair_runs
 from megatron_rw.comparison.settings import Settings
+from megatron_rw.errors import UserError
 
 _INCOMPARABLE: Final = "not comparable"
 
@@ -46,22 +47,25 @@ class ArmResult:
 class Chance:
     """How far baseline runs of the same trunk and another seed are from each other.
 
-    `sd` is the standard deviation around 0 of the differences of so many pairs, in nats.
+    `sd` is the standard deviation around 0 of the differences of so many pairs, in nats. Those of
+    a trunk share a run, so that trunks are its degrees of freedom.
     """
 
     pairs: int
+    trunks: int
     sd: float | None
 
     def band(self, n: int) -> float | None:
         """Half the interval that a mean of n such differences has."""
-        return None if self.sd is None else half_width(self.sd, n, self.pairs)
+        return None if self.sd is None else half_width(self.sd, n, self.trunks)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The arms beside the baseline, in the order given, and the baseline's own means.
 
-    `unit` is what is replicated: a trunk or a seed.
+    `unit` is what is replicated: a trunk or a seed. `evaluated` says whether evaluations are
+    compared and not validations.
     """
 
     baseline: str
@@ -72,6 +76,7 @@ class Comparison:
     margin: float
     rule: str
     warnings: tuple[str, ...]
+    evaluated: bool
 
     @property
     def headline(self) -> str:
@@ -107,13 +112,16 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
     pairing = pair_runs(arms, settings.baseline)
     pairs = [pair for found in pairing.pairs.values() for pair in found]
     runs = {run.folder: run for p in (*pairs, *pairing.chance) for run in (p.baseline, p.run)}
-    having = sum(run.evaluation is not None for run in runs.values())
+    having = sum(bool(run.evaluations) for run in runs.values())
     evaluated = having == len(runs)
     warnings = list(pairing.warnings)
     if having and not evaluated:
         warnings.append(
             f"{having} of {len(runs)} runs have an evaluation; the last validations are compared"
         )
+    for run in () if evaluated else runs.values():
+        if not run.validations:
+            raise UserError(f"{run.folder}: has an evaluation alone, and others have none")
 
     def measured(pairs: Sequence[Pair]) -> list[PairResult]:
         return [measure(pair, settings.noise_domains, evaluated) for pair in pairs]
@@ -132,6 +140,7 @@ def compare(arms: Arms, settings: Settings) -> Comparison:
         margin=settings.margin,
         rule=rule(settings.margin, len(summaries)),
         warnings=(*warnings, *unlike),
+        evaluated=evaluated,
     )
 
 
@@ -157,7 +166,8 @@ def _checked(pairing: Pairing, evaluated: bool) -> tuple[set[str], list[Pair], l
 
 def _chance(pairs: Sequence[PairResult]) -> Chance:
     squares = [pair.difference() ** 2 for pair in pairs]
-    return Chance(len(squares), math.sqrt(fmean(squares)) if squares else None)
+    sd = math.sqrt(fmean(squares)) if squares else None
+    return Chance(len(squares), len({pair.unit for pair in pairs}), sd)
 
 
 def _judge(

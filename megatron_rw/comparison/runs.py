@@ -50,16 +50,16 @@ class Record:
 class Run:
     """A run of training.
 
-    `begin` is the iteration
-    that training began after, `ess` the effective sample size and `weight_ratios` the domains'
-    share of the weight over that of the samples, means over the logged steps with reweighting.
+    `begin` is the iteration that training began after. `ess` is the effective sample size and
+    `weight_ratios` the domains' share of the weight over that of the samples, means over the logged
+    steps with reweighting. Validations are of the text that is next, evaluations all of the same.
     """
 
     folder: Path
     arguments: Mapping[str, Any]
     begin: int
     validations: tuple[Record, ...]
-    evaluation: Record | None
+    evaluations: tuple[Record, ...]
     ess: float | None
     weight_ratios: Mapping[str, float]
 
@@ -81,9 +81,9 @@ class Run:
         """Tokens of a global batch."""
         return int(self.arguments["global_batch_size"] * self.arguments["seq_length"])
 
-    def final(self, evaluated: bool) -> Record:
-        """Returns the evaluation, or the last validation."""
-        return self.evaluation if evaluated and self.evaluation else self.validations[-1]
+    def records(self, evaluated: bool) -> tuple[Record, ...]:
+        """Returns the evaluations, or else the validations."""
+        return self.evaluations if evaluated else self.validations
 
 
 def load_run(folder: Path) -> Run:
@@ -93,29 +93,28 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"{folder}: has no metrics.jsonl; give the --log-dir of a run")
     lines = _lines(path)
     train = {line["iteration"]: line for _, line in lines if line["type"] == "train"}
-    # The later of two lines of an iteration counts.
-    validations = {
-        line["iteration"]: _record(where, line)
-        for where, line in lines
-        if line["type"] == "validation"
-    }
-    if not validations:
+    validations = _records(lines, "validation")
+    evaluations = _records(_lines(folder / "evaluation.jsonl"), "evaluation")
+    if not (validations or evaluations):
         raise UserError(f"{path}: has no validation; train with --eval-interval and --eval-iters")
-    evaluations = [
-        _record(where, line)
-        for where, line in _lines(folder / "evaluation.jsonl")
-        if line["type"] == "evaluation"
-    ]
     ess, ratios = _weights(path, list(train.values()))
     return Run(
         folder=folder,
         arguments=_arguments(folder / "arguments.json"),
         begin=min(train, default=1) - 1,
-        validations=tuple(validations[iteration] for iteration in sorted(validations)),
-        evaluation=evaluations[-1] if evaluations else None,
+        validations=validations,
+        evaluations=evaluations,
         ess=ess,
         weight_ratios=ratios,
     )
+
+
+def _records(lines: Sequence[tuple[str, Mapping[str, Any]]], kind: str) -> tuple[Record, ...]:
+    """Returns the records of a kind by iteration, the later of two of the same."""
+    found = {
+        line["iteration"]: _record(where, line) for where, line in lines if line["type"] == kind
+    }
+    return tuple(found[iteration] for iteration in sorted(found))
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

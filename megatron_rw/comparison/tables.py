@@ -28,7 +28,7 @@ def overview(comparison: Comparison) -> Table:
                 "" if arm.p_value is None else f"{arm.p_value:.3g}",
                 arm.outcome,
                 _number(arm.smallest_found),
-                _tokens(found),
+                _tokens(found) if comparison.evaluated else "",
                 _number(found.values.get("logit_scale")),
                 *(mean(found.differences.get(name)) for name in (NOISE, WORST)),
                 _number(found.values.get("ess")),

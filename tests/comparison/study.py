@@ -100,3 +100,12 @@ def edit_lines(folder: Path, old: str, new: str) -> None:
     """Replaces a text in all of a run's metrics."""
     path = folder / "metrics.jsonl"
     path.write_text(path.read_text().replace(old, new))
+
+
+def evaluate(*folders: Path) -> None:
+    """Writes a run's validations as evaluations, too."""
+    for folder in folders:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        found = [line for line in lines if json.loads(line)["type"] == "validation"]
+        text = "\n".join(found).replace('"validation"', '"evaluation"')
+        (folder / "evaluation.jsonl").write_text(text + "\n")

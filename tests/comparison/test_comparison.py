@@ -11,7 +11,16 @@ from megatron_rw.comparison.pairing import load_arms
 from megatron_rw.comparison.results import Comparison, compare
 from megatron_rw.comparison.runs import load_run
 from megatron_rw.comparison.settings import Settings
-from tests.comparison.study import DEFAULT, edit_arguments, edit_lines, flat, write_run, write_study
+from megatron_rw.errors import UserError
+from tests.comparison.study import (
+    DEFAULT,
+    edit_arguments,
+    edit_lines,
+    evaluate,
+    flat,
+    write_run,
+    write_study,
+)
 
 BOTH = ("none=none*", "b=b*")
 
@@ -43,9 +52,9 @@ def test_pairs_and_the_band_of_chance_by_hand() -> None:
     loss = arm.summary.loss
     assert (loss.n, found.unit, found.chance.pairs) == (2, "trunk", 2)
     assert loss.mean == pytest.approx(0.02)
-    # s_AA = sqrt((0.003² + 0.004²) / 2), and t(0.975, 2) = 4.30265
+    # s_AA = sqrt((0.003² + 0.004²) / 2), both of one trunk, and t(0.975, 1) = 12.7062
     assert found.chance.sd == pytest.approx(math.sqrt(12.5e-6))
-    assert arm.band == pytest.approx(4.30265 * math.sqrt(12.5e-6) / math.sqrt(2), rel=1e-5)
+    assert arm.band == pytest.approx(12.7062 * math.sqrt(12.5e-6) / math.sqrt(2), rel=1e-5)
     assert found.warnings == ("b alone: left out, as it has no partner",)
 
 
@@ -79,6 +88,7 @@ def test_identical_runs_are_equivalent() -> None:
     for seed in (1, 2, 3):
         run(f"none {seed}", 0.1 * seed, seed)
         run(f"b {seed}", 0.1 * seed, seed)
+    evaluate(*Path().iterdir())
     (arm,) = compared(*BOTH).arms
     assert (arm.outcome, arm.p_value) == ("equivalent (identical)", 1.0)
     assert (arm.smallest_found, arm.summary.tokens_to_baseline) == (0.0, 1.0)
@@ -108,6 +118,9 @@ def test_tokens_until_the_baselines_end_is_reached() -> None:
     for name, losses in ends.items():
         curve = {100 * i: {"only": loss} for i, loss in enumerate(losses, start=1)}
         write_run(Path(name), curve, "none" if name == "none" else "linupper")
+    # Validations are each of another text, so that they cannot tell.
+    assert compared("none=none", "b=b").arms[0].summary.reached == 0
+    evaluate(*Path().iterdir())
     b, c = compared("none=none", "b=b", "c=c").arms
     assert b.summary.tokens_to_baseline == pytest.approx(250 / 300)
     assert (c.summary.tokens_to_baseline, c.summary.reached) == (None, 0)
@@ -118,6 +131,7 @@ def test_tokens_are_a_mean_only_if_all_pairs_get_there() -> None:
     for seed, above in ((1, -0.05), (2, 0.05)):
         run(f"none {seed}", 0.0, seed)
         run(f"b {seed}", above, seed)
+    evaluate(*Path().iterdir())
     summary = compared(*BOTH).arms[0].summary
     assert (summary.tokens_to_baseline, summary.reached) == (None, 1)
     assert summary.pairs[0].tokens_to_baseline == pytest.approx(250 / 300)
@@ -161,6 +175,9 @@ def test_evaluations_count_if_every_run_has_one() -> None:
     found = compared(*BOTH)
     assert found.arms[0].summary.loss.mean == 0.0
     assert found.warnings == ("3 of 4 runs have an evaluation; the last validations are compared",)
+    edit_lines(Path("b 1"), '"validation"', '"other"')
+    with pytest.raises(UserError, match="b 1: has an evaluation alone, and others have none"):
+        compared(*BOTH)
 
 
 def test_arms_are_named_by_their_settings() -> None:
