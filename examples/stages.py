@@ -103,6 +103,7 @@ class _Board:
     def __init__(self, stages: Sequence[Stage], records: Path, jobs: int) -> None:
         self._records, self._jobs, self._total = records, jobs, len(stages)
         self._finished: set[str] = set()
+        self._made: set[str] = set()  # in this call, so that what builds on them is old
         self._alone = jobs == 1
         self._spent = self._worked = 0.0
         self.waiting = list(stages)
@@ -116,7 +117,8 @@ class _Board:
             if any(before.name not in self._finished for before in stage.after):
                 continue
             self.waiting.remove(stage)
-            if self._is_current(stage):
+            made = any(before.name in self._made for before in stage.after)
+            if not made and self._is_current(stage):
                 self._finished.add(stage.name)
                 if self._alone:
                     print(f"{self._title(stage)}: current, skipped", flush=True)
@@ -137,6 +139,7 @@ class _Board:
         if stage.cost > 1:  # The others are not of the kind that takes the time.
             self._spent += seconds
             self._worked += stage.cost
+        self._made.add(stage.name)
         self._finished.add(stage.name)
         left = self._spent / max(self._worked, 1) * sum(s.cost for s in self.waiting) / self._jobs
         told = stage.cost > 1 and left > _LEAST_LEFT

@@ -1,11 +1,11 @@
-"""Evaluates the last checkpoints of runs on the same tokens, and with two offline probes.
+"""Evaluates the checkpoints of runs on the same tokens, and the last with two offline probes.
 
-Into the folder of each run, whose checkpoint is in `ckpt/`, goes `evaluation.jsonl`, which
-`tools/compare_runs.py` reads:
+Into the folder of each run, whose checkpoints are in `ckpt/`, goes `evaluation.jsonl`, which
+`tools/compare_runs.py` reads, with a line for each checkpoint:
 
 - `lm_loss`, `domains.NAME.lm_loss`: unweighted loss, nats per token, over evenly spaced rows;
-- `logit_scale`, `lm_loss_at_scale`: the factor on the logits at which the loss over the clean
-  domains is lowest, and the loss there;
+- `logit_scale`, `lm_loss_at_scale`, `lm_loss_at_one`: the factor on the logits at which the loss
+  over every ninth row of the clean domains is lowest, the loss there, and without the factor;
 - `choice_accuracy`: how often the right continuation of a held-out text has the highest likelihood
   among four, the others being from elsewhere in the same domain; 0.25 is chance;
 - `copy_gain`: nats per token by which the second half of a row of random tokens that repeats the
@@ -84,11 +84,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     examination = Examination(texts, job.seq_length, args.vocab_size, args.rows, args.items)
     for run in args.runs:
         job.load = str(run / "ckpt")
-        iteration, _ = checkpointing.load_checkpoint(chunks, None, None)
-        record = {"type": "evaluation", "iteration": iteration}
-        record |= examination.of(_logits(chunks[0]))
-        (run / "evaluation.jsonl").write_text(json.dumps(record) + "\n")
-        print(f"{run}: lm_loss {record['lm_loss']:.4f}", flush=True)
+        steps = sorted(int(path.name.removeprefix("iter_")) for path in run.glob("ckpt/iter_*"))
+        lines = []
+        for job.ckpt_step in steps:
+            checkpointing.load_checkpoint(chunks, None, None)
+            model = _logits(chunks[0])
+            record = {"type": "evaluation", "iteration": job.ckpt_step, **examination.losses(model)}
+            if job.ckpt_step == steps[-1]:
+                record |= examination.probes(model)
+            lines.append(json.dumps(record) + "\n")
+            print(f"{run} at {job.ckpt_step}: lm_loss {record['lm_loss']:.4f}", flush=True)
+        (run / "evaluation.jsonl").write_text("".join(lines))
     return 0
 
 
@@ -136,29 +142,29 @@ class Examination:
         half = rng.integers(0, vocab_size, (COPY_ROWS, length // 2))
         self._copies = np.concatenate([half, half], axis=1)
 
-    def of(self, model: Model) -> dict[str, Any]:
-        """What a model makes of it; see the head of this file."""
-        import torch
+    def losses(self, model: Model) -> dict[str, Any]:
+        """The unweighted losses of a model."""
+        found = {name: token_losses(model, rows) for name, rows in self._rows.items()}
+        return {
+            "lm_loss": float(np.concatenate(list(found.values())).mean()),
+            "domains": {name: {"lm_loss": float(loss.mean())} for name, loss in found.items()},
+        }
 
+    def probes(self, model: Model) -> dict[str, float]:
+        """The fitted scale and the two probes; see the head of this file."""
         from megatron_rw.integrations.logit_scale import SCALES, fitted
 
-        with torch.no_grad():
-            losses = {name: token_losses(model, rows) for name, rows in self._rows.items()}
-            clean = np.concatenate([self._rows[name] for name in self._clean])
-            scaled = [
-                float(token_losses(lambda t, a=a: a * model(t), clean[::9]).mean())  # type: ignore[misc]
-                for a in SCALES
-            ]
-            likelihood = -token_losses(model, self._choices)[:, -self._continuation :].sum(1)
-            copied = token_losses(model, self._copies)
+        clean = np.concatenate([self._rows[name] for name in self._clean])[::9]
+        scaled = [
+            float(token_losses(lambda t, a=a: a * model(t), clean).mean())  # type: ignore[misc]
+            for a in SCALES
+        ]
+        likelihood = -token_losses(model, self._choices)[:, -self._continuation :].sum(1)
+        copied = token_losses(model, self._copies)
         middle = self._copies.shape[1] // 2
         right = likelihood.reshape(-1, CHOICES).argmax(1) == 0
-        scale = asdict(fitted(scaled))
-        del scale["lm_loss_at_one"]
         return {
-            "lm_loss": float(np.concatenate(list(losses.values())).mean()),
-            "domains": {name: {"lm_loss": float(loss.mean())} for name, loss in losses.items()},
-            **scale,
+            **asdict(fitted(scaled)),
             "choice_accuracy": float(right.mean()),
             "copy_gain": float(copied[:, : middle - 1].mean() - copied[:, middle:].mean()),
         }
@@ -200,7 +206,8 @@ def token_losses(model: Model, rows: Ids) -> NDArray[np.float32]:
     found = []
     for start in range(0, len(rows), _MICRO_BATCH):
         batch = torch.from_numpy(rows[start : start + _MICRO_BATCH]).to(torch.cuda.current_device())
-        logits = model(batch[:, :-1])
+        with torch.no_grad():
+            logits = model(batch[:, :-1])
         losses = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         found.append(losses.view(len(batch), -1).cpu().numpy())
     return np.concatenate(found)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import glob
+import inspect
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +29,17 @@ from examples.stages import (
     python,
     run_stages,
 )
-from examples.study.study import BASELINE, MARGIN, SIZES, Arm, Size
+from examples.study import contrasts
+from examples.study.study import BASELINE, CONTRASTS, MARGIN, SIZES, Arm, Size
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOOLS = ROOT / "tools"
 PROGRAM = [ROOT / "pretrain_gpt_rw.py", *sorted((ROOT / "megatron_rw").rglob("*.py"))]
-# The seed of the reference model, which is not that of a trunk.
-REFERENCE_SEED = 99
+# Added to a trunk's number, the seed of its reference.
+REFERENCE_SEED = 500
+# Text of the trunks, of the branches, and of the evaluation.
+PARTS = ("trunk", "branch", "valid")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,19 +79,22 @@ class Plan:
         """All stages, each behind those that it builds on."""
         prepared = self._prepare()
         stages = list(prepared.values())
-        shared = self._reference(prepared["data/train"], prepared["data/valid"])
-        stages += shared
+        data = [prepared[f"data/{part}"] for part in PARTS]
+        references = {trunk: self._reference(trunk, data) for trunk in self._trunks}
         for noise in self.size.noise:
             evaluated = []
-            for trunk in range(1, self.size.trunks + 1):
-                before = self._trunk(noise, trunk, prepared["data/train"], prepared["data/valid"])
+            for trunk in self._trunks:
+                before = self._trunk(noise, trunk, data)
                 branches: dict[str, Stage] = {}
                 for arm in self.size.selected(noise):
-                    after = [before, *(shared if "{" in arm.flags else ())]
+                    needed = [n for n in references[trunk] if f"{{{n}}}" in arm.flags]
+                    after = [before, *(references[trunk][name] for name in needed)]
                     after += [branches[arm.shares_of]] if arm.shares_of else []
                     branches[arm.name] = self._branch(noise, trunk, arm, after)
                 evaluated.append(self._evaluate(noise, trunk, list(branches.values())))
-                stages += [before, *branches.values(), evaluated[-1]]
+                used = [s for b in branches.values() for s in b.after]
+                new = [s for s in references[trunk].values() if _used(s, used) and s not in stages]
+                stages += [*new, before, *branches.values(), evaluated[-1]]
             stages.append(self._report(noise, evaluated))
         return stages
 
@@ -106,12 +114,12 @@ class Plan:
             shutil.rmtree(corpus, ignore_errors=True)
             python(HERE / "corpus.py", "--corpus", given, "--output-dir", corpus, *most)
 
-        def tokenize(split: str) -> None:
+        def tokenize(part: str) -> None:
             python(
                 TOOLS / "preprocess_data.py",
                 *("--tokenizer-model", tokenizer / "bpe.model", "--append-eod", "--overwrite"),
-                *("--domain-key", "domain", "--output-dir", out / "data" / split),
-                *("--input", *sorted((corpus / split).glob("*.jsonl"))),
+                *("--domain-key", "domain", "--output-dir", out / "data" / part),
+                *("--input", *sorted((corpus / part).glob("*.jsonl"))),
             )
 
         first = Stage(
@@ -128,7 +136,7 @@ class Plan:
                 TOOLS / "train_tokenizer.py",
                 *("--vocab-size", size.vocab_size, "--overwrite"),
                 *("--output-prefix", tokenizer / "bpe"),
-                *("--input", *sorted((corpus / "train").glob("*.jsonl"))),
+                *("--input", *sorted((corpus / "trunk").glob("*.jsonl"))),
             ),
             depends=package,
             after=[first],
@@ -136,27 +144,28 @@ class Plan:
         )
         data = [
             Stage(
-                f"data/{split}",
-                out / "data" / split / "domains.json",
-                functools.partial(tokenize, split),
+                f"data/{part}",
+                out / "data" / part / "domains.json",
+                functools.partial(tokenize, part),
                 depends=package,
                 after=[second],
             )
-            for split in ("train", "valid")
+            for part in PARTS
         ]
         return {stage.name: stage for stage in (first, second, *data)}
 
-    def _reference(self, *data: Stage) -> list[Stage]:
-        """A model trained on clean text alone, and the scores of two of its checkpoints."""
-        size, run = self.size, self.out / "reference"
+    def _reference(self, trunk: int, data: Sequence[Stage]) -> dict[str, Stage]:
+        """A model trained on the trunk's clean text, and two of its checkpoints' scores."""
+        size, run = self.size, self._reference_folder(trunk)
         early = size.steps // 2
 
         def train() -> None:
             save = ["--save-interval", str(early)]
-            self._train(run, [*self._training(run, 0, REFERENCE_SEED), *save])
+            seed = REFERENCE_SEED + trunk
+            self._train(run, [*self._training(run, self._blend("trunk", 0), seed), *save])
 
         trained = Stage(
-            "reference",
+            f"reference-{trunk}",
             run / "done",
             train,
             depends=PROGRAM,
@@ -170,30 +179,28 @@ class Plan:
             command = [sys.executable, TOOLS / "score_dataset.py", "--device", size.device]
             command += ["--use-checkpoint-args", "--load", run / "ckpt", "--ckpt-step", step]
             command += ["--micro-batch-size", size.batch]
-            command += ["--data-path", self.out / "data" / "train", "--score-dir", run / name]
+            command += ["--data-path", self.out / "data" / "branch", "--score-dir", run / name]
             execute(command, run / f"{name}.log")
 
-        return [
-            trained,
-            *(
-                Stage(
-                    f"reference/{name}",
-                    run / name / "scores.json",
-                    functools.partial(score, name, step),
-                    after=[trained],
-                    settings=[step],
-                    cost=size.steps / 2,
-                )
-                for name, step in (("early", early), ("late", size.steps))
-            ),
-        ]
+        scored = {
+            name: Stage(
+                f"reference-{trunk}/{name}",
+                run / name / "scores.json",
+                functools.partial(score, name, step),
+                after=[trained],
+                settings=[step],
+                cost=size.steps / 2,
+            )
+            for name, step in (("early", early), ("late", size.steps))
+        }
+        return {"reference": trained, **scored}
 
-    def _trunk(self, noise: int, trunk: int, *data: Stage) -> Stage:
+    def _trunk(self, noise: int, trunk: int, data: Sequence[Stage]) -> Stage:
         size, run = self.size, self._folder(noise, trunk) / "trunk"
 
         def train() -> None:
             end = ["--exit-interval", str(size.trunk_steps)]
-            self._train(run, [*self._training(run, noise, trunk), *end])
+            self._train(run, [*self._training(run, self._blend("trunk", noise), trunk), *end])
 
         return Stage(
             f"noise-{noise}/trunk-{trunk}",
@@ -217,8 +224,9 @@ class Plan:
         )
 
     def _branch_flags(self, run: Path, noise: int, trunk: int, arm: Arm) -> list[str]:
-        size, reference = self.size, self.out / "reference"
+        size, reference = self.size, self._reference_folder(trunk)
         values = {
+            "seed": trunk,
             "reference": reference / "ckpt",
             "early": reference / "early",
             "late": reference / "late",
@@ -226,15 +234,17 @@ class Plan:
             "until": size.steps - size.branch_steps // 4,
             "interval": max(2, size.branch_steps // 10),
         }
-        blend = None
+        blend = self._blend("branch", 0 if arm.clean else noise)
         if arm.shares_of is not None:
-            blend = weight_shares(self._folder(noise, trunk) / arm.shares_of)
+            shares = weight_shares(self._folder(noise, trunk) / arm.shares_of)
+            blend = self._blend_of("branch", shares)
         seed = trunk + 1000 * arm.order
         return [
-            *self._training(run, noise, seed, arm.rate, blend),
+            *self._training(run, blend, seed, arm.rate),
+            *["--save-interval", str(size.branch_steps // 4)],
             *["--load", str(self._folder(noise, trunk) / "trunk" / "ckpt")],
             *["--override-opt-param-scheduler", "--exit-on-missing-checkpoint"],
-            *arm.flags.format(**values).split(),
+            *(word.format(**values) for word in arm.flags.split()),
         ]
 
     def _evaluate(self, noise: int, trunk: int, branches: Sequence[Stage]) -> Stage:
@@ -283,26 +293,50 @@ class Plan:
             command = [sys.executable, TOOLS / "compare_runs.py", "--output", page]
             command += ["--baseline", BASELINE, "--margin", MARGIN]
             command += ["--title", f"Reweighting against none, {noise} % noise"]
+            folders = {
+                arm.name: [self._folder(noise, trunk) / arm.name for trunk in self._trunks]
+                for arm in arms
+            }
             for arm in arms:
                 name = BASELINE if arm.order else arm.name
-                command.append(f"{name}={self.out}/noise-{noise}/trunk-*/{arm.name}")
+                command += [f"{name}={glob.escape(str(run))}" for run in folders[arm.name]]
             execute(command, page.with_suffix(".txt"))
+            with page.with_suffix(".txt").open("a") as text:
+                text.write(contrasts.write(folders, self.out / f"contrasts-{noise}.json"))
 
         return Stage(
             f"report noise-{noise}",
             page.with_suffix(".html"),
             report,
-            depends=[*sorted((ROOT / "megatron_rw" / "comparison").rglob("*.py"))],
+            depends=[
+                HERE / "contrasts.py",
+                *sorted((ROOT / "megatron_rw" / "comparison").rglob("*.py")),
+            ],
             after=evaluated,
-            settings=[arms],
+            settings=[arms, CONTRASTS, MARGIN],
         )
 
     @property
     def _settings(self) -> list[object]:
         """What every run depends on; with more trunks or arms, those that are there stay."""
         size = self.size
-        steps = (size.trunk_steps, size.branch_steps, size.eval_iters)
-        return [size.model, size.batch, size.rate, *steps, max(size.noise), size.device]
+        made = (Plan._training, Plan._branch_flags, Plan._blend, Plan._blend_of, weight_shares)
+        steps = (size.trunk_steps, size.branch_steps)
+        return [
+            size.model,
+            size.batch,
+            size.rate,
+            *steps,
+            size.device,
+            *(inspect.getsource(function) for function in made),
+        ]
+
+    @property
+    def _trunks(self) -> range:
+        return range(1, self.size.trunks + 1)
+
+    def _reference_folder(self, trunk: int) -> Path:
+        return self.out / "references" / str(trunk)
 
     def _folder(self, noise: int, trunk: int) -> Path:
         return self.out / f"noise-{noise}" / f"trunk-{trunk}"
@@ -316,60 +350,61 @@ class Plan:
         execute(command, run / "train.log")
         (run / "done").touch()
 
-    def _training(
-        self,
-        run: Path,
-        noise: int,
-        seed: int,
-        rate: float = 1.0,
-        blend: dict[str, float] | None = None,
-    ) -> list[str]:
+    def _training(self, run: Path, blend: Sequence[str], seed: int, rate: float = 1.0) -> list[str]:
         """The program's flags of a run, but for where it begins and its arm."""
         size, data = self.size, self.out / "data"
         length = size.model.split("--seq-length ")[1].split()[0]
-        noise_in_validation = max(size.noise)
         return [
             *["--device", size.device, *size.model.split(), "--max-position-embeddings", length],
             *["--micro-batch-size", str(size.batch), "--global-batch-size", str(size.batch)],
             *["--lr", str(size.rate * rate), "--min-lr", str(size.rate * rate / 10)],
             *["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", str(size.branch_steps)],
             *["--train-iters", str(size.steps), "--seed", str(seed)],
-            *["--train-data-path", *self._blend("train", noise, blend)],
-            *["--valid-data-path", *self._blend("valid", noise_in_validation)],
+            *["--train-data-path", *blend],
+            # Megatron wants an evaluation; `evaluate.py` has the same text for each checkpoint.
+            *["--valid-data-path", *self._blend("valid", 10), "--eval-iters", "1"],
+            *["--eval-interval", str(size.steps)],
             *["--data-cache-path", str(data / "cache")],
             *["--tokenizer-type", "SentencePieceTokenizer"],
             *["--tokenizer-model", str(self.out / "tokenizer" / "bpe.model")],
-            *["--eval-interval", str(max(1, size.branch_steps // 4))],
-            *["--eval-iters", str(size.eval_iters)],
             *["--log-interval", str(max(1, size.branch_steps // 20))],
             *["--log-dir", str(run), "--save", str(run / "ckpt")],
             *["--save-interval", str(size.steps)],
         ]
 
-    def _blend(self, split: str, noise: int, shares: dict[str, float] | None = None) -> list[str]:
-        """Shares and prefixes for Megatron: the noise's kinds alike, the other domains alike."""
-        folder = self.out / "data" / split
+    def _blend(self, part: str, noise: int) -> list[str]:
+        """The noise's kinds share `noise` percent alike, and the other domains the rest."""
+        names = self._domains(part)
+        noisy = [name for name in names if name.startswith("noise")]
+        of_noise = noise / 100 if noisy else 0.0
+        share = (1 - of_noise) / (len(names) - len(noisy))
+        shares = {name: of_noise / len(noisy) if name in noisy else share for name in names}
+        return self._blend_of(part, shares)
+
+    def _blend_of(self, part: str, shares: Mapping[str, float]) -> list[str]:
+        """Shares of domains and their prefixes, for Megatron."""
+        return [
+            word
+            for name, prefix in self._domains(part).items()
+            if shares.get(name, 0.0) > 0
+            for word in (f"{shares[name]:.6f}", str(prefix))
+        ]
+
+    def _domains(self, part: str) -> dict[str, Path]:
+        folder = self.out / "data" / part
         domains = json.loads((folder / "domains.json").read_text())["domains"]
-        noisy = [name for name in domains if name.startswith("noise")]
-        words = []
-        for name, domain in domains.items():
-            of_noise = noise / 100 / len(noisy) if noisy else 0.0
-            share = (
-                of_noise
-                if name in noisy
-                else (1 - of_noise * len(noisy)) / (len(domains) - len(noisy))
-            )
-            share = share if shares is None else shares.get(name, 0.0)
-            if share > 0:
-                words += [f"{share:.6f}", str(folder / domain["prefix"])]
-        return words
+        return {name: folder / domain["prefix"] for name, domain in domains.items()}
+
+
+def _used(stage: Stage, others: Sequence[Stage]) -> bool:
+    return stage in others or any(stage in other.after for other in others)
 
 
 def weight_shares(run: Path) -> dict[str, float]:
     """A run's average share of weight by domain, from its `metrics.jsonl`."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     steps = [record["reweight"]["domains"] for record in map(json.loads, lines)
-             if record["type"] == "train"]  # fmt: skip
+             if record["type"] == "train"][1:]  # The first is of a single step.  # fmt: skip
     names = {name for step in steps for name in step}
     return {
         name: sum(step.get(name, {}).get("weight_share") or 0.0 for step in steps) / len(steps)

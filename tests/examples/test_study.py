@@ -56,7 +56,7 @@ def examination(monkeypatch: pytest.MonkeyPatch) -> evaluate.Examination:
 
 
 def test_a_model_that_knows_nothing(examination: evaluate.Examination) -> None:
-    found = examination.of(uniform)
+    found = examination.losses(uniform) | examination.probes(uniform)
     losses = [found["lm_loss"], *(each["lm_loss"] for each in found["domains"].values())]
     assert losses == pytest.approx([math.log(VOCAB)] * 4)
     assert found["lm_loss_at_scale"] == pytest.approx(math.log(VOCAB))
@@ -64,7 +64,7 @@ def test_a_model_that_knows_nothing(examination: evaluate.Examination) -> None:
 
 
 def test_a_model_that_knows_the_text(examination: evaluate.Examination) -> None:
-    found = examination.of(counting)
+    found = examination.losses(counting) | examination.probes(counting)
     right = math.log(1 + (VOCAB - 1) * math.exp(-6))
     assert found["domains"]["numbers"]["lm_loss"] == pytest.approx(right, rel=1e-4)
     assert found["domains"]["noise-random"]["lm_loss"] > math.log(VOCAB)
@@ -73,12 +73,12 @@ def test_a_model_that_knows_the_text(examination: evaluate.Examination) -> None:
     assert found["lm_loss_at_scale"] < right / 5
     assert found["choice_accuracy"] > 0.9
     # A model that is too sure is to be told so.
-    flatter = examination.of(lambda tokens: counting(tokens) * 0.1 + 2 * uniform(tokens))
+    flatter = examination.probes(lambda tokens: counting(tokens) * 0.1 + 2 * uniform(tokens))
     assert flatter["choice_accuracy"] == found["choice_accuracy"]
 
 
 def test_a_model_that_copies(examination: evaluate.Examination) -> None:
-    assert examination.of(copying)["copy_gain"] > 1.0
+    assert examination.probes(copying)["copy_gain"] > 1.0
 
 
 def test_choices_have_one_text_and_four_ends() -> None:
@@ -96,7 +96,11 @@ def test_rows_are_evenly_spaced_and_do_not_overlap() -> None:
 
 
 def test_kinds_of_noise_become_domains(tmp_path: Path) -> None:
-    lines = [{"text": "a" * 10, "source": f"synthetic:{kind} #1"} for kind in ("x_y", "z", "z")]
+    kinds = ("x_y", "z", "z", "z", "z", "z")
+    lines = [
+        {"text": str(number) * 10, "source": f"synthetic:{kind} #1"}
+        for number, kind in enumerate(kinds)
+    ]
     for split in ("train", "valid"):
         (tmp_path / split).mkdir()
         with gzip.open(tmp_path / split / "noise.jsonl.gz", "wt") as file:
@@ -104,14 +108,16 @@ def test_kinds_of_noise_become_domains(tmp_path: Path) -> None:
         (tmp_path / split / "wiki.jsonl").write_text(json.dumps({"text": "b"}) + "\n")
     flags = ["--corpus", str(tmp_path), "--output-dir", str(tmp_path / "out")]
     assert corpus.main([*flags, "--train-bytes", "15"]) == 0
-    names = {
-        split: [
-            json.loads(line)["domain"]
-            for line in (tmp_path / "out" / split / "noise.jsonl").read_text().splitlines()
-        ]
-        for split in ("train", "valid")
-    }
-    assert names == {"train": ["noise-x-y", "noise-z"], "valid": ["noise-x-y", *["noise-z"] * 2]}
+
+    def documents(part: str) -> list[str]:
+        path = tmp_path / "out" / part / "noise.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        return [f"{record['domain']} {record['text'][0]}" for record in records]
+
+    # Every second one is for branches, and each part has up to 15 bytes of a domain.
+    assert documents("trunk") == ["noise-x-y 0", "noise-z 1"]
+    assert documents("branch") == ["noise-z 2"]
+    assert documents("valid") == ["noise-x-y 0", *(f"noise-z {n}" for n in range(1, 6))]
 
 
 def test_a_corpus_without_domains_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +142,8 @@ def test_weight_shares_are_means_over_the_steps(tmp_path: Path) -> None:
         domains = {name: {"weight_share": share} for name, share in shares.items()}
         return json.dumps({"type": "train", "reweight": {"domains": domains}})
 
-    lines = [step(a=0.75, b=0.25), step(a=1.0), '{"type": "validation"}']
+    first = step(b=1.0)  # Of a step alone, where the others are means over an interval.
+    lines = [first, step(a=0.75, b=0.25), step(a=1.0), '{"type": "validation"}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert run.weight_shares(tmp_path) == {"a": 0.875, "b": 0.125}
 
@@ -149,11 +156,18 @@ def smoke(out: Path) -> list[str]:
 def test_the_whole_study(tmp_path: Path) -> None:
     """What `make study-smoke` runs: arms, a reference, a blend from a run, probes and the page."""
     done = subprocess.run(smoke(tmp_path), check=True, stdout=subprocess.PIPE, text=True)
-    assert "Of 3 arms against none over 2 trunks," in done.stdout
+    assert "Of 5 arms against none over 2 trunks," in done.stdout
+    assert "does a reference choose good tokens?  top tokens by excess" in done.stdout
     found = json.loads((tmp_path / "noise-10.json").read_text())
     assert found["chance"]["pairs"] == 2
-    names = ["linupper 0.4", "static blend, linupper's shares", "top tokens by excess (Rho-1)"]
-    assert [arm["name"] for arm in found["arms"]] == names
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert set(arms) == set(study.SIZES["smoke"].arms) - {"none", "none, order 2"}
+    # On whole sequences uniform weights are Megatron's own loss, bit for bit.
+    same = arms["uniform"]["summary"]["differences"].values()
+    assert all(each["mean"] == each["sd"] == 0.0 for each in same)
+    # A checkpoint a step, of 8 rows of 32 tokens.
+    curve = arms["linupper 0.4"]["summary"]["curve"]
+    assert list(curve) == [str(8 * 32 * steps) for steps in (1, 2, 3, 4)]
     measured = set(found["arms"][0]["summary"]["differences"])
     assert {"noise", "logit_scale", "choice_accuracy", "copy_gain", "worst domain"} <= measured
     assert {name for name in measured if name.startswith("loss of noise-")}
