@@ -135,7 +135,7 @@ def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, run: Prepr
     lines = write_jsonl(tmp_path / "in.jsonl", records).read_bytes()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "in.jsonl.zst").write_bytes(zstd.compress(lines))
-    (tmp_path / "in.json").write_text(json.dumps(records))
+    (tmp_path / "in.json").write_bytes(lines)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet", row_group_size=7)
     out, outputs = tmp_path / "out", []
     for name, workers in (
