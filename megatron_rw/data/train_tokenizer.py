@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer on text, sampled evenly or by weight over domains.
+"""Trains a SentencePiece tokenizer on text, of which it takes as much of every domain.
 
 The same inputs and flags give the same bytes. `--max-bytes` bounds the memory and how much is read
 (see `domain_sampling`). `sentencepiece_training` says what the model keeps of a text, and which
@@ -7,18 +7,16 @@ token ids are fixed.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import tyro
 from tyro.conf import arg
 
 from megatron_rw.command_line import parse, require
 from megatron_rw.data.progress import say
-from megatron_rw.data.text.domain_names import DomainWeights
-from megatron_rw.data.text.domain_sampling import DomainSampler, TextSample
-from megatron_rw.data.text.sources import InputFlags, find_sources
+from megatron_rw.data.text.domain_sampling import TextSample, draw
+from megatron_rw.data.text.sources import InputFlags
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     VocabularyFlags,
     check_special_tokens,
@@ -35,14 +33,12 @@ Train a SentencePiece tokenizer on text. The same inputs and flags give the same
 
 example:
   python tools/train_tokenizer.py --input corpus/*.jsonl.gz --output-prefix tokenizer/bpe8k \\
-      --vocab-size 8192 --domain-key domain --domain-weights wiki=0.5 code=0.3 math=0.2 \\
-      --special-tokens '<|im_start|>' '<|im_end|>'
+      --vocab-size 8192 --domain-key domain --special-tokens '<|im_start|>' '<|im_end|>'
   writes tokenizer/bpe8k.model, for --tokenizer-type SentencePieceTokenizer
   --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
 """
 _LEAST_BYTES = 10_000
 _DIVISIBLE_BY = 128  # Megatron's default
-_SHARES = tyro.conf.create_mutex_group(required=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +65,9 @@ class TrainTokenizerConfig:
     out."""
 
     max_bytes: Annotated[int, arg(metavar="N")] = 500_000_000
-    """UTF-8 bytes of text to train on, spread over the whole of the inputs. At most about 16 times
-    as much is read, except of a compressed file, which is read to its end."""
-
-    sample: Annotated[Literal["even", "proportional"], _SHARES] = "even"
-    """Take the same amount of each domain, or of each its share of the inputs."""
-
-    domain_weights: Annotated[DomainWeights, _SHARES] = field(default_factory=dict)
-    """Take of each domain by weight. The weights need not add up to one, every domain must have
-    one, and 0 leaves it out. A domain with less than its share is taken whole, and the others share
-    the rest."""
+    """UTF-8 bytes of text to train on, as much of every domain, and spread over all of
+    the domain. At most about 16 times as much is read, except of compressed files, which are read
+    to their end."""
 
     tensor_model_parallel_size: Annotated[int | None, arg(metavar="N")] = None
     """Round --vocab-size up to what Megatron pads it to with this flag, so that pieces take the
@@ -134,11 +123,9 @@ def _run(config: TrainTokenizerConfig) -> None:
         )
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     sample = _draw(config)
-    kept = sample.kept()
-    text_bytes = sum(kept.values())
     size, kind = vocabulary.vocab_size, vocabulary.model_type
-    say(_TOOL, f"training {kind}, {size} pieces, on {text_bytes / 1e6:.1f} MB of text")
-    model = train(sample.take(), text_bytes, vocabulary)
+    say(_TOOL, f"training {kind}, {size} pieces, on {sample.kept / 1e6:.1f} MB of text")
+    model = train(sample.take(), sample.kept, vocabulary)
     write_complete(Path(f"{prefix}.vocab"), vocabulary_listing(model))
     with complete_file(Path(f"{prefix}.model")) as file:
         file.write(model)
@@ -155,19 +142,15 @@ def _run(config: TrainTokenizerConfig) -> None:
 
 def _draw(config: TrainTokenizerConfig) -> TextSample:
     """Reads the inputs, keeps a sample of their text, and says what it is made of."""
-    weights = None if config.sample == "proportional" else config.domain_weights
-    sampler = DomainSampler(
-        config.inputs, config.json_key, weights, config.max_bytes, config.max_bad_fraction
+    sample, bad = draw(
+        config.inputs, config.json_key, config.max_bytes, config.max_bad_fraction, sentences
     )
-    portions = sampler.plan(find_sources(config.inputs.input))
-    sample = sampler.draw(portions, sentences)
-    seen, kept = sample.seen, sample.kept()
-    whole = all(portion.fraction == 1 for portion in portions)
-    scope = "all there is" if whole else "a part of the inputs"
-    say(_TOOL, f"read {sum(seen.values()) / 1e6:.1f} MB of text, {scope}; of it are trained on")
-    for domain, size in kept.items():
-        every = ", all that was read" if size == seen[domain] else ""
-        say(_TOOL, f"  {domain}: {size / 1e6:.1f} MB, {size / sum(kept.values()):.1%}{every}")
-    if sampler.bad:
-        say(_TOOL, f"left out {sampler.bad:,} bad lines; the first is {sampler.first_bad}")
+    seen = sum(domain.seen for domain in sample.domains.values())
+    say(_TOOL, f"read {seen / 1e6:.1f} MB of text, of which are trained on")
+    for name, domain in sample.domains.items():
+        every = ", all that was read" if domain.kept == domain.seen else ""
+        share = domain.kept / max(1, sample.kept)
+        say(_TOOL, f"  {name}: {domain.kept / 1e6:.1f} MB, {share:.1%}{every}")
+    if bad:
+        say(_TOOL, f"left out {bad:,} bad lines")
     return sample

@@ -64,13 +64,6 @@ class Task:
     last: bool = False  # Whether this is the source's last chunk; unknown for a whole source.
     stored_bytes: int = 0  # Bytes of the source that the task reads, for the progress.
     skipped_bytes: int = 0  # Bytes between the task before and this one that were done already.
-    fraction: float = 1.0  # The share of such tasks that are read at all, where a sample is read.
-
-    def place(self, line: int) -> str:
-        """Names the place of the task's line, or row, of this number, from 1, for a message."""
-        if self.start == 0 or self.source.format == "parquet":
-            return f"{self.source.path}, line {self.start + line}"
-        return f"{self.source.path}, line {line} of those from byte {self.start} on"
 
 
 @dataclass
