@@ -7,7 +7,7 @@ token ids are fixed.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +38,6 @@ example:
   --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
 """
 _LEAST_BYTES = 10_000
-_DIVISIBLE_BY = 128  # Megatron's default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,42 +68,16 @@ class TrainTokenizerConfig:
     the domain. At most about 16 times as much is read, except of compressed files, which are read
     to their end."""
 
-    tensor_model_parallel_size: Annotated[int | None, arg(metavar="N")] = None
-    """Round --vocab-size up to what Megatron pads it to with this flag, so that pieces take the
-    place of padding."""
-
-    make_vocab_size_divisible_by: Annotated[int | None, arg(metavar="N")] = None
-    """The same, for Megatron's flag of this name, whose default is 128."""
-
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("--vocab-size", self.vocabulary.vocab_size, 1),
             ("--threads", self.vocabulary.threads, 1),
             ("--max-bytes", self.max_bytes, _LEAST_BYTES),
-            ("--tensor-model-parallel-size", self.tensor_model_parallel_size, 1),
-            ("--make-vocab-size-divisible-by", self.make_vocab_size_divisible_by, 1),
         ):
-            require(value is None or value >= least, flag, value, f"a number of at least {least}")
+            require(value >= least, flag, value, f"a number of at least {least}")
         share = self.max_bad_fraction
         require(0 <= share <= 1, "--max-bad-fraction", share, "a number from 0 to 1")
         check_special_tokens(self.vocabulary.special_tokens)
-
-    def padded(self, vocab_size: int) -> int:
-        """Returns the size to which Megatron pads a vocabulary."""
-        multiple = self.make_vocab_size_divisible_by or _DIVISIBLE_BY
-        return padded_vocab_size(vocab_size, multiple, self.tensor_model_parallel_size or 1)
-
-    def filled_vocabulary(self) -> VocabularyFlags:
-        """Returns the vocabulary, which takes the place of padding if that is asked for."""
-        if self.tensor_model_parallel_size is None and self.make_vocab_size_divisible_by is None:
-            return self.vocabulary
-        return replace(self.vocabulary, vocab_size=self.padded(self.vocabulary.vocab_size))
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Returns the rows that Megatron gives the embedding of a vocabulary of this size."""
-    multiple = divisible_by * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(config: TrainTokenizerConfig) -> None:
     started = time.monotonic()
-    vocabulary, prefix = config.filled_vocabulary(), config.output_prefix
+    vocabulary, prefix = config.vocabulary, config.output_prefix
     if Path(f"{prefix}.model").exists() and not config.overwrite:
         raise UserError(
             f"--output-prefix {prefix}: {prefix}.model is there already, and datasets made with it "
@@ -130,14 +103,6 @@ def _run(config: TrainTokenizerConfig) -> None:
     with complete_file(Path(f"{prefix}.model")) as file:
         file.write(model)
     say(_TOOL, f"wrote {prefix}.model and {prefix}.vocab in {time.monotonic() - started:.1f} s")
-    divisible_by = config.make_vocab_size_divisible_by or _DIVISIBLE_BY
-    padded = config.padded(size)
-    say(
-        _TOOL,
-        f"Megatron pads {size} token ids to {padded} at --make-vocab-size-divisible-by "
-        f"{divisible_by} --tensor-model-parallel-size {config.tensor_model_parallel_size or 1}: "
-        f"{padded - size} rows unused",
-    )
 
 
 def _draw(config: TrainTokenizerConfig) -> TextSample:

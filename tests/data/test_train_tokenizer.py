@@ -1,4 +1,3 @@
-import argparse
 import gzip
 import io
 import re
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from megatron_rw.data import train_tokenizer
 from megatron_rw.data.tokenizers.library_tokenizer import build_core_tokenizer
 from megatron_rw.data.tokenizers.sentencepiece_training import EOD_ID, PAD_ID
-from megatron_rw.data.train_tokenizer import padded_vocab_size
 from tests.data.conftest import make_texts, write_jsonl, write_texts
 from tests.data.datasets import Ended, call, write_dataset
 from tests.data.tiny_tokenizers import sentencepiece_flags
@@ -135,38 +133,6 @@ def test_a_special_token_is_one_id_wherever_it_stands(
     text = "<|im_start|>user\n  é a,b<|im_end|> <s>"
     assert processor.decode(processor.encode(text)) == text
     assert min(processor.encode("<unk><s></s><pad>")) >= 4
-
-
-@given(st.integers(1, 300_000), st.integers(1, 512), st.integers(1, 64))
-def test_padding_is_megatrons(vocab_size: int, divisible_by: int, tensor_parallel: int) -> None:
-    from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
-
-    args = argparse.Namespace(
-        make_vocab_size_divisible_by=divisible_by,
-        tensor_model_parallel_size=tensor_parallel,
-        rank=1,
-    )
-    ours = padded_vocab_size(vocab_size, divisible_by, tensor_parallel)
-    assert ours == vocab_size_with_padding(vocab_size, args)
-
-
-@pytest.mark.parametrize(
-    ("flags", "size", "padding"),
-    [
-        ("", 340, "pads 340 token ids to 384 at --make-vocab-size-divisible-by 128 "),
-        ("--tensor-model-parallel-size 3", 384, "--tensor-model-parallel-size 3: 0 rows"),
-        (
-            "--make-vocab-size-divisible-by 40 --tensor-model-parallel-size 3",
-            360,
-            "pads 360 token ids to 360 at --make-vocab-size-divisible-by 40",
-        ),
-    ],
-)
-def test_a_vocabulary_takes_the_place_of_padding(
-    tmp_path: Path, corpus: Path, flags: str, size: int, padding: str
-) -> None:
-    assert padding in train(tmp_path / "t", "--input", corpus, *flags.split()).err
-    assert sentencepiece.SentencePieceProcessor(f"{tmp_path}/t.model").vocab_size() == size
 
 
 def test_files_of_text_give_what_lines_give(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ class VocabularyFlags:
     """The flags of a SentencePiece vocabulary."""
 
     vocab_size: Annotated[int, arg(metavar="N")] = 32000
-    """Number of token ids, special tokens and bytes included."""
+    """Number of token ids, special tokens and bytes included. Megatron pads it to a multiple of
+    --make-vocab-size-divisible-by, 128 by default, times --tensor-model-parallel-size."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """The algorithm."""
     special_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [...]")] = ()
