@@ -22,10 +22,9 @@ from megatron_rw.data.tokenizers.sentencepiece_training import (
     check_special_tokens,
     sentences,
     train,
-    vocabulary_listing,
 )
 from megatron_rw.errors import UserError, reported
-from megatron_rw.platform.files import complete_file, write_complete
+from megatron_rw.platform.files import complete_file
 
 _TOOL = "train_tokenizer"
 _DESCRIPTION = """\
@@ -35,7 +34,7 @@ example:
   python tools/train_tokenizer.py --input corpus/*.jsonl.gz --output-prefix tokenizer/bpe8k \\
       --vocab-size 8192 --domain-key domain --special-tokens '<|im_start|>' '<|im_end|>'
   writes tokenizer/bpe8k.model, for --tokenizer-type SentencePieceTokenizer
-  --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
+  --tokenizer-model tokenizer/bpe8k.model
 """
 _LEAST_BYTES = 10_000
 
@@ -51,7 +50,7 @@ class TrainTokenizerConfig:
     """Vocabulary."""
 
     output_prefix: Annotated[str, arg(metavar="PREFIX")]
-    """The tool writes PREFIX.model and PREFIX.vocab."""
+    """The tool writes PREFIX.model."""
 
     overwrite: bool = False
     """Replace the tokenizer that is there already."""
@@ -99,10 +98,9 @@ def _run(config: TrainTokenizerConfig) -> None:
     size, kind = vocabulary.vocab_size, vocabulary.model_type
     say(_TOOL, f"training {kind}, {size} pieces, on {sample.kept / 1e6:.1f} MB of text")
     model = train(sample.take(), sample.kept, vocabulary)
-    write_complete(Path(f"{prefix}.vocab"), vocabulary_listing(model))
     with complete_file(Path(f"{prefix}.model")) as file:
         file.write(model)
-    say(_TOOL, f"wrote {prefix}.model and {prefix}.vocab in {time.monotonic() - started:.1f} s")
+    say(_TOOL, f"wrote {prefix}.model in {time.monotonic() - started:.1f} s")
 
 
 def _draw(config: TrainTokenizerConfig) -> TextSample:
