@@ -26,7 +26,6 @@ from megatron_rw.data.indexed.domains import (
     look_up,
 )
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
     check_space,
     publish,
@@ -143,7 +142,7 @@ def _merge_into_directory(config: MergeConfig, output: Path) -> dict[str, Domain
     absolute.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=absolute, prefix=".merge_datasets-") as scratch:
         merged = _merge(inputs, prefixes, Path(scratch), config.dedup == "exact")
-        publish(Path(scratch), absolute, merged, blend_weights(merged), datasets[0].tokenizer)
+        publish(Path(scratch), absolute, merged, datasets[0].tokenizer)
     return merged
 
 

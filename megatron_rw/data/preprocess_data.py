@@ -15,9 +15,7 @@ from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
-    check_weights,
     publish,
     table,
 )
@@ -103,8 +101,6 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
     if config.inputs.domain_key is not None:
         return outputs
     files = Counter(config.domain_of(source) for source in sources)
-    if config.blend_weights:
-        check_weights(files, config.blend_weights)
     if config.domain is not None or config.inputs.domain_by != "corpus":
         return outputs
     check_numbered(list(files))
@@ -186,10 +182,8 @@ def _join(
         final.unlink(missing_ok=True)
     for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
         records = joined.records[key]
-        by, temperature = config.blend_by, config.blend_temperature
-        weights = blend_weights(records, by, temperature, config.blend_weights)
         output.mkdir(exist_ok=True)
-        publish(directory, output, records, weights, tokenizer)
+        publish(directory, output, records, tokenizer)
     print(table(joined.records[0], joined.text_bytes))
     if rejects.counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())

@@ -21,7 +21,6 @@ from megatron_rw.data.indexed.documents import DatasetReader, write_selected
 from megatron_rw.data.indexed.domains import DomainRecord, InputDataset, listed_datasets, look_up
 from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
     check_space,
     publish,
@@ -132,8 +131,7 @@ def _run(config: SplitConfig) -> None:
         records = _write(inputs, hashes, held_out, scratch, config.sets, size)
         for name, path in outputs.items():
             path.mkdir(exist_ok=True)
-            blend = blend_weights(records[name])
-            publish(scratch / name, path, records[name], blend, inputs[0].tokenizer)
+            publish(scratch / name, path, records[name], inputs[0].tokenizer)
     for name in config.sets:
         print(f"{name}:\n{table(records[name])}")
 

@@ -1,11 +1,8 @@
 """Names of domains: taken from the path of a file, and checked for use in file names."""
 
 import re
-from collections.abc import Collection, Sequence
-from math import inf, nan
-from typing import Annotated, Literal
-
-from tyro.constructors import PrimitiveConstructorSpec
+from collections.abc import Collection
+from typing import Literal
 
 from megatron_rw.data.text.records import BadRecordError
 from megatron_rw.errors import UserError
@@ -90,35 +87,3 @@ def check_domain(name: str, origin: str) -> str:
         return safe_domain(name)
     except BadRecordError as error:
         raise UserError(f"{origin}: {error}") from error
-
-
-def _parse_weights(values: Sequence[str]) -> dict[str, float]:
-    """Parses a flag's values, each of which is `DOMAIN=WEIGHT`; ValueError if one is not."""
-    weights: dict[str, float] = {}
-    for value in values:
-        domain, _, number = value.rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = nan
-        if not domain or not 0 <= weight < inf:
-            raise ValueError(f"{value}: give DOMAIN=WEIGHT, the weight zero or more")
-        if domain in weights:
-            raise ValueError(f"{value}: {domain} is given twice; give it once")
-        weights[domain] = weight
-    if values and not any(weights.values()):
-        raise ValueError("give a weight that is more than 0")
-    return weights
-
-
-# The type of a flag whose values are `DOMAIN=WEIGHT`.
-DomainWeights = Annotated[
-    dict[str, float],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="DOMAIN=WEIGHT [...]",
-        instance_from_str=_parse_weights,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda weights: [f"{name}={w:g}" for name, w in weights.items()],
-    ),
-]
