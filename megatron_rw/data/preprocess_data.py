@@ -24,7 +24,6 @@ from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
 from megatron_rw.data.resume import FOLDER, earlier_chunk_bytes, remove_leftovers, work_folder
 from megatron_rw.data.text.chunks import chunk_size, tasks
-from megatron_rw.data.text.domain_names import check_numbered
 from megatron_rw.data.text.records import too_many_bad
 from megatron_rw.data.text.sources import Source, find_sources, shard_of
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
@@ -103,7 +102,6 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
     files = Counter(config.domain_of(source) for source in sources)
     if config.domain is not None or config.inputs.domain_by != "corpus":
         return outputs
-    check_numbered(list(files))
     shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
     if shards:
         listed = ", ".join(f"{name} ({count:,})" for name, count in files.most_common(10))
