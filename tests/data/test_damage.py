@@ -50,7 +50,7 @@ def test_damage_is_named_and_nothing_is_left(tmp_path: Path, damage: Any, messag
     damage(*(directory / f"a_text_document.{kind}" for kind in ("bin", "idx")))
     for main, *flags in (
         (merge_datasets.main, "--output-dir", out, "--input-dir", directory),
-        (split_dataset.main, "--output-dir", out, "--valid-documents", 1, "--input", directory),
+        (split_dataset.main, "--output-dir", out, "--valid-fraction", 0.5, "--input", directory),
     ):
         ended = call(main, *flags, status=2)
         assert message in ended.error

@@ -82,12 +82,10 @@ AT_ONCE = {
         "--valid-fraction 1": "--valid-fraction 1.0: give a number between 0 and 1",
         "--test-fraction nan": "--test-fraction nan: give a number between 0 and 1",
         "--valid-fraction 0.5 --test-fraction 0.5": "leave nothing to train on",
-        "--test-documents 0": "--test-documents 0: give a number of at least 1",
-        "--test-documents 1 --test-fraction 0.1": "--test-fraction",
-        "--test-documents 1 --seed -1": "--seed -1: give a number from 0",
-        "--test-documents 1 --input train --output-dir .": "holds datasets already (domains.json)",
-        "--test-documents 1 --input train --output-dir . --overwrite": "--input would be replaced",
-        "--test-documents 1 --input nothing": "nothing: has no domains.json; give a complete dir",
+        "--test-fraction 0.1 --seed -1": "--seed -1: give a number from 0",
+        "--test-fraction 0.1 --input train --output-dir .": "holds datasets already (domains.json)",
+        "--test-fraction 0.1 --input train --output-dir . --overwrite": "--input would be replaced",
+        "--test-fraction 0.1 --input nothing": "nothing: has no domains.json; give a complete dir",
     },
     inspect_dataset: {
         "train --document 0": "--document: there are 2 datasets; give one of train/a_text",
@@ -122,9 +120,8 @@ WHILE_READING = {
         "--input in.jsonl --json-key txt": "in.jsonl: no field 'txt' (--json-key); it has",
     },
     split_dataset: {
-        "--valid-documents 9": "the domain 'b', of 5 documents, would have none in train; hold",
-        "--valid-fraction 1e-9": "the domain 'a', of 50 documents, would have none in valid; ",
-        "--valid-documents 4 --test-documents 1": "'b', of 5 documents, would have none in train",
+        "--valid-fraction 1e-9": "no document would be in valid; hold out more",
+        "--valid-fraction 0.999999999": "no document would be in train; hold out less",
     },
 }
 GOOD = b'{"text": "a model", "domain": "d"}\n'
