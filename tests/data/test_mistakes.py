@@ -65,16 +65,8 @@ AT_ONCE = {
         "--special-tokens '<x>' '<x>'": "--special-tokens '<x>': it is given twice",
     },
     merge_datasets: {
-        "--input a --output-dir out": "give --input with --output-prefix, or --input-dir with",
-        "--input-dir a --output-prefix out": "give --input with --output-prefix, or",
-        "--input a --output-dir b --output-prefix out": "give --input with --output-prefix, or",
-        "--input a": "give --input with --output-prefix, or --input-dir with --output-dir",
         "--input-dir train --output-dir train": "train: holds datasets already (domains.json)",
         "--input-dir train --output-dir train --overwrite": "train: is one of --input-dir; give",
-        "--input train/a_text_document --output-prefix train/a_text_document": "is there already",
-        "--input train/a_text_document --output-prefix train/a_text_document --overwrite": (
-            "--output-prefix train/a_text_document: is one of --input; give another"
-        ),
         "--input-dir nothing --output-dir out": "nothing: has no domains.json; give a complete",
     },
     split_dataset: {
