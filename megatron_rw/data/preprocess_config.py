@@ -36,11 +36,8 @@ class PreprocessConfig:
     """Replace the datasets that --output-dir holds, and drop the unfinished work of another call
     there."""
 
-    json_keys: Annotated[tuple[str, ...], arg(aliases=("--json-key",), metavar="KEY [KEY ...]")] = (
-        "text",
-    )
-    """Field or column that holds the text. With several, each gets a directory of its own in
-    --output-dir."""
+    json_key: Annotated[str, arg(aliases=("--json-keys",), metavar="KEY")] = "text"
+    """Field or column that holds the text."""
 
     domain: Annotated[str | None, ONE_DOMAIN_FLAG, arg(metavar="NAME")] = None
     """One domain for all documents."""
@@ -73,14 +70,12 @@ class PreprocessConfig:
     """Number of processes, by default one per available core. It does not change the output."""
 
     def __post_init__(self) -> None:
-        limit, keys = self.max_document_tokens, " ".join(self.json_keys)
-        line, bad, at_least_1 = self.max_line_bytes, self.max_bad_fraction, "a number of at least 1"
+        limit, at_least_1 = self.max_document_tokens, "a number of at least 1"
+        line, bad = self.max_line_bytes, self.max_bad_fraction
         require(self.workers >= 1, "--workers", self.workers, at_least_1)
         require(line >= 1, "--max-line-bytes", line, at_least_1)
         require(limit is None or limit >= 2, "--max-document-tokens", limit, "a number above 1")
         require(0 <= bad <= 1, "--max-bad-fraction", bad, "a number from 0 to 1")
-        require(bool(self.json_keys), "--json-keys", keys, "at least one field")
-        require(len(set(self.json_keys)) == len(self.json_keys), "--json-keys", keys, "each once")
         if self.domain is not None:
             check_domain(self.domain, "--domain")
         if self.shard is not None:
@@ -94,7 +89,7 @@ class PreprocessConfig:
     def columns(self) -> tuple[str, ...]:
         """The fields that are read, the text first."""
         domain_key = self.inputs.domain_key
-        return tuple(dict.fromkeys([*self.json_keys, *([domain_key] if domain_key else [])]))
+        return tuple(dict.fromkeys([self.json_key, *([domain_key] if domain_key else [])]))
 
     def part_settings(self) -> dict[str, Any]:
         """Returns the flags that decide what is in a part of the output, with their values."""

@@ -62,7 +62,7 @@ def made_of(
         encoder(task)
     out = directory / "joined"
     out.mkdir(exist_ok=True)
-    join(store, [out], encoder.dtype, False)
+    join(store, out, encoder.dtype, False)
     write_rejects(store, directory / "rejects.jsonl")
     return read_dataset(out / "d_text_document", encoder.dtype)
 

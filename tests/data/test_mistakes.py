@@ -33,7 +33,6 @@ AT_ONCE = {
         "--shard 2/2": "--shard 2/2: shards count from 0, so the last is 1/2",
         "--shard 2": "--shard 2: give it like 0/8",
         "--shard 0/2": "--shard 0/2: there are 1 files, and a file is the least",
-        "--json-keys a a": "--json-keys a a: give each once",
         "--domain a --domain-key b": "--domain and --domain-key are not allowed together",
         "--domain a/b": "--domain: the domain 'a/b' cannot be part of a file name",
         "--input ./-d.jsonl": "./-d.jsonl: give --domain-by or --domain, or rename it: ",
