@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from megatron_rw.data import inspect_dataset
 from megatron_rw.data.indexed import documents as blocks
@@ -150,18 +149,6 @@ def test_lengths_are_counted_by_powers_of_two(parts: list[list[int]]) -> None:
     if everything:
         assert (lengths.shortest, lengths.longest) == (min(everything), max(everything))
         assert [low for low, _, _ in bins[1:]] == [high + 1 for _, high, _ in bins[:-1]]
-
-
-def test_a_picture_is_drawn(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inspect(corpus, "--picture", tmp_path / "lengths.png")
-    with Image.open(tmp_path / "lengths.png") as picture:
-        colors = picture.convert("RGB").getcolors(1 << 20)
-    # White, black, and a line for each of the two domains.
-    assert sum(count > 500 for count, _ in colors or []) >= 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "lengths.png"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    refused = inspect(corpus, "--picture", tmp_path / "lengths.png", status=2)
-    assert refused.error.endswith("run: pip install matplotlib")
 
 
 def test_a_document_is_decoded(corpus: Path, tmp_path: Path, texts: list[str], model: str) -> None:

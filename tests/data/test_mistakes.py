@@ -88,11 +88,9 @@ AT_ONCE = {
         "bare/bare --document 0 --tokenizer-model bpe.model": "id is 400, and the tokenizer has",
         "gone": "gone: neither a directory nor a dataset's path",
         "nothing": "nothing: has no datasets; give a directory",
-        "train --document 1 --check": "--check and --picture go with the report only",
+        "train --document 1 --check": "--check goes with the report only",
         "train --document 1 --find x": "--find",
         "train --ids": "--ids goes with --document",
-        "train --picture lengths.txt": "lengths.txt: no kind of picture; name it .",
-        "train --picture gone/lengths.png": "gone/lengths.png: there is no directory gone; make it",
     },
 }
 # Mistakes that only reading shows.
