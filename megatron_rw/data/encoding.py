@@ -190,20 +190,14 @@ class _PartBuilder:
                     raw, BadRecordError("no tokens", "the tokenizer makes no token of this text")
                 )
                 continue
-            content = text.encode()
-            self._append(domain, len(content), ids)
+            content, ending = text.encode(), self._encoder.ending
+            group = self._groups.setdefault(domain, _OpenGroup())
+            group.ids.append(np.concatenate([ids, ending]) if len(ending) else ids)
+            group.origins.append(self._records)
+            group.text_bytes.append(len(content))
             if self._config.dedup == "exact":
                 self._hashes.append(hashlib.blake2b(content, digest_size=HASH_BYTES).digest())
             self._records += 1
-
-    def _append(self, domain: str, text_bytes: int, ids: NDArray[Any]) -> None:
-        group = self._groups.setdefault(domain, _OpenGroup())
-        ending, limit = self._encoder.ending, self._config.max_document_tokens
-        room = len(ids) if limit is None else limit - len(ending)
-        documents = [ids[start : start + room] for start in range(0, len(ids), room)]
-        group.ids += [np.concatenate([d, ending]) for d in documents] if len(ending) else documents
-        group.origins += [self._records] * len(documents)
-        group.text_bytes += [text_bytes] + [0] * (len(documents) - 1)
 
 
 def _joined(lists: Iterable[Iterable[int]], dtype: type[Any]) -> NDArray[Any]:

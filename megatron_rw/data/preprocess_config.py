@@ -59,9 +59,6 @@ class PreprocessConfig:
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document token."""
 
-    max_document_tokens: Annotated[int | None, arg(metavar="N")] = None
-    """Cut longer documents into several, each of which --append-eod ends."""
-
     dedup: Literal["none", "exact"] = "none"
     """With "exact", keep only the first of documents with the same text, in whatever file and
     domain they are."""
@@ -70,11 +67,9 @@ class PreprocessConfig:
     """Number of processes, by default one per available core. It does not change the output."""
 
     def __post_init__(self) -> None:
-        limit, at_least_1 = self.max_document_tokens, "a number of at least 1"
         line, bad = self.max_line_bytes, self.max_bad_fraction
-        require(self.workers >= 1, "--workers", self.workers, at_least_1)
-        require(line >= 1, "--max-line-bytes", line, at_least_1)
-        require(limit is None or limit >= 2, "--max-document-tokens", limit, "a number above 1")
+        require(self.workers >= 1, "--workers", self.workers, "a number of at least 1")
+        require(line >= 1, "--max-line-bytes", line, "a number of at least 1")
         require(0 <= bad <= 1, "--max-bad-fraction", bad, "a number from 0 to 1")
         if self.domain is not None:
             check_domain(self.domain, "--domain")

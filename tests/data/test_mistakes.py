@@ -29,7 +29,6 @@ AT_ONCE = {
     preprocess_data: {
         "--workers 0": "--workers 0: give a number of at least 1",
         "--max-bad-fraction 2": "--max-bad-fraction 2.0: give a number from 0 to 1",
-        "--max-document-tokens 1": "--max-document-tokens 1: give a number above 1",
         "--shard 2/2": "--shard 2/2: shards count from 0, so the last is 1/2",
         "--shard 2": "--shard 2: give it like 0/8",
         "--shard 0/2": "--shard 0/2: there are 1 files, and a file is the least",
