@@ -184,7 +184,7 @@ def _print_samples(path: Path, config: InspectConfig) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a line that training has written") from error
         with DatasetReader(dataset.prefix) as reader:
-            ids = reader.sequence(sample["document"])
+            ids = reader.document(sample["document"])
         tokenizer = config.load(dataset.tokenizer)
         # A token alone says little, and pieces decoded by themselves lose their spaces.
         begin = max(0, first - _CONTEXT_TOKENS) if sample["tokens"] == 1 else first

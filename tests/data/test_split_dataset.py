@@ -29,7 +29,7 @@ from tests.data.datasets import (
 NOT_ALL = [*settings().suppress_health_check, HealthCheck.filter_too_much]
 ANY_SPLIT = settings(max_examples=25, suppress_health_check=NOT_ALL)
 # Few tokens, so that copies are many, within a domain and between domains.
-DOCUMENT = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=2)
+DOCUMENT = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=1)
 DOMAINS = st.dictionaries(
     st.sampled_from("ab"), st.lists(DOCUMENT, min_size=3, max_size=25), min_size=1
 )

@@ -156,7 +156,6 @@ def inspect(
         with DatasetReader(prefix) as reader:
             report.facts = {
                 "dtype": str(reader.dtype),
-                "sequences": len(reader.index.lengths),
                 "documents": reader.documents,
                 "tokens": reader.tokens,
                 "bytes": bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size,
