@@ -37,8 +37,8 @@ MISTAKES = [
     (PREPROCESS, f"--output-dir {{out}} {BYTES}", "--input"),
     (TRAIN_TOKENIZER, "--input {text} --output-prefix {out}/t --vocab-size many", "--vocab-size"),
     (TRAIN_TOKENIZER, "--input /nowhere --output-prefix {out}/t --vocab-size 300", "/nowhere"),
-    (MERGE, "--input /nowhere/text --output-prefix {out}/all", "/nowhere/text"),
-    (MERGE, "--output-prefix {out}/all", "--input"),
+    (MERGE, "--input-dir /nowhere/text --output-dir {out}/all", "/nowhere/text"),
+    (MERGE, "--output-dir {out}/all", "--input-dir"),
     (SPLIT, "--input /nowhere/text --output-dir {out} --valid-fraction 0.1", "/nowhere/text"),
     (
         SPLIT,

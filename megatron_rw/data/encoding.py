@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -111,10 +111,10 @@ class _PartBuilder:
         self._key = self._config.inputs.domain_key or ""
         self._domain = "" if self._key else self._config.domain_of(source)
         self._rejected_file: BinaryIO | None = None
-        self._text_key = self._config.json_keys[0] if source.format == "txt" else None
-        self._waiting: list[tuple[Raw, str, list[str]]] = []
+        self._text_key = self._config.json_key if source.format == "txt" else None
+        self._waiting: list[tuple[Raw, str, str]] = []
         self._characters = 0
-        self._groups: dict[tuple[int, str], _OpenGroup] = {}
+        self._groups: dict[str, _OpenGroup] = {}
         self._hashes: list[bytes] = []
         self._rejects: Counter[str] = Counter()
         self._records = 0
@@ -123,13 +123,13 @@ class _PartBuilder:
         """Takes a document, or rejects it."""
         try:
             record = parse(raw, self._config.max_line_bytes, self._text_key)
-            texts = [text_field(record, "--json-keys", key) for key in self._config.json_keys]
+            text = text_field(record, "--json-key", self._config.json_key)
             domain = self._domain or safe_domain(text_field(record, "--domain-key", self._key))
         except BadRecordError as error:
             self._reject(raw, error)
             return
-        self._waiting.append((raw, domain, texts))
-        self._characters += sum(map(len, texts))
+        self._waiting.append((raw, domain, text))
+        self._characters += len(text)
         if self._characters >= _BATCH_CHARACTERS:
             self._tokenize()
 
@@ -149,12 +149,11 @@ class _PartBuilder:
             rejects=self._rejects,
             groups=[
                 Group(
-                    key=key,
                     domain=domain,
                     documents=len(group.ids),
                     max_token_id=max(int(ids.max()) for ids in group.ids),
                 )
-                for (key, domain), group in self._groups.items()
+                for domain, group in self._groups.items()
             ],
             last=chunk.last,
             checksum=checksum(self._path),
@@ -175,9 +174,8 @@ class _PartBuilder:
 
     def _tokenize(self) -> None:
         waiting, self._waiting, self._characters = self._waiting, [], 0
-        flat = [text for _, _, texts in waiting for text in texts]
         try:
-            encoded = iter(self._encoder.tokenizer.encode_batch(flat))
+            encoded = self._encoder.tokenizer.encode_batch([text for _, _, text in waiting])
         except ValueError as error:
             if len(waiting) == 1:
                 self._reject(waiting[0][0], BadRecordError("tokenizer failed", str(error)))
@@ -186,36 +184,20 @@ class _PartBuilder:
                 self._waiting = [document]
                 self._tokenize()
             return
-        for raw, domain, texts in waiting:
-            by_key = list(islice(encoded, len(texts)))
-            if not all(map(len, by_key)):
+        for (raw, domain, text), ids in zip(waiting, encoded, strict=True):
+            if not len(ids):
                 self._reject(
                     raw, BadRecordError("no tokens", "the tokenizer makes no token of this text")
                 )
                 continue
-            for key, (text, ids) in enumerate(zip(texts, by_key, strict=True)):
-                self._append(key, domain, text, ids)
+            content, ending = text.encode(), self._encoder.ending
+            group = self._groups.setdefault(domain, _OpenGroup())
+            group.ids.append(np.concatenate([ids, ending]) if len(ending) else ids)
+            group.origins.append(self._records)
+            group.text_bytes.append(len(content))
             if self._config.dedup == "exact":
-                self._hashes.append(_hash(texts))
+                self._hashes.append(hashlib.blake2b(content, digest_size=HASH_BYTES).digest())
             self._records += 1
-
-    def _append(self, key: int, domain: str, text: str, ids: NDArray[Any]) -> None:
-        group = self._groups.setdefault((key, domain), _OpenGroup())
-        ending, limit = self._encoder.ending, self._config.max_document_tokens
-        room = len(ids) if limit is None else limit - len(ending)
-        documents = [ids[start : start + room] for start in range(0, len(ids), room)]
-        group.ids += [np.concatenate([d, ending]) for d in documents] if len(ending) else documents
-        group.origins += [self._records] * len(documents)
-        size = len(text) if text.isascii() else len(text.encode())
-        group.text_bytes += [size] + [0] * (len(documents) - 1)
-
-
-def _hash(texts: list[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=HASH_BYTES)
-    for text in texts:
-        content = text.encode()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.digest()
 
 
 def _joined(lists: Iterable[Iterable[int]], dtype: type[Any]) -> NDArray[Any]:

@@ -22,13 +22,12 @@ from megatron_rw.data.indexed.inspection import Report, inspect
 from megatron_rw.data.indexed.pair import bin_path, idx_path, is_dataset
 from megatron_rw.data.tokenizers.decoding import DecodingFlags, decode, find
 from megatron_rw.errors import UserError, reported
-from megatron_rw.platform.pictures import check_picture, draw_histograms
 
 _DESCRIPTION = """\
 Print what is in Megatron .bin/.idx datasets, and whether they are whole.
 
 examples:
-  python tools/inspect_dataset.py data/train --check --picture lengths.png
+  python tools/inspect_dataset.py data/train --check
   python tools/inspect_dataset.py data/train/wiki_text_document --document 17
   python tools/inspect_dataset.py data/train --find 'lorem ipsum'
   python tools/inspect_dataset.py --samples runs/a/samples.jsonl
@@ -48,9 +47,6 @@ class InspectConfig(DecodingFlags):
     check: bool = False
     """Read every token, and check that it is below the vocabulary's size and that each document
     ends in the end-of-document token."""
-
-    picture: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Draw the lengths of documents into this file, .png or another format."""
 
     json: bool = False
     """Print JSON."""
@@ -74,8 +70,8 @@ class InspectConfig(DecodingFlags):
                 "give the PATH of a dataset or of a directory of datasets, or --samples alone"
             )
         shown = self.document is not None or self.find is not None or self.samples is not None
-        if (self.check or self.picture) and shown:
-            raise UserError("--check and --picture go with the report only")
+        if self.check and shown:
+            raise UserError("--check goes with the report only")
         if self.ids and self.document is None:
             raise UserError("--ids goes with --document")
         if self.find == "":
@@ -125,17 +121,11 @@ def _datasets(path: Path) -> list[InputDataset]:
 
 
 def _print_reports(datasets: Sequence[InputDataset], config: InspectConfig) -> bool:
-    if config.picture:
-        check_picture(config.picture)
     reports = [_inspect(dataset, config) for dataset in datasets]
     if config.json:
         print(json.dumps({"datasets": [report.summary() for report in reports]}, indent=2))
     else:
         print("\n\n".join(report.text() for report in reports))
-    drawn = {str(r.dataset.prefix): r.lengths.shares() for r in reports if r.lengths.documents}
-    if config.picture and drawn:
-        labels = ("tokens of a document", "share of the documents")
-        draw_histograms(drawn, config.picture, labels, base=2)
     return any(report.problems for report in reports)
 
 
@@ -194,7 +184,7 @@ def _print_samples(path: Path, config: InspectConfig) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: not a line that training has written") from error
         with DatasetReader(dataset.prefix) as reader:
-            ids = reader.sequence(sample["document"])
+            ids = reader.document(sample["document"])
         tokenizer = config.load(dataset.tokenizer)
         # A token alone says little, and pieces decoded by themselves lose their spaces.
         begin = max(0, first - _CONTEXT_TOKENS) if sample["tokens"] == 1 else first

@@ -1,13 +1,13 @@
-"""Joins Megatron datasets by copying their bytes and writing new indices, in bounded memory.
+"""Joins directories of Megatron datasets, domain by domain, in bounded memory.
 
-Documents keep the order of the inputs, so that shards joined in their order are what one run would
-have written.
+Tokens are copied, and indices written anew. Documents keep the order of the inputs, so that shards
+joined in their order are what one run would have written.
 """
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,26 +23,22 @@ from megatron_rw.data.indexed.domains import (
     InputDataset,
     check_one_tokenizer,
     listed_datasets,
-    look_up,
 )
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
     check_space,
     publish,
     table,
 )
-from megatron_rw.data.indexed.pair import Index, PairWriter, bin_path, idx_path
+from megatron_rw.data.indexed.pair import Index, PairWriter, idx_path
 from megatron_rw.data.progress import Progress, say
 from megatron_rw.data.text.dedup import DuplicateFinder, hash_documents
 from megatron_rw.errors import UserError, reported
 
 _DESCRIPTION = """\
-Join Megatron .bin/.idx datasets, in the order given.
+Join directories of Megatron .bin/.idx datasets domain by domain, in the order given.
 
-examples:
-  python tools/merge_datasets.py --input a/wiki_text_document b/wiki_text_document \\
-      --output-prefix data/wiki_text_document
+example:
   python tools/merge_datasets.py --input-dir shards/*/ --output-dir data/train --dedup exact
   then train with --data-args-path data/train/blend.txt --split 98,1,1
 """
@@ -52,18 +48,11 @@ examples:
 class MergeConfig:
     """The flags of merge_datasets."""
 
-    input: Annotated[tuple[Path, ...], arg(metavar="PREFIX [PREFIX ...]")] = ()
-    """Datasets to join into one, as paths without .bin and .idx."""
+    input_dir: Annotated[tuple[Path, ...], arg(metavar="DIR [DIR ...]")]
+    """Directories of preprocess_data. Note that a shell sorts shard-10 before shard-2."""
 
-    output_prefix: Annotated[Path | None, arg(metavar="PREFIX")] = None
-    """The joined dataset of --input, as a path without .bin and .idx."""
-
-    input_dir: Annotated[tuple[Path, ...], arg(metavar="DIR [DIR ...]")] = ()
-    """Directories of preprocess_data to join domain by domain. Note that a shell sorts shard-10
-    before shard-2."""
-
-    output_dir: Annotated[Path | None, arg(metavar="DIR")] = None
-    """The directory for the joined datasets of --input-dir; it is made if it is not there."""
+    output_dir: Annotated[Path, arg(metavar="DIR")]
+    """The directory for the joined datasets; it is made if it is not there."""
 
     overwrite: bool = False
     """Replace the datasets that are there already."""
@@ -71,12 +60,6 @@ class MergeConfig:
     dedup: Literal["none", "exact"] = "none"
     """With "exact", leave out documents whose tokens are exactly those of an earlier one, of any
     input and domain. That needs 24 bytes of disk per document while it runs."""
-
-    def __post_init__(self) -> None:
-        single = (bool(self.input), self.output_prefix is not None)
-        listed = (bool(self.input_dir), self.output_dir is not None)
-        if {single, listed} != {(True, True), (False, False)}:
-            raise UserError("give --input with --output-prefix, or --input-dir with --output-dir")
 
 
 @dataclass(frozen=True)
@@ -91,59 +74,28 @@ class MergeInput:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     with reported("joining datasets"):
-        config = parse(MergeConfig, argv, _DESCRIPTION)
-        if config.output_prefix is not None:
-            merged = _merge_into_prefix(config, config.output_prefix)
-        else:
-            assert config.output_dir is not None
-            merged = _merge_into_directory(config, config.output_dir)
-        print(table(merged))
+        print(table(_run(parse(MergeConfig, argv, _DESCRIPTION))))
 
 
-def _merge_into_prefix(config: MergeConfig, output: Path) -> dict[str, DomainRecord]:
-    targets = (bin_path(output), idx_path(output))
-    there = [path for path in targets if path.exists()]
-    if there and not config.overwrite:
-        raise UserError(
-            f"--output-prefix {output}: {there[0]} is there already; give another, or "
-            "--overwrite to replace it"
-        )
-    if output.resolve() in [prefix.resolve() for prefix in config.input]:
-        raise UserError(f"--output-prefix {output}: is one of --input; give another")
-    datasets = look_up(config.input)
-    check_one_tokenizer(datasets)
-    inputs = _checked([replace(dataset, domain=output.name, record=None) for dataset in datasets])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".merge_datasets-") as scratch:
-        merged = _merge(inputs, {output.name: output.name}, Path(scratch), config.dedup == "exact")
-        targets[1].unlink(missing_ok=True)  # so that the old index never describes the new tokens
-        for path in targets:
-            Path(scratch, path.name).replace(path)
-    return merged
-
-
-def _merge_into_directory(config: MergeConfig, output: Path) -> dict[str, DomainRecord]:
-    absolute = check_output_dir(output, config.overwrite)
-    if absolute.resolve() in [directory.resolve() for directory in config.input_dir]:
-        raise UserError(f"--output-dir {output}: is one of --input-dir; give another")
+def _run(config: MergeConfig) -> dict[str, DomainRecord]:
+    """Returns domain to what is in its joined dataset."""
+    output = check_output_dir(config.output_dir, config.overwrite)
+    if output.resolve() in [directory.resolve() for directory in config.input_dir]:
+        raise UserError(f"--output-dir {config.output_dir}: is one of --input-dir; give another")
     datasets = [d for path in config.input_dir for d in listed_datasets(path, "--input-dir")]
     check_one_tokenizer(datasets)
-    prefixes: dict[str, str] = {}
     domains: dict[str, str] = {}
     for dataset in datasets:
-        name, prefix = dataset.domain, dataset.prefix.name
-        if name not in prefixes and prefix in domains:
+        if domains.setdefault(dataset.prefix.name, dataset.domain) != dataset.domain:
             raise UserError(
-                f"{dataset.prefix}: is of the domain '{name}', and of another one in an earlier "
-                f"directory; name the file and its prefix in {FILE_NAME} by the domain"
+                f"{dataset.prefix}: is of the domain '{dataset.domain}', and of another one in an "
+                f"earlier directory; name the file and its prefix in {FILE_NAME} by the domain"
             )
-        domains.setdefault(prefix, name)
-        prefixes.setdefault(name, prefix)
     inputs = _checked(datasets)
-    absolute.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=absolute, prefix=".merge_datasets-") as scratch:
-        merged = _merge(inputs, prefixes, Path(scratch), config.dedup == "exact")
-        publish(Path(scratch), absolute, merged, blend_weights(merged), datasets[0].tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".merge_datasets-") as scratch:
+        merged = _merge(inputs, Path(scratch), config.dedup == "exact")
+        publish(Path(scratch), output, merged, datasets[0].tokenizer)
     return merged
 
 
@@ -172,13 +124,8 @@ def _checked(datasets: Iterable[InputDataset]) -> list[MergeInput]:
     return inputs
 
 
-def _merge(
-    inputs: Sequence[MergeInput], prefixes: Mapping[str, str], scratch: Path, dedup: bool
-) -> dict[str, DomainRecord]:
-    """Writes the joined datasets into `scratch`; returns domain to what is in its dataset.
-
-    `prefixes` maps each domain to the file name of its dataset.
-    """
+def _merge(inputs: Sequence[MergeInput], scratch: Path, dedup: bool) -> dict[str, DomainRecord]:
+    """Writes the joined datasets into `scratch`; returns domain to what is in its dataset."""
     size = sum(part.size for part in inputs)
     if not dedup:  # the size without copies is not known before
         indices = sum(os.path.getsize(idx_path(part.dataset.prefix)) for part in inputs)
@@ -186,17 +133,14 @@ def _merge(
     duplicates = _duplicates(inputs, scratch, size) if dedup else None
     progress = Progress("merge_datasets: writing", size)
     merged = {}
-    by_domain: dict[str, list[MergeInput]] = {domain: [] for domain in prefixes}
+    by_domain: dict[str, list[MergeInput]] = {}
     for part in inputs:
-        by_domain[part.dataset.domain].append(part)
-    for domain, prefix in prefixes.items():
-        record = _write(by_domain[domain], scratch, prefix, duplicates, progress)
-        if record.documents:
+        by_domain.setdefault(part.dataset.domain, []).append(part)
+    for domain, parts in by_domain.items():
+        if record := _write(parts, scratch, duplicates, progress):
             merged[domain] = record
         else:
             say("merge_datasets", f"'{domain}' has copies only and is left out")
-            bin_path(scratch / prefix).unlink()
-            idx_path(scratch / prefix).unlink()
     if duplicates is not None:
         print(f"left out as copies: {duplicates.sum():,} of {len(duplicates):,} documents")
     return merged
@@ -216,13 +160,16 @@ def _duplicates(inputs: Sequence[MergeInput], scratch: Path, size: int) -> NDArr
 def _write(
     inputs: Sequence[MergeInput],
     scratch: Path,
-    prefix: str,
     duplicates: NDArray[np.bool_] | None,
     progress: Progress,
-) -> DomainRecord:
-    """Writes one joined dataset, and takes the largest token id from the records where it can."""
+) -> DomainRecord | None:
+    """Writes one joined dataset, unless it has copies only, which is None.
+
+    It takes the largest token id from the records where it can.
+    """
     known = [part.dataset.record.max_token_id for part in inputs if part.dataset.record]
-    with PairWriter(scratch / prefix, Index.open(inputs[0].dataset.prefix).dtype) as writer:
+    prefix = inputs[0].dataset.prefix
+    with PairWriter(scratch / prefix.name, Index.open(prefix).dtype) as writer:
         for part in inputs:
             with DatasetReader(part.dataset.prefix) as reader:
                 for block in reader.blocks():
@@ -235,4 +182,4 @@ def _write(
                     progress.advance(block.size)
         if duplicates is None:
             writer.largest_id = max(known, default=0)
-        return writer.finalize()
+        return writer.finalize() if writer.documents else None  # which removes the files

@@ -1,14 +1,13 @@
 """The settings of preprocess_data, each of which is a flag."""
 
 from dataclasses import asdict, dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from megatron_rw.command_line import require
-from megatron_rw.data.text.domain_names import DomainWeights, check_domain
+from megatron_rw.data.text.domain_names import check_domain
 from megatron_rw.data.text.records import MAX_LINE_BYTES
 from megatron_rw.data.text.sources import ONE_DOMAIN_FLAG, InputFlags, Source, parse_shard
 from megatron_rw.data.tokenizers.tokenizer_flags import TokenizerFlags
@@ -17,7 +16,6 @@ from megatron_rw.data.workers import available_cores
 # Flags that do not change what is in a part of the output.
 _NOT_OF_PARTS = (
     "input", "max_bad_fraction", "shard", "output_dir", "overwrite", "workers",
-    "blend_by", "blend_temperature", "blend_weights",
 )  # fmt: skip
 
 
@@ -38,11 +36,8 @@ class PreprocessConfig:
     """Replace the datasets that --output-dir holds, and drop the unfinished work of another call
     there."""
 
-    json_keys: Annotated[tuple[str, ...], arg(aliases=("--json-key",), metavar="KEY [KEY ...]")] = (
-        "text",
-    )
-    """Field or column that holds the text. With several, each gets a directory of its own in
-    --output-dir."""
+    json_key: Annotated[str, arg(aliases=("--json-keys",), metavar="KEY")] = "text"
+    """Field or column that holds the text."""
 
     domain: Annotated[str | None, ONE_DOMAIN_FLAG, arg(metavar="NAME")] = None
     """One domain for all documents."""
@@ -64,42 +59,22 @@ class PreprocessConfig:
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document token."""
 
-    max_document_tokens: Annotated[int | None, arg(metavar="N")] = None
-    """Cut longer documents into several, each of which --append-eod ends."""
-
     dedup: Literal["none", "exact"] = "none"
     """With "exact", keep only the first of documents with the same text, in whatever file and
     domain they are."""
-
-    blend_by: Literal["tokens", "documents"] = "tokens"
-    """What the weights of domains in blend.txt are in proportion to."""
-
-    blend_temperature: Annotated[float, arg(metavar="T")] = 1.0
-    """Raise the weights to the power 1/T; above 1 evens out the domains."""
-
-    blend_weights: DomainWeights = field(default_factory=dict)
-    """The weight of every domain, instead of a computed one."""
 
     workers: Annotated[int, arg(metavar="N")] = field(default_factory=available_cores)
     """Number of processes, by default one per available core. It does not change the output."""
 
     def __post_init__(self) -> None:
-        limit, keys = self.max_document_tokens, " ".join(self.json_keys)
-        temperature, bad = self.blend_temperature, self.max_bad_fraction
-        line, at_least_1 = self.max_line_bytes, "a number of at least 1"
-        require(self.workers >= 1, "--workers", self.workers, at_least_1)
-        require(line >= 1, "--max-line-bytes", line, at_least_1)
-        require(limit is None or limit >= 2, "--max-document-tokens", limit, "a number above 1")
+        line, bad = self.max_line_bytes, self.max_bad_fraction
+        require(self.workers >= 1, "--workers", self.workers, "a number of at least 1")
+        require(line >= 1, "--max-line-bytes", line, "a number of at least 1")
         require(0 <= bad <= 1, "--max-bad-fraction", bad, "a number from 0 to 1")
-        require(0 < temperature < inf, "--blend-temperature", temperature, "a number above 0")
-        require(bool(self.json_keys), "--json-keys", keys, "at least one field")
-        require(len(set(self.json_keys)) == len(self.json_keys), "--json-keys", keys, "each once")
         if self.domain is not None:
             check_domain(self.domain, "--domain")
         if self.shard is not None:
             parse_shard(self.shard)
-        for domain, weight in self.blend_weights.items():
-            require(weight > 0, "--blend-weights", f"{domain}={weight:g}", "a weight above 0")
 
     def domain_of(self, source: Source) -> str:
         """Returns the domain of a source's documents where no field holds it."""
@@ -109,7 +84,7 @@ class PreprocessConfig:
     def columns(self) -> tuple[str, ...]:
         """The fields that are read, the text first."""
         domain_key = self.inputs.domain_key
-        return tuple(dict.fromkeys([*self.json_keys, *([domain_key] if domain_key else [])]))
+        return tuple(dict.fromkeys([self.json_key, *([domain_key] if domain_key else [])]))
 
     def part_settings(self) -> dict[str, Any]:
         """Returns the flags that decide what is in a part of the output, with their values."""

@@ -9,15 +9,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_rw.command_line import parse
 from megatron_rw.data.encoding import Encoder
 from megatron_rw.data.indexed import domains
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
-    check_weights,
     publish,
     table,
 )
@@ -26,7 +23,6 @@ from megatron_rw.data.preprocess_config import PreprocessConfig
 from megatron_rw.data.progress import Progress, duration, say
 from megatron_rw.data.resume import FOLDER, earlier_chunk_bytes, remove_leftovers, work_folder
 from megatron_rw.data.text.chunks import chunk_size, tasks
-from megatron_rw.data.text.domain_names import check_numbered
 from megatron_rw.data.text.records import too_many_bad
 from megatron_rw.data.text.sources import Source, find_sources, shard_of
 from megatron_rw.data.tokenizers.tokenizer import load_tokenizer, model_sha256
@@ -56,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(config: PreprocessConfig) -> None:
     started = time.monotonic()
     sources = shard_of(find_sources(config.inputs.input), config.shard)
-    outputs = _check(config, sources)
+    _check(config, sources)
     tokenizer = load_tokenizer(config.tokenizer)
     flags = config.tokenizer
     record = domains.TokenizerRecord(
@@ -72,42 +68,34 @@ def _run(config: PreprocessConfig) -> None:
     store = Store(output_dir / FOLDER, sources)
     encoder = Encoder(config, tokenizer, chunk_bytes, store)
     settings = {
-        "format": 4,
+        "format": 5,
         "chunk_bytes": chunk_bytes,
         "tokenizer sha256": record.sha256,
         **config.part_settings(),
     }
     with work_folder(output_dir, settings, config.overwrite):
         _encode(encoder)
-        _join(encoder, outputs, record, started)
+        _join(encoder, record, started)
 
 
-def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
-    """Refuses at the start what would be refused after all is tokenized, and tells the domains.
-
-    Returns the directory of each key's datasets, absolute; they need not exist.
-    """
+def _check(config: PreprocessConfig, sources: Sequence[Source]) -> None:
+    """Refuses at the start what would be refused after all is tokenized, and tells the domains."""
     remove_leftovers(config.output_dir.absolute())
     # Datasets that an interrupted call has published may be replaced: they are this call's, or
     # else `work_folder` refuses.
     may_replace = config.overwrite or (config.output_dir / FOLDER).exists()
-    outputs = [check_output_dir(config.output_dir, may_replace)]
-    if len(config.json_keys) > 1:
-        outputs = [check_output_dir(config.output_dir / k, may_replace) for k in config.json_keys]
+    check_output_dir(config.output_dir, may_replace)
     for source in sources:
         if source.format == "txt" and len(config.columns) > 1:
             raise UserError(
-                f"{source.path}: a .txt file has no fields; leave out --domain-key and give one "
-                "of --json-keys, or convert it to .jsonl"
+                f"{source.path}: a .txt file has no fields; leave out --domain-key, or convert it "
+                "to .jsonl"
             )
     if config.inputs.domain_key is not None:
-        return outputs
+        return
     files = Counter(config.domain_of(source) for source in sources)
-    if config.blend_weights:
-        check_weights(files, config.blend_weights)
     if config.domain is not None or config.inputs.domain_by != "corpus":
-        return outputs
-    check_numbered(list(files))
+        return
     shards = [source for source in sources if source.domain("file") != source.domain("corpus")]
     if shards:
         listed = ", ".join(f"{name} ({count:,})" for name, count in files.most_common(10))
@@ -118,7 +106,6 @@ def _check(config: PreprocessConfig, sources: Sequence[Source]) -> list[Path]:
             f"domains, with their number of files: {listed}{more}. --domain-by file makes each "
             "file a domain",
         )
-    return outputs
 
 
 def _encode(encoder: Encoder) -> None:
@@ -166,31 +153,22 @@ def _bad_lines(encoder: Encoder, records: int) -> UserError:
     )
 
 
-def _join(
-    encoder: Encoder, outputs: Sequence[Path], tokenizer: domains.TokenizerRecord, started: float
-) -> None:
+def _join(encoder: Encoder, tokenizer: domains.TokenizerRecord, started: float) -> None:
     """Joins the parts, gives everything its final name, and says what was made."""
     config, store = encoder.config, encoder.store
     say(_TOOL, "joining the parts")
     scratch = store.directory / "joined"
     shutil.rmtree(scratch, ignore_errors=True)
-    directories = [scratch / str(key) for key in range(len(outputs))]
-    for directory in directories:
-        directory.mkdir(parents=True)
-    joined = join(store, directories, encoder.dtype, config.dedup == "exact")
+    scratch.mkdir()
+    joined = join(store, scratch, encoder.dtype, config.dedup == "exact")
     listed, final = store.directory / REJECTS_FILE, config.output_dir / REJECTS_FILE
     rejects = write_rejects(store, listed)
     if rejects.counts:
         listed.replace(final)
     else:
         final.unlink(missing_ok=True)
-    for key, (directory, output) in enumerate(zip(directories, outputs, strict=True)):
-        records = joined.records[key]
-        by, temperature = config.blend_by, config.blend_temperature
-        weights = blend_weights(records, by, temperature, config.blend_weights)
-        output.mkdir(exist_ok=True)
-        publish(directory, output, records, weights, tokenizer)
-    print(table(joined.records[0], joined.text_bytes))
+    publish(scratch, config.output_dir.absolute(), joined.records, tokenizer)
+    print(table(joined.records, joined.text_bytes))
     if rejects.counts:
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in rejects.counts.items())
         print(f"rejected: {rejects.counts.total():,} lines ({kinds}), listed in {REJECTS_FILE}")

@@ -2,33 +2,31 @@
 
 A seeded hash of a document's tokens decides which set it goes to. So all copies of a document go to
 the same set, whatever their domain, and neither the order of the documents nor their shards matter.
-Memory does not grow with the number of documents.
+Everything is read once, and memory does not grow with the number of documents.
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
+from numpy.typing import NDArray
 from tyro.conf import arg
 
-from megatron_rw.command_line import parse
+from megatron_rw.command_line import parse, require
 from megatron_rw.data.indexed.documents import DatasetReader, write_selected
 from megatron_rw.data.indexed.domains import DomainRecord, InputDataset, listed_datasets, look_up
-from megatron_rw.data.indexed.held_out import SETS, HeldOut, Share, choose
 from megatron_rw.data.indexed.output import (
-    blend_weights,
     check_output_dir,
     check_space,
     publish,
     table,
 )
 from megatron_rw.data.indexed.pair import PairWriter, is_dataset
-from megatron_rw.data.progress import Progress
+from megatron_rw.data.progress import Progress, say
 from megatron_rw.data.text.dedup import hash_documents
 from megatron_rw.errors import UserError, reported
 
@@ -37,12 +35,11 @@ Split Megatron .bin/.idx datasets into train, valid and test, of which no two sh
 
 example:
   python tools/split_dataset.py --input data/all --output-dir data --valid-fraction 0.005 \\
-      --test-documents 1000
+      --test-fraction 0.001
   then train with --train-data-path $(cat data/train/blend.txt) \\
       --valid-data-path $(cat data/valid/blend.txt) --test-data-path $(cat data/test/blend.txt)
 """
-_VALID = tyro.conf.create_mutex_group(required=False)
-_TEST = tyro.conf.create_mutex_group(required=False)
+SETS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,52 +56,36 @@ class SplitConfig:
     overwrite: bool = False
     """Replace the datasets that are there already."""
 
-    valid_fraction: Annotated[float | None, _VALID, arg(metavar="F")] = None
-    """Hold out about this fraction of the documents for validation."""
+    valid_fraction: Annotated[float, arg(metavar="F")] = 0.0
+    """Hold out about this fraction of the documents of every domain for validation."""
 
-    valid_documents: Annotated[int | None, _VALID, arg(metavar="N")] = None
-    """Hold out N documents of each domain, and the copies of them, for validation."""
-
-    test_fraction: Annotated[float | None, _TEST, arg(metavar="F")] = None
-    """Hold out about this fraction of the documents for test."""
-
-    test_documents: Annotated[int | None, _TEST, arg(metavar="N")] = None
-    """Hold out N documents of each domain, and the copies of them, for test."""
+    test_fraction: Annotated[float, arg(metavar="F")] = 0.0
+    """Hold out about this fraction of the documents of every domain for test."""
 
     seed: Annotated[int, arg(metavar="N")] = 1234
     """Another seed makes another choice."""
 
     def __post_init__(self) -> None:
         for name in SETS[1:]:
-            fraction, documents = (
-                getattr(self, f"{name}_{of}") for of in ("fraction", "documents")
-            )
-            if fraction is not None and not 0 < fraction < 1:
-                raise UserError(f"--{name}-fraction {fraction}: give a number between 0 and 1")
-            if documents is not None and documents < 1:
-                raise UserError(f"--{name}-documents {documents}: give a number of at least 1")
-        if self.valid == self.test == Share():
-            raise UserError("hold something out: --valid-fraction, --valid-documents, --test-...")
-        if self.valid.fraction + self.test.fraction >= 1:
+            fraction = getattr(self, f"{name}_fraction")
+            require(0 <= fraction < 1, f"--{name}-fraction", fraction, "a number between 0 and 1")
+        if len(self.sets) == 1:
+            raise UserError("hold something out: --valid-fraction or --test-fraction")
+        if self.valid_fraction + self.test_fraction >= 1:
             raise UserError("--valid-fraction and --test-fraction leave nothing to train on")
-        if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"--seed {self.seed}: give a number from 0 to 2^64 - 1")
-
-    @property
-    def valid(self) -> Share:
-        """How much to hold out for validation."""
-        return Share(self.valid_fraction or 0.0, self.valid_documents or 0)
-
-    @property
-    def test(self) -> Share:
-        """How much to hold out for test."""
-        return Share(self.test_fraction or 0.0, self.test_documents or 0)
+        require(0 <= self.seed < 1 << 64, "--seed", self.seed, "a number from 0 to 2^64 - 1")
 
     @property
     def sets(self) -> list[str]:
         """The names of the sets to write."""
-        shares = zip(SETS[1:], (self.valid, self.test), strict=True)
-        return [SETS[0], *(name for name, share in shares if share != Share())]
+        return [SETS[0], *(name for name in SETS[1:] if getattr(self, f"{name}_fraction"))]
+
+    def choose(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Returns the position in `SETS` of the set of each document, [documents], by its hash."""
+        valid = hashes < np.uint64(int(self.valid_fraction * 2**64))
+        # From the other end of the range, so that the two have nothing in common.
+        test = ~hashes < np.uint64(int(self.test_fraction * 2**64))
+        return np.where(valid, 1, np.where(test, 2, 0))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,13 +108,10 @@ def _run(config: SplitConfig) -> None:
     check_space(root, size)
     with tempfile.TemporaryDirectory(dir=root, prefix=".split_dataset-") as directory:
         scratch = Path(directory)
-        hashes = _hash(inputs, scratch, config.seed, size)
-        held_out = choose(hashes, config.valid, config.test)
-        records = _write(inputs, hashes, held_out, scratch, config.sets, size)
+        records = _write(inputs, config, scratch, size)
         for name, path in outputs.items():
             path.mkdir(exist_ok=True)
-            blend = blend_weights(records[name])
-            publish(scratch / name, path, records[name], blend, inputs[0].tokenizer)
+            publish(scratch / name, path, records[name], inputs[0].tokenizer)
     for name in config.sets:
         print(f"{name}:\n{table(records[name])}")
 
@@ -144,49 +122,44 @@ def _checked_size(dataset: InputDataset) -> int:
         return reader.tokens * reader.dtype.itemsize
 
 
-def _hash(inputs: Sequence[InputDataset], scratch: Path, seed: int, size: int) -> dict[str, Path]:
-    """Writes the hash of every document to files, so that tokens are hashed only once."""
-    progress = Progress("split_dataset: hashing", size)
-    key = seed.to_bytes(8, "little")
-    paths: dict[str, Path] = {}
-    for dataset in inputs:
-        path = paths[dataset.domain] = scratch / f"hashes-{len(paths)}"
-        with DatasetReader(dataset.prefix) as reader, path.open("wb") as file:
-            for block in reader.blocks():
-                digests = hash_documents(reader.read(block), block.tokens, key)
-                file.write(digests.view(np.uint64)[:, 0].tobytes())
-                progress.advance(block.size)
-    return paths
-
-
 def _write(
-    inputs: Sequence[InputDataset],
-    hashes: Mapping[str, Path],
-    held_out: HeldOut,
-    scratch: Path,
-    names: Sequence[str],
-    size: int,
+    inputs: Sequence[InputDataset], config: SplitConfig, scratch: Path, size: int
 ) -> dict[str, dict[str, DomainRecord]]:
-    """Writes every set's datasets into `scratch`; returns set to domain to what is in it."""
-    records: dict[str, dict[str, DomainRecord]] = {name: {} for name in names}
-    for name in names:
+    """Writes every set's datasets into `scratch`; returns set to domain to what is in it.
+
+    A domain of which a set has no document is left out of the set. Raises a `UserError` if a set
+    has none at all.
+    """
+    records: dict[str, dict[str, DomainRecord]] = {name: {} for name in config.sets}
+    for name in records:
         (scratch / name).mkdir()
-    progress = Progress("split_dataset: writing", size)
+    progress = Progress("split_dataset", size)
+    key = config.seed.to_bytes(8, "little")
     for dataset in inputs:
-        file_name = dataset.prefix.name
         with ExitStack() as stack:
             reader = stack.enter_context(DatasetReader(dataset.prefix))
-            file = stack.enter_context(hashes[dataset.domain].open("rb"))
             writers = {
-                name: stack.enter_context(PairWriter(scratch / name / file_name, reader.dtype))
-                for name in names
+                name: stack.enter_context(
+                    PairWriter(scratch / name / dataset.prefix.name, reader.dtype)
+                )
+                for name in records
             }
             for block in reader.blocks():
-                sets = held_out.sets(np.fromfile(file, np.uint64, len(block.tokens)))
                 ids = reader.read(block)
+                hashes = hash_documents(ids, block.tokens, key).view(np.uint64)[:, 0]
+                sets = config.choose(hashes)
                 for name, writer in writers.items():
                     write_selected(ids, block, sets == SETS.index(name), writer)
                 progress.advance(block.size)
             for name, writer in writers.items():
-                records[name][dataset.domain] = writer.finalize()
+                if writer.documents:
+                    records[name][dataset.domain] = writer.finalize()
+                else:  # the files are removed
+                    what = f"{name} has none of the {reader.documents:,} of '{dataset.domain}'"
+                    say("split_dataset", f"{what}, which is left out of it")
+    for name, of_set in records.items():
+        if not of_set:
+            raise UserError(
+                f"no document would be in {name}; hold out {'less' if name == 'train' else 'more'}"
+            )
     return records

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece tokenizer on text, sampled evenly or by weight over domains.
+"""Trains a SentencePiece tokenizer on text, of which it takes as much of every domain.
 
 The same inputs and flags give the same bytes. `--max-bytes` bounds the memory and how much is read
 (see `domain_sampling`). `sentencepiece_training` says what the model keeps of a text, and which
@@ -7,27 +7,24 @@ token ids are fixed.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import tyro
 from tyro.conf import arg
 
 from megatron_rw.command_line import parse, require
 from megatron_rw.data.progress import say
-from megatron_rw.data.text.domain_names import DomainWeights
-from megatron_rw.data.text.domain_sampling import DomainSampler, TextSample
-from megatron_rw.data.text.sources import InputFlags, find_sources
+from megatron_rw.data.text.domain_sampling import TextSample, draw
+from megatron_rw.data.text.sources import InputFlags
 from megatron_rw.data.tokenizers.sentencepiece_training import (
     VocabularyFlags,
     check_special_tokens,
     sentences,
     train,
-    vocabulary_listing,
 )
 from megatron_rw.errors import UserError, reported
-from megatron_rw.platform.files import complete_file, write_complete
+from megatron_rw.platform.files import complete_file
 
 _TOOL = "train_tokenizer"
 _DESCRIPTION = """\
@@ -35,14 +32,11 @@ Train a SentencePiece tokenizer on text. The same inputs and flags give the same
 
 example:
   python tools/train_tokenizer.py --input corpus/*.jsonl.gz --output-prefix tokenizer/bpe8k \\
-      --vocab-size 8192 --domain-key domain --domain-weights wiki=0.5 code=0.3 math=0.2 \\
-      --special-tokens '<|im_start|>' '<|im_end|>'
+      --vocab-size 8192 --domain-key domain --special-tokens '<|im_start|>' '<|im_end|>'
   writes tokenizer/bpe8k.model, for --tokenizer-type SentencePieceTokenizer
-  --tokenizer-model tokenizer/bpe8k.model, and tokenizer/bpe8k.vocab, which lists the pieces.
+  --tokenizer-model tokenizer/bpe8k.model
 """
 _LEAST_BYTES = 10_000
-_DIVISIBLE_BY = 128  # Megatron's default
-_SHARES = tyro.conf.create_mutex_group(required=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +50,7 @@ class TrainTokenizerConfig:
     """Vocabulary."""
 
     output_prefix: Annotated[str, arg(metavar="PREFIX")]
-    """The tool writes PREFIX.model and PREFIX.vocab."""
+    """The tool writes PREFIX.model."""
 
     overwrite: bool = False
     """Replace the tokenizer that is there already."""
@@ -69,53 +63,20 @@ class TrainTokenizerConfig:
     out."""
 
     max_bytes: Annotated[int, arg(metavar="N")] = 500_000_000
-    """UTF-8 bytes of text to train on, spread over the whole of the inputs. At most about 16 times
-    as much is read, except of a compressed file, which is read to its end."""
-
-    sample: Annotated[Literal["even", "proportional"], _SHARES] = "even"
-    """Take the same amount of each domain, or of each its share of the inputs."""
-
-    domain_weights: Annotated[DomainWeights, _SHARES] = field(default_factory=dict)
-    """Take of each domain by weight. The weights need not add up to one, every domain must have
-    one, and 0 leaves it out. A domain with less than its share is taken whole, and the others share
-    the rest."""
-
-    tensor_model_parallel_size: Annotated[int | None, arg(metavar="N")] = None
-    """Round --vocab-size up to what Megatron pads it to with this flag, so that pieces take the
-    place of padding."""
-
-    make_vocab_size_divisible_by: Annotated[int | None, arg(metavar="N")] = None
-    """The same, for Megatron's flag of this name, whose default is 128."""
+    """UTF-8 bytes of text to train on, as much of every domain, and spread over all of
+    the domain. At most about 16 times as much is read, except of compressed files, which are read
+    to their end."""
 
     def __post_init__(self) -> None:
         for flag, value, least in (
             ("--vocab-size", self.vocabulary.vocab_size, 1),
             ("--threads", self.vocabulary.threads, 1),
             ("--max-bytes", self.max_bytes, _LEAST_BYTES),
-            ("--tensor-model-parallel-size", self.tensor_model_parallel_size, 1),
-            ("--make-vocab-size-divisible-by", self.make_vocab_size_divisible_by, 1),
         ):
-            require(value is None or value >= least, flag, value, f"a number of at least {least}")
+            require(value >= least, flag, value, f"a number of at least {least}")
         share = self.max_bad_fraction
         require(0 <= share <= 1, "--max-bad-fraction", share, "a number from 0 to 1")
         check_special_tokens(self.vocabulary.special_tokens)
-
-    def padded(self, vocab_size: int) -> int:
-        """Returns the size to which Megatron pads a vocabulary."""
-        multiple = self.make_vocab_size_divisible_by or _DIVISIBLE_BY
-        return padded_vocab_size(vocab_size, multiple, self.tensor_model_parallel_size or 1)
-
-    def filled_vocabulary(self) -> VocabularyFlags:
-        """Returns the vocabulary, which takes the place of padding if that is asked for."""
-        if self.tensor_model_parallel_size is None and self.make_vocab_size_divisible_by is None:
-            return self.vocabulary
-        return replace(self.vocabulary, vocab_size=self.padded(self.vocabulary.vocab_size))
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Returns the rows that Megatron gives the embedding of a vocabulary of this size."""
-    multiple = divisible_by * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -126,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(config: TrainTokenizerConfig) -> None:
     started = time.monotonic()
-    vocabulary, prefix = config.filled_vocabulary(), config.output_prefix
+    vocabulary, prefix = config.vocabulary, config.output_prefix
     if Path(f"{prefix}.model").exists() and not config.overwrite:
         raise UserError(
             f"--output-prefix {prefix}: {prefix}.model is there already, and datasets made with it "
@@ -134,40 +95,25 @@ def _run(config: TrainTokenizerConfig) -> None:
         )
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     sample = _draw(config)
-    kept = sample.kept()
-    text_bytes = sum(kept.values())
     size, kind = vocabulary.vocab_size, vocabulary.model_type
-    say(_TOOL, f"training {kind}, {size} pieces, on {text_bytes / 1e6:.1f} MB of text")
-    model = train(sample.take(), text_bytes, vocabulary)
-    write_complete(Path(f"{prefix}.vocab"), vocabulary_listing(model))
+    say(_TOOL, f"training {kind}, {size} pieces, on {sample.kept / 1e6:.1f} MB of text")
+    model = train(sample.take(), sample.kept, vocabulary)
     with complete_file(Path(f"{prefix}.model")) as file:
         file.write(model)
-    say(_TOOL, f"wrote {prefix}.model and {prefix}.vocab in {time.monotonic() - started:.1f} s")
-    divisible_by = config.make_vocab_size_divisible_by or _DIVISIBLE_BY
-    padded = config.padded(size)
-    say(
-        _TOOL,
-        f"Megatron pads {size} token ids to {padded} at --make-vocab-size-divisible-by "
-        f"{divisible_by} --tensor-model-parallel-size {config.tensor_model_parallel_size or 1}: "
-        f"{padded - size} rows unused",
-    )
+    say(_TOOL, f"wrote {prefix}.model in {time.monotonic() - started:.1f} s")
 
 
 def _draw(config: TrainTokenizerConfig) -> TextSample:
     """Reads the inputs, keeps a sample of their text, and says what it is made of."""
-    weights = None if config.sample == "proportional" else config.domain_weights
-    sampler = DomainSampler(
-        config.inputs, config.json_key, weights, config.max_bytes, config.max_bad_fraction
+    sample, bad = draw(
+        config.inputs, config.json_key, config.max_bytes, config.max_bad_fraction, sentences
     )
-    portions = sampler.plan(find_sources(config.inputs.input))
-    sample = sampler.draw(portions, sentences)
-    seen, kept = sample.seen, sample.kept()
-    whole = all(portion.fraction == 1 for portion in portions)
-    scope = "all there is" if whole else "a part of the inputs"
-    say(_TOOL, f"read {sum(seen.values()) / 1e6:.1f} MB of text, {scope}; of it are trained on")
-    for domain, size in kept.items():
-        every = ", all that was read" if size == seen[domain] else ""
-        say(_TOOL, f"  {domain}: {size / 1e6:.1f} MB, {size / sum(kept.values()):.1%}{every}")
-    if sampler.bad:
-        say(_TOOL, f"left out {sampler.bad:,} bad lines; the first is {sampler.first_bad}")
+    seen = sum(domain.seen for domain in sample.domains.values())
+    say(_TOOL, f"read {seen / 1e6:.1f} MB of text, of which are trained on")
+    for name, domain in sample.domains.items():
+        every = ", all that was read" if domain.kept == domain.seen else ""
+        share = domain.kept / max(1, sample.kept)
+        say(_TOOL, f"  {name}: {domain.kept / 1e6:.1f} MB, {share:.1%}{every}")
+    if bad:
+        say(_TOOL, f"left out {bad:,} bad lines")
     return sample

@@ -31,9 +31,8 @@ def draw_histograms(
     shares: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path,
     labels: tuple[str, str],
-    base: int | None = None,
 ) -> None:
-    """Draws histograms as steps, with a logarithmic axis of this base if one is given.
+    """Draws histograms as steps.
 
     `shares` maps a name to the heights of its bins and their edges, one more. `labels` are those of
     the two axes. The suffix of the path names the format.
@@ -44,8 +43,6 @@ def draw_histograms(
     axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1])
     for name, (heights, edges) in shares.items():
         axes.stairs(heights, edges, label=name)
-    if base is not None:
-        axes.set_xscale("log", base=base)
     axes.legend(fontsize="small")
     with complete_file(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix[1:])

@@ -13,8 +13,7 @@ NAME.bin/.idx:
                             nats, given the tokens before it in its document. NaN for the first
                             token of a document, which nothing predicts.
   NAME.document_losses.npy  float32, value k is the mean over the tokens of document k of
-                            NAME.idx, summed in fp64; NaN where there is none. (Documents are
-                            what GPTDataset takes for them: the sequences of the index.)
+                            NAME.idx, summed in fp64; NaN where there is none.
   NAME.document_tokens.npy  int32, how many tokens that mean is over.
   scores.json               checkpoint, model, datasets with their fingerprints, and figures and
                             a histogram of each domain, which are also printed.

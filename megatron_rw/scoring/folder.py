@@ -92,10 +92,10 @@ class ScoreFolder:
         and is overwritten. `scored` has how many documents of each dataset are scored, those of the
         block included. A full disk, or one that cannot be written to, is a `UserError`.
         """
-        means, tokens = document_means(block.lengths, losses)
-        starts = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
-        losses[starts[block.lengths > 0]] = np.nan
-        at = {"tokens": block.start, "documents": block.first_sequence}
+        means, tokens = document_means(block.tokens, losses)
+        starts = np.cumsum(block.tokens) - block.tokens
+        losses[starts[block.tokens > 0]] = np.nan
+        at = {"tokens": block.start, "documents": block.first}
         try:
             for (kind, (dtype, unit)), values in zip(
                 ARRAYS.items(), (losses, means, tokens), strict=True
@@ -148,14 +148,14 @@ class ScoreFolder:
 
 
 def document_means(
-    lengths: NDArray[np.int32], losses: NDArray[np.float32]
+    lengths: NDArray[np.int64], losses: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Returns the mean loss of each document, summed in fp64, and over how many tokens it is.
 
     The first token of a document does not count. Where there are no others the mean is NaN.
     """
     tokens, there = np.maximum(lengths - 1, 0), lengths > 0
-    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[there]
+    starts = (np.cumsum(lengths) - lengths)[there]
     values = losses.astype(np.float64)
     values[starts] = 0.0
     sums = np.zeros(len(tokens))

@@ -132,7 +132,7 @@ def _score(scorer: Scorer, folder: ScoreFolder, scored: dict[str, int], progress
     for name, facts in datasets.items():
         with DatasetReader(Path(facts["path"])) as reader:
             for block in reader.blocks(folder.record["rows"]["block_tokens"]):
-                end = block.first_sequence + len(block.lengths)
+                end = block.first + len(block.tokens)
                 progress.begin(next(number), f"documents of {name} up to {end}")
                 if end <= scored[name]:
                     said.skip(block.size)
@@ -141,4 +141,4 @@ def _score(scorer: Scorer, folder: ScoreFolder, scored: dict[str, int], progress
                 scored[name] = end
                 if losses is not None:
                     folder.write(name, block, losses, scored)
-                    said.advance(block.size, len(block.lengths))
+                    said.advance(block.size, len(block.tokens))

@@ -149,7 +149,7 @@ def describe(args: Namespace, plan: Plan) -> dict[str, Any]:
                 "domain": domain,
                 "fingerprint": args.data_fingerprints[prefix],
                 # What GPTDataset takes for documents.
-                "documents": len(reader.index.lengths),
+                "documents": reader.documents,
                 "tokens": reader.tokens,
             }
     return {

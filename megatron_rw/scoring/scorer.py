@@ -43,15 +43,15 @@ class Scorer:
             chunk.eval()
 
     def score(self, dataset: DatasetReader, block: DocumentBlock) -> NDArray[np.float32] | None:
-        """Scores a block of a dataset, with each sequence by itself. Collective over all ranks.
+        """Scores a block of a dataset, with each document by itself. Collective over all ranks.
 
         Returns, on the rank that writes (`writes`), the loss of each of the block's tokens in nats,
         0 where there is none; None elsewhere. A token id beyond the vocabulary is a `UserError`.
         """
-        tokens = int(block.lengths.sum(dtype=np.int64))
+        tokens = int(block.tokens.sum())
         # Each rank reads only what it scores.
         ids = np.memmap(bin_path(dataset.prefix), dataset.dtype, "r")[block.start :][:tokens]
-        batches = self._plan.micro_batches(block.lengths.astype(np.int64))
+        batches = self._plan.micro_batches(block.tokens)
         # Each data-parallel rank takes a stretch, so that it has few shapes.
         each = -(-len(batches) // mpu.get_data_parallel_world_size())
         first = mpu.get_data_parallel_rank() * each

@@ -10,7 +10,7 @@ from megatron_rw.data import inspect_dataset, merge_datasets, split_dataset
 from megatron_rw.data.indexed.pair import HEADER, MAGIC
 from tests.data.datasets import Document, call, overwrite, write_dataset, write_directory
 
-DOCUMENTS: list[Document] = [[[1, 2, 3]], [[4], [5, 6]]]
+DOCUMENTS: list[Document] = [[[1, 2, 3]], [[4]], [[5, 6]]]
 
 
 def header(version: int, code: int, sequences: int = 0, bounds: int = 1) -> Any:
@@ -21,6 +21,11 @@ def header(version: int, code: int, sequences: int = 0, bounds: int = 1) -> Any:
 def table(place: int, value: int) -> Any:
     """Changes a number in the tables of an index: lengths, offsets, and bounds of documents."""
     return lambda bin_, idx: overwrite(idx, HEADER.size + place, struct.pack("<q", value))
+
+
+def split_in_two(bin_: Path, idx: Path) -> None:
+    """Makes two sequences of a document."""
+    write_dataset(bin_.with_suffix(""), [[[1, 2, 3]], [[4], [5, 6]]])
 
 
 @pytest.mark.parametrize(
@@ -38,10 +43,11 @@ def table(place: int, value: int) -> Any:
         (header(1, 8, 3, 4), "a_text_document.idx has 34 bytes, and its header tells of 102"),
         (lambda bin_, idx: bin_.write_bytes(bytes(10)), "a_text_document.bin is cut off: it has"),
         (lambda bin_, idx: bin_.write_bytes(bytes(14)), "a_text_document.bin belongs to another"),
-        (table(12 + 8, 8), "a_text_document.idx: document 1 does not begin where the lengths"),
-        (table(12 + 24, 1), "a_text_document.idx: the bounds of document 0 do not follow"),
-        (table(12 + 24 + 8, 9), "a_text_document.idx: the bounds of document 0 do not follow"),
-        (table(12 + 24 + 16, 2), "a_text_document.idx: the bounds of document 1 do not follow"),
+        (table(12 + 8, 8), "a_text_document.idx: document 1 does not begin or end where"),
+        (table(12 + 24, 1), "a_text_document.idx: document 0 does not begin or end where"),
+        (table(12 + 24 + 8, 9), "a_text_document.idx: document 0 does not begin or end where"),
+        (table(12 + 24 + 24, 2), "a_text_document.idx: document 2 does not begin or end where"),
+        (split_in_two, "a_text_document.idx: has documents of several sequences"),
     ],
 )
 def test_damage_is_named_and_nothing_is_left(tmp_path: Path, damage: Any, message: str) -> None:
@@ -50,7 +56,7 @@ def test_damage_is_named_and_nothing_is_left(tmp_path: Path, damage: Any, messag
     damage(*(directory / f"a_text_document.{kind}" for kind in ("bin", "idx")))
     for main, *flags in (
         (merge_datasets.main, "--output-dir", out, "--input-dir", directory),
-        (split_dataset.main, "--output-dir", out, "--valid-documents", 1, "--input", directory),
+        (split_dataset.main, "--output-dir", out, "--valid-fraction", 0.5, "--input", directory),
     ):
         ended = call(main, *flags, status=2)
         assert message in ended.error

@@ -62,7 +62,7 @@ def made_of(
         encoder(task)
     out = directory / "joined"
     out.mkdir(exist_ok=True)
-    join(store, [out], encoder.dtype, False)
+    join(store, out, encoder.dtype, False)
     write_rejects(store, directory / "rejects.jsonl")
     return read_dataset(out / "d_text_document", encoder.dtype)
 
@@ -85,23 +85,11 @@ def test_text_that_makes_no_token_or_fails_is_rejected(tmp_path: Path) -> None:
     assert rejects[0]["reason"] == "too many steps"
 
 
-@given(
-    documents=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1),
-    limit=st.integers(2, 7),
-    eod=st.booleans(),
-)
-def test_long_documents_are_cut_and_lose_nothing(
-    tmp_path: Path, documents: list[list[int]], limit: int, eod: bool
-) -> None:
-    texts = [" ".join(map(str, document)) for document in documents]
-    room = limit - eod
-    expected = [
-        [document[start : start + room] + [EOD] * eod]
-        for document in documents
-        for start in range(0, len(document), room)
-    ]
-    flags = f"--max-document-tokens {limit}" + " --append-eod" * eod
-    assert made_of(texts, tmp_path, flags=flags) == expected
+@pytest.mark.parametrize("eod", [True, False])
+def test_every_document_ends_in_the_end_of_document_if_asked(tmp_path: Path, eod: bool) -> None:
+    ending = [EOD] * eod
+    made = made_of(["1 2", "3"], tmp_path, flags="--append-eod" * eod)
+    assert made == [[[1, 2, *ending]], [[3, *ending]]]
 
 
 def fail(task: int) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from megatron_rw.data import inspect_dataset
 from megatron_rw.data.indexed import documents as blocks
@@ -66,7 +65,7 @@ def corpus(tmp_path: Path, texts: list[str], model: str) -> Path:
 
 def test_a_report_tells_what_core_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_DOCUMENTS", 2)
-    documents: list[Document] = [[[1, 2], [3]], [[4]], [[9, 9, 9, 9]], [[5]]]
+    documents: list[Document] = [[[1, 2, 3]], [[4]], [[9, 9, 9, 9]], [[5]]]
     write_directory(tmp_path, {"a": documents, "b": documents[:1]})
     found = report(tmp_path)
     assert [dataset["domain"] for dataset in found] == ["a", "b"]
@@ -75,7 +74,6 @@ def test_a_report_tells_what_core_wrote(tmp_path: Path, monkeypatch: pytest.Monk
         "prefix": f"{tmp_path}/a_text_document",
         "domain": "a",
         "dtype": "uint16",
-        "sequences": 5,
         "documents": 4,
         "tokens": 9,
         "bytes": size,
@@ -115,13 +113,13 @@ def test_every_token_is_checked_on_request(corpus: Path, monkeypatch: pytest.Mon
     assert "without EOD  not known: give --tokenizer-model" in inspect(corpus, "--check").out
 
 
-ONE: list[Document] = [[[1, 2, 3]], [[4], [5, 6]]]
+ONE: list[Document] = [[[1, 2, 3]], [[4, 5, 6]]]
 
 
 def test_what_is_wrong_is_told_and_the_rest_looked_at(tmp_path: Path) -> None:
     good = write_dataset(tmp_path / "good", ONE)
     bad = write_dataset(
-        tmp_path / "in" / "a_text_document", [[[1, -5, 4096]], [[6], [5, 2]]], np.int32
+        tmp_path / "in" / "a_text_document", [[[1, -5, 4096]], [[6, 5, 2]]], np.int32
     )
     claims = DomainsFile(TOKENIZER, {"a": DomainRecord(bad.name, 3, 7, 5)})
     claims.save(tmp_path / "in" / "domains.json")
@@ -152,18 +150,6 @@ def test_lengths_are_counted_by_powers_of_two(parts: list[list[int]]) -> None:
         assert [low for low, _, _ in bins[1:]] == [high + 1 for _, high, _ in bins[:-1]]
 
 
-def test_a_picture_is_drawn(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inspect(corpus, "--picture", tmp_path / "lengths.png")
-    with Image.open(tmp_path / "lengths.png") as picture:
-        colors = picture.convert("RGB").getcolors(1 << 20)
-    # White, black, and a line for each of the two domains.
-    assert sum(count > 500 for count, _ in colors or []) >= 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "lengths.png"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    refused = inspect(corpus, "--picture", tmp_path / "lengths.png", status=2)
-    assert refused.error.endswith("run: pip install matplotlib")
-
-
 def test_a_document_is_decoded(corpus: Path, tmp_path: Path, texts: list[str], model: str) -> None:
     tokenizer = load_tokenizer(sentencepiece_flags(model))
     for name, number, text in (("a", 0, texts[0]), ("a", 19, texts[19]), ("b", 4, texts[24])):
@@ -173,7 +159,7 @@ def test_a_document_is_decoded(corpus: Path, tmp_path: Path, texts: list[str], m
         ending = [EOD] if texts.index(text) % 3 else []
         expected = {"prefix": str(prefix), "document": number, "ids": ids + ending}
         assert json.loads(inspect(prefix, "--document", number, "--ids", "--json").out) == expected
-    prefix = write_dataset(tmp_path / "parts", [[[5]], [ids[:3], ids[3:]], [[6]]])
+    prefix = write_dataset(tmp_path / "plain", [[[5]], [ids], [[6]]])
     decoded = inspect(prefix, "--document", 1, "--tokenizer-model", model)
     assert decoded.out == tokenizer.detokenize(ids) + "\n"
 

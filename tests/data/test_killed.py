@@ -64,7 +64,7 @@ def random_kills() -> Iterator[Kill]:
 
 
 class Preprocessing:
-    """Calls of the tool in a folder, with two fields, and the files that an undisturbed one makes.
+    """Calls of the tool in a folder, and the files that an undisturbed one makes.
 
     With 1 MB of text there are as many parts as files: it is less than a chunk in each.
     """
@@ -75,7 +75,6 @@ class Preprocessing:
             *(sys.executable, "-m", "tests.data.killed", "--input", str(folder / "inputs")),
             *("--output-dir", str(self.output), "--tokenizer-model", model, "--append-eod"),
             *("--dedup", "exact", "--max-bad-fraction", "0.1", "--workers", "2"),
-            *("--json-keys", "text", "title"),
         ]
         write_inputs(folder / "inputs", megabytes)
         started = time.monotonic()
@@ -147,7 +146,7 @@ def write_inputs(folder: Path, megabytes: float) -> None:
     for seed, (name, compressed) in enumerate(compress.items(), start=1):
         parts = [*make_texts(round(500 * megabytes), 0), *make_texts(round(1200 * megabytes), seed)]
         texts = ["\n".join(part) for part in itertools.batched(parts, 8)]
-        lines = [json.dumps({"text": text, "title": text[:40]}).encode() + b"\n" for text in texts]
+        lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
         random.Random(seed).shuffle(lines)
         (folder / name).write_bytes(compressed(b"".join(lines[:9] + BAD + lines[9:])))
 

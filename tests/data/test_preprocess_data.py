@@ -89,20 +89,6 @@ def test_datasets_hold_what_the_tokenizer_makes(
     assert weights == pytest.approx([count / sum(tokens) for count in tokens], rel=1e-5)
 
 
-def test_every_key_gets_a_directory(
-    tmp_path: Path, corpus: list[Path], run: Preprocess, tokenize: Tokenize
-) -> None:
-    out = tmp_path / "out"
-    run(corpus, out, "--json-keys body text")
-    for key in ("body", "text"):
-        assert list(domains(out / key)) == ["first", "second"]
-        for records, domain in ((RECORDS[:35], "first"), (RECORDS[35:], "second")):
-            found = read_dataset(out / key / f"{domain}_text_document")
-            assert found == [[tokenize(record[key])] for record in records]
-    assert sorted(path.name for path in out.iterdir()) == ["body", "text"]
-    assert "holds datasets already" in run(corpus, out, "--json-keys body text", status=2).error
-
-
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -135,7 +121,7 @@ def test_workers_and_formats_do_not_change_the_output(tmp_path: Path, run: Prepr
     lines = write_jsonl(tmp_path / "in.jsonl", records).read_bytes()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "in.jsonl.zst").write_bytes(zstd.compress(lines))
-    (tmp_path / "in.json").write_text(json.dumps(records))
+    (tmp_path / "in.json").write_bytes(lines)
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet", row_group_size=7)
     out, outputs = tmp_path / "out", []
     for name, workers in (
@@ -193,9 +179,9 @@ BAD_LINES = [
     (b'{"text": "a', "invalid JSON", "Unterminated string"),
     (b"[" * 100_000, "invalid JSON", "maximum recursion depth"),
     (b'["text"]', "not an object", "['text'], where a line must be like"),
-    (b'{"txt": "a", "domain": "d"}', "missing key", "'text' (--json-keys); it has: domain, txt"),
-    (b'{"text": 5, "domain": "d"}', "not a string", "'text' (--json-keys) is 5, not"),
-    (b'{"text": "", "domain": "d"}', "empty text", "field 'text' (--json-keys) is empty"),
+    (b'{"txt": "a", "domain": "d"}', "missing key", "'text' (--json-key); it has: domain, txt"),
+    (b'{"text": 5, "domain": "d"}', "not a string", "'text' (--json-key) is 5, not"),
+    (b'{"text": "", "domain": "d"}', "empty text", "field 'text' (--json-key) is empty"),
     (b'{"text": "\xff"}', "not UTF-8", "invalid start byte at byte 10"),
     (b'{"text": "a\\ud800", "domain": "d"}', "half a surrogate pair", "at character 1"),
     (b'{"text": "a\\u0000b", "domain": "d"}', "NUL", "holds a NUL at character 1"),
@@ -243,7 +229,7 @@ def test_too_many_bad_lines_end_it_with_the_worst(tmp_path: Path, run: Preproces
     assert error.startswith("error: 4 of 25 lines are bad, more than --max-bad-fraction 0.001 ")
     assert error.endswith(f"All of them are in {listed}")
     assert worst.startswith(f"  3 x invalid JSON; {path}, line 22: Expecting property name")
-    assert other == f"  1 x empty text; {path}, line 21: field 'text' (--json-keys) is empty"
+    assert other == f"  1 x empty text; {path}, line 21: field 'text' (--json-key) is empty"
     assert len(listed.read_text().splitlines()) == 4
     assert not list(out.glob("*.bin"))
     done = run(path, out, "--max-bad-fraction 0.16", workers=2)

@@ -1,5 +1,4 @@
 import gzip
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -138,48 +137,6 @@ def test_a_file_is_one_document_or_a_document_a_line(tmp_path: Path) -> None:
     assert list(documents(write(tmp_path / "blank.txt", b" \n\n"), whole)) == []
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=4,
-)
-
-
-@ANY_FILE
-@given(
-    elements=st.lists(
-        st.dictionaries(st.sampled_from(["text", "a"]), JSON, min_size=1)
-        | st.integers()
-        | st.just({}),
-        max_size=8,
-    ),
-    array=st.booleans(),
-    indent=st.sampled_from([None, 2]),
-    chunk_bytes=st.integers(1, 20),
-)
-def test_json_is_an_array_or_a_sequence(
-    tmp_path: Path, elements: list[Any], array: bool, indent: int | None, chunk_bytes: int
-) -> None:
-    texts = [json.dumps(element, indent=indent) for element in elements]
-    content = f"[{','.join(texts)}]" if array else "\n".join(texts)
-    source = write(tmp_path / "in.json", content.encode())
-    found = list(documents(source, reading(chunk_bytes, limit=1 << 20)))
-    assert [raw.line for raw in found] == list(range(1, len(elements) + 1))
-    for raw, element in zip(found, elements, strict=True):
-        content_ = raw.content if isinstance(raw.content, dict) else json.loads(raw.content)
-        assert content_ == element
-
-
-def test_a_json_element_is_not_held_whatever_its_size(tmp_path: Path) -> None:
-    content = json.dumps([{"text": "a"}, {"text": "b" * 400_000}]).encode()
-    source = write(tmp_path / "in.json.gz", content)
-    message = "element 2 is longer than --max-line-bytes 1000; split the document"
-    found = documents(source, reading(limit=1000))
-    assert next(found).content == {"text": "a"}
-    with pytest.raises(UserError, match=message):
-        next(found)
-
-
 @ANY_FILE
 @given(
     texts=st.lists(st.text(st.characters(codec="utf-8"), max_size=20) | st.none(), max_size=20),
@@ -207,9 +164,8 @@ def test_parquet_rows_are_documents(
         ("a.jsonl.gz", b"{}\n", r"damaged gzip data \(Not a gzipped file"),
         ("a.jsonl.zst", zstd.compress(b"{}\n" * 9999)[:-5], r"damaged zstd data \("),
         ("a.jsonl.zst", b"{}\n", r"damaged zstd data \("),
-        ("a.json", b'[{"text": "a"}, {"te', r"damaged json data after element 1 \("),
-        ("a.json", b'[{"text": "a"} {"text": "b"}]', r"damaged json data after element 1 \("),
-        ("a.json", b'{"text": "\xff"}', r"damaged json data after element 0 \("),
+        ("a.json", b'\n [{"text": "a"}]', r"is an array, and only JSON lines are read; make lines"),
+        ("a.json.gz", gzip.compress(b"[]"), r"is an array, and only JSON lines are read; make"),
         ("a.parquet", b"PAR1 no", r"damaged parquet data \("),
     ],
 )
@@ -224,7 +180,7 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str
 @settings(ANY_FILE, max_examples=200)
 @given(
     content=st.binary(max_size=300),
-    name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.parquet", "a.txt"]),
+    name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"]),
     head=st.sampled_from(
         [b"", gzip.compress(b"{}\n", mtime=0)[:14], zstd.compress(b"{}")[:6], b"PAR1", b"["]
     ),

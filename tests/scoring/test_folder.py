@@ -23,9 +23,7 @@ def job(**changes: Any) -> dict[str, Any]:
 
 
 def block(*lengths: int) -> DocumentBlock:
-    tokens = np.array(lengths)
-    sequences, per_sequence = np.ones_like(tokens), tokens.astype(np.int32)
-    return DocumentBlock(0, 0, sequences, per_sequence, tokens, 0, 2 * sum(lengths))
+    return DocumentBlock(0, np.array(lengths), 0, 2 * sum(lengths))
 
 
 def filled(path: Path) -> ScoreFolder:

@@ -53,18 +53,18 @@ def test_blocks_are_the_dataset(lengths: list[int], tokens: int, tmp_path: Path)
     prefix = tmp_path / "some"
     with PairWriter(prefix, np.uint16) as writer:
         writer.write_tokens(np.arange(sum(lengths)).astype(np.uint16))
-        writer.add_documents(np.array(lengths), np.array([1, len(lengths) - 1]))
+        writer.add_documents(np.array(lengths))
         writer.finalize()
-    start = sequence = 0
+    start = document = 0
     with DatasetReader(prefix) as reader:
         for block in reader.blocks(tokens):
-            assert (block.start, block.first_sequence) == (start, sequence)
+            assert (block.start, block.first) == (start, document)
             ids = reader.read(block)
             assert ids.tolist() == list(range(start, start + len(ids)))
             assert len(ids) <= tokens or len(block.tokens) == 1
-            assert block.lengths.tolist() == lengths[sequence : sequence + len(block.lengths)]
-            start, sequence = start + len(ids), sequence + len(block.lengths)
-    assert (start, sequence) == (sum(lengths), len(lengths))
+            assert block.tokens.tolist() == lengths[document : document + len(block.tokens)]
+            start, document = start + len(ids), document + len(block.tokens)
+    assert (start, document) == (sum(lengths), len(lengths))
 
 
 def test_a_dataset_without_tokens_is_refused(tmp_path: Path) -> None:

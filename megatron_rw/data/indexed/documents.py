@@ -24,9 +24,6 @@ class DocumentBlock:
     """Consecutive documents."""
 
     first: int  # Number of the first document in its dataset, from 0.
-    first_sequence: int  # Number of its first sequence.
-    sequences: NDArray[np.int64]  # int64 [documents], sequences of each document.
-    lengths: NDArray[np.int32]  # int32 [sequences], tokens of each sequence.
     tokens: NDArray[np.int64]  # int64 [documents], tokens of each document.
     start: int  # Index of the first token in the `.bin`.
     size: int  # Bytes of all documents in the `.bin`.
@@ -35,7 +32,7 @@ class DocumentBlock:
 class DatasetReader:
     """Reads a whole dataset in the order of its documents; a context manager.
 
-    Raises a `UserError` if it is missing or damaged.
+    Raises a `UserError` if it is missing or damaged, or its documents have several sequences each.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -47,7 +44,12 @@ class DatasetReader:
         if self.index.multimodal:
             raise UserError(f"{idx_path(prefix)} is of a multimodal dataset; give one of text")
         self.dtype = self.index.dtype
-        self.documents = self.index.documents
+        self.documents = len(self.index.lengths)
+        if len(self.index.bounds) != self.documents + 1:
+            raise UserError(
+                f"{idx_path(prefix)}: has documents of several sequences, as Megatron's "
+                "--split-sentences makes them; make it again without that flag"
+            )
         self.tokens = os.path.getsize(bin_path(prefix)) // self.dtype.itemsize
         self._file = bin_path(prefix).open("rb")
 
@@ -62,35 +64,27 @@ class DatasetReader:
         """Yields all documents, some 16 MB of tokens at a time.
 
         With `tokens` a block has at most so many, unless it is a single document. Raises a
-        `UserError` if the tables of the index contradict each other, or documents do not follow one
-        another in the `.bin`; the message names the first such document.
+        `UserError` if documents do not follow one another in the index or the `.bin`; the message
+        names the first such document.
         """
-        total, end = len(self.index.lengths), 0
+        end = 0
         limit = tokens or _BYTES // self.dtype.itemsize
         step = max(_DOCUMENTS, limit // 128)
         for first in range(0, self.documents, step):
-            bounds = np.asarray(self.index.bounds[first : first + step + 1])
-            wrong = (np.diff(bounds) < 0) | (bounds[1:] > total)
-            wrong[0] |= first == 0 and bounds[0] != 0
-            wrong[-1] |= first + len(wrong) == self.documents and bounds[-1] != total
-            if wrong.any():
-                raise UserError(
-                    f"{idx_path(self.prefix)}: the bounds of document {first + wrong.argmax()} do "
-                    f"not follow those before it; {_REMEDY}"
-                )
-            lengths = np.asarray(self.index.lengths[bounds[0] : bounds[-1]])
+            lengths = np.asarray(self.index.lengths[first : first + step])
             edges = end + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            offsets = self.index.offsets[bounds[0] : bounds[-1]]
+            offsets = self.index.offsets[first : first + step]
+            bounds = self.index.bounds[first : first + step + 1]
+            moved = bounds != np.arange(first, first + len(bounds))
             wrong = (offsets != edges[:-1] * self.dtype.itemsize) | (lengths < 0)
+            wrong |= moved[:-1] | moved[1:]
             if wrong.any():
-                document = np.searchsorted(bounds, bounds[0] + wrong.argmax(), side="right") - 1
                 raise UserError(
-                    f"{idx_path(self.prefix)}: document {first + document} does not begin where "
-                    f"the lengths of those before it say; {_REMEDY}"
+                    f"{idx_path(self.prefix)}: document {first + wrong.argmax()} does not begin or "
+                    f"end where those before it say; {_REMEDY}"
                 )
             end = int(edges[-1])
-            documents = edges[bounds - bounds[0]]  # where each begins, in tokens, and the end
-            yield from self._cut(first, bounds, lengths, documents, limit)
+            yield from self._cut(first, edges, limit)
 
     def read(self, block: DocumentBlock) -> NDArray[Any]:
         """Reads the tokens of a block."""
@@ -106,40 +100,20 @@ class DatasetReader:
 
     def document(self, number: int) -> NDArray[Any]:
         """Reads the tokens of one document, which is numbered from 0."""
-        return self._sequences(*self.index.bounds[number : number + 2].tolist())
-
-    def sequence(self, number: int) -> NDArray[Any]:
-        """Reads the tokens of one sequence, which Megatron takes for a document."""
-        return self._sequences(number, number + 1)
-
-    def _sequences(self, first: int, last: int) -> NDArray[Any]:
-        count = int(self.index.lengths[first:last].sum(dtype=np.int64))
-        if count == 0:
-            return np.empty(0, self.dtype)
-        return self._read(int(self.index.offsets[first]), count)
+        return self._read(int(self.index.offsets[number]), int(self.index.lengths[number]))
 
     def copy(self, block: DocumentBlock, writer: PairWriter) -> None:
         """Appends a block to a dataset of the same dtype, without passing it through Python."""
         writer.copy_tokens(self._file, block.start * self.dtype.itemsize, block.size)
-        writer.add_documents(block.lengths, block.sequences)
+        writer.add_documents(block.tokens)
 
-    def _cut(
-        self,
-        first: int,
-        bounds: NDArray[np.int64],
-        lengths: NDArray[np.int32],
-        edges: NDArray[np.int64],
-        limit: int,
-    ) -> Iterator[DocumentBlock]:
+    def _cut(self, first: int, edges: NDArray[np.int64], limit: int) -> Iterator[DocumentBlock]:
         start = 0
-        while start < len(bounds) - 1:
+        while start < len(edges) - 1:
             end = edges[start] + limit
             stop = max(start + 1, int(np.searchsorted(edges, end, side="right")) - 1)
             yield DocumentBlock(
                 first=first + start,
-                first_sequence=int(bounds[start]),
-                sequences=np.diff(bounds[start : stop + 1]),
-                lengths=lengths[bounds[start] - bounds[0] : bounds[stop] - bounds[0]],
                 tokens=np.diff(edges[start : stop + 1]),
                 start=int(edges[start]),
                 size=int(edges[stop] - edges[start]) * self.dtype.itemsize,
@@ -151,10 +125,5 @@ def write_selected(
     ids: NDArray[Any], block: DocumentBlock, keep: NDArray[np.bool_], writer: PairWriter
 ) -> None:
     """Appends those of a block's documents for which `keep`, bool [documents], is true."""
-    lengths, sequences = block.lengths, block.sequences
-    if not keep.all():
-        of_sequence = np.repeat(keep, sequences)
-        ids = ids[np.repeat(keep, block.tokens)]
-        lengths, sequences = lengths[of_sequence], sequences[keep]
-    writer.write_tokens(ids)
-    writer.add_documents(lengths, sequences)
+    writer.write_tokens(ids if keep.all() else ids[np.repeat(keep, block.tokens)])
+    writer.add_documents(block.tokens[keep])

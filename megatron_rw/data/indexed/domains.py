@@ -152,8 +152,7 @@ def listed_datasets(directory: Path, flag: str) -> list[InputDataset]:
     path = directory / FILE_NAME
     if not path.is_file():
         raise UserError(
-            f"{flag} {directory}: has no {FILE_NAME}; give a complete directory of "
-            "preprocess_data, or a dataset's path without .bin and .idx as --input"
+            f"{flag} {directory}: has no {FILE_NAME}; give a complete directory of preprocess_data"
         )
     content = DomainsFile.load(path)
     if not content.domains:

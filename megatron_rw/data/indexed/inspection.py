@@ -65,12 +65,6 @@ class Lengths:
             ],
         }
 
-    def shares(self) -> tuple[list[float], list[float]]:
-        """Returns the share of the documents in each bin, and the edges of the bins."""
-        bins = self.bins()
-        edges = [max(bins[0][0], 0.5), *(high + 1 for _, high, _ in bins)]
-        return [count / self.documents for _, _, count in bins], edges
-
     def text(self) -> list[str]:
         """Returns the lines of a histogram."""
         most = max((count for _, _, count in self.bins()), default=1)
@@ -162,7 +156,6 @@ def inspect(
         with DatasetReader(prefix) as reader:
             report.facts = {
                 "dtype": str(reader.dtype),
-                "sequences": len(reader.index.lengths),
                 "documents": reader.documents,
                 "tokens": reader.tokens,
                 "bytes": bin_path(prefix).stat().st_size + idx_path(prefix).stat().st_size,

@@ -1,11 +1,8 @@
 """A directory of finished datasets: one per domain, `domains.json` and `blend.txt`."""
 
-import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
 from megatron_rw.data.indexed import domains
 from megatron_rw.errors import UserError
@@ -40,16 +37,15 @@ def publish(
     scratch: Path,
     output_dir: Path,
     records: Mapping[str, domains.DomainRecord],
-    weights: Mapping[str, float],
     tokenizer: domains.TokenizerRecord | None,
 ) -> None:
     """Moves finished datasets to their names, `domains.json` last.
 
     When datasets are replaced, the old `domains.json` is removed first, so that one that is there
     is always true. `scratch` holds the `.bin/.idx` files and nothing else, on the file system of
-    `output_dir`, the absolute path of an existing directory. `records` and `weights` map a domain
-    to what is in it and to its weight in the blend. No `domains.json` is written if it is unknown
-    which tokenizer made the token ids.
+    `output_dir`, the absolute path of an existing directory. `records` maps a domain to what is in
+    it; its weight in the blend is its share of the tokens. No `domains.json` is written if it is
+    unknown which tokenizer made the token ids.
     """
     manifest, blend = output_dir / domains.FILE_NAME, output_dir / BLEND_FILE
     stale = _listed_files(manifest)
@@ -62,7 +58,8 @@ def publish(
         (output_dir / name).unlink(missing_ok=True)
 
     # Megatron's "weight prefix weight prefix ...", a dataset a line.
-    lines = (f"{w:.6g} {output_dir / records[name].prefix}\n" for name, w in weights.items())
+    total = max(1, sum(record.tokens for record in records.values()))
+    lines = (f"{r.tokens / total:.6g} {output_dir / r.prefix}\n" for r in records.values())
     write_complete(blend, "".join(lines))
     if tokenizer is not None:
         domains.DomainsFile(tokenizer=tokenizer, domains=records).save(manifest)
@@ -103,51 +100,3 @@ def table(
         per_token = "" if sizes is None else f" {sizes[index] / tokens:>11.2f}"
         lines.append(f"{name:<{width}} {documents:>15,} {tokens:>19,}{per_token} {share:>7.1%}")
     return "\n".join(lines)
-
-
-def blend_weights(
-    records: Mapping[str, domains.DomainRecord],
-    by: Literal["tokens", "documents"] = "tokens",
-    temperature: float = 1.0,
-    given: Mapping[str, float] = MappingProxyType({}),
-) -> dict[str, float]:
-    """Returns the weight of each domain: count^(1/temperature), or the one given.
-
-    A temperature of 1 draws every token (or document) equally often, a higher one draws more often
-    from small domains, and an infinite one from all domains alike. Weights that are given are above
-    0 and of any sum; the temperature and what is counted are then ignored. The weights returned are
-    above 0 and of sum 1, in the order of `records`. Raises a `UserError` if the given weights are
-    not those of the domains, or a weight would be 0.
-    """
-    if given:
-        check_weights(records, given)
-        return _normalized({name: given[name] for name in records})
-    counts = {name: getattr(record, by) for name, record in records.items()}
-    for name, count in counts.items():
-        if count == 0:
-            raise UserError(f"the domain '{name}' has no {by} to weigh it by; leave it out")
-    # In logarithms, since a low temperature takes a count beyond what a float can hold.
-    logs = {name: math.log(count) / temperature for name, count in counts.items()}
-    largest = max(logs.values(), default=0.0)
-    weights = {name: math.exp(log - largest) for name, log in logs.items()}
-    for name, weight in weights.items():
-        if weight == 0:
-            raise UserError(
-                f"the temperature {temperature:g} of the blend leaves the domain '{name}' a weight "
-                "of 0; give a higher one"
-            )
-    return _normalized(weights)
-
-
-def check_weights(names: Collection[str], given: Mapping[str, float]) -> None:
-    """Checks that every domain is given a weight, and nothing else; a `UserError` if not."""
-    if set(given) != set(names):
-        raise UserError(
-            f"--blend-weights are of {', '.join(sorted(given))}, and the domains are "
-            f"{', '.join(sorted(names))}; give each of them one"
-        )
-
-
-def _normalized(weights: Mapping[str, float]) -> dict[str, float]:
-    total = math.fsum(weights.values())
-    return {name: weight / total for name, weight in weights.items()}

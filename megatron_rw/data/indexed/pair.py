@@ -69,11 +69,6 @@ class Index:
     bounds: NDArray[np.int64]
     multimodal: bool  # Whether a byte per sequence follows, which says the kind of the sequence.
 
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self.bounds) - 1
-
     @classmethod
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
         """Maps the index of a dataset; a `UserError` if it is missing, no index, or not whole."""
@@ -126,13 +121,11 @@ class PairWriter:
         self._dtype = np.dtype(dtype)
         self._open = stack = ExitStack()
         self._bin = stack.enter_context(bin_path(prefix).open("wb"))
-        # The tables of the index, whose sizes are known only in the end.
+        # A table of the index, whose place is known only in the end.
         folder = bin_path(prefix).parent
         self._lengths = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
-        self._bounds = stack.enter_context(TemporaryFile(dir=folder))  # noqa: SIM115
-        self._bounds.write(np.int64(0).tobytes())
         self._finalized = False
-        self.sequences = self.documents = self.tokens = self.largest_id = 0
+        self.documents = self.tokens = self.largest_id = 0
 
     def __enter__(self) -> Self:
         return self
@@ -159,19 +152,14 @@ class PairWriter:
         self._bin.flush()
         copy_bytes(source, offset, size, self._bin)
 
-    def add_documents(self, lengths: NDArray[Any], sequences: NDArray[Any] | None = None) -> None:
+    def add_documents(self, lengths: NDArray[Any]) -> None:
         """Appends documents, whose tokens are or will be in the `.bin`, to the index.
 
-        `lengths` [sequences] are the tokens of each sequence, and `sequences` [documents] the
-        sequences of each document; None if each has one.
+        `lengths` [documents] are the tokens of each, which is one sequence.
         """
         lengths = np.asarray(lengths, np.int32)
-        counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences)
-        bounds = self.sequences + np.cumsum(counts, dtype=np.int64)
         self._lengths.write(lengths.tobytes())
-        self._bounds.write(bounds.tobytes())
-        self.sequences += len(lengths)
-        self.documents += len(counts)
+        self.documents += len(lengths)
         self.tokens += int(lengths.sum(dtype=np.int64))
 
     def finalize(self) -> DomainRecord:
@@ -189,21 +177,19 @@ class PairWriter:
         os.fsync(self._bin.fileno())
         code = next(code for code, dtype in CODES.items() if dtype is self._dtype.type)
         with idx_path(self._prefix).open("wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, code, self.sequences, self.documents + 1))
-            self._append(self._lengths, index)
+            index.write(HEADER.pack(MAGIC, VERSION, code, self.documents, self.documents + 1))
+            index.flush()
+            self._lengths.flush()
+            copy_bytes(self._lengths, 0, 4 * self.documents, index)
             self._write_offsets(index)
-            self._append(self._bounds, index)
+            for first in range(0, self.documents + 1, _BLOCK):
+                bounds = np.arange(first, min(first + _BLOCK, self.documents + 1), dtype=np.int64)
+                index.write(bounds.tobytes())
             index.flush()
             os.fsync(index.fileno())
         self._finalized = True
         name = os.path.basename(self._prefix)
         return DomainRecord(name, self.documents, self.tokens, self.largest_id)
-
-    @staticmethod
-    def _append(table: BinaryIO, index: BinaryIO) -> None:
-        table.flush()
-        index.flush()
-        copy_bytes(table, 0, os.fstat(table.fileno()).st_size, index)
 
     def _write_offsets(self, index: BinaryIO) -> None:
         self._lengths.seek(0)

@@ -37,12 +37,8 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Group:
-    """The documents of a part that go to one dataset, one after the other.
+    """The documents of a part that go to one dataset, one after the other."""
 
-    `key` is the number of the text's field among `--json-keys`.
-    """
-
-    key: int
     domain: str
     documents: int
     max_token_id: int
@@ -161,27 +157,26 @@ class Rejects:
 class Joined:
     """What was written; domains are in order of appearance."""
 
-    # For each of the keys, domain to what is in its dataset.
-    records: list[dict[str, DomainRecord]]
-    # Domain to UTF-8 bytes of the first key's text.
+    # Domain to what is in its dataset, and to UTF-8 bytes of its text.
+    records: dict[str, DomainRecord] = field(default_factory=dict)
     text_bytes: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0  # Documents that were left out as copies.
 
 
-def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicate: bool) -> Joined:
-    """Writes `<domain>_text_document.bin/.idx` from the parts of all sources.
+def join(store: Store, directory: Path, dtype: type[Any], deduplicate: bool) -> Joined:
+    """Writes `<domain>_text_document.bin/.idx` from the parts of all sources to a directory.
 
-    The datasets of each key go to a directory of their own. `dtype` is the type of a token id. With
-    `deduplicate`, only the first of several lines with the same text is kept, which takes a byte of
-    memory for each document; else memory does not grow with the sources. The parts stay.
+    `dtype` is the type of a token id. With `deduplicate`, only the first of several lines with the
+    same text is kept, which takes a byte of memory for each document; else memory does not grow
+    with the sources. The parts stay.
     """
     # Each domain has three open files.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    joined = Joined([{} for _ in directories])
+    joined = Joined()
     with ExitStack() as stack:
-        copies = _duplicates(store, directories[0]) if deduplicate else None
-        writers: dict[tuple[int, str], PairWriter] = {}
+        copies = _duplicates(store, directory) if deduplicate else None
+        writers: dict[str, PairWriter] = {}
         start = 0
         for _, path, part in store.parts():
             keep = np.ones(part.records, np.bool_)
@@ -194,13 +189,13 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
             end = 0
             with path.with_suffix(".bin").open("rb") as tokens:
                 for group in part.groups:
-                    name, first, end = (group.key, group.domain), end, end + group.documents
+                    name, first, end = group.domain, end, end + group.documents
                     kept = keep[part.origins[first:end]]
                     joined.duplicates += len(kept) - int(kept.sum())
                     if not kept.any():
                         continue  # a domain that holds nothing but copies gets no dataset
                     if name not in writers:
-                        prefix = directories[group.key] / f"{group.domain}_text_document"
+                        prefix = directory / f"{name}_text_document"
                         writers[name] = stack.enter_context(PairWriter(prefix, dtype))
                     writer = writers[name]
                     for begin, stop in edges[first + _bounds_of_runs(kept)].tolist():
@@ -208,11 +203,9 @@ def join(store: Store, directories: Sequence[Path], dtype: type[Any], deduplicat
                     writer.add_documents(part.lengths[first:end][kept])
                     # That of all documents, copies included.
                     writer.largest_id = max(writer.largest_id, group.max_token_id)
-                    if group.key == 0:
-                        size = int(part.text_bytes[first:end][kept].sum())
-                        joined.text_bytes[group.domain] += size
-        for (key, domain), writer in writers.items():
-            joined.records[key][domain] = writer.finalize()
+                    joined.text_bytes[name] += int(part.text_bytes[first:end][kept].sum())
+        for domain, writer in writers.items():
+            joined.records[domain] = writer.finalize()
     return joined
 
 

@@ -6,7 +6,6 @@ that parts made by any number of workers, in any order, before or after an inter
 same.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
@@ -17,15 +16,12 @@ from megatron_rw.data.text.streams import (
     STANDARD_INPUT,
     damage,
     open_stream,
-    package_of,
     parquet_file,
 )
 from megatron_rw.errors import UserError
 
 _SMALLEST, _LARGEST = 1 << 20, 16 << 20
 _BATCH_BYTES = 8 << 20
-_BLANK = b" \t\r\n"
-_END = object()
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,9 @@ class Reading:
 
     def by_lines(self, source: Source) -> bool:
         """Tells whether each line of the source is a document."""
-        return source.format == "jsonl" or (source.format == "txt" and not self.whole_files)
+        return source.format in ("jsonl", "json") or (
+            source.format == "txt" and not self.whole_files
+        )
 
     def only_from_start(self, source: Source) -> bool:
         """Tells whether the source cannot be entered in the middle."""
@@ -66,13 +64,6 @@ class Task:
     last: bool = False  # Whether this is the source's last chunk; unknown for a whole source.
     stored_bytes: int = 0  # Bytes of the source that the task reads, for the progress.
     skipped_bytes: int = 0  # Bytes between the task before and this one that were done already.
-    fraction: float = 1.0  # The share of such tasks that are read at all, where a sample is read.
-
-    def place(self, line: int) -> str:
-        """Names the place of the task's line, or row, of this number, from 1, for a message."""
-        if self.start == 0 or self.source.format == "parquet":
-            return f"{self.source.path}, line {self.start + line}"
-        return f"{self.source.path}, line {line} of those from byte {self.start} on"
 
 
 @dataclass
@@ -150,6 +141,7 @@ def _ranges(source: Source, reading: Reading) -> Iterator[Task]:
 
 def _fed(source: Source, reading: Reading) -> Iterator[Task]:
     with open_stream(source.path, source.compression) as (stream, stored):
+        _refuse_array(source, stream)
         told = 0
         for chunk in _line_chunks(stream, reading):
             lines = tuple(chunk.documents)
@@ -200,6 +192,8 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
         yield chunk
         return
     with open_stream(source.path, source.compression) as (stream, _):
+        if task.start == 0:
+            _refuse_array(source, stream)
         if source.format == "parquet":
             chunk.documents = _rows(parquet_file(source.path, stream), task, reading, chunk)
             yield chunk
@@ -211,10 +205,19 @@ def read(task: Task, reading: Reading) -> Iterator[Chunk]:
             yield chunk
         elif reading.by_lines(source):
             yield from _line_chunks(stream, reading)
-        elif source.format == "txt":
-            yield Chunk(0, _whole(stream, reading.max_line_bytes), lines=1, last=True)
         else:
-            yield from _JsonReader(stream, source.path, reading).chunks()
+            yield Chunk(0, _whole(stream, reading.max_line_bytes), lines=1, last=True)
+
+
+def _refuse_array(source: Source, stream: Any) -> None:
+    """Refuses a `.json` file that is no JSON lines, of which all would be bad, or just one."""
+    if source.format != "json":
+        return
+    if stream.peek(1).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+        raise UserError(
+            f"{source.path}: is an array, and only JSON lines are read; make lines of it with "
+            "jq -c '.[]'"
+        )
 
 
 def _line_chunks(stream: BinaryIO, reading: Reading) -> Iterator[Chunk]:
@@ -263,81 +266,3 @@ def _rows(parquet: Any, task: Task, reading: Reading, chunk: Chunk) -> Iterator[
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         row = task.start + chunk.lines
         raise damage(task.source.path, f"parquet data after row {row}", error) from error
-
-
-class _JsonReader:
-    """Reads a `.json` file: an array of objects, or objects one after the other.
-
-    It is the stream that ijson reads from, so that an element that is too long is refused.
-    """
-
-    def __init__(self, stream: BinaryIO, path: str, reading: Reading) -> None:
-        self._stream = stream
-        self._path = path
-        self._reading = reading
-        self._head = b""
-        self._position = 0
-        self._element = 0
-        self._element_start = 0
-        self._ended = False
-
-    def chunks(self) -> Iterator[Chunk]:
-        or_else = ", or rename it to .jsonl if each of its lines is an object"
-        with package_of(self._path, "ijson", or_else):
-            import ijson
-        first = self._first_byte()
-        if not first:  # an empty file, which ijson takes for one that is cut off
-            yield Chunk(0, last=True)
-            return
-        elements = ijson.items(self, "item" if first == b"[" else "", multiple_values=True)
-        number = 0
-        while not self._ended:
-            chunk = Chunk(number)
-            chunk.documents = self._documents(elements, chunk)
-            yield chunk
-            number += 1
-
-    def read(self, size: int) -> bytes:
-        """Reads for ijson."""
-        if size == 0:
-            return b""
-        piece, self._head = self._head[:size], self._head[size:]
-        piece = piece or self._stream.read(size)
-        self._position += len(piece)
-        limit = self._reading.max_line_bytes
-        if self._position - self._element_start > limit + (2 << 16):
-            raise UserError(
-                f"{self._path}: element {self._element + 1} is longer than "
-                f"--max-line-bytes {limit}; split the document"
-            )
-        return piece
-
-    def _first_byte(self) -> bytes:
-        """Returns the first byte that is no white space, and leaves it in the stream."""
-        while piece := self._stream.read(1 << 16):
-            if stripped := piece.removeprefix(BYTE_ORDER_MARK).lstrip(_BLANK):
-                self._head = stripped
-                return stripped[:1]
-        return b""
-
-    def _documents(self, elements: Any, chunk: Chunk) -> Iterator[Raw]:
-        import ijson
-
-        size = 0
-        try:
-            # The size is that of the elements: how far ijson has read depends on its buffer.
-            while size < self._reading.chunk_bytes:
-                element = next(elements, _END)
-                if element is _END:
-                    self._ended = chunk.last = True
-                    return
-                self._element += 1
-                self._element_start = self._position
-                chunk.lines += 1
-                record = element if isinstance(element, dict) else {}
-                size += 1 + sum(len(value) for value in record.values() if isinstance(value, str))
-                content = record or json.dumps(element, default=str).encode("utf-8", "replace")
-                yield Raw(chunk.lines, content, 0)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            what = f"json data after element {self._element}"
-            raise damage(self._path, what, error) from error

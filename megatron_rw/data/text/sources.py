@@ -83,10 +83,9 @@ class InputFlags:
 
     domain_by: Annotated[DomainBy, ONE_DOMAIN_FLAG] = "corpus"
     """Without --domain-key, the domain comes from the path of the file. "corpus" takes the file's
-    name up to the first dot, without the number of a shard: part-00000.jsonl and its like belong
+    name up to the first dot, without the numbers at its end: part-00000.jsonl and its like belong
     to the domain named by their directory, train-00000-of-00128.parquet to "train", web-0001.jsonl
-    to "web"; dates such as 2023 and numbers of one or two digits stay. "file" keeps every number.
-    "directory" takes the name of the directory."""
+    to "web". "file" keeps the numbers. "directory" takes the name of the directory."""
 
     def __post_init__(self) -> None:
         if not self.input:

@@ -52,14 +52,12 @@ def damage(path: str, what: str, error: Exception) -> UserError:
 
 
 @contextmanager
-def package_of(path: str, name: str, or_else: str = "") -> Iterator[None]:
+def package_of(path: str, name: str) -> Iterator[None]:
     """Refuses a file if the body cannot import the package that reads it."""
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"{path}: reading it needs a package; run: pip install {name}{or_else}"
-        ) from error
+        raise UserError(f"{path}: reading it needs a package; run: pip install {name}") from error
 
 
 def parquet_file(path: str, stream: BinaryIO) -> Any:

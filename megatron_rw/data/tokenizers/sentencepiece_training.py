@@ -26,7 +26,7 @@ UNK_ID, BOS_ID, EOD_ID, PAD_ID = range(4)
 CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>", "<pad>")
 FIXED_TOKENS = len(CONTROL_SYMBOLS) + 256  # The control symbols and the bytes.
 
-# Characters that no piece may hold: line ends and other control characters, which would break the
+# Characters that no piece may hold: line ends and other control characters, which would break a
 # .vocab file; the tab and U+2585, for which SentencePiece drops a whole line; U+2581, its own mark.
 _NOT_IN_PIECES = re.compile("[\x00-\x1f\u2581\u2585]+")
 _NOT_IN_SPECIAL_TOKENS = re.compile("[\x00-\x1f\u2581\u2585\\s]")
@@ -65,7 +65,8 @@ class VocabularyFlags:
     """The flags of a SentencePiece vocabulary."""
 
     vocab_size: Annotated[int, arg(metavar="N")] = 32000
-    """Number of token ids, special tokens and bytes included."""
+    """Number of token ids, special tokens and bytes included. Megatron pads it to a multiple of
+    --make-vocab-size-divisible-by, 128 by default, times --tensor-model-parallel-size."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """The algorithm."""
     special_tokens: Annotated[tuple[str, ...], arg(metavar="TOKEN [...]")] = ()
@@ -127,14 +128,3 @@ def _explain(message: str, flags: VocabularyFlags) -> str:
             f"{too_large[1]}, or more text"
         )
     return f"SentencePiece could not train: {message}"
-
-
-def vocabulary_listing(model: bytes) -> str:
-    """Returns SentencePiece's `.vocab` format: a line of piece, tab and score for each id."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return "".join(
-        f"{processor.id_to_piece(id_)}\t{processor.get_score(id_):g}\n"
-        for id_ in range(processor.get_piece_size())
-    )
