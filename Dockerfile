@@ -73,7 +73,7 @@ USER 10001:10001
 ENV MEGATRON_RW_HEARTBEAT=/tmp/megatron_rw/heartbeat
 HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
     CMD ["python", "-m", "megatron_rw.resilience.health"]
-CMD ["python", "examples/quickstart/run.py", "--output-dir", "/runs/quickstart"]
+CMD ["python", "-m", "examples.quickstart.run", "--output-dir", "/runs/quickstart"]
 
 # ------------------------------------------------------------------------------------------ gpu
 # The later of the two images with torch 2.11 (26.02 and 26.03; 26.04 has 2.12).
