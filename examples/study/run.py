@@ -253,6 +253,8 @@ class Plan:
 
         def evaluate() -> None:
             runs = [branch.output.parent for branch in branches]
+            if gone := [run for run in runs if not (run / "ckpt").exists()]:
+                raise StageError(f"the checkpoints are gone: delete {gone[0]}, to train it again")
             command: list[object] = [
                 sys.executable,
                 "-m",
@@ -274,6 +276,9 @@ class Plan:
                 folder / "eval.log",
             )
             done.touch()
+            if not size.keep_checkpoints:
+                for run in runs:
+                    shutil.rmtree(run / "ckpt")
 
         return Stage(
             f"noise-{noise}/trunk-{trunk}/evaluation",

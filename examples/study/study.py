@@ -154,6 +154,7 @@ class Size:
         built_bytes: text a domain of the corpus that is built where none is given.
         eval_rows: rows a domain of the final evaluation, of a sequence each.
         eval_items: continuation choices a clean domain.
+        keep_checkpoints: whether those of the branches outlive their evaluation.
         device: of the runs.
         jobs: runs at a time.
     """
@@ -171,6 +172,7 @@ class Size:
     built_bytes: int = 2_000_000
     eval_rows: int = 256
     eval_items: int = 100
+    keep_checkpoints: bool = True
     device: str = "cpu"
     jobs: int = 2
 
@@ -241,6 +243,7 @@ SIZES = {
         ),
         eval_rows=512,
         eval_items=200,
+        keep_checkpoints=False,  # One is 0.4 GB, and a trunk's arms have 50.
         device="cuda",
         jobs=3,
     ),
