@@ -50,6 +50,16 @@ def test_a_stage_runs_once_behind_its_predecessors_and_again_when_they_change(
     assert sorted(ran(tmp_path)[5:]) == ["first", "last", "left", "right"]
 
 
+def test_what_is_made_again_makes_what_builds_on_it_old(tmp_path: Path) -> None:
+    """Its inputs are the same, but a successor may have written into its folder."""
+    first = writing(tmp_path, "first")
+    stages = [first, writing(tmp_path, "last", (first,)), writing(tmp_path, "other")]
+    run_stages(stages, tmp_path)
+    (tmp_path / "first").unlink()
+    run_stages(stages, tmp_path)
+    assert ran(tmp_path)[3:] == ["first", "last"]
+
+
 def test_stages_run_beside_each_other(tmp_path: Path) -> None:
     """Two that wait for each other's file can end only together."""
 
