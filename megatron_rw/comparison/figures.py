@@ -75,6 +75,8 @@ def forest(comparison: Comparison, title: str) -> Figure:
         )
     axes.set_yticks(range(len(arms)), [_wrapped(arm.name) for arm in arms])
     axes.set_ylim(-0.7, len(arms) - 0.3)
+    axes.use_sticky_edges = False  # of the band's bars
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(
         f"validation loss minus that of {comparison.baseline}, nats per token (left is better)"
     )
