@@ -81,15 +81,17 @@ class Comparison:
     @property
     def headline(self) -> str:
         """The outcome by the rule, in a sentence."""
+        if all(arm.summary.loss.n < 2 for arm in self.arms):
+            several = _count(len(self.arms), "arm")
+            return f"{several} against {self.baseline}, one run each: this cannot tell better from luck."
         sizes = sorted({arm.summary.loss.n for arm in self.arms})
         parts = []
         for verdict in get_args(Verdict):
             arms = [arm for arm in self.arms if arm.verdict == verdict]
             listed = "; ".join(f"{arm.name} {signed(arm.summary.loss.mean, 3)}" for arm in arms)
             names = f" ({listed})" if verdict in ("better", "worse") else ""
-            one, several = ("has", "have") if "each" in verdict else ("is", "are")
             if arms:
-                parts.append(f"{len(arms)} {one if len(arms) == 1 else several} {verdict}{names}")
+                parts.append(f"{len(arms)} {'is' if len(arms) == 1 else 'are'} {verdict}{names}")
         return (
             f"Of {_count(len(self.arms), 'arm')} against {self.baseline} over "
             f"{f'{sizes[0]} to ' if len(sizes) > 1 else ''}{_count(sizes[-1], self.unit)}, "

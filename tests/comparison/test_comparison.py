@@ -98,7 +98,9 @@ def test_one_run_each_tells_nothing() -> None:
     run("none", 0.0)
     run("b", -1.0)
     found = compared(*BOTH)
-    assert found.headline == "Of 1 arm against none over 1 seed, 1 has one run each: cannot tell."
+    assert found.headline == (
+        "1 arm against none, one run each: this cannot tell better from luck."
+    )
     assert found.arms[0].summary.loss.low is None
 
 

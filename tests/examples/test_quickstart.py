@@ -38,7 +38,7 @@ def test_runs_then_skips_then_redoes_what_changed(
     assert "step 6/6, lm loss" in first
     assert (tmp_path / "report.png").stat().st_size > 20_000
     text = (tmp_path / "comparison.txt").read_text()
-    assert text.startswith("Of 1 arm against none over 1 seed, 1 has one run each: cannot tell.")
+    assert text.startswith("1 arm against none, one run each: this cannot tell better from luck.")
     by_domain = next(line for line in text.splitlines() if line.startswith("by domain"))
     assert {"code", "noise", "prose"} < set(by_domain.split())
     assert "differs in more" not in text
