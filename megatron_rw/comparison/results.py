@@ -82,8 +82,8 @@ class Comparison:
     def headline(self) -> str:
         """The outcome by the rule, in a sentence."""
         if all(arm.summary.loss.n < 2 for arm in self.arms):
-            several = _count(len(self.arms), "arm")
-            return f"{several} against {self.baseline}, one run each: this cannot tell better from luck."
+            against = f"{_count(len(self.arms), 'arm')} against {self.baseline}"
+            return f"{against}, one run each: this cannot tell better from luck."
         sizes = sorted({arm.summary.loss.n for arm in self.arms})
         parts = []
         for verdict in get_args(Verdict):
