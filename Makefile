@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo "make setup        make .venv with pinned versions (does nothing when it is current)"
 	@echo "make quickstart   build a corpus, train with and without reweighting, draw the report (CPU)"
-	@echo "make study        which ways of reweighting help: 12 arms and more on 5 trunks (two hours on 2 cores)"
+	@echo "make study        which ways of reweighting help: 29 arms on 6 trunks (two hours on 2 cores)"
 	@echo "make study-smoke  the same machinery in a minute; make study-gpu: 30 million parameters on a GPU"
 	@echo "                  CORPUS=DIR chooses the text, train/DOMAIN.jsonl[.gz] and valid/DOMAIN.jsonl[.gz]"
 	@echo "make test         run the tests, but for the long ones"

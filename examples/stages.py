@@ -103,7 +103,16 @@ class _Board:
     def __init__(self, stages: Sequence[Stage], records: Path, jobs: int) -> None:
         self._records, self._jobs, self._total = records, jobs, len(stages)
         self._finished: set[str] = set()
-        self._made: set[str] = set()  # in this call, so that what builds on them is old
+        self._old: set[str] = set()
+        for stage in stages:
+            if not self._is_current(stage) or any(s.name in self._old for s in stage.after):
+                self._old.add(stage.name)
+                # Whoever looks at it meanwhile is not to take it for new.
+                self._record(stage).unlink(missing_ok=True)
+                if stage.output.is_file():
+                    stage.output.unlink()
+        if not self._old:
+            print(f"all {len(stages)} stages are current")
         self._alone = jobs == 1
         self._spent = self._worked = 0.0
         self.waiting = list(stages)
@@ -117,8 +126,7 @@ class _Board:
             if any(before.name not in self._finished for before in stage.after):
                 continue
             self.waiting.remove(stage)
-            made = any(before.name in self._made for before in stage.after)
-            if not made and self._is_current(stage):
+            if stage.name not in self._old:
                 self._finished.add(stage.name)
                 if self._alone:
                     print(f"{self._title(stage)}: current, skipped", flush=True)
@@ -130,16 +138,13 @@ class _Board:
         """Does a stage's work, in a thread, and records what it was made from."""
         if self._alone:
             print(f"{self._title(stage)} ...", flush=True)
-        record = self._record(stage)
-        record.unlink(missing_ok=True)
         begun = time.monotonic()
         stage.run()
-        record.write_text(stage.fingerprint)
+        self._record(stage).write_text(stage.fingerprint)
         seconds = time.monotonic() - begun
         if stage.cost > 1:  # The others are not of the kind that takes the time.
             self._spent += seconds
             self._worked += stage.cost
-        self._made.add(stage.name)
         self._finished.add(stage.name)
         left = self._spent / max(self._worked, 1) * sum(s.cost for s in self.waiting) / self._jobs
         told = stage.cost > 1 and left > _LEAST_LEFT

@@ -30,6 +30,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from megatron_rw.platform import Device
+
 CHOICES = 4
 COPY_ROWS = 64
 _MICRO_BATCH = 32
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(description="Evaluate the checkpoints of runs.")
     parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--steps", type=int, nargs="+", required=True, help="their checkpoints")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="has domains.json")
     parser.add_argument("--rows", type=int, required=True, help="most rows a domain")
     parser.add_argument("--items", type=int, required=True, help="most choices a clean domain")
@@ -50,11 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     args = parser.parse_args(argv)
 
+    from megatron_rw.errors import reported
     from megatron_rw.platform import select_device
     from megatron_rw.platform.launch import prepare_process
 
-    prepare_process()
-    device = select_device(["--device", args.device])
+    with reported("evaluating checkpoints"):
+        prepare_process()
+        evaluate(args, select_device(["--device", args.device]))
+    return 0
+
+
+def evaluate(args: argparse.Namespace, device: Device) -> None:
+    """Builds the model once, and evaluates each checkpoint of each run."""
     from megatron.training import checkpointing, training
 
     from megatron_rw import patching
@@ -84,18 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     examination = Examination(texts, job.seq_length, args.vocab_size, args.rows, args.items)
     for run in args.runs:
         job.load = str(run / "ckpt")
-        steps = sorted(int(path.name.removeprefix("iter_")) for path in run.glob("ckpt/iter_*"))
         lines = []
-        for job.ckpt_step in steps:
+        for job.ckpt_step in args.steps:
             checkpointing.load_checkpoint(chunks, None, None)
             model = _logits(chunks[0])
             record = {"type": "evaluation", "iteration": job.ckpt_step, **examination.losses(model)}
-            if job.ckpt_step == steps[-1]:
+            if job.ckpt_step == args.steps[-1]:
                 record |= examination.probes(model)
             lines.append(json.dumps(record) + "\n")
             print(f"{run} at {job.ckpt_step}: lm_loss {record['lm_loss']:.4f}", flush=True)
         (run / "evaluation.jsonl").write_text("".join(lines))
-    return 0
 
 
 def _token_ids(prefix: Path) -> Ids:

@@ -50,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, help="runs at a time, in place of the size's")
     args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give 1 or more")
     interrupted_by_sigterm()
     size, out = SIZES[args.size], args.output_dir.resolve()
-    plan = Plan(size, out, args.corpus)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output-dir {out}: {error.strerror}")
+    plan = Plan(size, out, args.corpus and args.corpus.resolve())
     try:
         run_stages(plan.stages(), out, args.jobs or size.jobs)
     except StageError as error:
@@ -115,6 +121,8 @@ class Plan:
             python(HERE / "corpus.py", "--corpus", given, "--output-dir", corpus, *most)
 
         def tokenize(part: str) -> None:
+            # Megatron's indexes of what the data were before.
+            shutil.rmtree(out / "data" / "cache", ignore_errors=True)
             python(
                 TOOLS / "preprocess_data.py",
                 *("--tokenizer-model", tokenizer / "bpe.model", "--append-eod", "--overwrite"),
@@ -127,7 +135,7 @@ class Plan:
             corpus / "valid",
             make_corpus,
             depends=[HERE / "corpus.py"],
-            settings=[self.corpus, size.built_bytes, size.train_bytes],
+            settings=[*_listed(self.corpus), size.built_bytes, size.train_bytes],
         )
         second = Stage(
             "tokenizer",
@@ -225,6 +233,10 @@ class Plan:
 
     def _branch_flags(self, run: Path, noise: int, trunk: int, arm: Arm) -> list[str]:
         size, reference = self.size, self._reference_folder(trunk)
+        begin = self._folder(noise, trunk) / "trunk" / "ckpt"
+        for needed in (begin, *([reference / "ckpt"] if "{reference}" in arm.flags else [])):
+            if not needed.exists():
+                raise StageError(f"a checkpoint is gone: delete {needed.parent}, to train it again")
         values = {
             "seed": trunk,
             "reference": reference / "ckpt",
@@ -236,13 +248,13 @@ class Plan:
         }
         blend = self._blend("branch", 0 if arm.clean else noise)
         if arm.shares_of is not None:
-            shares = weight_shares(self._folder(noise, trunk) / arm.shares_of)
+            shares = weight_shares(self._folder(noise, trunk) / arm.shares_of, size.steps)
             blend = self._blend_of("branch", shares)
         seed = trunk + 1000 * arm.order
         return [
             *self._training(run, blend, seed, arm.rate),
             *["--save-interval", str(size.branch_steps // 4)],
-            *["--load", str(self._folder(noise, trunk) / "trunk" / "ckpt")],
+            *["--load", str(begin)],
             *["--override-opt-param-scheduler", "--exit-on-missing-checkpoint"],
             *(word.format(**values) for word in arm.flags.split()),
         ]
@@ -263,6 +275,8 @@ class Plan:
                 size.device,
             ]
             command += ["--data", self.out / "data" / "valid", "--rows", size.eval_rows]
+            quarter = size.branch_steps // 4
+            command += ["--steps", *range(size.trunk_steps + quarter, size.steps + 1, quarter)]
             execute(
                 [
                     *command,
@@ -405,16 +419,29 @@ def _used(stage: Stage, others: Sequence[Stage]) -> bool:
     return stage in others or any(stage in other.after for other in others)
 
 
-def weight_shares(run: Path) -> dict[str, float]:
-    """A run's average share of weight by domain, from its `metrics.jsonl`."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    steps = [record["reweight"]["domains"] for record in map(json.loads, lines)
-             if record["type"] == "train"][1:]  # The first is of a single step.  # fmt: skip
+def weight_shares(run: Path, last: int) -> dict[str, float]:
+    """A run's average share of weight by domain, from its `metrics.jsonl`, up to a last step."""
+    path = run / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path}: {error}; delete {run}, to run it again") from error
+    train = [record for record in records if record["type"] == "train"]
+    if not train or train[-1]["iteration"] != last:
+        raise StageError(f"{path}: it does not end at step {last}; delete {run}, to run it again")
+    # The first is of a single step, where the others are means over an interval.
+    steps = [record["reweight"]["domains"] for record in train[1:]]
     names = {name for step in steps for name in step}
     return {
         name: sum(step.get(name, {}).get("weight_share") or 0.0 for step in steps) / len(steps)
         for name in sorted(names)
     }
+
+
+def _listed(corpus: Path | None) -> list[object]:
+    """The files of a corpus, with their sizes and times."""
+    files = [] if corpus is None else sorted(corpus.glob("*/*.jsonl*"))
+    return [corpus, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
 
 
 if __name__ == "__main__":

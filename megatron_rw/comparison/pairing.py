@@ -162,4 +162,6 @@ def _compared(run: Run, evaluated: bool) -> dict[str, Any]:
     }
     final = run.records(evaluated)[-1]
     measured = {"final iteration": final.iteration, "domains": ", ".join(sorted(final.domains))}
-    return {**arguments, "trunk": run.trunk, **measured}
+    # A cut metrics.jsonl has other weights, which evaluations do not tell.
+    logged = {"last logged iteration": run.end} if evaluated else {}
+    return {**arguments, "trunk": run.trunk, **measured, **logged}

@@ -33,11 +33,13 @@ class Record:
         """Returns all measures by name, of which `LOSS` is the one that decides.
 
         It is the mean over the clean domains, those whose name the glob `noise_domains` does not
-        match, and with a single domain, or none that is clean, `lm_loss`.
+        match, and with a single domain `lm_loss`.
         """
         noise = [v for name, v in self.domains.items() if fnmatchcase(name, noise_domains)]
         clean = [v for name, v in self.domains.items() if not fnmatchcase(name, noise_domains)]
-        if len(self.domains) < 2 or not clean:
+        if self.domains and not clean and len(self.domains) > 1:
+            raise UserError(f"--noise-domains {noise_domains}: it leaves no domain to compare")
+        if len(self.domains) < 2:
             return {LOSS: self.values["lm_loss"], **self.values}
         found = {LOSS: fmean(clean), WORST: max(clean)}
         if noise:
@@ -50,14 +52,16 @@ class Record:
 class Run:
     """A run of training.
 
-    `begin` is the iteration that training began after. `ess` is the effective sample size and
-    `weight_ratios` the domains' share of the weight over that of the samples, means over the logged
-    steps with reweighting. Validations are of the text that is next, evaluations all of the same.
+    `begin` is the iteration that training began after, and `end` the last that was logged. `ess` is
+    the effective sample size and `weight_ratios` the domains' share of the weight over that of the
+    samples, means over the logged steps with reweighting. Validations are of the text that is next,
+    evaluations all of the same.
     """
 
     folder: Path
     arguments: Mapping[str, Any]
     begin: int
+    end: int
     validations: tuple[Record, ...]
     evaluations: tuple[Record, ...]
     ess: float | None
@@ -102,6 +106,7 @@ def load_run(folder: Path) -> Run:
         folder=folder,
         arguments=_arguments(folder / "arguments.json"),
         begin=min(train, default=1) - 1,
+        end=max(train, default=0),
         validations=validations,
         evaluations=evaluations,
         ess=ess,
@@ -186,7 +191,7 @@ def _weights(
 
 def _arguments(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise UserError(f"{path}: no such file; an older program made the run: leave it out")
+        raise UserError(f"{path}: no such file; the run is not of this program: leave it out")
     try:
         arguments = json.loads(path.read_bytes())
     except ValueError as error:

@@ -27,6 +27,7 @@ MISTAKES = {
     "=runs/none": "=runs/none: the arm has no name; give NAME=GLOB",
     "none=runs": "runs: has no metrics.jsonl; give the --log-dir of a run",
     f"{GIVEN} --baseline c": "--baseline c: no such arm; there are b, none",
+    f"{GIVEN} --noise-domains *": "--noise-domains *: it leaves no domain to compare",
     f"{GIVEN} --margin 0": "--margin 0.0: give a finite number above 0, in nats",
     f"{GIVEN} --margin nan": "--margin nan: give a finite number above 0, in nats",
     f"{GIVEN} --output gone/x": "--output gone/x: there is no directory gone; make it",
@@ -93,7 +94,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no arguments": (
         lambda folder: (folder / "arguments.json").unlink(),
-        "runs/b/arguments.json: no such file; an older program made the run: leave it out",
+        "runs/b/arguments.json: no such file; the run is not of this program: leave it out",
     ),
     "argument list": (
         _replace("arguments.json", b"[]"),

@@ -173,6 +173,12 @@ def test_evaluations_count_if_every_run_has_one() -> None:
         record = '{"type": "evaluation", "iteration": 300, "lm_loss": %s, "domains": {}}\n'
         (folder / "evaluation.jsonl").write_text(record % 9.0 + record % (1.0 + ("b" in name)))
     assert compared(*BOTH).arms[0].summary.loss.mean == 1.0
+    cut = Path("b 2/metrics.jsonl").read_text().splitlines()[:4]
+    Path("b 2/metrics.jsonl").write_text("\n".join(cut))
+    assert compared(*BOTH).warnings == (
+        "b: differs in more than the arm: last logged iteration 200 instead of 300",
+    )
+    Path("b 2/metrics.jsonl").write_text(Path("b 1/metrics.jsonl").read_text())
     Path("b 2/evaluation.jsonl").unlink()
     found = compared(*BOTH)
     assert found.arms[0].summary.loss.mean == 0.0

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.stages import StageError
 from examples.study import corpus, evaluate, run, study
 
 VOCAB = 50
@@ -105,7 +107,9 @@ def test_kinds_of_noise_become_domains(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         with gzip.open(tmp_path / split / "noise.jsonl.gz", "wt") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
-        (tmp_path / split / "wiki.jsonl").write_text(json.dumps({"text": "b"}) + "\n")
+        for name in ("wiki", "books.en"):
+            text = json.dumps({"text": "b"}) + "\n"
+            (tmp_path / split / f"{name}.jsonl").write_text(text * 2)
     flags = ["--corpus", str(tmp_path), "--output-dir", str(tmp_path / "out")]
     assert corpus.main([*flags, "--train-bytes", "15"]) == 0
 
@@ -118,6 +122,41 @@ def test_kinds_of_noise_become_domains(tmp_path: Path) -> None:
     assert documents("trunk") == ["noise-x-y 0", "noise-z 1"]
     assert documents("branch") == ["noise-z 2"]
     assert documents("valid") == ["noise-x-y 0", *(f"noise-z {n}" for n in range(1, 6))]
+
+
+BROKEN: dict[str, tuple[str, bytes, str]] = {
+    "json": ("train/a.jsonl", b'{"text": "x"}\n{"te', "a.jsonl:2: no document, JSONDecodeError"),
+    "blank": ("train/a.jsonl", b"\n", "a.jsonl:1: no document, JSONDecodeError"),
+    "key": ("train/a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: no document, KeyError: 'text'"),
+    "list": ("train/a.jsonl", b"[1]\n", "a.jsonl:1: no document, TypeError"),
+    "null": ("train/a.jsonl", b'{"text": null}\n', "a.jsonl:1: no document, AttributeError"),
+    "surrogate": ("train/a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: no document, Unicode"),
+    "encoding": ("train/a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:0: no document, Unicode"),
+    "gzip": ("train/b.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "b.jsonl.gz:0: no document, EOFE"),
+    "empty": ("train/a.jsonl", b"", "a.jsonl: no document for trunk"),
+    "other": ("train/c.jsonl", b"", "train/ and valid/ have other domains"),
+    "twice": ("train/a.jsonl.gz", b"", "a.jsonl.gz: name the file DOMAIN.jsonl or .jsonl.gz, once"),
+    "name": ("train/a b.jsonl", b"", "a b.jsonl: name the file DOMAIN.jsonl or .jsonl.gz, once"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_corpus_is_refused(
+    broken: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        for name in ("a.jsonl", "b.jsonl.gz", "noise.jsonl"):
+            content = b'{"text": "x"}\n' * 4
+            content = gzip.compress(content) if name.endswith("gz") else content
+            (tmp_path / split / name).write_bytes(content)
+    name, content, message = BROKEN[broken]
+    (tmp_path / name).write_bytes(content)
+    assert corpus.main(["--corpus", str(tmp_path), "--output-dir", str(tmp_path / "out")]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_a_corpus_without_domains_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
@@ -140,12 +179,14 @@ def test_arms_have_names_of_their_own_and_what_they_build_on(size: str) -> None:
 def test_weight_shares_are_means_over_the_steps(tmp_path: Path) -> None:
     def step(**shares: float) -> str:
         domains = {name: {"weight_share": share} for name, share in shares.items()}
-        return json.dumps({"type": "train", "reweight": {"domains": domains}})
+        return json.dumps({"type": "train", "iteration": 30, "reweight": {"domains": domains}})
 
     first = step(b=1.0)  # Of a step alone, where the others are means over an interval.
     lines = [first, step(a=0.75, b=0.25), step(a=1.0), '{"type": "validation"}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert run.weight_shares(tmp_path) == {"a": 0.875, "b": 0.125}
+    assert run.weight_shares(tmp_path, 30) == {"a": 0.875, "b": 0.125}
+    with pytest.raises(StageError, match="it does not end at step 40; delete"):
+        run.weight_shares(tmp_path, 40)
 
 
 def smoke(out: Path) -> list[str]:
@@ -178,7 +219,9 @@ def test_the_whole_study(tmp_path: Path) -> None:
     begun = time.monotonic()
     again = subprocess.run(smoke(tmp_path), check=True, stdout=subprocess.PIPE, text=True)
     assert time.monotonic() - begun < 10
-    assert done.stdout.endswith(again.stdout)
+    first, rest = again.stdout.split("\n", 1)
+    assert re.fullmatch(r"all \d+ stages are current", first)
+    assert done.stdout.endswith(rest)
 
 
 @pytest.mark.long
