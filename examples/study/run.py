@@ -267,28 +267,15 @@ class Plan:
             runs = [branch.output.parent for branch in branches]
             if gone := [run for run in runs if not (run / "ckpt").exists()]:
                 raise StageError(f"the checkpoints are gone: delete {gone[0]}, to train it again")
-            command: list[object] = [
-                sys.executable,
-                "-m",
-                "examples.study.evaluate",
-                "--device",
-                size.device,
-            ]
-            command += ["--data", self.out / "data" / "valid", "--rows", size.eval_rows]
             quarter = size.branch_steps // 4
-            command += ["--steps", *range(size.trunk_steps + quarter, size.steps + 1, quarter)]
-            execute(
-                [
-                    *command,
-                    "--items",
-                    size.eval_items,
-                    "--vocab-size",
-                    size.vocab_size,
-                    "--runs",
-                    *runs,
-                ],
-                folder / "eval.log",
-            )
+            command = [
+                *[sys.executable, "-m", "examples.study.evaluate", "--device", size.device],
+                *["--data", self.out / "data" / "valid", "--vocab-size", size.vocab_size],
+                *["--rows", size.eval_rows, "--items", size.eval_items],
+                *["--steps", *range(size.trunk_steps + quarter, size.steps + 1, quarter)],
+                *["--runs", *runs],
+            ]
+            execute(command, folder / "eval.log")
             done.touch()
             if not size.keep_checkpoints:
                 for run in runs:
@@ -416,6 +403,7 @@ class Plan:
 
 
 def _used(stage: Stage, others: Sequence[Stage]) -> bool:
+    """Whether it is one of the others, or one of them builds on it."""
     return stage in others or any(stage in other.after for other in others)
 
 

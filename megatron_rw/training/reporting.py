@@ -6,12 +6,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
+from megatron_rw.platform.files import write_complete
 from megatron_rw.reweighting import LossByDomain, ReweightReport, WeightedSet
 
 if TYPE_CHECKING:
@@ -34,9 +36,8 @@ class MetricsFile:
 
     def write_arguments(self, arguments: Mapping[str, object]) -> None:
         """Writes `arguments.json` beside it: what the run, or its latest part, was started with."""
-        path = os.path.join(os.path.dirname(self._file.name), "arguments.json")
-        with open(path, "w") as file:
-            json.dump(arguments, file, indent=1, sort_keys=True, default=str)
+        text = json.dumps(arguments, indent=1, sort_keys=True, default=str)
+        write_complete(Path(self._file.name).with_name("arguments.json"), f"{text}\n")
 
     def write(self, record: Mapping[str, object]) -> None:
         """Appends a record of plain numbers; what is not finite becomes null."""
