@@ -32,10 +32,6 @@ class MonitoringConfig:
     """At validation, fit the factor on the logits that makes the loss lowest, and log both. Above
     1, the predictions are too flat. It costs about one more pass over the logits."""
 
-    log_validation_progress: bool = False
-    """At validation, compare the losses of samples with those that they had in an earlier one: log
-    how the progress goes with the earlier loss. Needs samples that recur: --full-validation."""
-
     def __post_init__(self) -> None:
         if self.prometheus_port is None:
             if self.prometheus_address != DEFAULT_ADDRESS:

@@ -24,7 +24,6 @@ from megatron_rw.reweighting import (
 )
 from megatron_rw.reweighting.weighed_units import WeighedUnits
 from megatron_rw.training.batch import Batch
-from megatron_rw.training.sample_progress import SampleProgress
 from megatron_rw.training.settings import Settings
 
 LossResult = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -73,7 +72,6 @@ class PretrainLoss:
         # Of the evaluation, where they are asked for.
         monitoring = settings.monitoring
         self.logit_scale = LogitScale() if monitoring.log_logit_scale else None
-        self.progress = SampleProgress() if monitoring.log_validation_progress else None
 
     def begin_step(self) -> None:
         """Begins a step, and forgets what an earlier one has left."""
@@ -143,8 +141,6 @@ class PretrainLoss:
             self._note(batch, sums)
         else:
             self.valid_losses.add(*sums, batch.domain)
-            if self.progress is not None:
-                self.progress.note(sums, self._places(batch))
         return result
 
     def _weighted(

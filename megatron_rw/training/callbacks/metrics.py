@@ -1,11 +1,9 @@
 """The weights, the losses by domain and the speed of each logging interval."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_timers, print_rank_last
 
@@ -106,13 +104,14 @@ class MetricsCallback(Callback):
         group = mpu.get_data_parallel_group(with_context_parallel=True)
         losses = self._loss.valid_losses.read(group)
         split = "test" if "test set" in call["prefix"] else "validation"
-        found = self._diagnose(split, group)
+        scale = None if self._loss.logit_scale is None else self._loss.logit_scale.read(group)
         if self._reporter is None:
             return
         iteration = call["iteration"]
-        record: dict[str, object] = {"lm_loss": losses.overall, **found}
-        if found:
-            values = {name.replace("_", " "): value for name, value in _flat(found).items()}
+        record: dict[str, object] = {"lm_loss": losses.overall}
+        if scale is not None:
+            record |= vars(scale)
+            values = {name.replace("_", " "): value for name, value in vars(scale).items()}
             text = " | ".join(f"{name}: {value:.6g}" for name, value in values.items())
             print_rank_last(f" {split} diagnostics at iteration {iteration} | {text} |")
             if call["write_to_tensorboard"]:
@@ -126,18 +125,6 @@ class MetricsCallback(Callback):
                 scalars = {f"domain {split} lm loss/{name}": loss for name, loss in seen}
                 self._reporter.write_scalars(scalars, iteration)
         self._reporter.write(split, iteration, record)
-
-    def _diagnose(self, split: str, group: dist.ProcessGroup) -> dict[str, Any]:
-        """Returns what the evaluation's diagnostics have found, by name. Collective."""
-        loss, found = self._loss, {}
-        if loss.logit_scale is not None and (scale := loss.logit_scale.read(group)) is not None:
-            found = dataclasses.asdict(scale)
-        if loss.progress is not None:
-            if split == "test":
-                loss.progress.forget()
-            elif (progress := loss.progress.read()) is not None:
-                found |= {f"progress_{name}": value for name, value in vars(progress).items()}
-        return found
 
     def on_saved(self, iteration: int) -> None:
         """Tells Prometheus of the checkpoint."""
@@ -171,15 +158,6 @@ class MetricsCallback(Callback):
             totals.setdefault(key, torch.zeros(1, device=torch.cuda.current_device()))
         for name, value in line.items():
             totals[name] = torch.tensor([value * divisor])
-
-
-def _flat(found: Mapping[str, Any]) -> dict[str, float]:
-    """Gives each number of a list a name of its own, counted from 1."""
-    return {
-        f"{name} {number}" if isinstance(value, list) else name: each
-        for name, value in found.items()
-        for number, each in enumerate(value if isinstance(value, list) else [value], start=1)
-    }
 
 
 def _leave_out_if_all_skipped(log: LogEvent) -> None:

@@ -12,11 +12,6 @@ def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) 
     """Checks the flags against each other, the device and the disk."""
     if config.log_slowest_rank:
         _check_slowest_rank(args)
-    if config.log_validation_progress and not args.full_validation:
-        raise UserError(
-            "--log-validation-progress compares samples that several evaluations see, and only "
-            "with --full-validation do they see the same: add it."
-        )
     if args.profile:
         _check_profile(args, device)
     if args.record_memory_history:
