@@ -68,7 +68,7 @@ def _run(config: CompareConfig) -> None:
 
     comparison = compare(load_arms(config.runs), config)
     print(f"{comparison.headline}\n\n{tables.text(tables.overview(comparison))}\n")
-    if len(domains := tables.by_domain(comparison)) > 2:
+    if domains := tables.by_domain(comparison):
         print(f"{tables.text(domains)}\n")
     print(comparison.rule)
     for warning in comparison.warnings:

@@ -4,7 +4,6 @@ import io
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -81,30 +80,6 @@ def forest(comparison: Comparison, title: str) -> Figure:
         f"validation loss minus that of {comparison.baseline}, nats per token (left is better)"
     )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-@mpl.rc_context(_STYLE)
-def heat(values: Mapping[str, Mapping[str, float]], centre: float, digits: int) -> Figure:
-    """Draws rows of values by column, blue below the centre and red above."""
-    columns = list(dict.fromkeys(name for row in values.values() for name in row))
-    table = [[row.get(name, math.nan) for name in columns] for row in values.values()]
-    reach = max((abs(v - centre) for row in table for v in row if v == v), default=0.0) or 1.0
-    figure, axes = _figure(1.0 + 0.38 * len(values))
-    axes.imshow(table, cmap="RdBu_r", vmin=centre - reach, vmax=centre + reach, aspect="auto")
-    size = min(11.0, 100 / max(1, len(columns)))
-    for y, row in enumerate(table):
-        for x, value in enumerate(row):
-            dark = abs(value - centre) > 0.6 * reach
-            shown = signed(value, digits) if centre == 0 else f"{value:.{digits}f}"
-            if value == value:
-                axes.text(
-                    x, y, shown, ha="center", va="center", color="w" if dark else "k", fontsize=size
-                )
-    axes.set_xticks(
-        range(len(columns)), [_wrapped(name) for name in columns], rotation=20, ha="right"
-    )
-    axes.set_yticks(range(len(values)), [_wrapped(name) for name in values])
     return figure
 
 

@@ -5,7 +5,6 @@ from html import escape
 
 from megatron_rw.comparison import figures, tables
 from megatron_rw.comparison.results import Comparison
-from megatron_rw.comparison.runs import OF_DOMAIN
 
 _CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1100px; margin: 2rem auto;
@@ -24,15 +23,7 @@ svg { width: 100%; height: auto; }
 
 def render(comparison: Comparison, title: str) -> str:
     """Returns the page. The same comparison gives the same text."""
-    domains = {
-        arm.name: {
-            name.removeprefix(OF_DOMAIN): found.mean
-            for name, found in arm.summary.differences.items()
-            if name.startswith(OF_DOMAIN)
-        }
-        for arm in comparison.arms
-    }
-    weights = {arm.name: arm.summary.weight_ratios for arm in comparison.arms}
+    base = escape(comparison.baseline)
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="outcome">{escape(comparison.headline)}</p>',
@@ -42,20 +33,12 @@ def render(comparison: Comparison, title: str) -> str:
         f"<p>{escape(comparison.rule)}</p>",
         "<h2>Differences over training</h2>",
         figures.svg(figures.curves(comparison)),
-    ]
-    for head, rows, centre, digits in (
-        (f"Validation loss minus that of {comparison.baseline}, by domain", domains, 0.0, 3),
-        ("Share of the weight over share of the samples, by domain", weights, 1.0, 2),
-    ):
-        if shown := {name: row for name, row in rows.items() if row}:
-            body += [f"<h2>{escape(head)}</h2>", figures.svg(figures.heat(shown, centre, digits))]
-    body += [
-        f"<h2>All measures: {escape(comparison.baseline)}, and differences from it</h2>",
+        f"<h2>All measures: {base}, and differences from it</h2>",
         _table(tables.all_measures(comparison)),
-        "<details><summary>Each pair of runs</summary>",
-        *(f"<h2>{escape(arm.name)}</h2>{_table(tables.pairs(arm))}" for arm in comparison.arms),
-        "</details>",
     ]
+    if domains := tables.by_domain(comparison):
+        head = f"<h2>Validation loss by domain: {base}, and differences from it</h2>"
+        body += [head, _table(domains)]
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_CSS}</style>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"

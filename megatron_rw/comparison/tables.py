@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_rw.comparison.inference import Estimate
 from megatron_rw.comparison.measuring import Summary
-from megatron_rw.comparison.results import ArmResult, Comparison, signed
+from megatron_rw.comparison.results import Comparison, signed
 from megatron_rw.comparison.runs import LOSS, NOISE, OF_DOMAIN, WORST
 
 Table = list[list[str]]
@@ -41,10 +41,13 @@ def overview(comparison: Comparison) -> Table:
 def by_domain(comparison: Comparison) -> Table:
     """Returns the baseline's loss of each domain, the arms' differences, and their weights.
 
-    A weight is the domain's share of the weight over its share of the samples.
+    A weight is the domain's share of the weight over its share of the samples. There is no row
+    where no domain was measured.
     """
     base = comparison.baseline_values
     names = [name.removeprefix(OF_DOMAIN) for name in base if name.startswith(OF_DOMAIN)]
+    if not names:
+        return []
     rows = [["by domain", *names]]
     rows.append([comparison.baseline, *(_number(base[OF_DOMAIN + name]) for name in names)])
     for arm in comparison.arms:
@@ -65,18 +68,6 @@ def all_measures(comparison: Comparison) -> Table:
     for arm in comparison.arms:
         found = [arm.summary.differences.get(name) for name in names]
         rows.append([arm.name, *(f"{mean(each)} {each and interval(each)}" for each in found)])
-    return rows
-
-
-def pairs(arm: ArmResult) -> Table:
-    """Returns a row for each pair: folders, and the run's measures with the baseline's."""
-    found = arm.summary.pairs
-    names = list(dict.fromkeys(name for pair in found for name in pair.measures))
-    rows = [["run", "baseline", "trunk or seed", "tokens to baseline", *names]]
-    for pair in found:
-        ours, theirs = pair.measures, pair.baseline_measures
-        values = [f"{_number(ours.get(name))} / {_number(theirs.get(name))}" for name in names]
-        rows.append([pair.run, pair.baseline, pair.unit, _number(pair.tokens_to_baseline), *values])
     return rows
 
 

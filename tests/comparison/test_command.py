@@ -202,7 +202,7 @@ def test_the_page_needs_nothing_and_escapes_everything(study: str) -> None:
     assert not {"script", "b", "link", "img", "iframe"} & page.tags
     assert all(address.startswith(("#", "data:image/png;")) for address in page.addresses)
     assert "&lt;b&gt;&amp;$x_$" in text
-    assert page.tags >= {"svg", "table", "details"}
+    assert page.tags >= {"svg", "table"}
     assert str(Path.cwd()) not in text
     assert Image.open("report.v1.png").size[0] == 1800
     numbers = json.loads(Path("report.v1.json").read_text())
@@ -222,6 +222,15 @@ def test_the_same_runs_give_the_same_bytes(study: str) -> None:
     assert written[0] == written[1]
 
 
+def test_runs_without_domains_have_no_table_of_them() -> None:
+    for name in ("none", "b"):
+        lines = map(json.loads, Path("runs", name, "metrics.jsonl").read_text().splitlines())
+        text = "".join(json.dumps({**line, "domains": {}}) + "\n" for line in lines)
+        Path("runs", name, "metrics.jsonl").write_text(text)
+    assert "by domain" not in command("none=runs/none b=runs/b --output x").out
+    assert "by domain" not in Path("x.html").read_text()
+
+
 def test_a_browser_shows_the_page(study: str) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -238,5 +247,5 @@ def test_a_browser_shows_the_page(study: str) -> None:
     )
     shown = _Page()
     shown.feed(done.stdout)
-    assert shown.tags >= {"svg", "table", "details"}
+    assert shown.tags >= {"svg", "table"}
     assert "Found from" in done.stdout
