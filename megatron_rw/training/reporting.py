@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from megatron_rw.observability.endpoint import Endpoint
 
 Scalars = dict[str, float]
-
-_HISTOGRAM_BINS = 30
 
 
 class MetricsFile:
@@ -147,31 +144,3 @@ class Reporter:
             {"loss": loss, "weight": weight, "domain": self.names[domain]}
             for loss, weight, domain in zip(*(c[:count].tolist() for c in columns), strict=True)
         ]
-
-    def write_histograms(self, weighted: WeightedSet, iteration: int) -> None:
-        """Writes TensorBoard histograms of the samples, and of their weight, by loss."""
-        writer = get_tensorboard_writer()
-        if not writer:
-            return
-        losses = weighted.units.losses.float().cpu().numpy()
-        used = np.isfinite(losses) & weighted.units.has_tokens.cpu().numpy()
-        losses, weights = losses[used], weighted.weights.float().cpu().numpy()[used]
-        if losses.size == 0:
-            return
-        edges = np.histogram_bin_edges(losses, bins=_HISTOGRAM_BINS)
-        for tag, mass in (
-            ("reweight/samples by loss", np.ones_like(losses)),
-            ("reweight/weight by loss", weights * losses.size),
-        ):
-            counts, _ = np.histogram(losses, bins=edges, weights=mass)
-            writer.add_histogram_raw(
-                tag,
-                min=float(losses.min()),
-                max=float(losses.max()),
-                num=float(counts.sum()),
-                sum=float((losses * mass).sum()),
-                sum_squares=float((losses**2 * mass).sum()),
-                bucket_limits=edges[1:].tolist(),
-                bucket_counts=counts.tolist(),
-                global_step=iteration,
-            )

@@ -88,8 +88,8 @@ def test_validation_is_reported_by_domain(run: Run) -> None:
     assert "by domain" not in run.output[0]
 
 
-def test_tensorboard_has_scalars_and_histograms(run: Run) -> None:
-    board = EventAccumulator(str(run.directory / "board"), size_guidance={"histograms": 0})
+def test_tensorboard_has_scalars(run: Run) -> None:
+    board = EventAccumulator(str(run.directory / "board"))
     board.Reload()
     tags = board.Tags()
     for tag in (
@@ -106,14 +106,6 @@ def test_tensorboard_has_scalars_and_histograms(run: Run) -> None:
     ):
         assert tag in tags["scalars"], tag
     assert [e.step for e in board.Scalars("reweight/ess")] == [1, 2, 4]
-
-    mass = {tag: board.Histograms(tag)[-1].histogram_value for tag in tags["histograms"]}
-    assert mass.keys() == {"reweight/samples by loss", "reweight/weight by loss"}
-    samples, weight = mass["reweight/samples by loss"], mass["reweight/weight by loss"]
-    assert sum(samples.bucket) == pytest.approx(SET_SIZE)
-    # Weights sum to 1 and are scaled by |S|, so that the two histograms compare.
-    assert sum(weight.bucket) == pytest.approx(SET_SIZE, rel=1e-5)
-    assert samples.bucket_limit == weight.bucket_limit
 
 
 def test_wandb_gets_the_same_scalars(monkeypatch: pytest.MonkeyPatch) -> None:

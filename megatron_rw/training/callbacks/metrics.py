@@ -94,8 +94,6 @@ class MetricsCallback(Callback):
             record["samples"] = reporter.samples(weighted, self._config.log_samples)
         reporter.write("train", log.iteration, record | log.record)
         reporter.write_scalars(log.scalars, log.iteration)
-        if weighted is not None:
-            reporter.write_histograms(weighted, log.iteration)
 
     def on_evaluation(self, call: Mapping[str, Any]) -> None:
         """Writes an evaluation; with several domains also prints a line with their losses."""
