@@ -40,7 +40,6 @@ from megatron_rw.data.indexed.pair import is_dataset
 from megatron_rw.errors import UserError, reported
 from megatron_rw.platform import select_device
 from megatron_rw.platform.launch import prepare_process
-from megatron_rw.platform.pictures import check_picture
 
 # What scoring needs of Megatron, whatever the job's flags say.
 _FORCED = (
@@ -72,17 +71,12 @@ class ScoreConfig:
     some 20 x --seq-length x --micro-batch-size for each data-parallel rank; with less, ranks wait
     for each other."""
 
-    picture: Path | None = None
-    """Draw the histograms into this file, .png or another format (needs matplotlib)."""
-
     def __post_init__(self) -> None:
         stride, tokens = self.score_stride, self.block_tokens
         require(stride is None or stride >= 1, "--score-stride", stride, "a number of at least 1")
         require(bool(self.load), "--load", "''", "the folder of the checkpoint")
         require(bool(self.score_dir), "--score-dir", "''", "a folder to write to")
         require(tokens >= 1, "--block-tokens", tokens, "a number of at least 1")
-        if self.picture is not None:
-            check_picture(self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from megatron_rw.data.progress import Progress as PrintedProgress
 from megatron_rw.data.progress import say
 from megatron_rw.errors import UserError
 from megatron_rw.integrations.groups import embedding_ranks
-from megatron_rw.platform.pictures import draw_histograms
 from megatron_rw.resilience import safe_pickle
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.scoring import summary
@@ -80,9 +79,6 @@ def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
             folder.finish({"bin_width": summary.BIN_WIDTH, "domains": domains})
         domains = folder.scores()["domains"]
         print("\n".join(summary.table(domains)), flush=True)
-        if config.picture is not None:
-            labels = ("document loss, nats per token", "share of documents per nat")
-            draw_histograms(summary.shares(domains), config.picture, labels)
     progress.then("the end")
     dist.barrier()
     # Left to the interpreter's own end, threads of gloo have been seen to abort the process.

@@ -1,4 +1,4 @@
-"""The losses of documents by domain: figures, a table, a picture."""
+"""The losses of documents by domain: figures and a table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_rw.scoring.folder import ScoreFolder
 
 # Bins of the histograms, in nats per token; the last bin has all that is above.
 BIN_WIDTH, BINS = 0.1, 200
-# Bins of the picture to a line of the table.
+# Bins to a line of the table.
 _COARSE = 5
 _CHUNK = 1 << 22
 
@@ -79,15 +79,3 @@ def table(domains: Mapping[str, Mapping[str, Any]]) -> list[str]:
         label = f"{i * step:.1f}-{end}"
         lines.append(f"{label:<11}" + "".join(f"  {share:>{cell}.2f}" for share, cell in row))
     return lines
-
-
-def shares(domains: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns the share of documents per nat in each bin, and the bins' edges, by domain."""
-    found = {}
-    for name, entry in domains.items():
-        counts = np.trim_zeros(np.array(entry["histogram"]), "b")
-        if len(counts):
-            edges = (BIN_WIDTH * np.arange(len(counts) + 1)).tolist()
-            label = f"{name} (mean over tokens {entry['loss']:.2f})"
-            found[label] = ((counts / counts.sum() / BIN_WIDTH).tolist(), edges)
-    return found

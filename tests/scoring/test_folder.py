@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_rw.data.indexed.documents import DocumentBlock
 from megatron_rw.errors import UserError
 from megatron_rw.scoring.folder import ARRAYS, ScoreFolder, document_means
-from megatron_rw.scoring.summary import shares, summarise, table
+from megatron_rw.scoring.summary import summarise, table
 
 
 def job(**changes: Any) -> dict[str, Any]:
@@ -109,6 +109,3 @@ def test_domains(tmp_path: Path) -> None:
     assert lines[6].split() == ["0.0-0.5", "50.00", "0.00"]
     assert lines[6 + 6].split() == ["3.0-3.5", "0.00", "100.00"]
     assert lines[-1].split() == ["20.0-", "50.00", "0.00"]
-    heights, edges = shares(domains)["code (mean over tokens 3.33)"]
-    assert len(edges) == len(heights) + 1 == 35
-    assert (heights[33], edges[33]) == (pytest.approx(10), pytest.approx(3.3))
