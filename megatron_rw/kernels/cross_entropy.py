@@ -1,14 +1,12 @@
 """Cross-entropy over a vocabulary that tensor parallelism cuts, differentiable per token.
 
-    z' = c·tanh(z/c)                                   with a soft-cap c, else z
-    lse = log Σ_v exp(z'_v)                            over the whole vocabulary
-    ce  = lse − (1−ε')·z'_y − (ε'/V)·Σ_v z'_v + ζ·lse²   ε' = ε·V/(V−1)
-    ∂ce/∂z_v = ((1 + 2ζ·lse)·p_v − (1−ε')·[v=y] − ε'/V)·(1 − (z'_v/c)²)
-    H   = lse − Σ_v p_v·z'_v                           the prediction's entropy, where asked for
+    lse = log Σ_v exp(z_v)      over the whole vocabulary
+    ce  = lse − z_y             ∂ce/∂z_v = p_v − [v=y]
+    H   = lse − Σ_v p_v·z_v     the prediction's entropy, where asked for
 
 Forward reads the logits once and keeps the log-sum-exp per token. One all-gather of 12 bytes a
-token (4 more each with label smoothing and with the entropy) over the tensor-parallel group joins
-the shards. Backward reads the logits again and by default overwrites them with their gradient.
+token (16 with the entropy) over the tensor-parallel group joins the shards. Backward reads the
+logits again and by default overwrites them with their gradient.
 """
 
 from typing import Any, NamedTuple

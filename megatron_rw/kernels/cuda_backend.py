@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_rw.kernels.cuda_launch import launcher
 from megatron_rw.kernels.options import (
     RANGE_QUANTILE,
-    TARGET,
     Combined,
     CrossEntropyOptions,
     Plan,
@@ -63,10 +62,9 @@ class CudaBackend:
         self, logits: Tensor, target: Tensor, shard: Shard, options: CrossEntropyOptions
     ) -> Tensor:
         """See `Backend`."""
-        caps = options.softcap is not None
         table = logits.new_empty(options.rows, *target.shape, dtype=torch.float32)
         launcher(logits.device)(
-            _kernel("statistics", logits, caps, caps or options.rows > TARGET + 1),
+            _kernel("statistics", logits, options.entropy),
             (target.numel(), 1),
             self._launch.forward_threads,
             *_strided(logits),
@@ -76,8 +74,6 @@ class CudaBackend:
             shard.start,
             shard.columns,
             options.ignore_index,
-            float(options.softcap or 0),
-            *_option_rows(options),
         )
         return table
 
@@ -112,9 +108,6 @@ class CudaBackend:
             batch,
             shard.vocab_size,
             options.ignore_index,
-            float(options.z_loss),
-            shard.smoothing(options),
-            *_option_rows(options),
         )
         by_sample = None
         if sums is not None:
@@ -133,9 +126,8 @@ class CudaBackend:
         out: Tensor,
     ) -> None:
         """See `Backend`."""
-        smoothing = shard.smoothing(options)
         launcher(logits.device)(
-            _kernel("gradient", logits, options.softcap is not None),
+            _kernel("gradient", logits),
             (target.numel(), 1),
             self._launch.backward_threads,
             *_strided(logits),
@@ -148,10 +140,6 @@ class CudaBackend:
             shard.columns,
             logits.shape[2],
             options.ignore_index,
-            float(options.softcap or 0),
-            float(options.z_loss),
-            smoothing,
-            smoothing / shard.vocab_size,
         )
 
     def weigh(self, units: Units, weighting: Weighting, given: Tensor | None) -> UnitWeights:
@@ -196,8 +184,3 @@ def _kernel(name: str, logits: Tensor, *variant: bool) -> str:
 def _strided(tensor: Tensor) -> tuple[int, ...]:
     """Address and strides in elements, as the kernels take them."""
     return (tensor.data_ptr(), *tensor.stride())
-
-
-def _option_rows(options: CrossEntropyOptions) -> tuple[int, int]:
-    """`sum_row` and `spread_row`, −1 for one that is not there."""
-    return tuple(-1 if row is None else row for row in (options.sum_row, options.spread_row))  # type: ignore[return-value]

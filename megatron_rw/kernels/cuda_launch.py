@@ -23,13 +23,9 @@ FOLDER = Path(__file__).parent / "csrc"
 # As NVRTC has them: templates with their arguments.
 KERNELS = (
     *(
-        f"{kernel}<{dtype}, {variant}>"
-        for kernel, variants in (
-            ("statistics", ("false, false", "false, true", "true, true")),
-            ("gradient", ("false", "true")),
-        )
+        kernel.format(dtype)
+        for kernel in ("statistics<{}, false>", "statistics<{}, true>", "gradient<{}>")
         for dtype in ("float", "bf16", "half")
-        for variant in variants
     ),
     "combine",
     "weigh",

@@ -23,9 +23,9 @@ LARGEST_EXPONENT = 20.0
 # Below this temperature fp32 cannot tell scores of one size apart.
 LEAST_TEMPERATURE = 1e-6
 
-# Rows of a table of statistics that are always there: the largest logit m, Σ exp(z − m), and the
-# target's logit (0 where it is elsewhere).
-MAX, SUM_EXP, TARGET = range(3)
+# Rows of a table of statistics: the largest logit m, Σ exp(z − m), the target's logit (0 where it
+# is elsewhere), and, for the entropy alone, Σ exp(z − m)·(z − m).
+MAX, SUM_EXP, TARGET, SPREAD = range(4)
 
 
 class BackendError(ValueError):
@@ -43,48 +43,19 @@ class CrossEntropyOptions:
     vocab_size: int | None = None
     """Columns of the whole vocabulary that take part; padding lies behind them. All when None."""
 
-    z_loss: float = 0.0
-    """Adds z_loss·lse², which keeps the logits' scale in check."""
-
-    label_smoothing: float = 0.0
-    """ε in [0, 1): probability spread evenly over the labels that are not the target."""
-
-    softcap: float | None = None
-    """c > 0: the logits are c·tanh(z/c) first."""
-
     entropy: bool = False
     """Return the entropy of each token's prediction as well; it costs 4 bytes a token more in the
     exchange of tensor-parallel ranks."""
 
     def __post_init__(self) -> None:
-        """Check every setting.
-
-        Raises:
-            ValueError: the first that is out of range.
-        """
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
-        if not (math.isfinite(self.z_loss) and self.z_loss >= 0):
-            raise ValueError(f"z_loss must be 0 or more, not {self.z_loss}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"softcap must be above 0, not {self.softcap}")
+        """Check the vocabulary's size; a ValueError below 1."""
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size must be 1 or more, not {self.vocab_size}")
 
     @property
-    def sum_row(self) -> int | None:
-        """The row Σ z of a table, which label smoothing needs."""
-        return TARGET + 1 if self.label_smoothing else None
-
-    @property
-    def spread_row(self) -> int | None:
-        """The row Σ exp(z − m)·(z − m) of a table, which the entropy needs."""
-        return TARGET + 1 + bool(self.label_smoothing) if self.entropy else None
-
-    @property
     def rows(self) -> int:
         """How many rows a table of statistics has."""
-        return TARGET + 1 + bool(self.label_smoothing) + self.entropy
+        return SPREAD + self.entropy
 
 
 @dataclass(frozen=True)
@@ -100,11 +71,6 @@ class Shard:
     start: int
     columns: int
     vocab_size: int
-
-    def smoothing(self, options: CrossEntropyOptions) -> float:
-        """ε·V/(V−1): the weight of the mean over all labels, the target included."""
-        # A vocabulary of one label has no other labels: it must not divide by 0.
-        return options.label_smoothing * self.vocab_size / max(self.vocab_size - 1, 1)
 
 
 class Combined(NamedTuple):
@@ -262,11 +228,11 @@ class Backend(Protocol):
             logits: `[s, b, columns + padding]` fp32, bf16 or fp16, any strides.
             target: see above.
             shard: which columns take part.
-            options: soft-cap, label smoothing and entropy count here.
+            options: the ignored label and the entropy count here.
 
         Returns:
-            `[options.rows, s, b]` fp32 (fp64 where the logits are): MAX, SUM_EXP, TARGET,
-            `options.sum_row`, `options.spread_row`.
+            `[options.rows, s, b]` fp32 (fp64 where the logits are): MAX, SUM_EXP, TARGET
+            and, for the entropy, SPREAD.
         """
 
     def combine(

@@ -6,6 +6,7 @@ from torch import Tensor
 from megatron_rw.kernels import torch_weights
 from megatron_rw.kernels.options import (
     MAX,
+    SPREAD,
     SUM_EXP,
     TARGET,
     Combined,
@@ -15,7 +16,6 @@ from megatron_rw.kernels.options import (
 from megatron_rw.kernels.sums import sample_sums
 from megatron_rw.kernels.torch_pieces import (
     Scratch,
-    cap,
     clear_rows,
     computed_in,
     cut_pieces,
@@ -35,12 +35,10 @@ class TorchBackend:
         scratch = Scratch(pieces)
         found: list[list[Tensor]] = []
         for part, index in zip(pieces, columns, strict=True):
-            z = scratch.read(part, options)
+            z = scratch.read(part)
             p = torch.softmax(z, dim=-1, out=scratch.space(z))
             # The largest probability is 1/Σ exp(z − m).
             rows = [z.amax(dim=-1), p.amax(dim=-1).reciprocal(), z.gather(-1, index).squeeze(-1)]
-            if options.label_smoothing:
-                rows.append(z.sum(dim=-1))
             if options.entropy:
                 # It may overwrite what was read, which was needed until here.
                 below = torch.sub(z, rows[0].unsqueeze(-1), out=scratch.space(z, 0))
@@ -53,7 +51,7 @@ class TorchBackend:
         table[TARGET].masked_fill_(~here.flatten(), 0.0)
         if options.entropy:
             # Σ exp(z − m)·(z − m), of the shard's own probabilities exp(z − m)/total.
-            table[-1] = torch.where(total > 0, total * table[-1], 0.0)
+            table[SPREAD] = torch.where(total > 0, total * table[SPREAD], 0.0)
         return table.view(options.rows, *target.shape)
 
     def combine(
@@ -71,12 +69,6 @@ class TorchBackend:
         log_total = torch.log(total)
         # Not lse − z_y: a common offset of the logits would cost both their digits.
         losses = log_total + (base - own)
-        lse = log_total + base
-        if options.sum_row is not None:
-            mean = table[options.sum_row] / shard.vocab_size
-            losses += shard.smoothing(options) * (own - mean)
-        if options.z_loss:
-            losses += options.z_loss * lse.square()
         # A label beyond the vocabulary would pass as a loss without a target.
         losses.masked_fill_((target < 0) | (target >= shard.vocab_size), torch.nan)
         ignored = target == options.ignore_index
@@ -85,8 +77,8 @@ class TorchBackend:
         if loss_mask is not None:
             # The mask keeps its strides, and so the order of the sums.
             sums = sample_sums(losses.T, torch.where(ignored, 0.0, loss_mask).T)
-        if options.spread_row is not None:
-            entropy = log_total - table[options.spread_row] / total
+        if options.entropy:
+            entropy = log_total - table[SPREAD] / total
         return Combined(losses, torch.stack([base, log_total]), sums, entropy)
 
     weigh = staticmethod(torch_weights.weigh)
@@ -102,42 +94,31 @@ class TorchBackend:
         out: Tensor,
     ) -> None:
         """See `Backend`."""
-        smoothing = shard.smoothing(options)
         column, here = local_columns(target, shard, options)
         scale = upstream.contiguous().masked_fill(target == options.ignore_index, 0.0)
         scale, top, log_total = (x.unsqueeze(-1) for x in (scale, *lse))
-        more = 2.0 * options.z_loss * (top + log_total)
-        even = scale * (smoothing / shard.vocab_size)
         # The target's p − 1 in all its digits, before it may be overwritten.
-        z_own = cap(logits.gather(-1, column).to(lse.dtype), options)
-        own = (
-            scale * (torch.expm1(z_own - top - log_total) * (1.0 + more) + more + smoothing) - even
-        )
+        own = scale * torch.expm1(logits.gather(-1, column).to(lse.dtype) - top - log_total)
         whole = shard.columns == shard.vocab_size
         # What to multiply the softmax by, or, of a shard, exp(z − m).
-        factor = scale * (1.0 + more) * (1.0 if whole else torch.exp(-log_total))
+        factor = scale * (1.0 if whole else torch.exp(-log_total))
         pieces = cut_pieces(
             logits[..., : shard.columns],
             out[..., : shard.columns],
-            *(top, factor, even, column, own, here.unsqueeze(-1), scale == 0),
+            *(top, factor, column, own, here.unsqueeze(-1), scale == 0),
         )
         scratch = Scratch(pieces[0])
-        for part, place, base, rise, drop, index, exact, held, zero in zip(*pieces, strict=True):
-            z = scratch.read(part, options)
-            # Written straight into its place where the logits are not needed again: without a
-            # soft-cap each row is read before it is written.
-            straight = place.dtype == computed_in(place.dtype) and options.softcap is None
+        for part, place, base, rise, index, exact, held, zero in zip(*pieces, strict=True):
+            z = scratch.read(part)
+            # Straight into its place where that holds it in full: each row is read before.
+            straight = place.dtype == computed_in(place.dtype)
             gradient = place if straight else scratch.space(z)
             if whole:
                 torch.softmax(z, dim=-1, out=gradient)
             else:
                 torch.sub(z, base, out=gradient).exp_()
             gradient *= rise
-            if smoothing:
-                gradient -= drop
             gradient.scatter_(-1, index, torch.where(held, exact, gradient.gather(-1, index)))
-            if options.softcap is not None:
-                gradient *= 1.0 - z.div_(options.softcap).square_()
             clear_rows(gradient, zero)
             if not straight:
                 place.copy_(gradient)
@@ -154,10 +135,10 @@ def join_tables(tables: Tensor, options: CrossEntropyOptions) -> Tensor:
     sums = tables[:, SUM_EXP]
     joined = tables.sum(dim=0)
     joined[MAX], joined[SUM_EXP] = top, (sums * factor).sum(dim=0)
-    if options.spread_row is not None:
+    if options.entropy:
         # Of a shard of −inf, or of the least numbers there are, −inf·0 is NaN.
-        moved = tables[:, options.spread_row] + torch.where(factor > 0, lift * sums, 0.0)
-        joined[options.spread_row] = (moved * factor).sum(dim=0)
+        moved = tables[:, SPREAD] + torch.where(factor > 0, lift * sums, 0.0)
+        joined[SPREAD] = (moved * factor).sum(dim=0)
     return joined
 
 

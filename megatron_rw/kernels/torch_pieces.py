@@ -38,13 +38,6 @@ def clear_rows(matrix: Tensor, rows: Tensor) -> None:
         matrix[rows.squeeze(-1)] = 0.0
 
 
-def cap(z: Tensor, options: CrossEntropyOptions) -> Tensor:
-    """Soft-cap logits in place, where they are to be."""
-    if options.softcap is not None:
-        z.div_(options.softcap).tanh_().mul_(options.softcap)
-    return z
-
-
 class Scratch:
     """Memory for one piece at a time, kept: the allocator may give pages back after every use.
 
@@ -58,11 +51,11 @@ class Scratch:
             for piece in pieces[:1] * 2
         ]
 
-    def read(self, piece: Tensor, options: CrossEntropyOptions) -> Tensor:
-        """The piece in fp32 (fp64 where it is), and capped."""
-        if piece.dtype == computed_in(piece.dtype) and options.softcap is None:
+    def read(self, piece: Tensor) -> Tensor:
+        """The piece in fp32 (fp64 where it is)."""
+        if piece.dtype == computed_in(piece.dtype):
             return piece
-        return cap(self._single[0][: len(piece)].copy_(piece), options)
+        return self._single[0][: len(piece)].copy_(piece)
 
     def space(self, z: Tensor, number: int = 1) -> Tensor:
         """As large as `z`; number 0 is what `read` returns, where that is a copy."""

@@ -80,7 +80,7 @@ def test_compiled_once_and_started_on_torchs_stream(hopper: None) -> None:
     assert cuda_launch.launcher(torch.device("cuda", 1)) is launcher
     assert CALLS == ["sm_90a", "context of 1"]
     CALLS.clear()
-    launcher("gradient<bf16, false>", (8192, 3), 256, 1 << 40, -100, 0.5)
+    launcher("gradient<bf16>", (8192, 3), 256, 1 << 40, -100, 0.5)
     launcher("combine", (1, 1), 32)
     [(stream, config, kernel, *arguments), (again, *_)] = CALLS
     assert stream.__cuda_stream__() == (0, 7)

@@ -110,23 +110,21 @@ __device__ __forceinline__ Cut cut(const T* row, int count, bool wide) {
 }
 
 // Shares a row out to the threads of the block: calls `one` with the column of a single element, and
-// `many` with a vector and its number. kDeep: several vectors are loaded before the first is used.
-template <bool kDeep, typename One, typename Many>
+// `many` with a vector and its number. Several vectors are loaded before the first is used.
+template <typename One, typename Many>
 __device__ __forceinline__ void each(const Cut& piece, const uint4* vectors, int count, One one,
                                      Many many) {
   const int threads = blockDim.x, thread = threadIdx.x;
 #pragma unroll 1
   for (int column = thread; column < piece.head; column += threads) one(column);
   int index = thread;
-  if (kDeep) {
 #pragma unroll 1
-    for (; index + (kInFlight - 1) * threads < piece.vectors; index += kInFlight * threads) {
-      uint4 loaded[kInFlight];
+  for (; index + (kInFlight - 1) * threads < piece.vectors; index += kInFlight * threads) {
+    uint4 loaded[kInFlight];
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) loaded[k] = __ldcs(vectors + index + k * threads);
+    for (int k = 0; k < kInFlight; ++k) loaded[k] = __ldcs(vectors + index + k * threads);
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) many(loaded[k], index + k * threads);
-    }
+    for (int k = 0; k < kInFlight; ++k) many(loaded[k], index + k * threads);
   }
 #pragma unroll 1
   for (; index < piece.vectors; index += threads) many(__ldcs(vectors + index), index);
@@ -140,10 +138,6 @@ __device__ __forceinline__ int owner(const Cut& piece, int column) {
   if (column < piece.head) return column % blockDim.x;
   if (column >= piece.tail) return (column - piece.tail) % blockDim.x;
   return (column - piece.head) / kSize<T> % blockDim.x;
-}
-
-__device__ __forceinline__ float capped(float z, float softcap) {
-  return softcap * tanhf(z / softcap);
 }
 
 // 2^(z·log2 e − base) is exp(z − top), but for 2^rest_of(top), as base is rounded. Beyond ±kFar the

@@ -20,15 +20,14 @@ __device__ __forceinline__ void fill_zeros(T* out, int64 stride, int count) {
 // A block a row [width], of which `columns` take part and the others get zeros. `out` may be the
 // logits: each element is read and written by one thread. A row whose upstream gradient is 0 or
 // whose label is ignored gets literal zeros, as 0·NaN is NaN, and its logits are not read.
-template <typename T, bool kCapped>
-__global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
+template <typename T>
+__global__ void __launch_bounds__(kMostThreads, 2)
     gradient(const T* logits, int64 stride_sequence, int64 stride_sample, int64 stride, T* out,
              int64 out_stride_sequence, int64 out_stride_sample, int64 out_stride,
              const int64* targets, int64 target_stride_sequence, int64 target_stride_sample,
              const float* lses, const float* upstream, int64 upstream_stride_sequence,
              int64 upstream_stride_sample, int64 batch, int64 start, int64 columns, int64 width,
-             int64 ignore_index, double softcap_, double z_loss, double smoothing_,
-             double uniform_) {
+             int64 ignore_index) {
   const uint32 row = blockIdx.x, samples = static_cast<uint32>(batch);
   const int64 sequence = row / samples, sample = row % samples;
   const int count = static_cast<int>(columns), padding = static_cast<int>(width - columns);
@@ -45,30 +44,17 @@ __global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
                        reinterpret_cast<unsigned long long>(out)) % 16) == 0;
   const Cut piece = cut(logits, count, stride == 1 && out_stride == 1 && alike);
   const float top = lses[row], log_total = lses[gridDim.x + row];
-  const float softcap = static_cast<float>(softcap_);
-  const float smoothing = static_cast<float>(smoothing_), uniform = static_cast<float>(uniform_);
-  const float more = 2.0f * static_cast<float>(z_loss) * (top + log_total);
 
   // The target's own, p − 1 in all its digits; read before it may be overwritten.
   const int64 own = label - start;
   const bool mine = own >= 0 && own < count &&
                     owner<T>(piece, static_cast<int>(own)) == static_cast<int>(threadIdx.x);
   float own_gradient = 0.0f;
-  if (mine) {
-    float z = to_float(logits[own * stride]);
-    if (kCapped) z = capped(z, softcap);
-    const float rest = expm1f((z - top) - log_total);
-    own_gradient = scale * ((1.0f + more) * rest + more + smoothing - uniform);
-    if (kCapped) own_gradient *= 1.0f - (z / softcap) * (z / softcap);
-  }
+  if (mine) own_gradient = scale * expm1f((to_float(logits[own * stride]) - top) - log_total);
 
-  const float base = base_of(top), even = scale * uniform;
-  const float factor = scale * (1.0f + more) * (exp2f(-rest_of(top)) * expf(-log_total));
-  const auto gradient_of = [&](float z) {
-    if (kCapped) z = capped(z, softcap);
-    const float made = fmaf(fast_exp2(fmaf(z, kLog2E, -base)), factor, -even);
-    return kCapped ? made * (1.0f - (z / softcap) * (z / softcap)) : made;
-  };
+  const float base = base_of(top);
+  const float factor = scale * (exp2f(-rest_of(top)) * expf(-log_total));
+  const auto gradient_of = [&](float z) { return fast_exp2(fmaf(z, kLog2E, -base)) * factor; };
   const auto write_one = [&](int at) {
     store(out + at * out_stride, gradient_of(to_float(logits[at * stride])));
   };
@@ -81,7 +67,7 @@ __global__ void __launch_bounds__(kMostThreads, kCapped ? 1 : 2)
     for (float& value : z) value = gradient_of(value);
     __stcs(places + at, packed(z, T()));
   };
-  each<!kCapped>(piece, vectors, count, write_one, write_vector);
+  each(piece, vectors, count, write_one, write_vector);
   if (mine) store(out + own * out_stride, own_gradient);
   fill_zeros(out + count * out_stride, out_stride, padding);
 }

@@ -1,29 +1,24 @@
 // The forward pass over the logits, and the joining of the shards.
 
 // Of some logits: the largest, the sum of exp(z − largest) but for rounding of its base, and where
-// kAll the sum of z and of (z·log2 e − base)·exp(z − largest). kCapped: of soft-capped ones.
-template <bool kCapped, bool kAll>
+// kEntropy of (z·log2 e − base)·exp(z − largest).
+template <bool kEntropy>
 struct Running {
   float top = -kInfinity;
   float base = base_of(-kInfinity);
-  float total = 0.0f, plain = 0.0f, spread = 0.0f;
+  float total = 0.0f, spread = 0.0f;
 
   __device__ __forceinline__ void move(float new_top) {
     const float new_base = base_of(new_top), step = base - new_base;
     const float factor = fast_exp2(step);
-    if (kAll) spread = factor * (spread + step * total);
+    if (kEntropy) spread = factor * (spread + step * total);
     total *= factor;
     top = new_top;
     base = new_base;
   }
 
   template <int kCount>
-  __device__ __forceinline__ void add(float (&z)[kCount], float softcap) {
-#pragma unroll
-    for (float& value : z) {
-      if (kCapped) value = capped(value, softcap);
-      if (kAll) plain += value;
-    }
+  __device__ __forceinline__ void add(const float (&z)[kCount]) {
     float most = z[0];
 #pragma unroll
     for (int k = 1; k < kCount; ++k) most = fmaxf(most, z[k]);
@@ -35,7 +30,7 @@ struct Running {
       const float value = fast_exp2(power);
       total += value;
       // 0·−inf is NaN.
-      if (kAll) spread = fmaf(value, fmaxf(power, -1e4f), spread);
+      if (kEntropy) spread = fmaf(value, fmaxf(power, -1e4f), spread);
     }
   }
 
@@ -43,26 +38,21 @@ struct Running {
   __device__ __forceinline__ void join_warp() {
     move(warp_reduce(kMax, top));
     total = warp_reduce(kSum, total);
-    if (kAll) {
-      plain = warp_reduce(kSum, plain);
-      spread = warp_reduce(kSum, spread);
-    }
+    if (kEntropy) spread = warp_reduce(kSum, spread);
   }
 };
 
 // A block a row [columns]. Into table[statistic][row] go the largest logit, the sum of
-// exp(z − largest), the target's logit (0 where it is elsewhere), and in rows `sum_row` and
-// `spread_row`, unless they are negative, the sum of z and of exp(z − largest)·(z − largest).
-template <typename T, bool kCapped, bool kAll>
-__global__ void __launch_bounds__(kMostThreads, kCapped || kAll ? 1 : 2)
+// exp(z − largest), the target's logit (0 where it is elsewhere), and where kEntropy the sum of
+// exp(z − largest)·(z − largest).
+template <typename T, bool kEntropy>
+__global__ void __launch_bounds__(kMostThreads, kEntropy ? 1 : 2)
     statistics(const T* logits, int64 stride_sequence, int64 stride_sample, int64 stride,
                const int64* targets, int64 target_stride_sequence, int64 target_stride_sample,
-               float* table, int64 batch, int64 start, int64 columns, int64 ignore_index,
-               double softcap_, int64 sum_row, int64 spread_row) {
+               float* table, int64 batch, int64 start, int64 columns, int64 ignore_index) {
   const int threads = blockDim.x, thread = threadIdx.x;
   const uint32 row = blockIdx.x, samples = static_cast<uint32>(batch);
   const int64 sequence = row / samples, sample = row % samples;
-  const float softcap = static_cast<float>(softcap_);
   logits += sequence * stride_sequence + sample * stride_sample;
   const int count = static_cast<int>(columns);
   const Cut piece = cut(logits, count, stride == 1);
@@ -73,40 +63,35 @@ __global__ void __launch_bounds__(kMostThreads, kCapped || kAll ? 1 : 2)
         targets[sequence * target_stride_sequence + sample * target_stride_sample];
     const int64 own = label - start;
     if (label != ignore_index && own >= 0 && own < count) target = to_float(logits[own * stride]);
-    if (kCapped) target = capped(target, softcap);
   }
 
-  Running<kCapped, kAll> running;
+  Running<kEntropy> running;
   const auto add_one = [&](int column) {
-    float z[1] = {to_float(logits[column * stride])};
-    running.add(z, softcap);
+    const float z[1] = {to_float(logits[column * stride])};
+    running.add(z);
   };
   const auto add_vector = [&](const uint4& vector, int) {
     float z[kSize<T>];
     unpack(vector, z, T());
-    running.add(z, softcap);
+    running.add(z);
   };
   const uint4* const vectors = reinterpret_cast<const uint4*>(logits + piece.head);
-  each<!kCapped>(piece, vectors, count, add_one, add_vector);
+  each(piece, vectors, count, add_one, add_vector);
 
-  __shared__ float scratch[4][kMostThreads / kWarp];
+  __shared__ float scratch[3][kMostThreads / kWarp];
   const int lane = thread % kWarp, warp = thread / kWarp;
   running.join_warp();
   if (lane == 0) {
     scratch[0][warp] = running.top;
     scratch[1][warp] = running.total;
-    scratch[2][warp] = running.plain;
-    scratch[3][warp] = running.spread;
+    scratch[2][warp] = running.spread;
   }
   __syncthreads();
   const bool used = lane < threads / kWarp;
   running.top = used ? scratch[0][lane] : -kInfinity;
   running.base = base_of(running.top);
   running.total = used ? scratch[1][lane] : 0.0f;
-  if (kAll) {
-    running.plain = used ? scratch[2][lane] : 0.0f;
-    running.spread = used ? scratch[3][lane] : 0.0f;
-  }
+  if (kEntropy) running.spread = used ? scratch[2][lane] : 0.0f;
   running.join_warp();
   if (thread != 0) return;
   const int64 rows = gridDim.x;
@@ -114,10 +99,7 @@ __global__ void __launch_bounds__(kMostThreads, kCapped || kAll ? 1 : 2)
   table[row] = running.top;
   table[rows + row] = running.total * factor;
   table[2 * rows + row] = target;
-  if (kAll && sum_row >= 0) table[sum_row * rows + row] = running.plain;
-  if (kAll && spread_row >= 0) {
-    table[spread_row * rows + row] = (running.spread - rest * running.total) * (factor * kLn2);
-  }
+  if (kEntropy) table[3 * rows + row] = (running.spread - rest * running.total) * (factor * kLn2);
 }
 
 // Tokens of a sample that one block joins.
@@ -131,7 +113,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
             int64 target_stride_sequence, int64 target_stride_sample, const float* masks,
             int64 mask_stride_sequence, int64 mask_stride_sample, float* losses, float* lses,
             float* entropies, float* sums, int64 sequence, int64 batch, int64 vocab_size,
-            int64 ignore_index, double z_loss, double smoothing, int64 sum_row, int64 spread_row) {
+            int64 ignore_index) {
   const int64 sample = blockIdx.x, chunk = blockIdx.y, rows = sequence * batch;
   const int64 end = min(sequence, (chunk + 1) * kChunk);
   Sum loss_sum, tokens;
@@ -146,21 +128,17 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     for (int64 shard = 0; shard < shards; ++shard) top = fmaxf(top, value(shard, 0));
     // Of a row of −inf nothing is subtracted, as exp(−inf + inf) is NaN.
     const float base = top == -kInfinity ? 0.0f : top;
-    float total = 0.0f, target = 0.0f, plain = 0.0f, spread = 0.0f;
+    float total = 0.0f, target = 0.0f, spread = 0.0f;
     for (int64 shard = 0; shard < shards; ++shard) {
       const float step = value(shard, 0) - base, part = value(shard, 1), factor = expf(step);
       total += part * factor;
       target += value(shard, 2);
-      if (sum_row >= 0) plain += value(shard, sum_row);
       // A shard of −inf has no part in it.
-      if (spread_row >= 0 && part > 0) spread += factor * (value(shard, spread_row) + step * part);
+      if (entropies != nullptr && part > 0) spread += factor * (value(shard, 3) + step * part);
     }
-    const float log_total = logf(total), lse = base + log_total;
+    const float log_total = logf(total);
     // Not lse − z_y: a common offset of the logits would cost both their digits.
-    float loss = log_total + (base - target) + static_cast<float>(z_loss) * lse * lse;
-    if (sum_row >= 0) {
-      loss += static_cast<float>(smoothing) * (target - plain / static_cast<float>(vocab_size));
-    }
+    float loss = log_total + (base - target);
     // A label beyond the vocabulary would pass as a loss without a target.
     if (label < 0 || label >= vocab_size) loss = __uint_as_float(0x7fc00000u);
     if (label == ignore_index) loss = 0.0f;
