@@ -49,7 +49,7 @@ MISTAKES = [
     (INSPECT, "{text}", "text.jsonl"),
     (INSPECT, "{corpus}/easy_text_document --verbos", "--verbos"),
     (SCORE, "--load /nowhere --score-dir {out} --micro-batch-size 8", "/nowhere"),
-    (PREFLIGHT, f"{TRAIN} --estimate none", "--estimate"),
+    (PREFLIGHT, f"{TRAIN} --wait-seconds none", "--wait-seconds"),
     (INSPECT_CHECKPOINT, "/nowhere", "/nowhere"),
 ]
 OF_MEGATRON = ("pretrain_gpt_rw", SCORE, PREFLIGHT)

@@ -72,7 +72,7 @@ def remedies(args: Namespace) -> str:
 
 def _for_logits(args: Namespace) -> list[str]:
     """Names flags that lower the memory of the logits, and those whose place they must take."""
-    # In a preflight there are no logits: Megatron's memory formula leaves them out.
+    # Memory can run out before Megatron has its process groups.
     parallel = parallel_state.model_parallel_is_initialized()
     if not parallel or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return []

@@ -11,13 +11,11 @@ import torch
 from torch.distributed import DistError
 
 from megatron_rw.errors import USER_ERROR_STATUS, UserError, print_error
-from megatron_rw.observability.memory import remedies
 from megatron_rw.platform import Device
 from megatron_rw.platform.files import write_json
 from megatron_rw.preflight import report
 from megatron_rw.preflight.collectives import try_collectives
 from megatron_rw.preflight.command import PreflightConfig
-from megatron_rw.preflight.estimate import Estimate, estimate
 from megatron_rw.preflight.facts import Facts, look_around
 from megatron_rw.preflight.messages import NoAnswerError, RankMessages, open_store
 from megatron_rw.preflight.report import CheckResult, ranks_text
@@ -94,33 +92,18 @@ def _lead(
         problems, missing = messages.receive_all("collectives", told, messages.wait_s)
         if missing:
             raise NoAnswerError(f"{ranks_text(missing)} did not finish the collectives")
-        needed = estimate(args)
-        _print_table(settings, facts, speeds, needed)
-        wanted = settings.room_for_checkpoints or (args.keep_last or 1) + 1
+        print(*report.table(facts, speeds), "", sep="\n")
         results = [
             *report.check_setup(facts),
             *report.check_collectives(facts, problems, speeds),
-            *report.check_saving(facts, args.save, needed, wanted),
-            report.check_memory(facts, needed, remedies(args)),
+            *report.check_saving(facts, args.save),
         ]
         record["sniff_test"] = speeds
-        record["estimate"] = None if needed is None else dataclasses.asdict(needed)
     status = _print_results(settings, results, record)
     messages.send("status", status)
     # The store may live in this process, so the others have to read it before this one ends.
     messages.receive_all("status was read", told.keys() - {0}, _LAST_WAIT_S)
     return status
-
-
-def _print_table(
-    settings: PreflightConfig, facts: Sequence[Facts], speeds: list[str], needed: Estimate | None
-) -> None:
-    print(*report.table(facts, speeds), sep="\n")
-    if needed is not None:
-        # Without the peak of the device there is no time.
-        known = settings.peak_tflops is not None or "H100" in facts[0].setup["device"]
-        print(*needed.lines(settings if known else None), sep="\n")
-    print()
 
 
 def _print_results(

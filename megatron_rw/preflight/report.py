@@ -6,16 +6,11 @@ Everything here is a function of what the ranks sent: `facts` are those of all r
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_rw.preflight.facts import Facts, amount
 
-if TYPE_CHECKING:
-    # Imports Megatron, which has to wait until the device is chosen.
-    from megatron_rw.preflight.estimate import Estimate
-
 Level = Literal["ok", "warning", "problem"]
-CLOSE = 0.9  # Share of a GPU's memory above which an estimate is called close.
 MAX_HOSTS = 32  # Hosts in the table; --json has all.
 
 
@@ -76,10 +71,8 @@ def check_collectives(
         yield CheckResult("ok", "all ranks all-reduce together.")
 
 
-def check_saving(
-    facts: Sequence[Facts], save: str | None, needed: "Estimate | None", wanted: int
-) -> list[CheckResult]:
-    """Tells whether --save can be written to, and has room for `wanted` checkpoints."""
+def check_saving(facts: Sequence[Facts], save: str | None) -> list[CheckResult]:
+    """Tells whether all ranks can write to --save. Whether it has room, the user has to judge."""
     if save is None:
         text = "the job saves nothing: add --save DIR and --save-interval."
         return [CheckResult("warning", text)]
@@ -87,51 +80,9 @@ def check_saving(
     failed = _problems(facts, lambda one: one.save_problem and where + one.save_problem)
     if failed:
         return failed
-    free = {one.host: one.free_disk for one in facts if one.free_disk is not None}
-    if not free or needed is None:
-        return [CheckResult("ok", f"--save {save}: its room was not compared with a checkpoint.")]
-    host = min(free, key=lambda host: free[host])
-    room = (
-        f"--save {save}: {amount(free[host])} are free on {host}, a checkpoint takes about "
-        f"{amount(needed.checkpoint_bytes)}"
-    )
-    if free[host] >= wanted * needed.checkpoint_bytes:
-        text = f"{room}; all ranks can write there. A quota does not show in this."
-        return [CheckResult("ok", text)]
-    return [
-        CheckResult(
-            "problem" if free[host] < needed.checkpoint_bytes else "warning",
-            f"{room}, and there should be room for {wanted} (--room-for-checkpoints): make room, "
-            "keep fewer with --keep-last, or save elsewhere.",
-        )
-    ]
-
-
-def check_memory(facts: Sequence[Facts], needed: "Estimate | None", remedies: str) -> CheckResult:
-    """Tells whether the job fits the GPUs by Megatron's formulas, and advises what to change."""
-    gpus = [one for one in facts if one.device_memory is not None]
-    if needed is None:
-        return CheckResult("ok", "memory: Megatron has no formula for a hybrid model.")
-    if not gpus:
-        return CheckResult("ok", "memory: there is no GPU to compare the estimate with.")
-    smallest = min(gpus, key=lambda one: one.device_memory or 0)
-    has, bytes_needed = smallest.device_memory or 0, needed.memory_bytes
-    text = f"memory: about {amount(bytes_needed)} by Megatron's formulas, of {amount(has)}"
-    if bytes_needed > has:
-        return CheckResult("problem", f"{text} on {smallest.host}. Lower it with {remedies}.")
-    if taken := [one for one in gpus if (one.free_memory or 0) < bytes_needed]:
-        return CheckResult(
-            "problem",
-            f"{text}, but only {_least(one.free_memory for one in taken)} are free on "
-            f"{_who(taken)}: end the processes that hold the rest (nvidia-smi).",
-        )
-    if bytes_needed > CLOSE * has:
-        return CheckResult(
-            "warning",
-            f"{text} on {smallest.host}, which is close: the formulas leave things out. To lower "
-            f"it: {remedies}.",
-        )
-    return CheckResult("ok", f"{text}.")
+    tried = all(one.free_disk is not None for one in facts)
+    text = "all ranks can write there." if tried else "writing to object storage was not tried."
+    return [CheckResult("ok", f"--save {save}: {text}")]
 
 
 def table(facts: Sequence[Facts], speeds: Sequence[str]) -> Iterator[str]:

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from examples.paper.estimate import FOLDER, HEADER, RECIPES, Recipe, flags_of, row
+from examples.paper.estimate import (
+    FOLDER,
+    HEADER,
+    RECIPES,
+    Recipe,
+    flags_of,
+    planned_arguments,
+    row,
+)
 from megatron_rw.errors import UserError
 from megatron_rw.platform import select_device
 from tests.ranks import run_ranks
@@ -27,8 +35,6 @@ FILES = {
 
 def planned(recipe: Recipe, *flags: str) -> dict[str, Any]:
     """The arguments that are numbers or words, as on its GPUs, with Transformer Engine."""
-    from megatron_rw.preflight.estimate import planned_arguments
-
     args = planned_arguments([*flags_of(recipe), *flags], recipe.gpus)
     return {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
 

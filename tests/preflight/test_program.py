@@ -127,7 +127,6 @@ def test_kernels_that_cannot_be_compiled(tmp_path: Path, data_flags: list[str]) 
     ("wrong", "message"),
     [
         ({"wait_seconds": 0}, "--wait-seconds 0: give a number above 0"),
-        ({"assumed_mfu": 1.5}, "--assumed-mfu 1.5: give a number from 0 to 1"),
         ({"json": Path("/nowhere/x.json")}, "--json /nowhere/x.json: there is no such folder."),
     ],
 )

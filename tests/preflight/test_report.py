@@ -13,11 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rw.preflight import report
-from megatron_rw.preflight.estimate import Estimate
 from megatron_rw.preflight.facts import GIB, Facts, driver_version, try_to_save
 
 SETUP = {"device": "H100", "driver": "580.1", "torch": "2.11.0"}
-NEEDED = Estimate(64, 7e9, 40 * GIB, 20 * GIB, 90 * GIB, 10, 10, 1e18, 16, ())
 
 
 def facts(rank: int, **changes: Any) -> Facts:
@@ -76,33 +74,14 @@ def test_lines_of_the_sniff_test(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not gpu_sniff_test.logger.handlers
 
 
-@pytest.mark.parametrize(
-    ("free", "level"),
-    [(500, "ok"), (180, "ok"), (179, "warning"), (90, "warning"), (89, "problem")],
-)
-def test_room_for_checkpoints(free: int, level: str) -> None:
-    ranks = [facts(0), facts(1, free_disk=free * GIB)]
-    [found] = report.check_saving(ranks, "/s", NEEDED, 2)
-    assert found.level == level
-    assert ("there should be room for 2" in found.text) == (level != "ok")
-    [found] = report.check_saving(ranks, None, None, 2)
+def test_writing_to_the_folder_of_checkpoints() -> None:
+    ranks = [facts(0), facts(1)]
+    said = [("ok", "--save /s: all ranks can write there.")]
+    assert [(one.level, one.text) for one in report.check_saving(ranks, "/s")] == said
+    [found] = report.check_saving([facts(0, free_disk=None)], "s3://bucket/x")
+    assert found.text == "--save s3://bucket/x: writing to object storage was not tried."
+    [found] = report.check_saving(ranks, None)
     assert found.level == "warning", "a job that does not save"
-
-
-@pytest.mark.parametrize(
-    ("total", "free", "level", "words"),
-    [
-        (79, 78, "ok", "about 60.0 GiB by Megatron's formulas, of 79.0 GiB"),
-        (66, 65, "warning", "which is close"),
-        (59, 58, "problem", "on node0. Lower it with LESS."),
-        (79, 59, "problem", "only 59.0 GiB are free on rank 1 (node0): end the processes"),
-    ],
-)
-def test_memory(total: int, free: int, level: str, words: str) -> None:
-    ranks = [facts(0), facts(1, device_memory=total * GIB, free_memory=free * GIB)]
-    found = report.check_memory(ranks, NEEDED, "LESS")
-    assert found.level == level
-    assert words in found.text
 
 
 @given(st.sets(st.integers(0, 40), min_size=1))
