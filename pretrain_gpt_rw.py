@@ -34,7 +34,6 @@ def main() -> None:
 
     from megatron_rw import patching
     from megatron_rw.integrations.groups import embedding_ranks
-    from megatron_rw.observability.memory import explaining
     from megatron_rw.resilience import exit_status, safe_pickle
     from megatron_rw.resilience.watchdog import Progress
     from megatron_rw.training.arguments import (
@@ -61,9 +60,7 @@ def main() -> None:
         announce(settings, domains.names)
         patching.apply(job.patches)
 
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(
-        explaining(args, progress)(pretrain)
-    )
+    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     train = functools.partial(
         pretrain,
         config,

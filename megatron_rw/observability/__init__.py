@@ -1,1 +1,1 @@
-"""Metrics and diagnosis of a run that Megatron lacks: Prometheus endpoint, out-of-memory errors."""
+"""The settings of a run's metrics, and the endpoint that serves them to Prometheus."""

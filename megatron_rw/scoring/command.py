@@ -132,12 +132,7 @@ def main() -> None:
         device = select_device(argv)
 
         # They import Megatron, which has to wait until the device is chosen.
-        from megatron_rw.observability.memory import explaining
-        from megatron_rw.resilience.watchdog import Progress
         from megatron_rw.scoring.job import run
         from megatron_rw.training.arguments import parse_job_flags
 
-        job = parse_job_flags(job_flags(config, flags), device)
-        progress = Progress()
-        with explaining(job.megatron, progress):
-            run(job, config, progress)
+        run(parse_job_flags(job_flags(config, flags), device), config)

@@ -49,9 +49,9 @@ UNSUPPORTED = {
 }
 
 
-def run(job: Settings, config: ScoreConfig, progress: Progress) -> None:
+def run(job: Settings, config: ScoreConfig) -> None:
     """Scores what is not scored yet, and finishes the folder. Collective over all ranks."""
-    args = job.megatron
+    args, progress = job.megatron, Progress()
     check_scoring(config, args)
     # A row has one document, and Megatron's way to mask between documents is not needed.
     args.dataloader_inter_document_masking = False

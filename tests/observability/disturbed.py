@@ -1,4 +1,4 @@
-"""The real program, with one rank whose forward passes are slow, or run out of memory."""
+"""The real program, with one rank whose forward passes are slow."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import os
 import time
 from typing import Any
 
-import torch
-
 # Seconds added to the forward pass of a transformer block. It takes some 10 ms on an idle machine
 # and some 100 ms on one that runs many tests.
 SLOW_S = 0.3
 
 
 def main() -> None:
-    """Runs the program; SLOW_RANK and EXHAUSTED_RANK name the rank."""
+    """Runs the program; SLOW_RANK names the rank."""
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     rank = os.environ["RANK"]
@@ -25,8 +23,6 @@ def main() -> None:
     def disturbed(*args: Any, **kwargs: Any) -> Any:
         if rank == os.environ.get("SLOW_RANK"):
             time.sleep(SLOW_S)
-        if rank == os.environ.get("EXHAUSTED_RANK"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(*args, **kwargs)
 
     TransformerBlock.forward = disturbed
