@@ -14,8 +14,7 @@
 # On SLURM, srun starts a container and a task for each GPU, without torchrun: see examples/slurm.
 #
 # Nothing runs as root. Without --user it is user 10001, whom a mounted folder must let write; with
-# --user it is anyone: HOME and /runs are open to all. docker ps shows a run that stands still as
-# unhealthy, see megatron_rw/resilience/health.py; -e MEGATRON_RW_HEALTH_SECONDS=3600 changes when.
+# --user it is anyone: HOME and /runs are open to all.
 # For the labels: --build-arg REVISION="$(git rev-parse HEAD)" --build-arg SOURCE=<URL>.
 #
 # What was tried. No image was built where this project is developed, which has no Docker engine.
@@ -70,9 +69,6 @@ LABEL \
     org.opencontainers.image.revision="$REVISION" \
     org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
-ENV MEGATRON_RW_HEARTBEAT=/tmp/megatron_rw/heartbeat
-HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
-    CMD ["python", "-m", "megatron_rw.resilience.health"]
 CMD ["python", "-m", "examples.quickstart.run", "--output-dir", "/runs/quickstart"]
 
 # ------------------------------------------------------------------------------------------ gpu
@@ -119,7 +115,4 @@ LABEL \
     org.opencontainers.image.revision="$REVISION" \
     org.opencontainers.image.source="$SOURCE"
 USER 10001:10001
-ENV MEGATRON_RW_HEARTBEAT=/tmp/megatron_rw/heartbeat
-HEALTHCHECK --interval=60s --timeout=30s --retries=2 \
-    CMD ["python", "-m", "megatron_rw.resilience.health"]
 CMD ["python", "pretrain_gpt_rw.py", "--help"]

@@ -81,15 +81,13 @@ def test_its_files_are_all_that_its_commands_need(name: str, context: Path, tmp_
     assert {"megatron_rw", "examples", "tools"} < {file.parts[0] for file in files}
     assert all((tmp_path / file).is_file() for file in files)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    for kind, said in (("HEALTHCHECK", "healthy"), ("CMD", "usage: ")):
-        [text] = [text for other, text in STAGES[name] if other == kind]
-        python, *words = json.loads(text[text.index("[") :])
-        assert python == "python"
-        ask = ["--help"] if kind == "CMD" and "--help" not in words else []
-        start = [sys.executable, *words, *ask]
-        done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert said in done.stdout
+    [text] = [text for kind, text in STAGES[name] if kind == "CMD"]
+    python, *words = json.loads(text)
+    assert python == "python"
+    start = [sys.executable, *words, *([] if "--help" in words else ["--help"])]
+    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
 
 
 def test_dockerignore_keeps_out_what_does_not_run() -> None:

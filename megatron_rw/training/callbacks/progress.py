@@ -1,8 +1,7 @@
-"""Notes how far this rank is, for the watchdog, error messages and a container's health check."""
+"""Notes how far this rank is, for the watchdog and error messages."""
 
 from argparse import Namespace
 
-from megatron_rw.resilience.health import Heartbeat
 from megatron_rw.resilience.watchdog import Progress, Rendezvous, watch
 from megatron_rw.training.callbacks.base import Callback, Step
 
@@ -14,7 +13,6 @@ class ProgressCallback(Callback):
         self._args = args
         self._progress = progress
         self._rendezvous = Rendezvous(args.distributed_timeout_minutes)
-        self._heartbeat = Heartbeat()
 
     def on_start(self) -> None:
         """Begins to wait for the other ranks."""
@@ -31,7 +29,6 @@ class ProgressCallback(Callback):
 
     def before_batch(self, training: bool) -> None:
         """Notes that data is read. Scoring and evaluations have micro-batches and no steps."""
-        self._heartbeat.beat()
         self._progress.then("reading a micro-batch")
 
     def before_forward(self) -> None:
