@@ -52,7 +52,6 @@ OURS = (
     "pretrain_gpt_rw",
     "tests.exactness.program_with_oracle",
     "tests.faults.injected",
-    "tests.observability.disturbed",
     "tests.training.watched",
     "tests.training.watched_reference",
 )

@@ -24,10 +24,6 @@ class MonitoringConfig:
     """Address that --prometheus-port listens at. By default nothing outside the host reaches it;
     0.0.0.0 lets every machine of the network read the metrics, with no password."""
 
-    log_slowest_rank: bool = False
-    """Name the slowest rank of every logging interval, its host, and by how much its forward passes
-    took longer than the median of its pipeline stage."""
-
     log_logit_scale: bool = False
     """At validation, fit the factor on the logits that makes the loss lowest, and log both. Above
     1, the predictions are too flat. It costs about one more pass over the logits."""

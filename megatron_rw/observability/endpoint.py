@@ -102,8 +102,7 @@ class Endpoint:
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics that have a value: what a collector of `prometheus_client` does."""
         values, records = self._values, self._records
-        train = records.get("train", {})
-        named = _by_metric(train) | values
+        named = _by_metric(records.get("train", {})) | values
         for name, meaning in _MEANINGS.items():
             if (value := named.get(name)) is not None:
                 family = CounterMetricFamily if name == _SKIPPED else GaugeMetricFamily
@@ -120,13 +119,6 @@ class Endpoint:
         ):
             samples = _of_domains(records, field)
             yield from _labelled(name, meaning, ("split", "domain"), samples)
-        if (slowest := train.get("slowest_rank")) is not None:
-            yield from _labelled(
-                "slowest_rank_ratio",
-                "Forward time of the slowest rank over the median of its pipeline stage.",
-                ("rank", "host"),
-                [((str(slowest["rank"]), slowest["host"]), slowest["ratio"])],
-            )
 
 
 def _labelled(

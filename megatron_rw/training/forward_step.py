@@ -56,7 +56,7 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
             place of the output.
         """
         for callback in self._callbacks:
-            callback.before_batch(model.training)
+            callback.before_batch()
         timer = get_timers()("batch-generator", log_level=2)
         timer.start()
         with _stimer(bdata=True):
@@ -80,8 +80,6 @@ class ForwardPass[Loss: Callable[..., LossResult]]:
                 output = model.build_schedule_plan(*inputs, **options)
             else:
                 output = model(*inputs, **options, packed_seq_params=batch.packed)
-        for callback in self._callbacks:
-            callback.after_forward(model.training)
         return output, loss
 
 

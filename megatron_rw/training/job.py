@@ -18,7 +18,6 @@ from megatron_rw.training.callbacks.metrics import MetricsCallback
 from megatron_rw.training.callbacks.progress import ProgressCallback
 from megatron_rw.training.callbacks.resume import ResumeCallback
 from megatron_rw.training.callbacks.samples import SamplesCallback
-from megatron_rw.training.callbacks.stragglers import StragglerCallback
 from megatron_rw.training.datasets import Domains, datasets_provider
 from megatron_rw.training.forward_step import ForwardStep
 from megatron_rw.training.loop import TrainingLoop
@@ -55,8 +54,6 @@ class Job:
         if nonfinite.loss_spike_factor is not None and settings.monitoring.log_dir is not None:
             spikes = SpikeLog(nonfinite.loss_spike_factor, settings.monitoring.log_dir, samples)
             callbacks.append(SpikeCallback(args, spikes))
-        if settings.monitoring.log_slowest_rank:
-            callbacks.append(StragglerCallback(settings.device))
         dumped = settings.reweight.dump_samples
         if dumped and settings.monitoring.log_dir is not None:
             log_dir = settings.monitoring.log_dir

@@ -24,7 +24,7 @@ from tests.program import run_program
 FLAGS = (
     "--train-iters 1000 --micro-batch-size 8 --log-interval 2 --exit-signal-handler "
     "--eval-interval 2 --save-interval 3 --reweight-strategy linupper --reweight-temperature 0.4 "
-    "--log-slowest-rank --prometheus-port 0"
+    "--prometheus-port 0"
 ).split()
 
 
@@ -66,9 +66,8 @@ def test_a_live_run_tells_what_it_logs(tmp_path: Path, data_flags: list[str]) ->
     assert "metrics at" not in run.output[0]
     lm_loss = value['loss{loss="lm_loss",split="train"}']
     [record] = [r for r in run.train_metrics() if r["lm_loss"] == lm_loss]
-    reweight, slowest, speed = record["reweight"], record["slowest_rank"], record["speed"]
+    reweight, speed = record["reweight"], record["speed"]
     domains = reweight["domains"]
-    named = f'{{host="{slowest["host"]}",rank="{slowest["rank"]}"}}'
     for name, logged in {
         "learning_rate": record["learning_rate"],
         "grad_norm": record["grad_norm"],
@@ -83,7 +82,6 @@ def test_a_live_run_tells_what_it_logs(tmp_path: Path, data_flags: list[str]) ->
         'loss{loss="weighted_loss",split="train"}': reweight["objective"],
         'domain_loss{domain="noise",split="train"}': domains["noise"]["lm_loss"],
         'domain_weight_ratio{domain="easy",split="train"}': domains["easy"]["weight_share"],
-        f"slowest_rank_ratio{named}": slowest["ratio"],
         "consumed_samples": 16 * value["iteration"],
         "consumed_tokens": 32 * value["consumed_samples"],
         "skipped_iterations_total": 0,

@@ -128,8 +128,7 @@ def test_nothing_is_replaced_outside_the_table(tmp_path: Path, data_flags: list[
         "--train-iters 2 --micro-batch-size 4 --global-batch-size 8 --save-interval 1 "
         "--reweight-strategy linupper --reweight-scope global --cross-entropy-impl fused "
         "--on-nonfinite skip-step --exit-signal-handler --async-save --async-strategy mcore "
-        "--use-persistent-ckpt-worker "
-        "--log-slowest-rank --loss-spike-factor 3"
+        "--use-persistent-ckpt-worker --loss-spike-factor 3"
     ).split()
     run = run_program(
         tmp_path,

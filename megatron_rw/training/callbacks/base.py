@@ -58,14 +58,11 @@ class Callback:
     def before_passes(self) -> None:
         """Called before the forward and backward passes of a step."""
 
-    def before_batch(self, training: bool) -> None:
-        """Called before a micro-batch is read. `training` is False in an evaluation."""
+    def before_batch(self) -> None:
+        """Called before a micro-batch is read, of training or of an evaluation."""
 
     def before_forward(self) -> None:
         """Called when the micro-batch is read, before the model's forward pass."""
-
-    def after_forward(self, training: bool) -> None:
-        """Called after the model's forward pass, which may still run on the device."""
 
     def after_passes(self) -> None:
         """Called after the passes of a step, before the optimizer."""

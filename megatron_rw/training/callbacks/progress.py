@@ -27,7 +27,7 @@ class ProgressCallback(Callback):
         """Notes the iteration."""
         self._progress.begin(step.iteration, "the step's begin")
 
-    def before_batch(self, training: bool) -> None:
+    def before_batch(self) -> None:
         """Notes that data is read. Scoring and evaluations have micro-batches and no steps."""
         self._progress.then("reading a micro-batch")
 

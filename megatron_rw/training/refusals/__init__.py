@@ -20,7 +20,7 @@ def check_parsed(settings: Settings) -> None:
     checkpoints.check_saving(args, settings.checkpoints)
     if settings.device == "cpu":
         launch.check_cpu(args)
-    monitoring.check_monitoring(args, settings.monitoring, settings.device)
+    monitoring.check_monitoring(args, settings.device)
     if args.rank == 0:
         data.check_files(args)
         checkpoints.check_folders(args, settings.monitoring.log_dir)

@@ -1,17 +1,14 @@
-"""Refusals of flags for metrics, profiles and snapshots, before any long work."""
+"""Refusals of flags for profiles and snapshots, before any long work."""
 
 import os
 from argparse import Namespace
 
 from megatron_rw.errors import UserError
-from megatron_rw.observability.config import MonitoringConfig
 from megatron_rw.platform import Device
 
 
-def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) -> None:
+def check_monitoring(args: Namespace, device: Device) -> None:
     """Checks the flags against each other, the device and the disk."""
-    if config.log_slowest_rank:
-        _check_slowest_rank(args)
     if args.profile:
         _check_profile(args, device)
     if args.record_memory_history:
@@ -22,19 +19,6 @@ def check_monitoring(args: Namespace, config: MonitoringConfig, device: Device) 
             raise UserError(
                 f"--memory-snapshot-path {args.memory_snapshot_path}: there is no folder {folder}."
             )
-
-
-def _check_slowest_rank(args: Namespace) -> None:
-    if args.world_size == args.pipeline_model_parallel_size:
-        raise UserError(
-            "--log-slowest-rank compares the ranks of a pipeline stage, and here each stage has "
-            "one: drop it."
-        )
-    if args.overlap_moe_expert_parallel_comm or args.cuda_graph_impl == "full_iteration":
-        raise UserError(
-            "--log-slowest-rank times forward passes, which --overlap-moe-expert-parallel-comm and "
-            "--cuda-graph-impl full_iteration run together with backward ones: drop it."
-        )
 
 
 def _check_profile(args: Namespace, device: Device) -> None:
