@@ -24,7 +24,7 @@ def write(folders: Mapping[str, Sequence[Path]], path: Path) -> str:
         path: the file for the numbers.
 
     Returns:
-        A table of the contrasts.
+        A table of the contrasts, or nothing if no contrast had both its arms.
     """
     asked = [c for c in CONTRASTS if c[0] in folders and c[1] in folders]
     found = []
@@ -43,4 +43,6 @@ def write(folders: Mapping[str, Sequence[Path]], path: Path) -> str:
         about = {"question": question, "arm": arm, "against": other, "verdict": verdict}
         numbers.append({**about, "p_holm": p_value, **dataclasses.asdict(each)})
     path.write_text(json.dumps(numbers, indent=1) + "\n")
+    if not asked:
+        return ""
     return f"\nThe questions, a family of {len(asked)} tests by the same rule:\n\n{text(rows)}\n"

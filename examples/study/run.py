@@ -10,6 +10,7 @@ In the end, `noise-10.html` (and `.png`, `.json`) is the page of the arms at 10 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import glob
 import inspect
@@ -227,7 +228,8 @@ class Plan:
             run / "done",
             lambda: self._train(run, self._branch_flags(run, noise, trunk, arm)),
             after=after,
-            settings=[arm, *self._settings],
+            # Run with other shares of noise as well, it is the same here.
+            settings=[dataclasses.replace(arm, noise=()), *self._settings],
             cost=self.size.branch_steps,
         )
 

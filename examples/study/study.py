@@ -61,6 +61,8 @@ class Arm:
 
 # The main condition comes first.
 EVERYWHERE = (10, 0, 30)
+# Controls at 30 % were added when linupper had been found better than none there, after the rest.
+WITH_NOISE = (10, 30)
 
 ARMS = (
     Arm("none", noise=EVERYWHERE),
@@ -79,16 +81,20 @@ ARMS = (
     Arm("extremes 0.4", "--reweight-strategy extremes --reweight-temperature 0.4"),
     Arm("softmax 1 (IR-DRO)", "--reweight-strategy softmax --reweight-temperature 1"),
     # Controls: what a smaller effective sample size, another rate or another blend does alone.
-    Arm("linupper 0.4, dealt at random", f"{LINUPPER} --reweight-control permute {CONTROL_SEED}"),
+    Arm(
+        "linupper 0.4, dealt at random",
+        f"{LINUPPER} --reweight-control permute {CONTROL_SEED}",
+        noise=WITH_NOISE,
+    ),
     Arm(
         "random samples, linupper's ESS",
         f"--reweight-strategy topk --reweight-top-share {ESS} --reweight-control random-drop "
         f"{CONTROL_SEED}",
     ),
-    Arm("static blend, linupper's shares", shares_of="linupper 0.4"),
-    Arm("noise left out", clean=True),
+    Arm("static blend, linupper's shares", shares_of="linupper 0.4", noise=WITH_NOISE),
+    Arm("noise left out", clean=True, noise=WITH_NOISE),
     Arm("rate x 0.5", rate=0.5),
-    Arm("rate x 2", rate=2.0),
+    Arm("rate x 2", rate=2.0, noise=WITH_NOISE),
     # Scopes, units and schedules.
     Arm("linupper 0.4, micro-batches", f"{LINUPPER} --micro-batch-size {{quarter}}"),
     Arm(
@@ -115,9 +121,13 @@ ARMS = (
         f"{LINUPPER} --reweight-signal progress --reweight-snapshot-interval {{interval}}",
     ),
     Arm("top tokens by loss (ESLM)", TOP_TOKENS),
-    Arm("random tokens", f"{TOP_TOKENS} --reweight-control random-drop {CONTROL_SEED}"),
+    Arm(
+        "random tokens",
+        f"{TOP_TOKENS} --reweight-control random-drop {CONTROL_SEED}",
+        noise=WITH_NOISE,
+    ),
     # With a reference, trained on clean text alone.
-    Arm("linupper 0.4, excess", f"{LINUPPER} {EXCESS}"),
+    Arm("linupper 0.4, excess", f"{LINUPPER} {EXCESS}", noise=WITH_NOISE),
     Arm(
         "linupper 0.4, learnability",
         f"{LINUPPER} --reweight-signal learnability --reweight-reference-scores {{early}} {{late}}",

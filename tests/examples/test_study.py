@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -174,6 +175,22 @@ def test_arms_have_names_of_their_own_and_what_they_build_on(size: str) -> None:
         assert names[0] == study.BASELINE
         for arm in chosen.selected(noise):
             assert arm.shares_of is None or names.index(arm.shares_of) < names.index(arm.name)
+
+
+def test_an_arm_that_is_run_with_more_noise_keeps_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_from() -> dict[str, str]:
+        stages = run.Plan(study.SIZES["cpu"], tmp_path, None).stages()
+        return {stage.name: stage.fingerprint for stage in stages}
+
+    before = made_from()
+    more = [dataclasses.replace(arm, noise=study.EVERYWHERE) for arm in study.ARMS]
+    monkeypatch.setattr(study, "ARMS", more)
+    after = made_from()
+    kept = {name: after[name] for name in before if not re.search("report|evaluation", name)}
+    assert kept.items() <= before.items()
+    assert len(after) > len(before) > len(kept)
 
 
 def test_weight_shares_are_means_over_the_steps(tmp_path: Path) -> None:
