@@ -56,8 +56,19 @@ def draw(
     steps = list(reweighted["train"].values())
     _draw_weights(axes[0, 0], steps, colours)
     _draw_shares(axes[0, 1], steps, colours)
-    _draw_curves(axes[1, 0], baseline["validation"], reweighted["validation"], name, colours)
-    _draw_domains(axes[1, 1], baseline["validation"], reweighted["validation"], name, colours)
+    before, after = baseline["validation"], reweighted["validation"]
+    common = sorted(before.keys() & after.keys())
+    differences = {
+        domain: [_loss(after[at], domain) - _loss(before[at], domain) for at in common]
+        for domain in colours
+    }
+    losses = {domain: _loss(before[common[-1]], domain) for domain in colours}
+    _draw_curves(axes[1, 0], common, differences, name, colours)
+    _draw_domains(axes[1, 1], losses, differences, name, colours)
+    axes[1, 1].set_title(
+        f"The same after step {common[-1]}, and the baseline's loss\n"
+        "One run each: this cannot tell better from luck"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -107,15 +118,13 @@ def _draw_shares(axes: Axes, steps: Sequence[Record], colours: Mapping[str, str]
 
 def _draw_curves(
     axes: Axes,
-    baseline: Mapping[int, Record],
-    reweighted: Mapping[int, Record],
+    steps: Sequence[int],
+    differences: Mapping[str, Sequence[float]],
     name: str,
     colours: Mapping[str, str],
 ) -> None:
-    common = sorted(baseline.keys() & reweighted.keys())
     for domain, colour in colours.items():
-        found = [_difference(baseline[at], reweighted[at], domain) for at in common]
-        axes.plot(common, found, "o-", color=colour, label=domain)
+        axes.plot(steps, differences[domain], "o-", color=colour, label=domain)
     axes.axhline(0, color="black", lw=0.8, ls=":")
     axes.set(
         title=f"Validation loss of {name} minus that of the baseline\nBelow 0, {name} is better",
@@ -126,34 +135,31 @@ def _draw_curves(
 
 def _draw_domains(
     axes: Axes,
-    baseline: Mapping[int, Record],
-    reweighted: Mapping[int, Record],
+    losses: Mapping[str, float],
+    differences: Mapping[str, Sequence[float]],
     name: str,
     colours: Mapping[str, str],
 ) -> None:
-    last = max(baseline.keys() & reweighted.keys())
+    """Draws the last differences, with the baseline's losses."""
     for row, (domain, colour) in enumerate(colours.items()):
-        difference = _difference(baseline[last], reweighted[last], domain)
-        loss = baseline[last]["domains"][domain]["lm_loss"]
+        difference = differences[domain][-1]
         axes.plot([0, difference], [row, row], color=colour, lw=2)
         axes.plot(difference, row, "o", color=colour, ms=9)
-        text = f"{difference:+.3f} of {loss:.2f}"
         axes.annotate(
-            text, (difference, row), xytext=(0, 9), textcoords="offset points", ha="center"
+            f"{difference:+.3f} of {losses[domain]:.2f}",
+            (difference, row),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
         )
     axes.axvline(0, color="black", lw=0.8, ls=":")
     axes.set_yticks(range(len(colours)), list(colours))
     axes.margins(x=0.25, y=0.25)
-    axes.set(
-        title=f"The same after step {last}, and the baseline's loss\n"
-        "One run each: this cannot tell better from luck",
-        xlabel=f"nats per token, {name} minus baseline",
-    )
+    axes.set_xlabel(f"nats per token, {name} minus baseline")
 
 
-def _difference(before: Record, after: Record, domain: str) -> float:
-    losses = [record["domains"][domain]["lm_loss"] for record in (before, after)]
-    return float(losses[1] - losses[0])
+def _loss(record: Record, domain: str) -> float:
+    return float(record["domains"][domain]["lm_loss"])
 
 
 if __name__ == "__main__":
