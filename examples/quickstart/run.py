@@ -7,17 +7,16 @@ depends on has changed.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples.prepare import PROGRAM, ROOT, TOOLS, blend, data_stages
 from examples.stages import Stage, StageError, execute, python, run_stages
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 # Flags for build_corpus.py; its defaults give some 2 MB a domain.
 CORPUS: list[str] = []
@@ -53,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_stages(out: Path) -> list[Stage]:
     """The stages in order, writing below `out`."""
-    corpus, tokenizer, data = out / "corpus", out / "tokenizer", out / "data"
-    package = sorted((ROOT / "megatron_rw" / "data").rglob("*.py"))
-    program = [ROOT / "pretrain_gpt_rw.py", *sorted((ROOT / "megatron_rw").rglob("*.py"))]
+    corpus = out / "corpus"
 
     make_corpus = Stage(
         "corpus",
@@ -64,43 +61,14 @@ def build_stages(out: Path) -> list[Stage]:
         depends=[HERE / "build_corpus.py"],
         settings=CORPUS,
     )
-    train_tokenizer = Stage(
-        "tokenizer",
-        tokenizer / "bpe.model",
-        lambda: python(
-            ROOT / "tools" / "train_tokenizer.py",
-            "--vocab-size", VOCAB_SIZE,
-            "--output-prefix", tokenizer / "bpe", "--overwrite",
-            "--input", *sorted((corpus / "train").glob("*.jsonl")),
-        ),
-        depends=package,
-        after=[make_corpus],
-        settings=[VOCAB_SIZE],
-    )  # fmt: skip
-    tokenize = [
-        Stage(
-            f"tokenize {split}",
-            data / split / "domains.json",
-            lambda split=split: python(  # type: ignore[misc]
-                ROOT / "tools" / "preprocess_data.py",
-                "--tokenizer-model", tokenizer / "bpe.model",
-                "--append-eod", "--overwrite",
-                "--domain-key", "domain",
-                "--output-dir", data / split,
-                "--input", *sorted((corpus / split).glob("*.jsonl")),
-            ),
-            depends=package,
-            after=[train_tokenizer],
-        )
-        for split in ("train", "valid")
-    ]  # fmt: skip
+    tokenizer, data = data_stages(make_corpus, out, ("train", "valid"), VOCAB_SIZE)
     trained = [
         Stage(
             f"pretrain {name}",
             out / "runs" / name / "metrics.jsonl",
             lambda name=name: pretrain(out, name),  # type: ignore[misc]
-            depends=[*program, SMALL_MODEL],
-            after=tokenize,
+            depends=[*PROGRAM, SMALL_MODEL],
+            after=data,
             settings=[MODEL_AND_TRAINING, RUNS[name], NOISE_SHARE, PROCESSES],
         )
         for name in RUNS
@@ -122,7 +90,7 @@ def build_stages(out: Path) -> list[Stage]:
         out / "comparison.html",
         lambda: execute(
             [
-                *[sys.executable, ROOT / "tools" / "compare_runs.py"],
+                *[sys.executable, TOOLS / "compare_runs.py"],
                 *[f"{name}={out / 'runs' / name}" for name in RUNS],
                 *["--output", out / "comparison", "--title", "The quick start"],
             ],
@@ -131,21 +99,7 @@ def build_stages(out: Path) -> list[Stage]:
         depends=sorted((ROOT / "megatron_rw" / "comparison").glob("*.py")),
         after=trained,
     )
-    return [make_corpus, train_tokenizer, *tokenize, *trained, compare, report]
-
-
-def blend(folder: Path) -> list[str]:
-    """Weights and prefixes for Megatron: the noise a tenth, the other domains alike."""
-    domains = json.loads((folder / "domains.json").read_text())["domains"]
-    share = (1 - NOISE_SHARE) / (len(domains) - 1)
-    return [
-        word
-        for name, domain in domains.items()
-        for word in (
-            f"{NOISE_SHARE if name == 'noise' else share:.6f}",
-            str(folder / domain["prefix"]),
-        )
-    ]
+    return [make_corpus, tokenizer, *data, *trained, compare, report]
 
 
 def training_flags(out: Path, run: Path) -> list[str]:
@@ -158,8 +112,8 @@ def training_flags(out: Path, run: Path) -> list[str]:
     return [
         *["--device", "cpu"],
         *MODEL_AND_TRAINING,
-        *["--train-data-path", *blend(out / "data" / "train")],
-        *["--valid-data-path", *blend(out / "data" / "valid")],
+        *["--train-data-path", *blend(out / "data" / "train", NOISE_SHARE)],
+        *["--valid-data-path", *blend(out / "data" / "valid", NOISE_SHARE)],
         *["--data-cache-path", str(out / "data" / "cache")],
         *["--tokenizer-type", "SentencePieceTokenizer"],
         *["--tokenizer-model", str(out / "tokenizer" / "bpe.model")],

@@ -18,10 +18,11 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.prepare import PROGRAM, ROOT, TOOLS, blend, blend_of, data_stages
 from examples.stages import (
     Stage,
     StageError,
@@ -34,9 +35,6 @@ from examples.study import contrasts
 from examples.study.study import BASELINE, CONTRASTS, MARGIN, SIZES, Arm, Size
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-TOOLS = ROOT / "tools"
-PROGRAM = [ROOT / "pretrain_gpt_rw.py", *sorted((ROOT / "megatron_rw").rglob("*.py"))]
 # Added to a trunk's number, the seed of its reference.
 REFERENCE_SEED = 500
 # Text of the trunks, of the branches, and of the evaluation.
@@ -84,9 +82,9 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages, each behind those that it builds on."""
-        prepared = self._prepare()
-        stages = list(prepared.values())
-        data = [prepared[f"data/{part}"] for part in PARTS]
+        corpus = self._corpus()
+        tokenizer, data = data_stages(corpus, self.out, PARTS, self.size.vocab_size)
+        stages = [corpus, tokenizer, *data]
         references = {trunk: self._reference(trunk, data) for trunk in self._trunks}
         for noise in self.size.noise:
             evaluated = []
@@ -105,12 +103,11 @@ class Plan:
             stages.append(self._report(noise, evaluated))
         return stages
 
-    def _prepare(self) -> dict[str, Stage]:
+    def _corpus(self) -> Stage:
         out, size = self.out, self.size
-        package = sorted((ROOT / "megatron_rw" / "data").rglob("*.py"))
-        corpus, tokenizer = out / "corpus", out / "tokenizer"
+        corpus = out / "corpus"
 
-        def make_corpus() -> None:
+        def make() -> None:
             given = self.corpus
             if given is None:
                 given = out / "source"
@@ -121,67 +118,24 @@ class Plan:
             shutil.rmtree(corpus, ignore_errors=True)
             python(HERE / "corpus.py", "--corpus", given, "--output-dir", corpus, *most)
 
-        def tokenize(part: str) -> None:
-            # Megatron's indexes of what the data were before.
-            shutil.rmtree(out / "data" / "cache", ignore_errors=True)
-            python(
-                TOOLS / "preprocess_data.py",
-                *("--tokenizer-model", tokenizer / "bpe.model", "--append-eod", "--overwrite"),
-                *("--domain-key", "domain", "--output-dir", out / "data" / part),
-                *("--input", *sorted((corpus / part).glob("*.jsonl"))),
-            )
-
-        first = Stage(
+        return Stage(
             "corpus",
             corpus / "valid",
-            make_corpus,
+            make,
             depends=[HERE / "corpus.py"],
             settings=[*_listed(self.corpus), size.built_bytes, size.train_bytes],
         )
-        second = Stage(
-            "tokenizer",
-            tokenizer / "bpe.model",
-            lambda: python(
-                TOOLS / "train_tokenizer.py",
-                *("--vocab-size", size.vocab_size, "--overwrite"),
-                *("--output-prefix", tokenizer / "bpe"),
-                *("--input", *sorted((corpus / "trunk").glob("*.jsonl"))),
-            ),
-            depends=package,
-            after=[first],
-            settings=[size.vocab_size],
-        )
-        data = [
-            Stage(
-                f"data/{part}",
-                out / "data" / part / "domains.json",
-                functools.partial(tokenize, part),
-                depends=package,
-                after=[second],
-            )
-            for part in PARTS
-        ]
-        return {stage.name: stage for stage in (first, second, *data)}
 
     def _reference(self, trunk: int, data: Sequence[Stage]) -> dict[str, Stage]:
         """A model trained on the trunk's clean text, and two of its checkpoints' scores."""
         size, run = self.size, self._reference_folder(trunk)
         early = size.steps // 2
 
-        def train() -> None:
-            save = ["--save-interval", str(early)]
-            seed = REFERENCE_SEED + trunk
-            self._train(run, [*self._training(run, self._blend("trunk", 0), seed), *save])
+        def flags() -> list[str]:
+            blend, seed = self._blend("trunk", 0), REFERENCE_SEED + trunk
+            return [*self._training(run, blend, seed), "--save-interval", str(early)]
 
-        trained = Stage(
-            f"reference-{trunk}",
-            run / "done",
-            train,
-            depends=PROGRAM,
-            after=data,
-            settings=self._settings,
-            cost=size.steps,
-        )
+        trained = self._run(f"reference-{trunk}", run, flags, data, size.steps)
 
         def score(name: str, step: int) -> None:
             shutil.rmtree(run / name, ignore_errors=True)
@@ -205,33 +159,43 @@ class Plan:
         return {"reference": trained, **scored}
 
     def _trunk(self, noise: int, trunk: int, data: Sequence[Stage]) -> Stage:
-        size, run = self.size, self._folder(noise, trunk) / "trunk"
+        run, steps = self._folder(noise, trunk) / "trunk", self.size.trunk_steps
 
-        def train() -> None:
-            end = ["--exit-interval", str(size.trunk_steps)]
-            self._train(run, [*self._training(run, self._blend("trunk", noise), trunk), *end])
+        def flags() -> list[str]:
+            blend = self._blend("trunk", noise)
+            return [*self._training(run, blend, trunk), "--exit-interval", str(steps)]
 
-        return Stage(
-            f"noise-{noise}/trunk-{trunk}",
-            run / "done",
-            train,
-            depends=PROGRAM,
-            after=data,
-            settings=self._settings,
-            cost=size.trunk_steps,
-        )
+        return self._run(f"noise-{noise}/trunk-{trunk}", run, flags, data, steps)
 
     def _branch(self, noise: int, trunk: int, arm: Arm, after: Sequence[Stage]) -> Stage:
         run = self._folder(noise, trunk) / arm.name
-        return Stage(
-            f"noise-{noise}/trunk-{trunk}/{arm.name}",
-            run / "done",
-            lambda: self._train(run, self._branch_flags(run, noise, trunk, arm)),
-            after=after,
-            # Run with other shares of noise as well, it is the same here.
-            settings=[dataclasses.replace(arm, noise=()), *self._settings],
-            cost=self.size.branch_steps,
-        )
+        name = f"noise-{noise}/trunk-{trunk}/{arm.name}"
+        flags = functools.partial(self._branch_flags, run, noise, trunk, arm)
+        # The runs of an arm stay when it is to be run with more shares of noise.
+        settings = [dataclasses.replace(arm, noise=())]
+        return self._run(name, run, flags, after, self.size.branch_steps, settings)
+
+    def _run(
+        self,
+        name: str,
+        run: Path,
+        flags: Callable[[], Sequence[str]],
+        after: Sequence[Stage],
+        steps: int,
+        settings: Sequence[object] = (),
+    ) -> Stage:
+        """A run of the program into a folder of its own; its flags are made when it begins."""
+
+        def train() -> None:
+            shutil.rmtree(run, ignore_errors=True)
+            run.mkdir(parents=True)
+            command = [sys.executable, str(ROOT / "pretrain_gpt_rw.py"), *flags()]
+            (run / "command.txt").write_text(shlex.join(command) + "\n")
+            execute(command, run / "train.log")
+            (run / "done").touch()
+
+        settings = [*settings, *self._settings]
+        return Stage(name, run / "done", train, PROGRAM, after, settings, cost=steps)
 
     def _branch_flags(self, run: Path, noise: int, trunk: int, arm: Arm) -> list[str]:
         size, reference = self.size, self._reference_folder(trunk)
@@ -248,13 +212,13 @@ class Plan:
             "until": size.steps - size.branch_steps // 4,
             "interval": max(2, size.branch_steps // 10),
         }
-        blend = self._blend("branch", 0 if arm.clean else noise)
+        mix = self._blend("branch", 0 if arm.clean else noise)
         if arm.shares_of is not None:
             shares = weight_shares(self._folder(noise, trunk) / arm.shares_of, size.steps)
-            blend = self._blend_of("branch", shares)
+            mix = blend_of(self.out / "data" / "branch", shares)
         seed = trunk + 1000 * arm.order
         return [
-            *self._training(run, blend, seed, arm.rate),
+            *self._training(run, mix, seed, arm.rate),
             *["--save-interval", str(size.branch_steps // 4)],
             *["--load", str(begin)],
             *["--override-opt-param-scheduler", "--exit-on-missing-checkpoint"],
@@ -328,7 +292,7 @@ class Plan:
     def _settings(self) -> list[object]:
         """What every run depends on; with more trunks or arms, those that are there stay."""
         size = self.size
-        made = (Plan._training, Plan._branch_flags, Plan._blend, Plan._blend_of, weight_shares)
+        made = (Plan._training, Plan._branch_flags, blend, blend_of, weight_shares)
         steps = (size.trunk_steps, size.branch_steps)
         return [
             size.model,
@@ -348,15 +312,6 @@ class Plan:
 
     def _folder(self, noise: int, trunk: int) -> Path:
         return self.out / f"noise-{noise}" / f"trunk-{trunk}"
-
-    def _train(self, run: Path, flags: Sequence[str]) -> None:
-        """Runs the program into an empty folder."""
-        shutil.rmtree(run, ignore_errors=True)
-        run.mkdir(parents=True)
-        command = [sys.executable, str(ROOT / "pretrain_gpt_rw.py"), *flags]
-        (run / "command.txt").write_text(shlex.join(command) + "\n")
-        execute(command, run / "train.log")
-        (run / "done").touch()
 
     def _training(self, run: Path, blend: Sequence[str], seed: int, rate: float = 1.0) -> list[str]:
         """The program's flags of a run, but for where it begins and its arm."""
@@ -381,27 +336,7 @@ class Plan:
         ]
 
     def _blend(self, part: str, noise: int) -> list[str]:
-        """The noise's kinds share `noise` percent alike, and the other domains the rest."""
-        names = self._domains(part)
-        noisy = [name for name in names if name.startswith("noise")]
-        of_noise = noise / 100 if noisy else 0.0
-        share = (1 - of_noise) / (len(names) - len(noisy))
-        shares = {name: of_noise / len(noisy) if name in noisy else share for name in names}
-        return self._blend_of(part, shares)
-
-    def _blend_of(self, part: str, shares: Mapping[str, float]) -> list[str]:
-        """Shares of domains and their prefixes, for Megatron."""
-        return [
-            word
-            for name, prefix in self._domains(part).items()
-            if shares.get(name, 0.0) > 0
-            for word in (f"{shares[name]:.6f}", str(prefix))
-        ]
-
-    def _domains(self, part: str) -> dict[str, Path]:
-        folder = self.out / "data" / part
-        domains = json.loads((folder / "domains.json").read_text())["domains"]
-        return {name: folder / domain["prefix"] for name, domain in domains.items()}
+        return blend(self.out / "data" / part, noise / 100)
 
 
 def _used(stage: Stage, others: Sequence[Stage]) -> bool:

@@ -61,7 +61,7 @@ class Arm:
 
 # The main condition comes first.
 EVERYWHERE = (10, 0, 30)
-# Controls at 30 % were added when linupper had been found better than none there, after the rest.
+# The controls at 30 % were added after the other runs, when linupper was better than none there.
 WITH_NOISE = (10, 30)
 
 ARMS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from examples import prepare
 from examples.quickstart import report, run
 
 TINY = (
@@ -65,7 +66,7 @@ def test_runs_then_skips_then_redoes_what_changed(
 def test_blend_gives_the_noise_a_tenth(tmp_path: Path) -> None:
     domains = {name: {"prefix": f"{name}_text_document"} for name in ("code", "noise", "prose")}
     (tmp_path / "domains.json").write_text(json.dumps({"domains": domains}))
-    words = run.blend(tmp_path)
+    words = prepare.blend(tmp_path, run.NOISE_SHARE)
     assert words[::2] == ["0.450000", "0.100000", "0.450000"]
     assert words[3] == str(tmp_path / "noise_text_document")
 
