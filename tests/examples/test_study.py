@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import study as results
 from examples.stages import StageError
 from examples.study import corpus, evaluate, run, study
 
@@ -232,6 +233,13 @@ def test_the_whole_study(tmp_path: Path) -> None:
     # Only the blend differs in more than its arm.
     others = [text for text in found["warnings"] if not text.endswith("another train_data_path")]
     assert not others
+    # What is published names no folder of this machine.
+    published = tmp_path / "published.json"
+    assert results.main([str(tmp_path), "--output", str(published)]) == 0
+    arms_of = json.loads(published.read_text())["conditions"]["noise-10"]["arms"]
+    assert arms_of.keys() == arms.keys() - {study.BASELINE}
+    assert all(len(arm["loss_by_trunk"]) == 2 for arm in arms_of.values())
+    assert str(tmp_path) not in published.read_text()
     # All is done, so that another call does nothing but print.
     begun = time.monotonic()
     again = subprocess.run(smoke(tmp_path), check=True, stdout=subprocess.PIPE, text=True)
