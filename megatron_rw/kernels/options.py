@@ -228,7 +228,7 @@ class Backend(Protocol):
             logits: `[s, b, columns + padding]` fp32, bf16 or fp16, any strides.
             target: see above.
             shard: which columns take part.
-            options: the ignored label and the entropy count here.
+            options: its ignored label and its entropy apply here.
 
         Returns:
             `[options.rows, s, b]` fp32 (fp64 where the logits are): MAX, SUM_EXP, TARGET
